@@ -1,0 +1,1 @@
+"""Networks in, bundle out: tracing, weights by reference, graph rewrites, engines."""

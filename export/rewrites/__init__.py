@@ -1,0 +1,1 @@
+"""Graph rewrites: one file, one function, one test each."""

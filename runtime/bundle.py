@@ -1,0 +1,340 @@
+"""The bundle: a directory with a manifest, a program, graphs and references to weights. Standard library only.
+
+Everything the runtime reads is listed in `bundle.json` with size and SHA-256; weights are listed in `weights.json`
+and may lie outside. `reports/` and `README.md` are for people and are not part of the seal.
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import shutil
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from tilewright.runtime.digests import sha256_of_file
+from tilewright.runtime.errors import BundleError, UsageError
+from tilewright.runtime.program import Program, Signature, TensorSpec, check
+from tilewright.runtime.strict import from_json, schema, to_json
+
+__all__ = [
+    "SCHEMA_VERSION",
+    "Bundle",
+    "Component",
+    "Engine",
+    "File",
+    "Folder",
+    "Manifest",
+    "Memory",
+    "Reference",
+    "Weights",
+    "json_schema",
+    "read",
+    "safetensors_header",
+    "seal",
+]
+
+SCHEMA_VERSION = 1
+SAFETENSORS_DTYPES = {
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+
+
+@dataclass(frozen=True)
+class File:
+    """A file as it was sealed."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Working memory of a component: fixed + per_px * p + per_px2 * p * p bytes for an input of p output pixels."""
+
+    fixed: float
+    per_px: float
+    per_px2: float
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A component made runnable by one backend at one precision."""
+
+    backend: str  # ort | tensorrt | aoti
+    precision: str
+    file: str
+    batch: tuple[int, int] = (1, 64)  # the shape profile: smallest and largest batch
+    side_px: tuple[int, int] = (16, 8192)  # and smallest and largest side, in output pixels
+
+
+@dataclass(frozen=True)
+class Component:
+    """One network: its portable graph, what it takes and gives, its engines."""
+
+    graph: str
+    inputs: dict[str, TensorSpec]
+    outputs: dict[str, TensorSpec]
+    engines: tuple[Engine, ...]
+    memory: Memory
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """bundle.json."""
+
+    schema_version: int
+    system: str
+    preset: str
+    precision: str
+    licence: str  # of the base weights
+    components: dict[str, Component]
+    files: dict[str, File]
+    made_with: dict[str, str]  # package -> version
+    options: dict[str, str] = field(default_factory=dict)  # what the build was asked for
+    program: str = "program.json"
+    weights: str = "weights.json"
+    constants: str | None = None
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Where the bytes of one initializer are."""
+
+    file: str  # inside its folder
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder of weights: where it was at build and what must be in it."""
+
+    path: str | None  # absolute; none when the weights are packed in the bundle
+    files: dict[str, File]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """weights.json: every initializer of every component that is read from a file."""
+
+    folders: dict[str, Folder]
+    folder_of: dict[str, str]  # component -> folder
+    tensors: dict[str, dict[str, Reference]]  # component -> initializer -> bytes
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle that was read and found whole."""
+
+    root: Path
+    manifest: Manifest
+    program: Program
+    weights: Weights
+
+    def path(self, name: str) -> Path:
+        """A sealed file's place on disk."""
+        return self.root / name
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the manifest, which seals all the rest."""
+        return sha256_of_file(self.root / "bundle.json")
+
+    def weights_folder(self, component: str, weights_dir: Path | None = None) -> Path | None:
+        """The folder with the component's weights, its files checked; none when the component needs none."""
+        name = self.weights.folder_of.get(component)
+        if name is None:
+            return None
+        folder = self.weights.folders[name]
+        candidates = [self.root / "weights" / name]
+        candidates += [weights_dir / name, weights_dir] if weights_dir else []
+        candidates += [Path(folder.path)] if folder.path else []
+        for candidate in candidates:
+            if all((candidate / file).is_file() for file in folder.files):
+                _check_files(candidate, folder.files, "give the folder this bundle was built from")
+                return candidate
+        wanted = ", ".join(sorted(folder.files)[:3])
+        raise BundleError(
+            f"{self.root}: weights {wanted} of {component!r} are in none of {', '.join(map(str, candidates))};"
+            " pass --weights-dir, or rebuild with --pack"
+        )
+
+
+def read(root: str | os.PathLike[str]) -> Bundle:
+    """Read a bundle, check every sealed file and the program; refuse anything else in one line."""
+    root = Path(root)
+    if not (root / "bundle.json").is_file():
+        raise BundleError(f"{root}: no bundle.json there; give the directory that 'tilewright export build' made")
+    where = str(root / "bundle.json")
+    manifest = _read_manifest(_bytes_of(root / "bundle.json"), where)
+    for name in [*manifest.files, *_named_files(manifest)]:
+        _check_inside(root, name, where)
+        if name not in manifest.files:
+            raise BundleError(f"{where}: {name!r} is used but not listed under files; rebuild the bundle")
+    _check_files(root, manifest.files, "rebuild the bundle, or copy it again")
+    program = from_json(Program, _bytes_of(root / manifest.program), str(root / manifest.program))
+    constants = safetensors_header(root / manifest.constants) if manifest.constants else {}
+    signatures = {name: Signature(c.inputs, c.outputs) for name, c in manifest.components.items()}
+    check(program, signatures, {name: spec for name, (spec, _, _) in constants.items()})
+    weights = from_json(Weights, _bytes_of(root / manifest.weights), str(root / manifest.weights))
+    _check_weights(weights, manifest, root)
+    return Bundle(root, manifest, program, weights)
+
+
+def _read_manifest(text: bytes, where: str) -> Manifest:
+    with contextlib.suppress(ValueError, TypeError, RecursionError):
+        version = json.loads(text)["schema_version"]
+        if isinstance(version, int) and version > SCHEMA_VERSION:
+            raise BundleError(
+                f"{where}: schema {version}, this version reads up to {SCHEMA_VERSION}; upgrade tilewright"
+            )
+    manifest = from_json(Manifest, text, where)
+    if manifest.schema_version != SCHEMA_VERSION:
+        raise BundleError(
+            f"{where}: schema {manifest.schema_version} is unknown, not {SCHEMA_VERSION}; rebuild the bundle"
+        )
+    if not manifest.components:
+        raise BundleError(f"{where}: holds no component; rebuild the bundle")
+    for name, component in manifest.components.items():
+        if not component.engines:
+            raise BundleError(f"{where}: component {name!r} has no engine; rebuild the bundle")
+    return manifest
+
+
+def _named_files(manifest: Manifest) -> Iterable[str]:
+    for component in manifest.components.values():
+        yield component.graph
+        yield from (engine.file for engine in component.engines)
+    yield from (manifest.program, manifest.weights)
+    if manifest.constants:
+        yield manifest.constants
+
+
+def _check_weights(weights: Weights, manifest: Manifest, root: Path) -> None:
+    where = str(root / manifest.weights)
+    for component, references in weights.tensors.items():
+        if component not in manifest.components:
+            raise BundleError(f"{where}: weights of {component!r}, which is no component; rebuild the bundle")
+        folder = weights.folders.get(weights.folder_of.get(component, ""))
+        for name, reference in references.items():
+            file = folder.files.get(reference.file) if folder else None
+            if file is None:
+                raise BundleError(f"{where}: {component}.{name} lies in {reference.file!r}, which is not listed")
+            if min(reference.offset, reference.length) < 0 or reference.offset + reference.length > file.size:
+                raise BundleError(f"{where}: {component}.{name} reaches past the end of {reference.file!r}")
+    if unknown := sorted(set(weights.folder_of.values()) - weights.folders.keys()):
+        raise BundleError(f"{where}: folder {unknown[0]!r} is not listed; rebuild the bundle")
+    for name, folder in weights.folders.items():
+        for path in (name, *folder.files):
+            _check_inside(root, f"weights/{path}", where)
+
+
+def _check_inside(root: Path, name: str, where: str) -> None:
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\\" in name or str(path) != name or name == ".":
+        raise BundleError(f"{where}: path {name!r} is not a plain relative POSIX path; rebuild the bundle")
+    try:
+        inside = (root / name).resolve().is_relative_to(root.resolve())
+    except (OSError, ValueError, RuntimeError):
+        inside = False
+    if not inside:
+        raise BundleError(f"{where}: {name!r} leaves the bundle through a link; copy the bundle with its files")
+
+
+def _check_files(root: Path, files: dict[str, File], remedy: str) -> None:
+    for name, file in files.items():
+        path = root / name
+        if not path.is_file():
+            raise BundleError(f"{path}: missing; {remedy}")
+        if path.stat().st_size != file.size:
+            raise BundleError(f"{path}: {path.stat().st_size} bytes, sealed with {file.size}; {remedy}")
+        if sha256_of_file(path) != file.sha256:
+            raise BundleError(f"{path}: SHA-256 differs from the sealed {file.sha256[:12]}...; {remedy}")
+
+
+def _bytes_of(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise BundleError(f"{path}: {error.strerror}; rebuild the bundle") from None
+
+
+def safetensors_header(path: Path) -> dict[str, tuple[TensorSpec, int, int]]:
+    """Name -> (type and shape, offset in the file, length) of every tensor of a safetensors file."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))
+        if length > min(size - 8, 100_000_000):
+            raise BundleError(f"{path}: not a safetensors file, or cut short; copy it again")
+        try:
+            header: dict[str, Any] = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            return {name: _tensor(entry, 8 + length, size) for name, entry in header.items()}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise BundleError(f"{path}: unreadable safetensors header ({error}); copy it again") from None
+
+
+def _tensor(entry: dict[str, Any], base: int, size: int) -> tuple[TensorSpec, int, int]:
+    start, end = entry["data_offsets"]
+    if not 0 <= start <= end <= size - base:
+        raise ValueError(f"offsets {start}..{end} lie outside the file")
+    return TensorSpec(SAFETENSORS_DTYPES[entry["dtype"]], tuple(entry["shape"])), base + start, end - start
+
+
+def seal(staging: Path, manifest: Manifest, target: Path) -> None:
+    """List the staged files in the manifest, write it, and put the directory in the place of `target` at once."""
+    if target.exists() and not (target / "bundle.json").is_file() and any(target.iterdir()):
+        raise UsageError(f"{target}: exists and is not a bundle; choose another -o")
+    listed = [manifest.program, manifest.weights, *([manifest.constants] if manifest.constants else [])]
+    listed += sorted(set(_named_files(manifest)) - set(listed))
+    files = {n: File((staging / n).stat().st_size, sha256_of_file(staging / n)) for n in listed}
+    (staging / "bundle.json").write_text(to_json(replace(manifest, files=files)), encoding="utf-8")
+    read(staging)
+    for path in [*staging.rglob("*"), staging]:
+        _fsync(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.exists():
+        _exchange(staging, target)
+        shutil.rmtree(staging)
+    else:
+        staging.rename(target)
+    _fsync(target.parent)
+
+
+def _exchange(one: Path, other: Path) -> None:
+    """Swap two directories; in one step where the kernel can, else in two."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    at_cwd, exchange = -100, 2
+    if hasattr(libc, "renameat2") and not libc.renameat2(at_cwd, bytes(one), at_cwd, bytes(other), exchange):
+        return
+    aside = other.with_name(f".{other.name}.{os.getpid()}.old")
+    other.rename(aside)
+    one.rename(other)
+    aside.rename(one)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def json_schema() -> dict[str, object]:
+    """The JSON Schema of the three documents of a bundle."""
+    kinds = {"bundle.json": Manifest, "program.json": Program, "weights.json": Weights}
+    return {name: schema(kind, f"Tilewright {name}, schema {SCHEMA_VERSION}") for name, kind in kinds.items()}

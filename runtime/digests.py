@@ -1,0 +1,54 @@
+"""SHA-256 of files, remembered by size, modification time and inode, so that gigabytes are read once."""
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+__all__ = ["cache_dir", "sha256_of_bytes", "sha256_of_file", "writing"]
+
+
+def cache_dir() -> Path:
+    """Where builds and digests are kept: TILEWRIGHT_CACHE_DIR, else tilewright under XDG_CACHE_HOME or ~/.cache."""
+    if chosen := os.environ.get("TILEWRIGHT_CACHE_DIR"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tilewright"
+
+
+def sha256_of_bytes(data: bytes) -> str:
+    """Hexadecimal SHA-256."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_of_file(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file, from memory of an earlier reading if it has not changed since."""
+    status = path.stat()
+    seen = [str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ino]
+    note = cache_dir() / "digests" / sha256_of_bytes(json.dumps(seen).encode())
+    with contextlib.suppress(OSError):
+        remembered = note.read_text()
+        if len(remembered) == 64:
+            return remembered
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    with contextlib.suppress(OSError), writing(note) as temporary:
+        temporary.write_text(digest.hexdigest())
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """A temporary sibling that takes the place of `path` on success and is removed on failure."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,78 @@
+"""ONNX Runtime on the CPU.
+
+`fast` lets it re-pack the weights for speed, which holds them twice; `low` runs on the mapped files as they are.
+"""
+
+import importlib.util
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tilewright.runtime.bundle import Bundle
+from tilewright.runtime.errors import BundleError
+
+__all__ = ["OrtEngine", "missing", "open_engine", "open_graph", "version"]
+
+
+def missing() -> str | None:
+    """Why ONNX Runtime cannot run here; none when it can."""
+    if importlib.util.find_spec("onnxruntime") is None:
+        return "engine backend 'ort' needs ONNX Runtime: pip install 'tilewright[cpu]'"
+    return None
+
+
+def version() -> str:
+    """Name and version of what runs."""
+    import onnxruntime
+
+    return f"onnxruntime {onnxruntime.__version__}"
+
+
+class OrtEngine:
+    """One graph in one session."""
+
+    def __init__(self, session: Any) -> None:
+        self.session = session
+
+    def run(self, inputs: Mapping[str, Any], wanted: Iterable[str]) -> dict[str, Any]:
+        """The wanted outputs for these inputs."""
+        names = list(wanted)
+        return dict(zip(names, self.session.run(names, dict(inputs)), strict=True))
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self.session = None
+
+
+def open_engine(
+    bundle: Bundle, component: str, *, memory: str = "fast", threads: int = 0, weights_dir: Path | None = None
+) -> OrtEngine:
+    """Open a component of a bundle; weights are read where they lie."""
+    engine = next(e for e in bundle.manifest.components[component].engines if e.backend == "ort")
+    folder = bundle.weights_folder(component, weights_dir)
+    return open_graph(bundle.path(engine.file), folder, memory=memory, threads=threads)
+
+
+def open_graph(graph: Path, weights: Path | None, *, memory: str = "fast", threads: int = 0) -> OrtEngine:
+    """Open a graph file whose external data lies in `weights`; 0 threads lets ONNX Runtime choose."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    if weights:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights))
+    disabled = []
+    if memory == "low":
+        # folding, pre-packing and the arena each make a copy of what is mapped
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        options.enable_cpu_mem_arena = False
+        disabled = ["ConstantFolding"]
+    try:
+        session = ort.InferenceSession(
+            str(graph), options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled
+        )
+    except Exception as error:  # ONNX Runtime's exceptions share no base class
+        reason = str(error).splitlines()[0]
+        raise BundleError(f"{graph}: {version()} refuses the graph ({reason}); rebuild the bundle") from error
+    return OrtEngine(session)

@@ -1,0 +1,52 @@
+"""How much memory a restoration needs, how much there is, and how much was used."""
+
+import resource
+from collections.abc import Iterable
+from pathlib import Path
+
+from tilewright.runtime.bundle import Bundle
+from tilewright.runtime.program import Pass
+from tilewright.runtime.tiles import Plan
+
+__all__ = ["available_bytes", "needed_bytes", "peak_bytes"]
+
+INTERPRETER_BYTES = 120_000_000  # Python, NumPy, Pillow and ONNX Runtime, measured
+
+
+def available_bytes() -> int | None:
+    """Memory that can be taken without swapping; none where the system does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    system = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    return min([system, *_control_group_bytes()])
+
+
+def _control_group_bytes() -> Iterable[int]:
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = (group / "memory.max").read_text(), (group / "memory.current").read_text()
+    except OSError:
+        return []
+    return [] if limit.strip() == "max" else [int(limit) - int(used)]
+
+
+def peak_bytes() -> int:
+    """The most memory this process has held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def needed_bytes(bundle: Bundle, passes: Iterable[tuple[Pass, Plan]], height: int, width: int, memory: str) -> int:
+    """What restoring a padded image of that many output pixels will hold at its worst moment."""
+    weights = sum(r.length for tensors in bundle.weights.tensors.values() for r in tensors.values())
+    cells = sum(g.channels * (height // g.px) * (width // g.px) for g in bundle.program.grids.values())
+    cells += 3 * height * width  # the join of the pass that runs
+    working = max(_pass_bytes(bundle, p, plan) for p, plan in passes)
+    return int(INTERPRETER_BYTES + weights * (2 if memory == "fast" else 1) + 4 * cells + working)
+
+
+def _pass_bytes(bundle: Bundle, p: Pass, plan: Plan) -> float:
+    px = plan.tile_height * plan.tile_width * (min(p.tiles.batch, len(plan.tiles)) if p.tiles else 1)
+    models = [bundle.manifest.components[call.run].memory for _, _, call in p.calls()]
+    return max(m.fixed + m.per_px * px + m.per_px2 * px * px for m in models)

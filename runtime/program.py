@@ -1,0 +1,390 @@
+"""The program of a bundle: grids and passes, as data, and the check that they can run.
+
+A grid is an array over the padded image; a pass walks tiles, calls components on crops, and joins what they return.
+A value lives with the job (outputs of an untiled pass), with the tile (its outputs and its state) or on a grid.
+Where a call's input comes from is written as
+
+    name     a grid (its crop under the tile), a tile's value or state, a job's value
+    @name    this step's row of a schedule's table, of a value or of a constant (the whole table outside `each`)
+    #name    a constant of the bundle
+    $name    an input of the program, given by the caller or defaulted
+    ~name    noise shaped like the grid or state `name`, fresh every step
+
+Tensors that live with a tile or on a grid carry a leading batch axis; the others have none of their own.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from tilewright.runtime.errors import BundleError
+
+__all__ = [
+    "Call",
+    "Grid",
+    "Input",
+    "Pass",
+    "Program",
+    "Signature",
+    "State",
+    "Steps",
+    "TensorSpec",
+    "Tiles",
+    "check",
+    "state_shape",
+]
+
+T = TypeVar("T")
+Dim = int | str
+SCHEDULE_TABLES = {
+    "flow_shift": ("sigma", "sigma_next"),
+    "ddim": ("t", "alpha", "beta", "alpha_next", "beta_next"),
+    "ddpm": ("t", "alpha", "beta", "x0_weight", "z_weight", "noise_weight"),
+}
+DIFFUSION_OPTIONS = ("betas", "beta_start", "beta_end", "spacing_offset", "final_alpha")
+SCHEDULE_OPTIONS = {"flow_shift": ("max_mu",), "ddim": DIFFUSION_OPTIONS, "ddpm": DIFFUSION_OPTIONS}
+DTYPES = ("float32", "float16", "bfloat16", "int64", "int32", "uint8", "bool")
+STATE_DIM = re.compile(r"([hw])/([1-9]\d{0,3})")
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor's element type and shape; a name stands for a size that may vary."""
+
+    dtype: str
+    shape: tuple[Dim, ...]
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
+        if any(isinstance(d, int) and d < 1 for d in self.shape):
+            raise ValueError(f"shape {list(self.shape)} holds a size below 1")
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What a component takes and gives."""
+
+    inputs: dict[str, TensorSpec]
+    outputs: dict[str, TensorSpec]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A global float32 array over the padded image."""
+
+    px: int  # output pixels a cell spans, along each axis
+    channels: int
+    init: str = "none"  # input | noise | zeros | none (some pass writes it first)
+
+    def __post_init__(self) -> None:
+        if self.init not in ("input", "noise", "zeros", "none"):
+            raise ValueError(f"init {self.init!r} is not one of input, noise, zeros, none")
+        if self.px < 1 or self.channels < 1:
+            raise ValueError(f"px {self.px} and channels {self.channels} must be at least 1")
+
+
+@dataclass(frozen=True)
+class State:
+    """A tile's private float32 tensor, kept from `once` to `last`."""
+
+    shape: tuple[Dim, ...]  # without the batch; "h/8" is the tile's height in output pixels over 8
+    init: str = "zeros"  # zeros | ones | noise
+
+    def __post_init__(self) -> None:
+        if self.init not in ("zeros", "ones", "noise"):
+            raise ValueError(f"init {self.init!r} is not one of zeros, ones, noise")
+        if self.init == "noise" and len(self.shape) != 3:
+            raise ValueError(f"noise needs a shape of channels, rows, columns, not {list(self.shape)}")
+        for dim in self.shape:
+            if not (STATE_DIM.fullmatch(dim) if isinstance(dim, str) else dim > 0):
+                raise ValueError(f"shape {list(self.shape)}: {dim!r} is neither a size nor like 'h/8' or 'w/8'")
+
+
+@dataclass(frozen=True)
+class Input:
+    """A value the caller may give; `choices` gives names to numbers."""
+
+    dtype: str
+    shape: tuple[int, ...] = ()
+    default: int | float | str | None = None  # a number, or "#name" of a constant; none: the caller must give it
+    choices: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How a pass cuts the image, in output pixels."""
+
+    px: int
+    overlap_px: int
+    whole_up_to_px: tuple[int, int] | None = None  # images that fit, either way round, are one tile
+    batch: int = 1  # tiles given to one call
+
+    def __post_init__(self) -> None:
+        if self.batch < 1:
+            raise ValueError(f"batch {self.batch} must be at least 1")
+        if self.overlap_px < 0 or 2 * self.overlap_px > self.px:
+            raise ValueError(f"overlap_px {self.overlap_px} must lie between 0 and half of px {self.px}")
+
+
+@dataclass(frozen=True)
+class Steps:
+    """A named schedule; its tables depend on the tile's token count."""
+
+    schedule: str
+    count: int
+    px_per_token: int = 256  # output pixels of area behind one token
+    options: dict[str, float | str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.schedule not in SCHEDULE_TABLES:
+            raise ValueError(f"schedule {self.schedule!r} is not one of {', '.join(SCHEDULE_TABLES)}")
+        if unknown := sorted(self.options.keys() - set(SCHEDULE_OPTIONS[self.schedule])):
+            raise ValueError(f"schedule {self.schedule!r} has no option {unknown[0]!r}")
+        if not 1 <= self.count <= 1000 or self.px_per_token < 1:
+            raise ValueError(f"count {self.count} must lie in 1..1000 and px_per_token {self.px_per_token} be positive")
+
+
+@dataclass(frozen=True)
+class Call:
+    """One run of a component: where its inputs come from and where its outputs go."""
+
+    run: str
+    inputs: dict[str, str]
+    outputs: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A walk over tiles; without tiles, one look at the whole job."""
+
+    name: str
+    tiles: Tiles | None = None
+    steps: Steps | None = None
+    state: dict[str, State] = field(default_factory=dict)
+    once: tuple[Call, ...] = ()
+    each: tuple[Call, ...] = ()
+    last: tuple[Call, ...] = ()
+
+    def calls(self) -> Iterator[tuple[str, int, Call]]:
+        """Every call with its section and position, in the order they run."""
+        for section, calls in (("once", self.once), ("each", self.each), ("last", self.last)):
+            for position, call in enumerate(calls):
+                yield section, position, call
+
+
+@dataclass(frozen=True)
+class Program:
+    """What turns an image into its restoration: `image` is read, `result` is the answer."""
+
+    scale: int
+    multiple_px: int  # the padded image's sides are multiples of this
+    grids: dict[str, Grid]
+    passes: tuple[Pass, ...]
+    inputs: dict[str, Input] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.scale <= 16 or not 1 <= self.multiple_px <= 4096:
+            raise ValueError(f"scale {self.scale} must lie in 1..16 and multiple_px {self.multiple_px} in 1..4096")
+
+    def components(self) -> set[str]:
+        """Names of the components that the passes call."""
+        return {call.run for p in self.passes for _, _, call in p.calls()}
+
+
+def state_shape(state: State, height: int, width: int) -> tuple[int, ...]:
+    """The shape of a tile's state for a tile of that many output pixels."""
+    sides = {"h": height, "w": width}
+    return tuple(d if isinstance(d, int) else sides[d[0]] // int(d[2:]) for d in state.shape)
+
+
+def check(program: Program, components: Mapping[str, Signature], constants: Mapping[str, TensorSpec]) -> None:
+    """Refuse, by name, a program that could not run on these components."""
+    _check_grids(program)
+    for name, given in program.inputs.items():
+        _check_input(name, given, constants)
+    scope = _Scope(program, components, constants)
+    for p in program.passes:
+        scope.enter(p)
+        for section, position, call in p.calls():
+            scope.call(section, f"pass {p.name!r}, {section}[{position}] runs {call.run!r}", call)
+        scope.leave()
+    if "result" not in scope.written:
+        raise BundleError("program: no pass writes the grid 'result'; add the call that makes it")
+
+
+def _check_grids(program: Program) -> None:
+    for name, init in (("image", "input"), ("result", "none")):
+        grid = program.grids.get(name)
+        if grid is None or (grid.px, grid.channels, grid.init) != (1, 3, init):
+            raise BundleError(f"program: grid {name!r} must be there with px 1, channels 3, init {init}; found {grid}")
+    for name, grid in program.grids.items():
+        if program.multiple_px % grid.px:
+            raise BundleError(f"program: grid {name!r}: px {grid.px} does not divide multiple_px {program.multiple_px}")
+        if grid.init == "input" and name != "image":
+            raise BundleError(f"program: grid {name!r}: only 'image' is an input; use init none, zeros or noise")
+
+
+def _check_input(name: str, given: Input, constants: Mapping[str, TensorSpec]) -> None:
+    where = f"program: input {name!r}"
+    if given.dtype not in DTYPES:
+        raise BundleError(f"{where}: dtype {given.dtype!r} is not one of {', '.join(DTYPES)}")
+    if isinstance(given.default, str):
+        if constants.get(given.default.removeprefix("#")) != TensorSpec(given.dtype, given.shape):
+            raise BundleError(f"{where}: default {given.default!r} is no constant of that type and shape")
+    elif given.default is not None and given.shape:
+        raise BundleError(f"{where}: the number {given.default} cannot fill {list(given.shape)}; name a #constant")
+    if given.choices and given.default is not None and given.default not in given.choices.values():
+        raise BundleError(f"{where}: default {given.default!r} is not among {given.choices}")
+
+
+class _Scope:
+    """What is known, and of which shape, at each point of a program."""
+
+    def __init__(
+        self, program: Program, components: Mapping[str, Signature], constants: Mapping[str, TensorSpec]
+    ) -> None:
+        self.program, self.components, self.constants = program, components, constants
+        self.job: dict[str, TensorSpec] = {}
+        self.tile: dict[str, TensorSpec] = {}
+        self.written: set[str] = set()
+        self.seen: set[str] = set()
+
+    def enter(self, p: Pass) -> None:
+        """Check the pass on its own and bring in its state."""
+        where = f"program: pass {p.name!r}"
+        if p.name in self.seen:
+            raise BundleError(f"{where}: the name is taken; give every pass its own")
+        if (p.steps is None) != (not p.each):
+            raise BundleError(f"{where}: 'steps' and 'each' go together; give both or neither")
+        if (p.last or p.state) and p.steps is None:
+            raise BundleError(f"{where}: 'last' and 'state' need 'steps'; use 'once'")
+        if not (p.once or p.each):
+            raise BundleError(f"{where}: makes no call; remove it")
+        if p.tiles and (p.tiles.px % self.program.multiple_px or p.tiles.overlap_px % self.program.multiple_px):
+            raise BundleError(
+                f"{where}: tiles of {p.tiles.px} px overlapping by {p.tiles.overlap_px} px"
+                f" must be multiples of multiple_px {self.program.multiple_px}"
+            )
+        self.seen.add(p.name)
+        self.now, self.fresh = p, set[str]()
+        self.tile = {}
+        for name, state in p.state.items():
+            self._check_state(where, name, state)
+            self.tile[name] = TensorSpec("float32", ("batch", *state.shape))
+
+    def _check_state(self, where: str, name: str, state: State) -> None:
+        if name in self.program.grids or name in self.job:
+            raise BundleError(f"{where}: state {name!r} hides a grid or a job's value; rename it")
+        for dim in state.shape:
+            if isinstance(dim, str) and self.program.multiple_px % int(dim[2:]):
+                raise BundleError(
+                    f"{where}: state {name!r}: {dim!r} does not divide multiple_px {self.program.multiple_px}"
+                )
+
+    def leave(self) -> None:
+        """Forget the tile; keep what the pass gave to the job and the grids."""
+        self.written |= self.fresh
+        if self.now.tiles is None:
+            self.job |= {k: v for k, v in self.tile.items() if k not in self.now.state}
+
+    def call(self, section: str, where: str, call: Call) -> None:
+        """Check one call and bring in its outputs."""
+        if call.run not in self.components:
+            raise BundleError(f"program: {where}: no such component; there are {', '.join(sorted(self.components))}")
+        signature = self.components[call.run]
+        if missing := sorted(signature.inputs.keys() - call.inputs.keys()):
+            raise BundleError(f"program: {where}: input {missing[0]!r} is missing")
+        if unknown := sorted(call.inputs.keys() - signature.inputs.keys()):
+            raise BundleError(f"program: {where}: the component has no input {unknown[0]!r}")
+        if unknown := sorted(call.outputs.keys() - signature.outputs.keys()):
+            raise BundleError(f"program: {where}: the component has no output {unknown[0]!r}")
+        if not call.outputs or len(set(call.outputs.values())) != len(call.outputs):
+            raise BundleError(f"program: {where}: outputs {call.outputs} must name at least one place, each once")
+        for name, source in call.inputs.items():
+            _fit(self.source(section, where, source), signature.inputs[name], f"program: {where}: {name} = {source}")
+        for name, target in call.outputs.items():
+            self.output(section, f"program: {where}: {name} -> {target}", signature.outputs[name], target)
+
+    def source(self, section: str, where: str, source: str) -> TensorSpec:
+        """The type and shape behind a source, or a refusal that names it."""
+        kind, name = (source[:1], source[1:]) if source[:1] in ("@", "#", "$", "~") else ("", source)
+        where = f"program: {where}: {source!r}"
+        if kind == "@":
+            return self.table(section, where, name)
+        if kind == "~":
+            return self.noise(where, name)
+        if kind == "#":
+            return _found(self.constants, name, f"{where}: no such constant in the bundle")
+        if kind == "$":
+            given = _found(self.program.inputs, name, f"{where}: the program has no such input")
+            return TensorSpec(given.dtype, given.shape)
+        if name in self.program.grids:
+            return self.grid(section, where, name)
+        return _found(self.tile | self.job, name, f"{where}: nothing of that name is known here")
+
+    def grid(self, section: str, where: str, name: str) -> TensorSpec:
+        grid = self.program.grids[name]
+        if grid.init == "none" and name not in self.written:
+            raise BundleError(f"{where}: the grid is read before any earlier pass writes it")
+        if section != "each" and name in self.fresh:
+            raise BundleError(f"{where}: the grid is read in {section} of the pass that writes it; use another grid")
+        return TensorSpec("float32", ("batch", grid.channels, f"h/{grid.px}", f"w/{grid.px}"))
+
+    def noise(self, where: str, name: str) -> TensorSpec:
+        if name in self.program.grids:
+            grid = self.program.grids[name]
+            return TensorSpec("float32", ("batch", grid.channels, f"h/{grid.px}", f"w/{grid.px}"))
+        state = _found(self.now.state, name, f"{where}: noise needs a grid or a state of this pass")
+        if len(state.shape) != 3:
+            raise BundleError(f"{where}: noise needs a shape of channels, rows, columns, not {list(state.shape)}")
+        return TensorSpec("float32", ("batch", *state.shape))
+
+    def table(self, section: str, where: str, name: str) -> TensorSpec:
+        if self.now.steps is None:
+            raise BundleError(f"{where}: a table needs a pass with steps")
+        if name in SCHEDULE_TABLES[self.now.steps.schedule]:
+            return TensorSpec("float32", () if section == "each" else ("steps",))
+        if section != "each":
+            raise BundleError(f"{where}: outside 'each' only a schedule's tables can be read as a table")
+        if name in self.tile and len(self.tile[name].shape) >= 2:
+            shape = self.tile[name].shape
+            return TensorSpec(self.tile[name].dtype, (shape[0], *shape[2:]))
+        whole = _found(self.job | dict(self.constants), name, f"{where}: no table, value or constant has that name")
+        if not whole.shape:
+            raise BundleError(f"{where}: a single number has no rows")
+        if isinstance(whole.shape[0], int) and whole.shape[0] < self.now.steps.count:
+            raise BundleError(f"{where}: has {whole.shape[0]} rows for {self.now.steps.count} steps")
+        return TensorSpec(whole.dtype, whole.shape[1:])
+
+    def output(self, section: str, where: str, given: TensorSpec, target: str) -> None:
+        if not target.isidentifier():
+            raise BundleError(f"{where}: a place is named by letters, digits and underscores")
+        if target in self.program.grids:
+            grid = self.program.grids[target]
+            if target == "image":
+                raise BundleError(f"{where}: the input is not written to; use another grid")
+            _fit(given, TensorSpec("float32", ("batch", grid.channels, f"h/{grid.px}", f"w/{grid.px}")), where)
+            self.fresh.add(target)
+            return
+        if target in self.now.state:
+            _fit(given, self.tile[target], where)
+        elif target in self.job or (target in self.tile and section != "each"):
+            raise BundleError(f"{where}: the name is taken; give every value its own")
+        self.tile[target] = given
+
+
+def _found(known: Mapping[str, T], name: str, complaint: str) -> T:
+    if name not in known:
+        raise BundleError(f"{complaint}; there are {', '.join(sorted(known)) or 'none'}")
+    return known[name]
+
+
+def _fit(given: TensorSpec, wanted: TensorSpec, where: str) -> None:
+    sizes = zip(given.shape, wanted.shape, strict=False)
+    clash = any(isinstance(a, int) and isinstance(b, int) and a != b for a, b in sizes)
+    if given.dtype != wanted.dtype or len(given.shape) != len(wanted.shape) or clash:
+        raise BundleError(
+            f"{where}: {given.dtype} {list(given.shape)} does not fit {wanted.dtype} {list(wanted.shape)}"
+        )

@@ -9,7 +9,7 @@ Codebooks are one tensor [G, K, D], so that all groups are one gather.
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import embedding, linear
 
 __all__ = ["codebook_from_hidden", "codebook_from_indices"]
 
@@ -18,7 +18,7 @@ def codebook_from_indices(indices: Tensor, codebook: Tensor) -> Tensor:
     """The codewords of indices [..., G] from codebooks [G, K, D], concatenated to [..., G*D]."""
     groups, size, width = codebook.shape
     flat = indices.long() + torch.arange(0, groups * size, size, device=indices.device)
-    return codebook.reshape(groups * size, width)[flat].flatten(-2)
+    return embedding(flat, codebook.reshape(groups * size, width)).flatten(-2)
 
 
 def codebook_from_hidden(

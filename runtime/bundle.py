@@ -7,10 +7,11 @@ and may lie outside. `reports/` and `README.md` are for people and are not part 
 import contextlib
 import ctypes
 import json
+import math
 import os
 import shutil
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -19,7 +20,7 @@ from typing import Any
 from tilewright.runtime.digests import sha256_of_file
 from tilewright.runtime.errors import BundleError, UsageError
 from tilewright.runtime.program import Program, Signature, TensorSpec, check
-from tilewright.runtime.strict import from_json, schema, to_json
+from tilewright.runtime.strict import from_json, one_line, schema, to_json
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -36,17 +37,18 @@ __all__ = [
     "read",
     "safetensors_header",
     "seal",
+    "write_manifest",
 ]
 
 SCHEMA_VERSION = 1
-SAFETENSORS_DTYPES = {
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "I64": "int64",
-    "I32": "int32",
-    "U8": "uint8",
-    "BOOL": "bool",
+SAFETENSORS_DTYPES = {  # with the bytes of an element
+    "F32": ("float32", 4),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "I64": ("int64", 8),
+    "I32": ("int32", 4),
+    "U8": ("uint8", 1),
+    "BOOL": ("bool", 1),
 }
 
 
@@ -65,6 +67,10 @@ class Memory:
     fixed: float
     per_px: float
     per_px2: float
+
+    def __post_init__(self) -> None:
+        if not all(0 <= value < 2**63 for value in (self.fixed, self.per_px, self.per_px2)):
+            raise ValueError(f"memory {self.fixed}, {self.per_px}, {self.per_px2} must lie between 0 and 2**63")
 
 
 @dataclass(frozen=True)
@@ -163,20 +169,31 @@ class Bundle:
         candidates += [weights_dir / name, weights_dir] if weights_dir else []
         candidates += [Path(folder.path)] if folder.path else []
         for candidate in candidates:
-            if all((candidate / file).is_file() for file in folder.files):
+            if all(_is_file(candidate / file) for file in folder.files):
                 _check_files(candidate, folder.files, "give the folder this bundle was built from")
                 return candidate
-        wanted = ", ".join(sorted(folder.files)[:3])
+        wanted = one_line(", ".join(sorted(folder.files)[:3]))
+        searched = ", ".join(one_line(str(candidate)) for candidate in candidates)
         raise BundleError(
-            f"{self.root}: weights {wanted} of {component!r} are in none of {', '.join(map(str, candidates))};"
+            f"{self.root}: weights {wanted} of {component!r} are in none of {searched};"
             " pass --weights-dir, or rebuild with --pack"
         )
 
 
+@contextlib.contextmanager
+def _one_line() -> Iterator[None]:
+    """Keep what a document says from breaking or flooding the line of a refusal."""
+    try:
+        yield
+    except BundleError as error:
+        raise BundleError(one_line(str(error))) from None
+
+
+@_one_line()
 def read(root: str | os.PathLike[str]) -> Bundle:
     """Read a bundle, check every sealed file and the program; refuse anything else in one line."""
     root = Path(root)
-    if not (root / "bundle.json").is_file():
+    if not _is_file(root / "bundle.json"):
         raise BundleError(f"{root}: no bundle.json there; give the directory that 'tilewright export build' made")
     where = str(root / "bundle.json")
     manifest = _read_manifest(_bytes_of(root / "bundle.json"), where)
@@ -188,14 +205,17 @@ def read(root: str | os.PathLike[str]) -> Bundle:
     program = from_json(Program, _bytes_of(root / manifest.program), str(root / manifest.program))
     constants = safetensors_header(root / manifest.constants) if manifest.constants else {}
     signatures = {name: Signature(c.inputs, c.outputs) for name, c in manifest.components.items()}
-    check(program, signatures, {name: spec for name, (spec, _, _) in constants.items()})
+    try:
+        check(program, signatures, {name: spec for name, (spec, _, _) in constants.items()})
+    except BundleError as error:
+        raise BundleError(f"{root / manifest.program}: {str(error).removeprefix('program: ')}") from None
     weights = from_json(Weights, _bytes_of(root / manifest.weights), str(root / manifest.weights))
     _check_weights(weights, manifest, root)
     return Bundle(root, manifest, program, weights)
 
 
 def _read_manifest(text: bytes, where: str) -> Manifest:
-    with contextlib.suppress(ValueError, TypeError, RecursionError):
+    with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
         version = json.loads(text)["schema_version"]
         if isinstance(version, int) and version > SCHEMA_VERSION:
             raise BundleError(
@@ -219,7 +239,7 @@ def _named_files(manifest: Manifest) -> Iterable[str]:
         yield component.graph
         yield from (engine.file for engine in component.engines)
     yield from (manifest.program, manifest.weights)
-    if manifest.constants:
+    if manifest.constants is not None:
         yield manifest.constants
 
 
@@ -238,13 +258,16 @@ def _check_weights(weights: Weights, manifest: Manifest, root: Path) -> None:
     if unknown := sorted(set(weights.folder_of.values()) - weights.folders.keys()):
         raise BundleError(f"{where}: folder {unknown[0]!r} is not listed; rebuild the bundle")
     for name, folder in weights.folders.items():
-        for path in (name, *folder.files):
+        if folder.path is not None and not PurePosixPath(folder.path).is_absolute():
+            raise BundleError(f"{where}: folder {name!r}: path {folder.path!r} is not absolute; rebuild the bundle")
+        for path in (name, *(f"{name}/{file}" for file in folder.files)):
             _check_inside(root, f"weights/{path}", where)
 
 
 def _check_inside(root: Path, name: str, where: str) -> None:
     path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or "\\" in name or str(path) != name or name == ".":
+    odd = "\\" in name or not name.isprintable()
+    if path.is_absolute() or ".." in path.parts or odd or str(path) != name or name == ".":
         raise BundleError(f"{where}: path {name!r} is not a plain relative POSIX path; rebuild the bundle")
     try:
         inside = (root / name).resolve().is_relative_to(root.resolve())
@@ -254,15 +277,27 @@ def _check_inside(root: Path, name: str, where: str) -> None:
         raise BundleError(f"{where}: {name!r} leaves the bundle through a link; copy the bundle with its files")
 
 
+@_one_line()
 def _check_files(root: Path, files: dict[str, File], remedy: str) -> None:
     for name, file in files.items():
         path = root / name
-        if not path.is_file():
+        if not _is_file(path):
             raise BundleError(f"{path}: missing; {remedy}")
-        if path.stat().st_size != file.size:
-            raise BundleError(f"{path}: {path.stat().st_size} bytes, sealed with {file.size}; {remedy}")
-        if sha256_of_file(path) != file.sha256:
-            raise BundleError(f"{path}: SHA-256 differs from the sealed {file.sha256[:12]}...; {remedy}")
+        try:
+            if (size := path.stat().st_size) != file.size:
+                raise BundleError(f"{path}: {size} bytes, sealed with {file.size}; {remedy}")
+            if sha256_of_file(path) != file.sha256:
+                raise BundleError(f"{path}: SHA-256 differs from the sealed {file.sha256[:12]}...; {remedy}")
+        except OSError as error:
+            raise BundleError(f"{path}: {error.strerror}; {remedy}") from None
+
+
+def _is_file(path: Path) -> bool:
+    """Whether a file is there; unlike `Path.is_file`, also for a name too long to exist."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def _bytes_of(path: Path) -> bytes:
@@ -272,6 +307,7 @@ def _bytes_of(path: Path) -> bytes:
         raise BundleError(f"{path}: {error.strerror}; rebuild the bundle") from None
 
 
+@_one_line()
 def safetensors_header(path: Path) -> dict[str, tuple[TensorSpec, int, int]]:
     """Name -> (type and shape, offset in the file, length) of every tensor of a safetensors file."""
     size = path.stat().st_size
@@ -289,19 +325,32 @@ def safetensors_header(path: Path) -> dict[str, tuple[TensorSpec, int, int]]:
 
 def _tensor(entry: dict[str, Any], base: int, size: int) -> tuple[TensorSpec, int, int]:
     start, end = entry["data_offsets"]
+    dtype, width = SAFETENSORS_DTYPES[entry["dtype"]]
+    spec = TensorSpec(dtype, tuple(entry["shape"]))
+    if any(type(number) is not int for number in (start, end, *spec.shape)):
+        raise ValueError(f"offsets {start}..{end} and shape {list(spec.shape)} are not all integers")
     if not 0 <= start <= end <= size - base:
         raise ValueError(f"offsets {start}..{end} lie outside the file")
-    return TensorSpec(SAFETENSORS_DTYPES[entry["dtype"]], tuple(entry["shape"])), base + start, end - start
+    if end - start != width * math.prod(int(d) for d in spec.shape):
+        raise ValueError(f"offsets {start}..{end} do not hold {dtype} {list(spec.shape)}")
+    return spec, base + start, end - start
+
+
+def write_manifest(root: Path, manifest: Manifest) -> None:
+    """Complete the manifest with the files it names, as they are now, and write it."""
+    listed = [manifest.program, manifest.weights, *([manifest.constants] if manifest.constants else [])]
+    listed += sorted(set(_named_files(manifest)) - set(listed))
+    files = {n: File((root / n).stat().st_size, sha256_of_file(root / n)) for n in listed}
+    (root / "bundle.json").write_text(to_json(replace(manifest, files=files)), encoding="utf-8")
 
 
 def seal(staging: Path, manifest: Manifest, target: Path) -> None:
     """List the staged files in the manifest, write it, and put the directory in the place of `target` at once."""
-    if target.exists() and not (target / "bundle.json").is_file() and any(target.iterdir()):
+    ours = _is_file(target / "bundle.json") or (target.is_dir() and not any(target.iterdir()))
+    if target.exists() and not ours:
         raise UsageError(f"{target}: exists and is not a bundle; choose another -o")
-    listed = [manifest.program, manifest.weights, *([manifest.constants] if manifest.constants else [])]
-    listed += sorted(set(_named_files(manifest)) - set(listed))
-    files = {n: File((staging / n).stat().st_size, sha256_of_file(staging / n)) for n in listed}
-    (staging / "bundle.json").write_text(to_json(replace(manifest, files=files)), encoding="utf-8")
+    target = target.resolve()  # a link to a bundle stays, and what it points at is replaced
+    write_manifest(staging, manifest)
     read(staging)
     for path in [*staging.rglob("*"), staging]:
         _fsync(path)

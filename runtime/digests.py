@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,9 +28,9 @@ def sha256_of_file(path: Path) -> str:
     status = path.stat()
     seen = [str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ino]
     note = cache_dir() / "digests" / sha256_of_bytes(json.dumps(seen).encode())
-    with contextlib.suppress(OSError):
-        remembered = note.read_text()
-        if len(remembered) == 64:
+    with contextlib.suppress(OSError, ValueError):
+        remembered = note.read_text("ascii")
+        if re.fullmatch("[0-9a-f]{64}", remembered):
             return remembered
     digest = hashlib.sha256()
     with path.open("rb") as file:

@@ -22,7 +22,7 @@ from PIL import ExifTags, Image
 
 from tilewright.runtime.errors import InputError, ResourceError, UsageError
 
-__all__ = ["Picture", "assemble", "check_writable", "from_canvas", "read", "to_canvas", "upsample", "write"]
+__all__ = ["Enlarged", "Picture", "assemble", "check_writable", "from_canvas", "read", "write"]
 
 Pixels = npt.NDArray[np.uint8]
 Canvas = npt.NDArray[np.float32]
@@ -39,6 +39,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_REACH = 3  # source pixels on each side that decide an enlarged one; the bicubic filter reads 2
 _BAND = 128  # rows: a float buffer of this many stays in cache, and small beside an image of any size
 
 _guard = threading.Lock()
@@ -213,36 +214,60 @@ def _fitting(icc: bytes | None, grey: bool) -> bytes | None:
     return icc if icc and icc[16:20] == (b"GRAY" if grey else b"RGB ") else None
 
 
-def upsample(picture: Picture, scale: int) -> Picture:
-    """Enlarge a picture, alpha too, with Pillow's bicubic filter."""
-    if scale == 1:
-        return picture
-    alpha = None if picture.alpha is None else _enlarged(picture.alpha, scale)
-    return Picture(_enlarged(picture.rgb, scale), alpha, picture.grey, picture.icc)
-
-
 def _enlarged(pixels: Pixels, scale: int) -> Pixels:
     image = Image.fromarray(pixels)
     return np.asarray(image.resize((image.width * scale, image.height * scale), Image.Resampling.BICUBIC))
 
 
-def to_canvas(rgb: Pixels, multiple: int) -> Canvas:
-    """Planes in [0, 1], padded at the bottom and right to a multiple: reflected, or the edge if a side is too short."""
-    height, width = rgb.shape[:2]
-    canvas = np.empty((3, -(-height // multiple) * multiple, -(-width // multiple) * multiple), np.float32)
-    for channel in range(3):
-        np.divide(rgb[:, :, channel], 255, out=canvas[channel, :height, :width], dtype=np.float32)
-    _fill_rows(canvas[:, :, :width], height)
-    _fill_rows(canvas.swapaxes(1, 2), width)
-    return canvas
+@dataclass(frozen=True)
+class Enlarged:
+    """A picture as a network sees it, enlarged and padded, made crop by crop: it never exists as a whole.
+
+    The bottom and right are padded to the multiple: reflected, or the edge repeated if a side is too short.
+    """
+
+    rgb: Pixels
+    scale: int
+    multiple: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, padded height, padded width."""
+        height, width = (-(-side * self.scale // self.multiple) * self.multiple for side in self.rgb.shape[:2])
+        return 3, height, width
+
+    def crop(self, top: int, left: int, height: int, width: int) -> Canvas:
+        """Planes in [0, 1]; the same values as if the whole were enlarged first."""
+        rows = _source_rows(top, height, self.rgb.shape[0] * self.scale, self.shape[1])
+        columns = _source_rows(left, width, self.rgb.shape[1] * self.scale, self.shape[2])
+        first_row, last_row = self._support(rows)
+        first_column, last_column = self._support(columns)
+        pixels = self.rgb[first_row:last_row, first_column:last_column]
+        pixels = pixels if self.scale == 1 else _enlarged(np.ascontiguousarray(pixels), self.scale)
+        pixels = _taken(pixels, rows - first_row * self.scale, 0)
+        pixels = _taken(pixels, columns - first_column * self.scale, 1)
+        planes = np.empty((3, height, width), np.float32)
+        for channel in range(3):
+            np.divide(pixels[:, :, channel], 255, out=planes[channel], dtype=np.float32)
+        return planes
+
+    def _support(self, rows: npt.NDArray[np.int64]) -> tuple[int, int]:
+        """The source rows that the filter reads for these enlarged ones; Pillow cuts what reaches past the image."""
+        return max(0, int(rows.min()) // self.scale - _REACH), int(rows.max()) // self.scale + 1 + _REACH
 
 
-def _fill_rows(canvas: Canvas, filled: int) -> None:
-    pad = canvas.shape[1] - filled
-    if pad > filled - 1:
-        canvas[:, filled:] = canvas[:, filled - 1 : filled]
-    else:
-        canvas[:, filled:] = canvas[:, filled - 1 - pad : filled - 1][:, ::-1]
+def _source_rows(start: int, count: int, filled: int, padded: int) -> npt.NDArray[np.int64]:
+    rows = np.arange(start, start + count)
+    mirrored = 2 * (filled - 1) - rows if padded - filled <= filled - 1 else np.full_like(rows, filled - 1)
+    return np.where(rows < filled, rows, mirrored)
+
+
+def _taken(pixels: Pixels, rows: npt.NDArray[np.int64], axis: int) -> Pixels:
+    """The rows as a view where they follow each other."""
+    if rows[-1] - rows[0] == len(rows) - 1 and rows.max() == rows[-1]:
+        span = slice(int(rows[0]), int(rows[-1]) + 1)
+        return pixels[span] if axis == 0 else pixels[:, span]
+    return np.take(pixels, rows, axis)
 
 
 def from_canvas(canvas: Canvas, height: int, width: int) -> Pixels:
@@ -262,9 +287,12 @@ def from_canvas(canvas: Canvas, height: int, width: int) -> Pixels:
 
 
 def assemble(rgb: Pixels, like: Picture) -> Pixels:
-    """Lay out a result as its source was: [H, W], [H, W, 2], [H, W, 3] or [H, W, 4]; alpha must have its size."""
+    """Lay out a result as its source was: [H, W], [H, W, 2], [H, W, 3] or [H, W, 4]; alpha is enlarged to fit."""
     colour = np.array(Image.fromarray(rgb).convert("L")) if like.grey else rgb
-    return colour if like.alpha is None else np.dstack((colour, like.alpha))
+    if like.alpha is None:
+        return colour
+    alpha = Image.fromarray(like.alpha).resize((rgb.shape[1], rgb.shape[0]), Image.Resampling.BICUBIC)
+    return np.dstack((colour, np.asarray(alpha)))
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:

@@ -11,6 +11,7 @@ from tilewright.runtime.tiles import Plan
 __all__ = ["available_bytes", "needed_bytes", "peak_bytes"]
 
 INTERPRETER_BYTES = 120_000_000  # Python, NumPy, Pillow and ONNX Runtime, measured
+CONTROL_GROUP = Path("/sys/fs/cgroup")
 
 
 def available_bytes() -> int | None:
@@ -24,12 +25,13 @@ def available_bytes() -> int | None:
 
 
 def _control_group_bytes() -> Iterable[int]:
-    group = Path("/sys/fs/cgroup")
     try:
-        limit, used = (group / "memory.max").read_text(), (group / "memory.current").read_text()
+        limit, used, table = ((CONTROL_GROUP / f"memory.{n}").read_text() for n in ("max", "current", "stat"))
     except OSError:
         return []
-    return [] if limit.strip() == "max" else [int(limit) - int(used)]
+    parts = dict(line.split() for line in table.splitlines())
+    cached = sum(int(parts.get(name, 0)) for name in ("active_file", "inactive_file"))  # given back when asked for
+    return [] if limit.strip() == "max" else [int(limit) - int(used) + cached]
 
 
 def peak_bytes() -> int:
@@ -40,8 +42,9 @@ def peak_bytes() -> int:
 def needed_bytes(bundle: Bundle, passes: Iterable[tuple[Pass, Plan]], height: int, width: int, memory: str) -> int:
     """What restoring a padded image of that many output pixels will hold at its worst moment."""
     weights = sum(r.length for tensors in bundle.weights.tensors.values() for r in tensors.values())
-    cells = sum(g.channels * (height // g.px) * (width // g.px) for g in bundle.program.grids.values())
-    cells += 3 * height * width  # the join of the pass that runs
+    held = [grid for grid in bundle.program.grids.values() if grid.init != "input"]  # the input is read by crops
+    cells = sum(g.channels * (height // g.px) * (width // g.px) for g in held)
+    cells += 3 * height * width  # the join of the pass that runs, and then the picture in 8 bits
     working = max(_pass_bytes(bundle, p, plan) for p, plan in passes)
     return int(INTERPRETER_BYTES + weights * (2 if memory == "fast" else 1) + 4 * cells + working)
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from tilewright.runtime.errors import BundleError
+from tilewright.runtime.strict import one_line
 
 __all__ = [
     "Call",
@@ -42,8 +43,13 @@ SCHEDULE_TABLES = {
     "ddim": ("t", "alpha", "beta", "alpha_next", "beta_next"),
     "ddpm": ("t", "alpha", "beta", "x0_weight", "z_weight", "noise_weight"),
 }
-DIFFUSION_OPTIONS = ("betas", "beta_start", "beta_end", "spacing_offset", "final_alpha")
-SCHEDULE_OPTIONS = {"flow_shift": ("max_mu",), "ddim": DIFFUSION_OPTIONS, "ddpm": DIFFUSION_OPTIONS}
+DIFFUSION_OPTIONS = {"betas": str, "beta_start": float, "beta_end": float, "spacing_offset": int, "final_alpha": str}
+SCHEDULE_OPTIONS: dict[str, dict[str, type]] = {
+    "flow_shift": {"max_mu": float},
+    "ddim": DIFFUSION_OPTIONS,
+    "ddpm": DIFFUSION_OPTIONS,
+}
+OPTIONAL = {"max_mu"}  # every other option must be given
 DTYPES = ("float32", "float16", "bfloat16", "int64", "int32", "uint8", "bool")
 STATE_DIM = re.compile(r"([hw])/([1-9]\d{0,3})")
 
@@ -111,6 +117,10 @@ class Input:
     default: int | float | str | None = None  # a number, or "#name" of a constant; none: the caller must give it
     choices: dict[str, int] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if any(d < 1 for d in self.shape):
+            raise ValueError(f"shape {list(self.shape)} holds a size below 1")
+
 
 @dataclass(frozen=True)
 class Tiles:
@@ -124,6 +134,8 @@ class Tiles:
     def __post_init__(self) -> None:
         if self.batch < 1:
             raise ValueError(f"batch {self.batch} must be at least 1")
+        if self.px < 1:
+            raise ValueError(f"px {self.px} must be at least 1")
         if self.overlap_px < 0 or 2 * self.overlap_px > self.px:
             raise ValueError(f"overlap_px {self.overlap_px} must lie between 0 and half of px {self.px}")
 
@@ -135,13 +147,19 @@ class Steps:
     schedule: str
     count: int
     px_per_token: int = 256  # output pixels of area behind one token
-    options: dict[str, float | str] = field(default_factory=dict)
+    options: dict[str, int | float | str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULE_TABLES:
             raise ValueError(f"schedule {self.schedule!r} is not one of {', '.join(SCHEDULE_TABLES)}")
-        if unknown := sorted(self.options.keys() - set(SCHEDULE_OPTIONS[self.schedule])):
+        kinds = SCHEDULE_OPTIONS[self.schedule]
+        if unknown := sorted(self.options.keys() - kinds.keys()):
             raise ValueError(f"schedule {self.schedule!r} has no option {unknown[0]!r}")
+        if missing := sorted(kinds.keys() - self.options.keys() - OPTIONAL):
+            raise ValueError(f"schedule {self.schedule!r} needs the option {missing[0]!r}")
+        for name, value in self.options.items():
+            if type(value) not in ((int, float) if kinds[name] is float else (kinds[name],)):
+                raise ValueError(f"schedule {self.schedule!r}: option {name!r} is no {kinds[name].__name__}: {value!r}")
         if not 1 <= self.count <= 1000 or self.px_per_token < 1:
             raise ValueError(f"count {self.count} must lie in 1..1000 and px_per_token {self.px_per_token} be positive")
 
@@ -201,6 +219,13 @@ def state_shape(state: State, height: int, width: int) -> tuple[int, ...]:
 
 def check(program: Program, components: Mapping[str, Signature], constants: Mapping[str, TensorSpec]) -> None:
     """Refuse, by name, a program that could not run on these components."""
+    try:
+        _check(program, components, constants)
+    except BundleError as error:
+        raise BundleError(one_line(str(error))) from None
+
+
+def _check(program: Program, components: Mapping[str, Signature], constants: Mapping[str, TensorSpec]) -> None:
     _check_grids(program)
     for name, given in program.inputs.items():
         _check_input(name, given, constants)
@@ -220,10 +245,16 @@ def _check_grids(program: Program) -> None:
         if grid is None or (grid.px, grid.channels, grid.init) != (1, 3, init):
             raise BundleError(f"program: grid {name!r} must be there with px 1, channels 3, init {init}; found {grid}")
     for name, grid in program.grids.items():
+        _check_name(f"program: grid {name!r}", name)
         if program.multiple_px % grid.px:
             raise BundleError(f"program: grid {name!r}: px {grid.px} does not divide multiple_px {program.multiple_px}")
         if grid.init == "input" and name != "image":
             raise BundleError(f"program: grid {name!r}: only 'image' is an input; use init none, zeros or noise")
+
+
+def _check_name(where: str, name: str) -> None:
+    if not name.isidentifier():
+        raise BundleError(f"{where}: a place is named by letters, digits and underscores")
 
 
 def _check_input(name: str, given: Input, constants: Mapping[str, TensorSpec]) -> None:
@@ -231,10 +262,13 @@ def _check_input(name: str, given: Input, constants: Mapping[str, TensorSpec]) -
     if given.dtype not in DTYPES:
         raise BundleError(f"{where}: dtype {given.dtype!r} is not one of {', '.join(DTYPES)}")
     if isinstance(given.default, str):
-        if constants.get(given.default.removeprefix("#")) != TensorSpec(given.dtype, given.shape):
+        constant = constants.get(given.default[1:]) if given.default.startswith("#") else None
+        if constant != TensorSpec(given.dtype, given.shape):
             raise BundleError(f"{where}: default {given.default!r} is no constant of that type and shape")
     elif given.default is not None and given.shape:
         raise BundleError(f"{where}: the number {given.default} cannot fill {list(given.shape)}; name a #constant")
+    elif isinstance(given.default, float) and "float" not in given.dtype:
+        raise BundleError(f"{where}: default {given.default} is no {given.dtype}")
     if given.choices and given.default is not None and given.default not in given.choices.values():
         raise BundleError(f"{where}: default {given.default!r} is not among {given.choices}")
 
@@ -269,12 +303,14 @@ class _Scope:
             )
         self.seen.add(p.name)
         self.now, self.fresh = p, set[str]()
+        self.joined = any(target in self.program.grids for call in p.each for target in call.outputs.values())
         self.tile = {}
         for name, state in p.state.items():
             self._check_state(where, name, state)
             self.tile[name] = TensorSpec("float32", ("batch", *state.shape))
 
     def _check_state(self, where: str, name: str, state: State) -> None:
+        _check_name(f"{where}: state {name!r}", name)
         if name in self.program.grids or name in self.job:
             raise BundleError(f"{where}: state {name!r} hides a grid or a job's value; rename it")
         for dim in state.shape:
@@ -328,7 +364,7 @@ class _Scope:
         grid = self.program.grids[name]
         if grid.init == "none" and name not in self.written:
             raise BundleError(f"{where}: the grid is read before any earlier pass writes it")
-        if section != "each" and name in self.fresh:
+        if name in self.fresh and not (section == "each" and self.joined):
             raise BundleError(f"{where}: the grid is read in {section} of the pass that writes it; use another grid")
         return TensorSpec("float32", ("batch", grid.channels, f"h/{grid.px}", f"w/{grid.px}"))
 
@@ -348,19 +384,18 @@ class _Scope:
             return TensorSpec("float32", () if section == "each" else ("steps",))
         if section != "each":
             raise BundleError(f"{where}: outside 'each' only a schedule's tables can be read as a table")
-        if name in self.tile and len(self.tile[name].shape) >= 2:
-            shape = self.tile[name].shape
-            return TensorSpec(self.tile[name].dtype, (shape[0], *shape[2:]))
-        whole = _found(self.job | dict(self.constants), name, f"{where}: no table, value or constant has that name")
-        if not whole.shape:
+        known = {**self.constants, **self.job, **self.tile}
+        whole = _found(known, name, f"{where}: no table, value or constant has that name")
+        axis = 1 if name in self.tile else 0  # what lives with a tile has the batch first
+        if len(whole.shape) <= axis:
             raise BundleError(f"{where}: a single number has no rows")
-        if isinstance(whole.shape[0], int) and whole.shape[0] < self.now.steps.count:
-            raise BundleError(f"{where}: has {whole.shape[0]} rows for {self.now.steps.count} steps")
-        return TensorSpec(whole.dtype, whole.shape[1:])
+        rows = whole.shape[axis]
+        if isinstance(rows, int) and rows != self.now.steps.count:
+            raise BundleError(f"{where}: has {rows} rows for {self.now.steps.count} steps")
+        return TensorSpec(whole.dtype, whole.shape[:axis] + whole.shape[axis + 1 :])
 
     def output(self, section: str, where: str, given: TensorSpec, target: str) -> None:
-        if not target.isidentifier():
-            raise BundleError(f"{where}: a place is named by letters, digits and underscores")
+        _check_name(where, target)
         if target in self.program.grids:
             grid = self.program.grids[target]
             if target == "image":
@@ -368,10 +403,11 @@ class _Scope:
             _fit(given, TensorSpec("float32", ("batch", grid.channels, f"h/{grid.px}", f"w/{grid.px}")), where)
             self.fresh.add(target)
             return
-        if target in self.now.state:
-            _fit(given, self.tile[target], where)
-        elif target in self.job or (target in self.tile and section != "each"):
+        taken = target in self.job or target in self.constants
+        if taken or (target in self.tile and target not in self.now.state and section != "each"):
             raise BundleError(f"{where}: the name is taken; give every value its own")
+        if target in self.tile:
+            _fit(given, self.tile[target], where)
         self.tile[target] = given
 
 

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from tilewright.runtime import images
 from tilewright.runtime.bundle import Bundle, read, safetensors_header
 from tilewright.runtime.engines import Engine, backend
-from tilewright.runtime.errors import ResourceError, UsageError
+from tilewright.runtime.errors import BundleError, ResourceError, UsageError
 from tilewright.runtime.memory import available_bytes, needed_bytes, peak_bytes
 from tilewright.runtime.program import Pass
 from tilewright.runtime.scheduler import Job, plan_of, run
@@ -119,16 +119,15 @@ class Restorer:
         plans.require()
         clock.lap("read")
         program = self.bundle.program
-        upsampled = images.upsample(picture, program.scale)
-        job = Job(images.to_canvas(upsampled.rgb, program.multiple_px), seed, tile, overlap, steps, dict(inputs or {}))
-        job.workers, job.on_progress = self.workers, on_progress
-        clock.lap("upsample")
+        enlarged = images.Enlarged(picture.rgb, program.scale, program.multiple_px)
+        job = Job(enlarged, seed, tile, overlap, steps, dict(inputs or {}), self.workers, on_progress)
         result = run(program, self.engines, self.constants, job)
         clock.lap("passes")
-        pixels = images.assemble(images.from_canvas(result, *upsampled.rgb.shape[:2]), upsampled)
+        rgb = images.from_canvas(result, height * program.scale, width * program.scale)
+        pixels = images.assemble(rgb, picture)
         clock.lap("assemble")
         tiles = {p.name: len(plan.tiles) for p, plan in plans.passes}
-        return Restoration(pixels, upsampled.icc, clock.seconds | job.seconds, tiles, peak_bytes())
+        return Restoration(pixels, picture.icc, clock.seconds | job.seconds, tiles, peak_bytes())
 
 
 class _Clock:
@@ -156,6 +155,8 @@ def load(
     """Open a bundle: check it, then open an engine for every component its program calls."""
     if memory not in MEMORY_MODES:
         raise UsageError(f"memory={memory!r} is not one of {', '.join(MEMORY_MODES)}")
+    if threads < 0 or workers < 1:
+        raise UsageError(f"threads={threads} and workers={workers} must be at least 0 and 1")
     bundle = read(path)
     engines: dict[str, Engine] = {}
     for name in sorted(bundle.program.components()):
@@ -172,6 +173,8 @@ def _constants(bundle: Bundle) -> dict[str, Any]:
     path = bundle.path(bundle.manifest.constants)
     data = np.memmap(path, np.uint8, "r")
     header = safetensors_header(path)
+    if foreign := sorted(name for name, (spec, _, _) in header.items() if spec.dtype == "bfloat16"):
+        raise BundleError(f"{path}: constant {foreign[0]!r} is bfloat16, which NumPy has not; rebuild it as float32")
     return {
         name: data[start : start + length].view(np.dtype(spec.dtype)).reshape([int(d) for d in spec.shape])
         for name, (spec, start, length) in header.items()

@@ -1,8 +1,9 @@
 """Who runs which tile when: walks a program over an image.
 
 Tiles of one phase are independent, so they run on any number of workers; what they return is joined in tile order,
-so the answer does not depend on who finished first. A pass that writes grids in `each` is joined every step, and
-every step reads the grids as they were before it; a pass that keeps its state to itself is one phase.
+so the answer does not depend on who finished first. One thread more than there are workers prepares the next tile
+while engines run. A pass that writes grids in `each` is joined every step, and every step reads the grids as they were
+before it; a pass that keeps its state to itself is one phase.
 """
 
 import time
@@ -10,8 +11,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from threading import Lock
-from typing import Any, TypeVar
+from threading import BoundedSemaphore, Lock
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -30,11 +31,22 @@ Floats = npt.NDArray[np.float32]
 Moment = tuple[str, int]  # section of a pass, step
 
 
+class Image(Protocol):
+    """The padded input [3, H, W] in [0, 1], read by crops."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Channels, height, width."""
+
+    def crop(self, top: int, left: int, height: int, width: int) -> Floats:
+        """The planes of a rectangle."""
+
+
 @dataclass
 class Job:
     """One image and how to restore it."""
 
-    canvas: Floats  # [3, H, W] in [0, 1], padded
+    image: "Image"
     seed: int = 0
     tile_px: int | None = None  # of every tiled pass, instead of the program's
     overlap_px: int | None = None
@@ -54,8 +66,8 @@ def plan_of(program: Program, p: Pass, height: int, width: int, tile: int | None
     if tile is None and direct and min(height, width) <= min(direct) and max(height, width) <= max(direct):
         return whole
     size = p.tiles.px if tile is None else tile
-    shared = overlap if overlap is not None else min(p.tiles.overlap_px, size // 2)
-    return plan(width, height, size, shared // program.multiple_px * program.multiple_px, program.multiple_px)
+    fitting = min(p.tiles.overlap_px, size // 2) // program.multiple_px * program.multiple_px
+    return plan(width, height, size, fitting if overlap is None else overlap, program.multiple_px)
 
 
 def run(program: Program, engines: Mapping[str, Engine], constants: Mapping[str, Any], job: Job) -> Floats:
@@ -123,9 +135,9 @@ class _Walk:
         if unknown := sorted(job.inputs.keys() - program.inputs.keys()):
             raise UsageError(f"input {unknown[0]!r} is not one of {', '.join(program.inputs) or 'none'}")
         self.values: dict[str, Any] = {}
-        self.grids: dict[str, Floats] = {"image": job.canvas}
-        self.height, self.width = job.canvas.shape[1:]
-        self.lock = Lock()
+        self.grids: dict[str, Floats] = {}
+        self.height, self.width = job.image.shape[1:]
+        self.lock, self.slots = Lock(), BoundedSemaphore(job.workers)
         for name, grid in program.grids.items():
             rows, columns = self.height // grid.px, self.width // grid.px
             if grid.init == "zeros":
@@ -150,15 +162,24 @@ class _Walk:
         value = self.job.inputs.get(name, wanted.default)
         if value is None:
             raise UsageError(f"input {name!r} has no default; give it a value")
-        if isinstance(value, str) and value.startswith("#"):
+        if isinstance(value, str) and name not in self.job.inputs:
             return self.constants[value[1:]]
+        choices = ", ".join(wanted.choices) or "none"
         if isinstance(value, str):
             if value not in wanted.choices:
-                raise UsageError(f"input {name!r}: {value!r} is not one of {', '.join(wanted.choices)}")
+                raise UsageError(f"input {name!r}: {value!r} is not one of {choices}")
             value = wanted.choices[value]
-        array = np.asarray(value, np.dtype(wanted.dtype))
+        try:
+            array = np.asarray(value, np.dtype(wanted.dtype))
+            fits = array.dtype.kind == "f" or np.array_equal(array, value)  # floats round, the others must not
+        except (TypeError, ValueError, OverflowError):
+            fits = False
+        if not fits:
+            raise UsageError(f"input {name!r} takes {wanted.dtype}, which this {type(value).__name__} is not")
         if array.shape != wanted.shape:
             raise UsageError(f"input {name!r} has shape {list(array.shape)}; give {list(wanted.shape)}")
+        if wanted.choices and not np.isin(array, list(wanted.choices.values())).all():
+            raise UsageError(f"input {name!r}: {array.tolist()} is not one of {wanted.choices}")
         return array
 
     def walk(self, p: Pass) -> None:
@@ -175,11 +196,12 @@ class _Walk:
         for phase in phases:
             joins: dict[str, _Join] = {}
             tasks = [self._task(p, group, phase, tables) for group in groups]
-            for group, written in zip(groups, in_order(tasks, self.job.workers), strict=True):
+            for group, written in zip(groups, in_order(tasks, self.job.workers + 1), strict=True):
                 for name, parts in written.items():
-                    join = joins.setdefault(name, _Join(tiling, self.program.grids[name].px, parts.shape[1]))
+                    if name not in joins:
+                        joins[name] = _Join(tiling, self.program.grids[name].px, parts.shape[1])
                     for tile, part in zip(group.tiles, parts, strict=True):
-                        join.add(tile, part)
+                        joins[name].add(tile, part)
                 done += 1
                 self.job.on_progress(p.name, done, len(groups) * len(phases))
             self.grids |= {name: join.whole for name, join in joins.items()}
@@ -191,7 +213,8 @@ class _Walk:
             return {}
         tokens = tiling.tile_height * tiling.tile_width // p.steps.px_per_token
         options: dict[str, Any] = p.steps.options
-        return SCHEDULES[p.steps.schedule](self.job.steps or p.steps.count, tokens, **options)
+        count = p.steps.count if self.job.steps is None else self.job.steps
+        return SCHEDULES[p.steps.schedule](count, tokens, **options)
 
     def _task(
         self, p: Pass, group: _Group, phase: list[Moment], tables: dict[str, Floats]
@@ -206,15 +229,19 @@ class _Walk:
                     outputs = self._timed(call.run, feed, call.outputs)
                     for name, target in call.outputs.items():
                         (written if target in self.program.grids else group.values)[target] = outputs[name]
+            if p.tiles and phase[-1][0] == "last":
+                group.values.clear()
             return written
 
         return task
 
     def _timed(self, component: str, feed: dict[str, Any], wanted: Mapping[str, str]) -> dict[str, Any]:
-        start = time.perf_counter()
-        outputs = self.engines[component].run(feed, wanted)
+        with self.slots:
+            start = time.perf_counter()
+            outputs = self.engines[component].run(feed, wanted)
+            seconds = time.perf_counter() - start
         with self.lock:
-            self.job.seconds[component] = self.job.seconds.get(component, 0.0) + time.perf_counter() - start
+            self.job.seconds[component] = self.job.seconds.get(component, 0.0) + seconds
         return outputs
 
     def _initial(self, p: Pass, name: str, group: _Group) -> Any:
@@ -252,6 +279,8 @@ class _Walk:
             return self._noise(p, group, name, {"once": 0, "each": 1 + step, "last": 2 + step}[section])
         if source[0] == "@":
             return self._row(name, group, section, step, tables)
+        if source == "image":
+            return np.stack([self.job.image.crop(t.top, t.left, t.height, t.width) for t in group.tiles])
         if source in self.program.grids:
             px = self.program.grids[source].px
             return np.stack([crop(self.grids[source], tile, px) for tile in group.tiles])
@@ -260,9 +289,9 @@ class _Walk:
     def _row(self, name: str, group: _Group, section: str, step: int, tables: Mapping[str, Any]) -> Any:
         if name in tables:
             return tables[name] if section != "each" else tables[name][step]
-        if name in group.values:
-            return group.values[name][:, step]
-        whole = self.values[name] if name in self.values else self.constants[name]
-        if step >= len(whole):
-            raise UsageError(f"table {name!r} has {len(whole)} rows; use --steps {len(whole)} or fewer")
-        return whole[step]
+        known = next(v for v in (group.values, self.values, self.constants) if name in v)
+        whole = known[name]
+        rows, steps = whole.shape[known is group.values], len(next(iter(tables.values())))
+        if rows != steps:  # rows for another number of steps are rows for other sigmas
+            raise UsageError(f"table {name!r} has {rows} rows for {steps} steps; use --steps {rows}")
+        return whole[:, step] if known is group.values else whole[step]

@@ -6,18 +6,20 @@ float, str, tuples, dicts with string keys, unions of these, and nested dataclas
 
 import dataclasses
 import json
-import math
+import sys
 import types
 import typing
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from tilewright.runtime.errors import BundleError
 
-__all__ = ["encode", "from_json", "schema", "to_json"]
+__all__ = ["encode", "from_json", "one_line", "schema", "to_json"]
 
 T = TypeVar("T")
 JSON_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", type(None): "null"}
+LONGEST_COMPLAINT = 400
 
 
 def from_json(cls: type[T], text: bytes | str, where: str) -> T:
@@ -26,14 +28,24 @@ def from_json(cls: type[T], text: bytes | str, where: str) -> T:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen = dict(pairs)
         if len(seen) != len(pairs):
-            raise BundleError(f"{where}: a key appears twice among {sorted(k for k, _ in pairs)}; rebuild the bundle")
+            ((twice, _),) = Counter(k for k, _ in pairs).most_common(1)
+            raise BundleError(f"{where}: key {twice!r} appears twice in one object; rebuild the bundle")
         return seen
 
     try:
         document = json.loads(text, object_pairs_hook=unique)
         return typing.cast(T, _decode(cls, document, where))
+    except BundleError as error:
+        raise BundleError(one_line(str(error))) from None
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{where}: not valid JSON ({str(error).splitlines()[0]}); rebuild the bundle") from None
+
+
+def one_line(complaint: str) -> str:
+    """A complaint that shows what came out of a document: on one line, printable, its middle cut where it is long."""
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in complaint)
+    half = LONGEST_COMPLAINT // 2
+    return text if len(text) <= LONGEST_COMPLAINT else f"{text[: half - 5]} ... {text[-half:]}"
 
 
 def to_json(value: Any) -> str:
@@ -69,7 +81,8 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
         _expect(isinstance(value, dict), "an object", value, where)
         return {k: _decode(arguments[1], v, f"{where}.{k}") for k, v in value.items()}
     if kind is float:
-        _expect(type(value) in (int, float) and math.isfinite(value), "a finite number", value, where)
+        fits = type(value) in (int, float) and abs(value) <= sys.float_info.max  # NaN is not, nor a huge integer
+        _expect(fits, "a finite number", value, where)
         return float(value)
     _expect(type(value) is kind, _name(kind), value, where)
     return value

@@ -34,10 +34,14 @@ class HiTokConfig:
     stem_norm_groups: int = 32
     class_layers: tuple[int, ...] = (3, 6, 9, 12)  # layers of the vision model whose class token is read
     vision: dict[str, int] = field(
-        default_factory=lambda: (
-            dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12)
-            | dict(num_attention_heads=12, patch_size=16, num_register_tokens=4)
-        )
+        default_factory=lambda: {
+            "hidden_size": 768,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "patch_size": 16,
+            "num_register_tokens": 4,
+        }
     )
 
     @property
@@ -48,7 +52,7 @@ class HiTokConfig:
 
 def rope_tables(rows: int, columns: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Cosines and sines [rows * columns, head_dim], angles laid out [row, column, row, column]."""
-    frequencies = 10_000.0 ** -torch.arange(0, 1, 4 / head_dim, device=device)
+    frequencies = 10_000.0 ** -(torch.arange(0, head_dim, 4, device=device) / head_dim)
     row = (torch.arange(rows, device=device).float()[:, None] * frequencies).unsqueeze(1).expand(-1, columns, -1)
     column = (torch.arange(columns, device=device).float()[:, None] * frequencies).unsqueeze(0).expand(rows, -1, -1)
     angles = torch.cat([row, column, row, column], -1).flatten(0, 1)
@@ -67,31 +71,33 @@ class Attention(nn.Module):
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.out = nn.Linear(dim, dim, bias=False)
+        self.to_q, self.to_k, self.to_v, self.to_out = (nn.Linear(dim, dim, bias=False) for _ in range(4))
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         prefix = x.shape[1] - cos.shape[0]
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # [B, heads, N, head_dim]
+        q, k, v = (
+            project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, heads, N, head_dim]
+            for project in (self.to_q, self.to_k, self.to_v)
+        )
         if prefix:
             q = torch.cat([q[:, :, :prefix], rotate(q[:, :, prefix:], cos, sin)], 2)
             k = torch.cat([k[:, :, :prefix], rotate(k[:, :, prefix:], cos, sin)], 2)
         else:
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        return self.out(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.to_out(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate x) * up x), gate and up in one matrix."""
+    """down(silu(gate x) * up x)."""
 
     def __init__(self, dim: int, mlp_dim: int) -> None:
         super().__init__()
-        self.gate_up = nn.Linear(dim, 2 * mlp_dim, bias=False)
+        self.gate = nn.Linear(dim, mlp_dim, bias=False)
+        self.up = nn.Linear(dim, mlp_dim, bias=False)
         self.down = nn.Linear(mlp_dim, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, -1)
-        return self.down(silu(gate) * up)
+        return self.down(silu(self.gate(x)) * self.up(x))
 
 
 class Block(nn.Module):
@@ -159,7 +165,7 @@ class VisionPrior(nn.Module):
 
     def __init__(self, config: HiTokConfig) -> None:
         super().__init__()
-        self.vfm = DINOv3ViTModel(DINOv3ViTConfig(**config.vision))
+        self.vfm = DINOv3ViTModel(DINOv3ViTConfig(**config.vision))  # type: ignore[arg-type]
         self.class_layers = config.class_layers
         self.prefix = 1 + config.vision["num_register_tokens"]
 
@@ -275,16 +281,27 @@ class Generate(nn.Module):
         self.vision = VisionPrior(config)
         self.generator = Generator(config)
         self.quantizer = Quantizer(config)
-        mean, deviation = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
-        self.register_buffer("mean", mean.view(3, 1, 1), persistent=False)
-        self.register_buffer("deviation", deviation.view(3, 1, 1), persistent=False)
+        self.mean = nn.Buffer(torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)
+        self.deviation = nn.Buffer(torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         patches, class_tokens = self.vision((image - self.mean) / self.deviation)
         indices, codes = self.generator(image * 2 - 1, patches, class_tokens, self.quantizer.codebook)
-        patch = self.generator.config.patch_px
-        grid = (image.shape[2] // patch, image.shape[3] // patch)
+        grid = self.grid(image)
         return codes.transpose(1, 2).unflatten(2, grid), indices.transpose(1, 2).unflatten(2, grid)
+
+    def grid(self, image: Tensor) -> tuple[int, int]:
+        """Rows and columns of tokens."""
+        patch = self.generator.config.patch_px
+        return image.shape[2] // patch, image.shape[3] // patch
+
+    def winners(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """The best two scores of every choice [B, G, h, w, 2] and the best index [B, G, h, w]; for verification."""
+        patches, class_tokens = self.vision((image - self.mean) / self.deviation)
+        logits = self.generator.head(self.generator.hidden(image * 2 - 1, patches, class_tokens))
+        best = logits.unflatten(-1, self.quantizer.codebook.shape[:2]).topk(2, -1)  # [B, N, G, 2]
+        scores, indices = (t.transpose(1, 2).unflatten(2, self.grid(image)) for t in best)
+        return scores, indices[..., 0]
 
 
 class Decode(nn.Module):

@@ -1,0 +1,156 @@
+"""HiTokSR at 512x512: our engine against eager PyTorch, its bfloat16 autocast, and a plain export in ONNX Runtime.
+
+Every contender lives in a process of its own and they run in turn, so that thread pools do not fight and a drift of
+the machine hits all alike. Prints JSON; `bench/run.py` stores it.
+"""
+
+import argparse
+import json
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+THREADS = 2
+ROUNDS = 7
+
+
+def engine(bundle: Path, work: Path) -> Callable[[Any], Any]:
+    from tilewright.runtime import load
+
+    restorer = load(bundle, threads=THREADS)
+
+    def run(image: Any) -> Any:
+        codes = restorer.engines["generate"].run({"image": image}, ["codes"])["codes"]
+        return restorer.engines["decode"].run({"codes": codes}, ["image"])["image"]
+
+    return run
+
+
+def networks(bundle: Path) -> tuple[Any, Any]:
+    import torch
+
+    from tilewright.export.verify import eager_network
+    from tilewright.runtime.bundle import read
+
+    torch.set_num_threads(THREADS)
+    sealed = read(bundle)
+    return tuple(eager_network(sealed, name, None).network for name in ("generate", "decode"))  # type: ignore[return-value]
+
+
+def eager(bundle: Path, work: Path) -> Callable[[Any], Any]:
+    import torch
+
+    generate, decode = networks(bundle)
+
+    def run(image: Any) -> Any:
+        with torch.inference_mode():
+            return decode(generate(torch.from_numpy(image))[0]).numpy()
+
+    return run
+
+
+def autocast(bundle: Path, work: Path) -> Callable[[Any], Any]:
+    import torch
+
+    plain = eager(bundle, work)
+
+    def run(image: Any) -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            return plain(image)
+
+    return run
+
+
+def plain_export(bundle: Path, work: Path) -> Callable[[Any], Any]:
+    """What `torch.onnx.export` gives with its defaults, in a default session."""
+    import onnxruntime as ort
+    import torch
+
+    generate, decode = networks(bundle)
+    units = [torch.export.Dim(name, min=1, max=512) for name in ("rows", "columns")]
+    sessions = []
+    for name, network, example, multiple in (
+        ("generate", generate, torch.rand(1, 3, 64, 96), 16),
+        ("decode", decode, torch.randn(1, 32, 4, 6), 1),
+    ):
+        file = work / f"plain-{name}.onnx"
+        if not file.exists():
+            shapes = ({2: multiple * units[0], 3: multiple * units[1]},)
+            with torch.no_grad():
+                torch.onnx.export(network, (example,), dynamic_shapes=shapes, verbose=False).save(
+                    file, external_data=True
+                )
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = THREADS
+        sessions.append(ort.InferenceSession(file, options))
+
+    def run(image: Any) -> Any:
+        codes = sessions[0].run(None, {sessions[0].get_inputs()[0].name: image})[0]
+        return sessions[1].run(None, {sessions[1].get_inputs()[0].name: codes})[0]
+
+    return run
+
+
+CONTENDERS = {"tilewright": engine, "eager fp32": eager, "eager bf16 autocast": autocast, "plain export": plain_export}
+
+
+def contend(name: str, bundle: Path, work: Path, pipe: Connection) -> None:
+    run = CONTENDERS[name](bundle, work)
+    image = np.random.Generator(np.random.Philox(key=0)).random((1, 3, 512, 512), np.float32)
+    pipe.send(None)
+    while pipe.recv():
+        start, cpu = time.perf_counter(), time.process_time()
+        picture = run(image)
+        seconds = time.perf_counter() - start
+        pipe.send((seconds, time.process_time() - cpu, float(picture.mean())))
+
+
+def measure(bundle: Path, work: Path, rounds: int) -> dict[str, Any]:
+    start = multiprocessing.get_context("spawn")
+    pipes: dict[str, Connection] = {}
+    processes = []
+    for name in CONTENDERS:
+        pipes[name], theirs = start.Pipe()
+        processes.append(start.Process(target=contend, args=(name, bundle, work, theirs), daemon=True))
+        processes[-1].start()
+        pipes[name].recv()  # one gets ready at a time
+    seen: dict[str, list[tuple[float, float, float]]] = {name: [] for name in CONTENDERS}
+    for _ in range(rounds + 1):
+        for name, pipe in pipes.items():
+            time.sleep(0.2)  # the last one's threads stop spinning
+            pipe.send(True)
+            seen[name].append(pipe.recv())
+    rows = {}
+    for name, runs in seen.items():
+        counted = runs[1:]
+        rows[name] = {
+            "median_s": statistics.median(s for s, _, _ in counted),
+            "min_s": min(s for s, _, _ in counted),
+            "cores_used": statistics.median(cpu / s for s, cpu, _ in counted),
+            "ratio_to_eager": statistics.median(
+                a[0] / b[0] for a, b in zip(counted, seen["eager fp32"][1:], strict=True)
+            ),
+        }
+    for process in processes:
+        process.kill()
+    return {
+        "what": "HiTokSR full, 512x512 output, batch 1, float32 unless said",
+        "threads": THREADS,
+        "rounds": rounds,
+        "rows": rows,
+    }
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--bundle", type=Path, required=True, help="a bundle of hitoksr full")
+    parser.add_argument("--work", type=Path, required=True, help="a folder for the plain export, about 1.4 GB")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    arguments = parser.parse_args()
+    print(json.dumps(measure(arguments.bundle, arguments.work, arguments.rounds), indent=1))

@@ -1,0 +1,199 @@
+"""The command `tilewright`: groups of verbs, one verb one function call."""
+
+import argparse
+import errno
+import json
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, NoReturn
+
+from tilewright.runtime import cli as runtime_cli
+from tilewright.runtime.errors import TilewrightError, UsageError
+
+__all__ = ["main", "parser"]
+
+EXIT_CODES = """exit codes: 0 ok, 1 internal error, 2 usage, 3 bundle invalid, 4 missing dependency or environment
+mismatch, 5 not enough memory or disk, 6 build failed, 7 accuracy gate, 8 bad input image or weights, 130 interrupted"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Complains in one line, as everything here does."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see {self.prog} --help")
+
+
+def parser() -> argparse.ArgumentParser:
+    """Every group and verb."""
+    root = _Parser(prog="tilewright", description=__doc__, epilog=EXIT_CODES)
+    groups = root.add_subparsers(metavar="GROUP", required=True)
+    export = groups.add_parser("export", help="build, inspect and verify bundles", epilog=EXIT_CODES)
+    _export_verbs(export.add_subparsers(metavar="VERB", required=True))
+    runtime = groups.add_parser("runtime", help="restore images with a bundle", epilog=EXIT_CODES)
+    runtime_cli.add_verbs(runtime.add_subparsers(metavar="VERB", required=True))
+    return root
+
+
+def _export_verbs(verbs: Any) -> None:
+    listing = runtime_cli.verb(verbs, "list", "systems and presets that can be built", _list)
+    listing.set_defaults(verbose=False)
+
+    build = runtime_cli.verb(verbs, "build", "build a bundle from a system's weights", _build)
+    build.add_argument("system", help="a name that 'export list' shows")
+    build.add_argument("--preset", default="full", help="sizes of the networks (default: full)")
+    given = build.add_mutually_exclusive_group(required=True)
+    given.add_argument("--weights", type=Path, metavar="DIR", help="folder with the system's .safetensors; not copied")
+    given.add_argument("--random-weights", type=int, metavar="SEED", help="seeded random weights, kept in the bundle")
+    build.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="the bundle's directory")
+    build.add_argument("--pack", action="store_true", help="copy the weights into the bundle")
+    build.add_argument(
+        "--verify", choices=("always", "never"), default="always", help="compare engines with eager PyTorch (default)"
+    )
+    build.add_argument("--dry-run", action="store_true", help="predict stages, disk and memory; build nothing")
+    build.add_argument("--explain", action="store_true", help="say which inputs changed since the last build")
+
+    inspect = runtime_cli.verb(verbs, "inspect", "what a bundle holds and where every byte lives", _inspect)
+    inspect.add_argument("bundle", type=Path)
+    inspect.add_argument("--weights-dir", type=Path, help="where the weights are, if they moved")
+
+    verify = runtime_cli.verb(
+        verbs, "verify", "compare a bundle's engines with eager PyTorch; exit 7 on a miss", _verify
+    )
+    verify.add_argument("bundle", type=Path)
+    verify.add_argument("--size", type=int, metavar="PX", help="side of the picture (default: small, in small tiles)")
+    verify.add_argument("--weights-dir", type=Path, help="where the weights are, if they moved")
+
+    clean = runtime_cli.verb(verbs, "clean", "remove cached build stages; bundles stay", _clean)
+    clean.add_argument("--older-than", type=float, default=0.0, metavar="DAYS", help="keep what is younger")
+
+
+def _list(arguments: argparse.Namespace) -> None:
+    from tilewright.export.systems import SYSTEMS, system
+
+    files = {name: system(name) for name in SYSTEMS}
+    rows = [
+        {"system": name, "presets": list(file.PRESETS), "title": file.TITLE, "licence": file.LICENCE}
+        for name, file in files.items()
+    ]
+    text = "\n".join(f"{r['system']:<12} {', '.join(r['presets']):<20} {r['title']}" for r in rows)
+    runtime_cli.answer(arguments, rows, text)
+
+
+def _build(arguments: argparse.Namespace) -> None:
+    from tilewright.export import build as b
+
+    request = b.Request(
+        arguments.system,
+        arguments.preset,
+        arguments.out,
+        arguments.weights,
+        arguments.random_weights or 0,
+        arguments.pack,
+        arguments.verify,
+    )
+    plan = b.stages(request)
+    if arguments.explain:
+        for stage, reasons in b.changes(request, plan).items():
+            print(f"{stage}: {', '.join(reasons)}", file=sys.stderr)
+    if arguments.dry_run:
+        predicted = b.forecast(request, plan)
+        runtime_cli.answer(
+            arguments,
+            predicted,
+            f"stages: {', '.join(predicted['stages']) or 'none, the bundle is up to date'}\n"
+            f"disk: {predicted['disk_bytes'] / 1e6:.1f} MB\n"
+            f"peak memory: {predicted['peak_memory_bytes'] / 1e9:.1f} GB",
+        )
+        return
+    start = time.perf_counter()
+    with runtime_cli.Progress() as progress:
+        cost = b.build(request, lambda name, event, seconds: progress.stage(name, event, seconds))
+    seconds = time.perf_counter() - start
+    done = f"{arguments.out}: built in {seconds:.1f} s" if cost else f"{arguments.out}: up to date, nothing to do"
+    runtime_cli.answer(arguments, {"bundle": str(arguments.out), "built": bool(cost), "stages": cost}, done)
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    from tilewright.export.inspect import inspect, text
+
+    found = inspect(arguments.bundle, arguments.weights_dir)
+    runtime_cli.answer(arguments, found, text(found))
+
+
+def _verify(arguments: argparse.Namespace) -> None:
+    from tilewright.export.verify import require, verify
+    from tilewright.runtime.digests import writing
+
+    report = verify(arguments.bundle, weights_dir=arguments.weights_dir, size_px=arguments.size)
+    path = arguments.bundle / "reports" / "accuracy.json"
+    with writing(path) as temporary:
+        temporary.write_text(json.dumps(report, indent=2, sort_keys=True) + "\n")
+    lines = [f"{report['engine']} against {report['reference']}, {report['image']}"]
+    for name, component in report["components"].items():
+        for output, d in component["outputs"].items():
+            lines.append(f"{name}.{output}: relative L2 {d['relative_l2']:.1e}, max {d['max_abs']:.1e}")
+        if choices := component.get("choices"):
+            lines.append(f"{name}: " + ", ".join(f"{count} {what}" for what, count in choices.items()) + " choices")
+    lines.append(f"picture: PSNR {report['restore']['psnr_db']:.1f} dB")
+    runtime_cli.answer(arguments, report, "\n".join([*lines, f"written to {path}"]))
+    require(report)
+
+
+def _clean(arguments: argparse.Namespace) -> None:
+    from tilewright.export.build import clean
+
+    freed = clean(arguments.older_than)
+    runtime_cli.answer(arguments, {"freed_bytes": freed}, f"freed {freed / 1e6:.1f} MB")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; its exit code."""
+    words = sys.argv[1:] if argv is None else argv
+    verbose = "--verbose" in words
+    logging.basicConfig(level=logging.DEBUG if verbose else logging.WARNING, format="%(message)s", stream=sys.stderr)
+    try:
+        arguments, extra = parser().parse_known_args(words)
+        if extra and not getattr(arguments, "takes_inputs", False):
+            raise UsageError(f"unknown argument {extra[0]!r}; see --help")
+        arguments.extra = extra
+        arguments.run(arguments)
+        return 0
+    except KeyboardInterrupt:
+        print("tilewright: interrupted; finished stages are kept", file=sys.stderr)
+        return 130
+    except ModuleNotFoundError as error:
+        if verbose:
+            raise
+        needed = "cpu" if error.name == "onnxruntime" else "export"
+        print(f"tilewright: {error.name} is not installed; pip install 'tilewright[{needed}]'", file=sys.stderr)
+        return 4
+    except TilewrightError as error:
+        if verbose:
+            raise
+        print(f"tilewright: {error}", file=sys.stderr)
+        return error.exit_code
+    except MemoryError:
+        print("tilewright: out of memory; use a smaller --tile or --memory low", file=sys.stderr)
+        return 5
+    except BrokenPipeError:  # whoever read our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        if verbose:
+            raise
+        print(
+            f"tilewright: {error.filename or 'a file'}: {error.strerror}; check space and permissions", file=sys.stderr
+        )
+        return 5 if error.errno in (errno.ENOSPC, errno.EDQUOT) else 4
+    except Exception as error:  # a bug of ours: one line for the user, the trace for whoever asks
+        if verbose:
+            raise
+        print(f"tilewright: internal error, {type(error).__name__}: {error}; repeat with --verbose", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

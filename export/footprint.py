@@ -1,0 +1,103 @@
+"""How much working memory a graph needs, as a function of the picture's size.
+
+The shapes the exporter wrote are expressions in the free sizes. Evaluated at two sizes and walked in the order of
+execution, they give the most bytes alive at once, a line over the pixels; attention's scores, which grow with their
+square, are added on top. The sum is an upper bound: the two need not peak together.
+"""
+
+import ast
+import math
+import operator
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import onnx_ir as ir
+
+from tilewright.runtime.bundle import Memory
+
+__all__ = ["footprint", "peak_alive"]
+
+OPERATORS: dict[type, Callable[..., float]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+    ast.Pow: operator.pow,
+    ast.USub: operator.neg,
+}
+FUNCTIONS: dict[str, Callable[..., float]] = {
+    "Max": max,
+    "Min": min,
+    "CeilToInt": math.ceil,
+    "FloatTrueDiv": operator.truediv,
+    "ToFloat": float,
+}
+
+
+def footprint(model: ir.Model, sizes_at: Callable[[int], Mapping[str, int]]) -> Memory:
+    """The need; `sizes_at(side)` gives the free sizes for a square of that many output pixels, batch 1."""
+    small, large = 256**2, 1024**2
+    alive = [peak_alive(model, sizes_at(side)) for side in (256, 1024)]
+    per_px = (alive[1] - alive[0]) / (large - small)
+    scores = max(_scores(node, sizes_at(1024)) for node in model.graph)
+    return Memory(max(0.0, float(alive[0] - round(per_px * small))), _short(per_px), _short(scores / large**2))
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.6g}")
+
+
+def peak_alive(model: ir.Model, sizes: Mapping[str, int]) -> int:
+    """The most bytes of activations alive at once, for free sizes with these values."""
+    nodes = list(model.graph)
+    last_use = {value: i for i, node in enumerate(nodes) for value in node.inputs if value is not None}
+    kept = set(model.graph.outputs)
+    alive = sum(_bytes(value, sizes) for value in model.graph.inputs)
+    peak = alive
+    for i, node in enumerate(nodes):
+        alive += sum(_bytes(value, sizes) for value in node.outputs)
+        peak = max(peak, alive)
+        ended = {v for v in (*node.inputs, *node.outputs) if v is not None and last_use.get(v, i) == i} - kept
+        alive -= sum(_bytes(value, sizes) for value in ended if value.producer() is not None)
+    return peak
+
+
+def _scores(node: ir.Node, sizes: Mapping[str, int]) -> int:
+    """Bytes of the scores that attention holds while it runs."""
+    if node.op_type != "Attention":
+        return 0
+    query, key = (_shape(value, sizes) for value in node.inputs[:2])
+    return 4 * query[0] * query[1] * query[2] * key[2] if len(query) == len(key) == 4 else 0
+
+
+def _bytes(value: ir.Value, sizes: Mapping[str, int]) -> int:
+    if value.is_initializer() or value.dtype is None:
+        return 0
+    return int(np.prod(_shape(value, sizes), dtype=np.float64) * value.dtype.itemsize)
+
+
+def _shape(value: ir.Value | None, sizes: Mapping[str, int]) -> list[int]:
+    if value is None or value.shape is None:
+        return [0]  # a value between the nodes of one decomposed operator; its neighbours count
+    return [d if isinstance(d, int) else _evaluate(str(d.value), sizes) for d in value.shape]
+
+
+def _evaluate(expression: str, sizes: Mapping[str, int]) -> int:
+    def value_of(node: ast.expr) -> float:
+        if isinstance(node, ast.Constant) and isinstance(node.value, (int, float)):
+            return node.value
+        if isinstance(node, ast.Name):
+            return sizes[node.id]
+        if isinstance(node, ast.BinOp):
+            return OPERATORS[type(node.op)](value_of(node.left), value_of(node.right))
+        if isinstance(node, ast.UnaryOp):
+            return OPERATORS[type(node.op)](value_of(node.operand))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            return FUNCTIONS[node.func.id](*map(value_of, node.args))
+        raise KeyError(ast.dump(node))
+
+    try:
+        return int(value_of(ast.parse(expression, mode="eval").body))
+    except (KeyError, SyntaxError):
+        return 0  # a size that depends on values, not on the picture

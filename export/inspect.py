@@ -1,0 +1,102 @@
+"""What a bundle holds, and where every byte of its weights lives."""
+
+from pathlib import Path
+from typing import Any
+
+from tilewright.runtime.bundle import Bundle, read
+from tilewright.runtime.program import Program
+
+__all__ = ["inspect", "text"]
+
+
+def inspect(root: Path, weights_dir: Path | None = None) -> dict[str, Any]:
+    """Components, program, files and the bytes of weights: referenced, materialised, orphaned."""
+    import onnx_ir as ir
+
+    bundle = read(root)
+    components = {}
+    referenced = materialised = 0
+    for name, component in sorted(bundle.manifest.components.items()):
+        model = ir.load(bundle.path(component.graph))
+        tensors = [v.const_value for v in model.graph.initializers.values() if v.const_value is not None]
+        outside = sum(t.nbytes for t in tensors if isinstance(t, ir.ExternalTensor))
+        inside = sum(t.nbytes for t in tensors if not isinstance(t, ir.ExternalTensor))
+        referenced, materialised = referenced + outside, materialised + inside
+        folder = bundle.weights_folder(name, weights_dir)
+        components[name] = {
+            "inputs": {k: f"{s.dtype} {list(s.shape)}" for k, s in component.inputs.items()},
+            "outputs": {k: f"{s.dtype} {list(s.shape)}" for k, s in component.outputs.items()},
+            "engines": [f"{e.backend} {e.precision} {e.file}" for e in component.engines],
+            "nodes": model.graph.num_nodes(),
+            "referenced_bytes": outside,
+            "materialised_bytes": inside,
+            "weights": str(folder) if folder else None,
+        }
+    manifest = bundle.manifest
+    return {
+        "bundle": str(root),
+        "digest": bundle.digest,
+        "system": manifest.system,
+        "preset": manifest.preset,
+        "precision": manifest.precision,
+        "licence": manifest.licence,
+        "options": manifest.options,
+        "made_with": manifest.made_with,
+        "components": components,
+        "passes": _passes(bundle.program),
+        "bytes": {
+            "graphs": sum(f.size for name, f in manifest.files.items() if name.endswith(".onnx")),
+            "referenced": referenced,
+            "materialised": materialised,
+            "packed": sum(f.stat().st_size for f in (root / "weights").rglob("*") if f.is_file()),
+            "orphaned": _orphaned(bundle),
+        },
+    }
+
+
+def _passes(program: Program) -> list[str]:
+    return [
+        f"{p.name}: "
+        + (f"tiles of {p.tiles.px} px, overlap {p.tiles.overlap_px}" if p.tiles else "whole")
+        + (f", {p.steps.count} steps of {p.steps.schedule}" if p.steps else "")
+        for p in program.passes
+    ]
+
+
+def _orphaned(bundle: Bundle) -> int:
+    """Bytes of packed weight files that no component reads; headers are not data."""
+    orphaned = 0
+    for name, folder in bundle.weights.folders.items():
+        packed = bundle.root / "weights" / name
+        for file in packed.rglob("*.safetensors"):
+            relative = file.relative_to(packed).as_posix()
+            read_by = {
+                (r.offset, r.length)
+                for component, tensors in bundle.weights.tensors.items()
+                if bundle.weights.folder_of[component] == name
+                for r in tensors.values()
+                if r.file == relative
+            }
+            data = min((offset for offset, _ in read_by), default=0)
+            orphaned += file.stat().st_size - data - sum(length for _, length in read_by)
+            if relative not in folder.files:
+                orphaned += data
+    return orphaned
+
+
+def text(found: dict[str, Any]) -> str:
+    """The same for people."""
+    sizes = found["bytes"]
+    lines = [
+        f"{found['bundle']}: {found['system']} {found['preset']}, {found['precision']}, {found['digest'][:12]}",
+        f"licence of the weights: {found['licence']}",
+        *(f"pass {p}" for p in found["passes"]),
+    ]
+    for name, c in found["components"].items():
+        lines.append(f"{name}: {c['nodes']} nodes; {', '.join(c['engines'])}")
+        lines.append(f"    in  {', '.join(f'{k} {v}' for k, v in c['inputs'].items())}")
+        lines.append(f"    out {', '.join(f'{k} {v}' for k, v in c['outputs'].items())}")
+        lines.append(f"    {c['referenced_bytes']:,} bytes referenced in {c['weights']}")
+        lines.append(f"    {c['materialised_bytes']:,} bytes in the graph")
+    lines.append(f"bytes: {'; '.join(f'{kind} {size:,}' for kind, size in sizes.items())}")
+    return "\n".join(lines)

@@ -1,0 +1,23 @@
+"""Compute in the graph's type over weights stored in another: a Cast behind each such weight."""
+
+from typing import Any
+
+import onnx_ir as ir
+
+__all__ = ["cast"]
+
+
+def cast(model: ir.Model) -> None:
+    """Type every weight as its bytes are and cast it to the type it is used in."""
+    graph: Any = model.graph
+    first = graph[0]
+    for name, weight in list(graph.initializers.items()):
+        stored, computed = weight.const_value.dtype, weight.dtype
+        if not isinstance(weight.const_value, ir.ExternalTensor) or stored == computed:
+            continue
+        node = ir.node("Cast", [weight], attributes={"to": computed.value}, num_outputs=1)
+        node.outputs[0].name, node.outputs[0].shape, node.outputs[0].dtype = f"{name}.cast", weight.shape, computed
+        weight.replace_all_uses_with(node.outputs[0])
+        node.replace_input_with(0, weight)
+        graph.insert_before(first, node)
+        weight.dtype = stored

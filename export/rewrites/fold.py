@@ -1,0 +1,46 @@
+"""Fold constants and shapes, merge equal nodes, drop dead ones; weights are out of reach of all of it."""
+
+import onnx_ir as ir
+from onnx_ir.passes import Sequential
+from onnx_ir.passes.common import (
+    CommonSubexpressionEliminationPass,
+    IdentityEliminationPass,
+    InlinePass,
+    LiftConstantsToInitializersPass,
+    NameFixPass,
+    OutputFixPass,
+    RemoveUnusedNodesPass,
+)
+from onnxscript.optimizer import fold_constants
+
+__all__ = ["fold"]
+
+ROUNDS = 4
+LARGEST_INPUT, LARGEST_RESULT = 8_192, 65_536  # elements; a bigger constant is cheaper to compute than to store
+
+
+def fold(model: ir.Model) -> None:
+    """Simplify in place. Weights keep their names and their references."""
+    weights = {n: v for n, v in model.graph.initializers.items() if isinstance(v.const_value, ir.ExternalTensor)}
+    references = {name: value.const_value for name, value in weights.items()}
+    # a pass that could see a value would read it, and write a transposed or hashed copy
+    for value in weights.values():
+        value.const_value = None
+    InlinePass()(model)
+    for _ in range(ROUNDS):
+        folded = fold_constants(
+            model, onnx_shape_inference=True, input_size_limit=LARGEST_INPUT, output_size_limit=LARGEST_RESULT
+        )
+        Sequential(IdentityEliminationPass(), RemoveUnusedNodesPass())(model)
+        if not folded.modified:
+            break
+    Sequential(
+        LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        CommonSubexpressionEliminationPass(),
+        RemoveUnusedNodesPass(),
+        OutputFixPass(),
+        NameFixPass(),
+    )(model)
+    for name, value in model.graph.initializers.items():
+        if name in references:
+            value.const_value = references[name]

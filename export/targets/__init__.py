@@ -1,0 +1,6 @@
+"""A portable graph to an engine: one file each.
+
+prepare(model) -> None    rewrite a copy of the portable graph, in place, into the form the backend runs best
+"""
+
+TARGETS = {"ort": "tilewright.export.targets.ort"}

@@ -1,0 +1,181 @@
+"""Engine against eager PyTorch, on the same inputs: every call of a real restoration, and the picture at the end.
+
+A component that makes choices (integers) is judged by them: a choice must agree unless it was won by less than the
+rounding of the scores it was made from. Where choices differ, what follows from them is not compared.
+"""
+
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from tilewright.export.systems import Source, system
+from tilewright.export.trace import network_on_meta
+from tilewright.runtime.bundle import Bundle, Reference
+from tilewright.runtime.engines import Engine, backend
+from tilewright.runtime.errors import AccuracyError
+from tilewright.runtime.images import Enlarged
+from tilewright.runtime.restore import load
+from tilewright.runtime.scheduler import Job, run
+
+__all__ = ["RELATIVE_L2_GATE", "require", "sample_photo", "verify"]
+
+RELATIVE_L2_GATE = 1e-4  # of a component's float outputs, float32 against float32; measured are 1e-6 to 1e-5
+UNDECIDED = 4.0  # a choice won by less than this many roundings of its scores may fall either way
+Floats = npt.NDArray[np.floating[Any]]
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int64": torch.int64}
+
+
+def verify(root: Path, *, weights_dir: Path | None = None, size_px: int | None = None) -> dict[str, Any]:
+    """Compare a bundle's engines with the networks they were traced from; a report, whatever it says.
+
+    The picture is a square of `size_px` in the program's own tiles, or by default a small one in tiles smaller still.
+    """
+    with load(root, weights_dir=weights_dir) as restorer:
+        bundle, program = restorer.bundle, restorer.bundle.program
+        eager = {n: eager_network(bundle, n, weights_dir) for n in sorted(program.components())}
+        pairs = {n: _Paired(restorer.engines[n], e) for n, e in eager.items()}
+        multiple = program.multiple_px
+        width, height = (size_px, size_px) if size_px else (10 * multiple, 7 * multiple)
+        job = Job(Enlarged(sample_photo(width, height, program.scale), program.scale, multiple))
+        if size_px is None:
+            job.tile_px, job.overlap_px = 6 * multiple, 2 * multiple
+        engine_image = run(program, pairs, restorer.constants, job)
+        eager_image = run(program, eager, restorer.constants, job)
+    first = bundle.manifest.components[next(iter(eager))].engines[0]
+    return {
+        "bundle": bundle.digest,
+        "engine": f"{backend(first.backend).version()}, {first.precision}",
+        "reference": f"torch {torch.__version__} eager, float32",
+        "image": f"{job.image.shape[2]}x{job.image.shape[1]} px in tiles of {job.tile_px or 'the program'}",
+        "components": {name: pair.report() for name, pair in sorted(pairs.items())},
+        "restore": _difference(engine_image, eager_image) | {"deviation": float(engine_image.std())},
+        "gate": {"relative_l2": RELATIVE_L2_GATE},
+    }
+
+
+def require(report: Mapping[str, Any]) -> None:
+    """Refuse an engine that misses the gate, is not finite or gives a constant picture."""
+    for name, component in report["components"].items():
+        for output, difference in component["outputs"].items():
+            if not difference["relative_l2"] <= RELATIVE_L2_GATE:  # so that NaN fails
+                raise AccuracyError(
+                    f"{name}.{output}: relative L2 {difference['relative_l2']:.2e} against eager PyTorch, the gate is"
+                    f" {RELATIVE_L2_GATE:.0e}; compare the versions of torch and the engine with the manifest's"
+                )
+        if component.get("choices", {}).get("wrong"):
+            raise AccuracyError(
+                f"{name}: {component['choices']['wrong']} of {component['choices']['total']} choices differ from eager"
+                " PyTorch by more than rounding explains; compare the versions of torch and the engine"
+            )
+    if not report["restore"]["deviation"] > 1e-4:
+        raise AccuracyError(
+            f"the restored picture is constant or not finite (deviation {report['restore']['deviation']:.1e});"
+            " check the weights"
+        )
+
+
+def sample_photo(width: int, height: int, scale: int) -> npt.NDArray[np.uint8]:
+    """A picture with edges, gradients and texture, `scale` times smaller than the size asked for."""
+    columns, rows = -(-width // scale), -(-height // scale)
+    y, x = np.mgrid[0:rows, 0:columns] / max(rows, columns)
+    channels = [np.sin(9 * x + 4 * y) * 0.4 + 0.5, (np.hypot(x - 0.5, y - 0.4) < 0.3) * 0.7 + 0.2 * x, (x * 23 % 1) * y]
+    texture = np.random.Generator(np.random.Philox(key=1)).normal(0, 0.04, (rows, columns, 3))
+    rgb = np.clip(np.stack(channels, -1) + texture, 0, 1)
+    return np.asarray(rgb * 255 + 0.5, np.uint8)
+
+
+def eager_network(bundle: Bundle, component: str, weights_dir: Path | None) -> "Eager":
+    """The eager network with the bundle's weights, mapped where they are stored as they are computed."""
+    source: Source = system(bundle.manifest.system).components(bundle.manifest.preset)[component]
+    network = network_on_meta(source)
+    folder = bundle.weights_folder(component, weights_dir)
+    if folder is not None:
+        tensors = {n: _tensor(folder, r).float() for n, r in bundle.weights.tensors[component].items()}
+        network.load_state_dict(tensors, strict=False, assign=True)
+    return Eager(network, tuple(source.outputs))
+
+
+def _tensor(folder: Path, reference: Reference) -> torch.Tensor:
+    # copy-on-write: torch asks for writable memory, the file stays as it is
+    data = np.memmap(folder / reference.file, np.uint8, "c", reference.offset, (reference.length,))
+    return torch.from_numpy(data).view(DTYPES[reference.dtype]).reshape(reference.shape)
+
+
+@dataclass
+class Eager:
+    """A network that answers like an engine."""
+
+    network: Any
+    names: tuple[str, ...]  # of its outputs
+
+    def run(self, inputs: Mapping[str, Any], wanted: Iterable[str]) -> dict[str, Any]:
+        with torch.no_grad():  # here, not around the restoration: it holds for one thread, and tiles run in others
+            made = self.network(*(torch.from_numpy(np.asarray(array)) for array in inputs.values()))
+        outputs = dict(zip(self.names, made if isinstance(made, tuple) else (made,), strict=True))
+        return {name: outputs[name].numpy() for name in wanted}
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+
+class _Paired:
+    """An engine and its network, run on the same inputs; answers with the engine's outputs."""
+
+    def __init__(self, engine: Engine, eager: Eager) -> None:
+        self.engine, self.eager = engine, eager
+        self.exact = copy.deepcopy(eager.network).double() if hasattr(eager.network, "winners") else None
+        self.seen: dict[str, list[tuple[Floats, Floats]]] = {}
+        self.choices = dict.fromkeys(("total", "undecided", "differ", "wrong"), 0)
+
+    def run(self, inputs: Mapping[str, Any], wanted: Iterable[str]) -> dict[str, Any]:
+        ours, theirs = self.engine.run(inputs, self.eager.names), self.eager.run(inputs, self.eager.names)
+        same = self._compare_choices(inputs, ours, theirs)
+        for name, array in ours.items():
+            if array.dtype.kind == "f":
+                kept = np.broadcast_to(same, array.shape) if same is not None else np.ones(array.shape, bool)
+                self.seen.setdefault(name, []).append((array[kept], theirs[name][kept]))
+        return {name: ours[name] for name in wanted}
+
+    def _compare_choices(
+        self, inputs: Mapping[str, Any], ours: dict[str, Any], theirs: dict[str, Any]
+    ) -> npt.NDArray[np.bool_] | None:
+        """Where all choices of a position [B, 1, rows, columns] agree; none for a component that makes none."""
+        if self.exact is None:
+            return None
+        name = next(n for n, array in ours.items() if array.dtype.kind == "i")
+        image = torch.from_numpy(*inputs.values())
+        with torch.no_grad():
+            scores, exact = self.eager.network.winners(image)[0], self.exact.winners(image.double())
+        rounding = float((scores.double() - exact[0]).abs().max())
+        decided = (exact[0][..., 0] - exact[0][..., 1] > UNDECIDED * rounding).numpy()
+        self.choices["total"] += decided.size
+        self.choices["undecided"] += int((~decided).sum())
+        self.choices["differ"] += int((ours[name] != theirs[name]).sum())
+        self.choices["wrong"] += int(((ours[name] != exact[1].numpy()) & decided).sum())
+        return np.asarray((ours[name] == theirs[name]).all(1, keepdims=True))
+
+    def report(self) -> dict[str, Any]:
+        """What was seen, over all calls."""
+        both = {name: [np.concatenate(side) for side in zip(*pairs, strict=True)] for name, pairs in self.seen.items()}
+        report: dict[str, Any] = {"outputs": {name: _difference(*sides) for name, sides in both.items()}}
+        return report | ({"choices": self.choices} if self.exact is not None else {})
+
+    def close(self) -> None:
+        """The engine belongs to the restorer."""
+
+
+def _difference(ours: Floats, reference: Floats) -> dict[str, float]:
+    error = ours.astype(np.float64) - reference
+    norm, peak = float(np.linalg.norm(reference.astype(np.float64))), float(np.ptp(reference))
+    mean_square = float(np.mean(error**2))
+    return {
+        "max_abs": float(np.abs(error).max()),
+        "relative_l2": float(np.linalg.norm(error)) / max(norm, 1e-30),
+        "psnr_db": min(200.0, 10 * float(np.log10(max(peak, 1e-30) ** 2 / max(mean_square, 1e-30)))),
+    }

@@ -1,0 +1,267 @@
+"""The verbs of `tilewright runtime`, and what all verbs share: results on stdout, progress and errors on stderr."""
+
+import argparse
+import json
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tilewright.runtime import images
+from tilewright.runtime.bundle import Bundle, read
+from tilewright.runtime.errors import UsageError
+from tilewright.runtime.restore import MEMORY_MODES, estimate, load
+
+__all__ = ["Progress", "add_verbs", "answer", "verb"]
+
+
+def verb(verbs: Any, name: str, summary: str, run: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
+    """Add a verb with what every verb has."""
+    made: argparse.ArgumentParser = verbs.add_parser(name, help=summary, description=summary)
+    made.add_argument("--json", action="store_true", help="the answer as JSON")
+    made.add_argument("--verbose", action="store_true", help="log more, and show tracebacks")
+    made.set_defaults(run=run)
+    return made
+
+
+def answer(arguments: argparse.Namespace, value: Any, text: str) -> None:
+    """Print a result in the form that was asked for."""
+    print(json.dumps(value, indent=2, sort_keys=True) if arguments.json else text, flush=True)
+
+
+def add_verbs(verbs: Any) -> None:
+    """restore, plan, profile."""
+    restore = verb(verbs, "restore", "restore an image", _restore)
+    restore.add_argument("input", type=Path, metavar="IN")
+    restore.add_argument("output", type=Path, metavar="OUT", help="its suffix chooses the format")
+    _bundle_arguments(restore)
+    _engine_arguments(restore)
+    restore.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
+    restore.add_argument("--steps", type=int, help="sampling steps, where the system has any")
+    restore.add_argument(
+        "--max-pixels", type=int, default=100_000_000, help="refuse larger inputs (default: 100 million)"
+    )
+    restore.epilog = "An input the bundle's program declares is given as --NAME VALUE."
+    restore.set_defaults(takes_inputs=True)
+
+    plan = verb(verbs, "plan", "tiles and memory for an image size; nothing is run", _plan)
+    plan.add_argument("width", type=int, help="of the input image")
+    plan.add_argument("height", type=int)
+    _bundle_arguments(plan)
+    plan.add_argument("--memory", choices=MEMORY_MODES, default="fast", help="as for restore")
+
+    profile = verb(verbs, "profile", "measure latency and memory per resolution", _profile)
+    _bundle_arguments(profile)
+    _engine_arguments(profile)
+    profile.add_argument(
+        "--resolutions", default="512,1024", help="output sizes: 512 or 2560x1440, with commas (default: 512,1024)"
+    )
+    profile.add_argument("--runs", type=int, default=5, help="measured runs after a warm-up, at least 5 (default: 5)")
+
+
+def _bundle_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--bundle", type=Path, required=True, metavar="DIR")
+    parser.add_argument(
+        "--tile", type=int, metavar="PX", help="side of a tile in output pixels, instead of the bundle's"
+    )
+    parser.add_argument("--overlap", type=int, metavar="PX", help="what neighbours share, instead of the bundle's")
+
+
+def _engine_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--memory", choices=MEMORY_MODES, default="fast", help="speed, or weights mapped and not copied"
+    )
+    parser.add_argument("--threads", type=int, default=0, help="of an engine (default: all cores)")
+    parser.add_argument("--workers", type=int, default=1, help="tiles run at once (default: 1)")
+    parser.add_argument("--weights-dir", type=Path, help="where the weights are, if they moved")
+
+
+def _restore(arguments: argparse.Namespace) -> None:
+    images.check_writable(arguments.output)
+    bundle = read(arguments.bundle)
+    inputs = _inputs(bundle, arguments.extra)
+    if bundle.manifest.options.get("weights", "").startswith("random"):
+        print("note: this bundle holds random weights; the picture proves plumbing, not restoration", file=sys.stderr)
+    start = time.perf_counter()
+    with load(
+        arguments.bundle,
+        memory=arguments.memory,
+        threads=arguments.threads,
+        workers=arguments.workers,
+        weights_dir=arguments.weights_dir,
+    ) as restorer:
+        opened = time.perf_counter() - start
+        with Progress() as progress:
+            made = restorer.restore(
+                arguments.input,
+                tile=arguments.tile,
+                overlap=arguments.overlap,
+                seed=arguments.seed,
+                steps=arguments.steps,
+                inputs=inputs,
+                max_pixels=arguments.max_pixels,
+                on_progress=progress.tiles,
+            )
+    before = time.perf_counter()
+    images.write(arguments.output, made.image, icc=made.icc)
+    seconds = made.seconds | {"open": opened, "write": time.perf_counter() - before}
+    height, width = made.image.shape[:2]
+    value = {
+        "input_width": width // bundle.program.scale,
+        "input_height": height // bundle.program.scale,
+        "output": str(arguments.output),
+        "width": width,
+        "height": height,
+        "tiles": made.tiles,
+        "seconds": seconds,
+        "peak_bytes": made.peak_bytes,
+    }
+    answer(arguments, value, _restored(arguments.input, value))
+
+
+def _restored(source: Path, value: dict[str, Any]) -> str:
+    width, height, seconds = value["width"], value["height"], value["seconds"]
+    tiles = ", ".join(f"{name} {count}" for name, count in value["tiles"].items())
+    phases = ", ".join(f"{name} {spent:.2f}" for name, spent in seconds.items() if name != "total")
+    return (
+        f"{source} {value['input_width']}x{value['input_height']} px -> {value['output']} {width}x{height} px"
+        f" in {seconds['total']:.2f} s; tiles: {tiles}; peak {value['peak_bytes'] / 2**20:.0f} MiB\nseconds: {phases}"
+    )
+
+
+def _inputs(bundle: Bundle, words: list[str]) -> dict[str, Any]:
+    """Program inputs from `--name value` pairs."""
+    known = bundle.program.inputs
+    pairs = " ".join(words).replace("=", " ").split()
+    given: dict[str, Any] = {}
+    for flag, value in zip(pairs[::2], [*pairs[1::2], None], strict=False):
+        name = flag.removeprefix("--").replace("-", "_")
+        if not flag.startswith("--") or name not in known or value is None:
+            accepted = ", ".join(f"--{n} VALUE" for n in known) or "none"
+            raise UsageError(f"unknown argument {flag!r}; this bundle's own arguments: {accepted}")
+        given[name] = value if value in known[name].choices else _number(name, value)
+    return given
+
+
+def _number(name: str, value: str) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        raise UsageError(f"--{name} {value!r} is not a number; see the bundle's program.json") from None
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    bundle = read(arguments.bundle)
+    found = estimate(
+        bundle,
+        arguments.width,
+        arguments.height,
+        tile=arguments.tile,
+        overlap=arguments.overlap,
+        memory=arguments.memory,
+    )
+    passes = [
+        {
+            "pass": p.name,
+            "tiles": len(plan.tiles),
+            "columns": len(plan.lefts),
+            "rows": len(plan.tops),
+            "tile": [plan.tile_width, plan.tile_height],
+            "overlap": plan.overlap,
+            "steps": p.steps.count if p.steps else 1,
+        }
+        for p, plan in found.passes
+    ]
+    value = {
+        "result": [found.width, found.height],
+        "passes": passes,
+        "needed_bytes": found.needed_bytes,
+        "available_bytes": found.available_bytes,
+    }
+    rows = [
+        f"{p['pass']:<12} {p['columns']}x{p['rows']} tiles of {p['tile'][0]}x{p['tile'][1]} px,"  # type: ignore[index]
+        f" overlap {p['overlap']}, {p['steps']} step(s)"
+        for p in passes
+    ]
+    free = "unknown" if found.available_bytes is None else f"{found.available_bytes / 2**30:.1f} GiB"
+    rows.append(f"memory: about {found.needed_bytes / 2**30:.2f} GiB needed, {free} free")
+    answer(arguments, value, "\n".join([f"result: {found.width}x{found.height} px", *rows]))
+
+
+def _profile(arguments: argparse.Namespace) -> None:
+    from tilewright.runtime.profile import profile, resolutions, table
+
+    sizes = resolutions(arguments.resolutions)
+    with (
+        load(
+            arguments.bundle,
+            memory=arguments.memory,
+            threads=arguments.threads,
+            workers=arguments.workers,
+            weights_dir=arguments.weights_dir,
+        ) as restorer,
+        Progress() as progress,
+    ):
+        measured = profile(
+            restorer,
+            sizes,
+            runs=arguments.runs,
+            tile=arguments.tile,
+            overlap=arguments.overlap,
+            on_progress=progress.tiles,
+        )
+    answer(arguments, measured, table(measured))
+
+
+class Progress:
+    """A bar that redraws itself on a terminal; plain lines, at most one every few seconds, elsewhere."""
+
+    def __init__(self) -> None:
+        self.terminal = sys.stderr.isatty()
+        self.start = self.shown = time.monotonic()
+        self.line = ""
+        self.stopped = threading.Event()
+        self.ticker = threading.Thread(target=self._tick, daemon=True)
+
+    def __enter__(self) -> "Progress":
+        if self.terminal:
+            self.ticker.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.stopped.set()
+        if self.terminal:
+            self.ticker.join()
+            self._draw("")
+
+    def stage(self, name: str, event: str, seconds: float) -> None:
+        """A build stage started, was found or is done."""
+        self.start = time.monotonic()
+        if self.terminal:
+            self._draw("")
+            self.line = f"{name:<9} running" if event == "started" else ""
+        if event != "started" or not self.terminal:
+            took = f" in {seconds:.1f} s" if event == "done" else ""
+            print(f"{name:<9} {event}{took}", file=sys.stderr, flush=True)
+
+    def tiles(self, name: str, done: int, total: int) -> None:
+        """Some tiles of a pass are done."""
+        if self.terminal:
+            filled = 24 * done // total
+            self.line = f"{name:<9} [{'#' * filled}{'.' * (24 - filled)}] {done}/{total}"
+        elif time.monotonic() - self.shown > 5:
+            self.shown = time.monotonic()
+            print(f"{name} {done}/{total} after {self.shown - self.start:.0f} s", file=sys.stderr, flush=True)
+
+    def _tick(self) -> None:
+        while not self.stopped.wait(0.2):
+            if self.line:
+                self._draw(f"{self.line} {time.monotonic() - self.start:.0f} s")
+
+    def _draw(self, text: str) -> None:
+        width = shutil.get_terminal_size().columns - 1
+        print(f"\r{text[:width]}\x1b[K", end="", file=sys.stderr, flush=True)

@@ -1,0 +1,114 @@
+"""Latency and memory per resolution: a warm-up, then runs of a fixed picture, told as percentiles."""
+
+import os
+import platform
+from collections.abc import Callable, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tilewright.runtime.engines import backend
+from tilewright.runtime.errors import UsageError
+from tilewright.runtime.memory import peak_bytes
+from tilewright.runtime.restore import Restorer
+
+__all__ = ["hardware", "profile", "resolutions", "table"]
+
+
+def resolutions(text: str) -> list[tuple[int, int]]:
+    """Output sizes from `512,2560x1440`."""
+    sizes = []
+    for part in text.split(","):
+        sides = part.lower().strip().split("x")
+        if len(sides) > 2 or not all(side.isdigit() and int(side) for side in sides):
+            raise UsageError(f"--resolutions {part.strip()!r} is no size; write 512 or 2560x1440")
+        sizes.append((int(sides[0]), int(sides[-1])))
+    return sizes
+
+
+def hardware() -> dict[str, Any]:
+    """The machine a number was measured on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return {"cpu": model, "cores": len(os.sched_getaffinity(0)), "system": f"{platform.system()} {platform.machine()}"}
+
+
+def profile(
+    restorer: Restorer,
+    sizes: Sequence[tuple[int, int]],
+    *,
+    runs: int = 5,
+    tile: int | None = None,
+    overlap: int | None = None,
+    on_progress: Callable[[str, int, int], None] = lambda name, done, total: None,
+) -> dict[str, Any]:
+    """Measure each output size; seconds, megapixels of output a second, peak memory, tiles."""
+    if runs < 5:
+        raise UsageError(f"--runs {runs} is too few for percentiles; use 5 or more")
+    rows = []
+    for width, height in sizes:
+        name = f"{width}x{height}"
+        measured = []
+        for i in range(runs + 1):
+            made = restorer.restore(_picture(restorer, width, height), tile=tile, overlap=overlap)
+            measured.append(made)
+            on_progress(name, i + 1, runs + 1)
+        rows.append(_row([m.seconds for m in measured[1:]], made.image.shape, made.tiles))
+    bundle = restorer.bundle
+    engine = backend(next(iter(bundle.manifest.components.values())).engines[0].backend).version()
+    return {
+        "bundle": bundle.digest,
+        "system": bundle.manifest.system,
+        "preset": bundle.manifest.preset,
+        "engine": engine,
+        "memory": restorer.memory,
+        "hardware": hardware(),
+        "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "runs": runs,
+        "resolutions": rows,
+    }
+
+
+def _picture(restorer: Restorer, width: int, height: int) -> Any:
+    scale = restorer.bundle.program.scale
+    shape = (-(-height // scale), -(-width // scale), 3)
+    return np.random.Generator(np.random.Philox(key=0)).integers(0, 256, shape, np.uint8)
+
+
+def _row(seconds: list[dict[str, float]], shape: tuple[int, ...], tiles: dict[str, int]) -> dict[str, Any]:
+    total = np.array([s["total"] for s in seconds])
+    p50, p90, p99 = (float(np.percentile(total, p)) for p in (50, 90, 99))
+    return {
+        "width": shape[1],
+        "height": shape[0],
+        "seconds": {"p50": p50, "p90": p90, "p99": p99},
+        "megapixels_per_second": shape[0] * shape[1] / 1e6 / p50,
+        "phases": {phase: float(np.median([s[phase] for s in seconds])) for phase in seconds[0] if phase != "total"},
+        "peak_bytes": peak_bytes(),
+        "tiles": tiles,
+    }
+
+
+def table(measured: dict[str, Any]) -> str:
+    """The measurement for people."""
+    machine = measured["hardware"]
+    lines = [
+        f"{measured['system']} {measured['preset']}, {measured['engine']}, memory {measured['memory']},"
+        f" {machine['cpu']} x{machine['cores']}, {measured['runs']} runs",
+        f"{'resolution':>12} {'tiles':>6} {'p50 s':>8} {'p90 s':>8} {'p99 s':>8}"
+        f" {'Mpx/s':>7} {'peak MiB':>9}  phases (s)",
+    ]
+    for row in measured["resolutions"]:
+        s = row["seconds"]
+        phases = ", ".join(f"{name} {value:.3f}" for name, value in row["phases"].items() if name != "passes")
+        lines.append(
+            f"{row['width']}x{row['height']}".rjust(12)
+            + f" {sum(row['tiles'].values()):>6} {s['p50']:>8.3f} {s['p90']:>8.3f} {s['p99']:>8.3f}"
+            + f" {row['megapixels_per_second']:>7.2f} {row['peak_bytes'] / 2**20:>9.0f}  {phases}"
+        )
+    return "\n".join(lines)

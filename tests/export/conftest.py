@@ -1,0 +1,66 @@
+"""HiTokSR's tiny preset, traced once for all: its graphs beside seeded weights, and the networks they came from."""
+
+from pathlib import Path
+
+import onnx_ir as ir
+import pytest
+from safetensors.torch import load_file
+from torch import nn
+
+from tilewright.export.rewrites.fold import fold
+from tilewright.export.systems import hitoksr
+from tilewright.export.targets.ort import prepare
+from tilewright.export.trace import network_on_meta, trace
+from tilewright.export.weights import attach, find, random_weights
+
+
+@pytest.fixture(scope="session")
+def traced(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """COMPONENT.onnx as traced, its weights unresolved; do not change them."""
+    folder = tmp_path_factory.mktemp("traced")
+    for name, source in hitoksr.components("tiny").items():
+        ir.save(trace(source), folder / f"{name}.onnx")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def graphs(traced: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """COMPONENT.FORM.onnx with weights.safetensors beside; FORM: traced, model (folded), ort. Do not change them."""
+    folder = tmp_path_factory.mktemp("graphs")
+    models = {name: ir.load(traced / f"{name}.onnx") for name in hitoksr.components("tiny")}
+    shapes = {
+        component: {
+            name: tuple(value.const_value.shape.numpy())
+            for name, value in model.graph.initializers.items()
+            if isinstance(value.const_value, ir.ExternalTensor)
+        }
+        for component, model in models.items()
+    }
+    keyed = {hitoksr.keys(c, name)[0]: shape for c, of in shapes.items() for name, shape in of.items()}
+    random_weights(keyed, 7, folder / "weights.safetensors")
+    references = attach(shapes, find(folder), hitoksr.keys, hitoksr.ignored)
+    for component, model in models.items():
+        for name, r in references[component].items():
+            model.graph.initializers[name].const_value = ir.ExternalTensor(
+                r.file, r.offset, r.length, ir.DataType.FLOAT, shape=ir.Shape(r.shape), name=name
+            )
+        ir.save(model, folder / f"{component}.traced.onnx")
+        fold(model)
+        ir.save(model, folder / f"{component}.model.onnx")
+        prepare(model)
+        ir.save(model, folder / f"{component}.ort.onnx")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def eager(graphs: Path) -> dict[str, nn.Module]:
+    """The networks with the weights of `graphs`."""
+    tensors = load_file(graphs / "weights.safetensors")
+    networks = {}
+    for component, source in hitoksr.components("tiny").items():
+        network = network_on_meta(source)
+        own = {name: tensors.get(hitoksr.keys(component, name)[0]) for name, _ in network.named_parameters()}
+        left = network.load_state_dict({n: t for n, t in own.items() if t is not None}, strict=False, assign=True)
+        assert all(name.endswith("mask_token") for name in left.missing_keys)
+        networks[component] = network.requires_grad_(False)
+    return networks

@@ -1,0 +1,160 @@
+"""ONNX Runtime as an engine: right answers from mapped weights, and a line that says why when it cannot run."""
+
+import importlib.util
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tilewright.runtime import load
+from tilewright.runtime.bundle import read
+from tilewright.runtime.engines import BACKENDS, backend, ort
+from tilewright.runtime.errors import BundleError, EnvironmentMismatch
+
+
+def filtered(images: np.ndarray, kernels: np.ndarray) -> np.ndarray:
+    """Correlate every colour with its own filter, borders reflected, one pixel at a time, and clip."""
+    batch, colours, height, width = images.shape
+    result = np.zeros(images.shape)
+    for n, c, y, x in np.ndindex(batch, colours, height, width):
+        for dy in (-1, 0, 1):
+            for dx in (-1, 0, 1):
+                row, column = abs(y + dy), abs(x + dx)
+                row, column = min(row, 2 * (height - 1) - row), min(column, 2 * (width - 1) - column)
+                result[n, c, y, x] += images[n, c, row, column] * kernels[c, dy + 1, dx + 1] / 7
+    return result.clip(0, 1)
+
+
+def noise(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).random(shape, np.float32)
+
+
+def refusal(act, *arguments, **options) -> str:
+    with pytest.raises(BundleError) as caught:
+        act(*arguments, **options)
+    text = str(caught.value)
+    assert text.isprintable()
+    assert len(text) <= 500
+    return text
+
+
+@pytest.fixture
+def engine(bundle):
+    engine = ort.open_engine(read(bundle), "sharpen")
+    yield engine
+    engine.close()
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["external", "packed"])
+@pytest.mark.parametrize("memory", ["fast", "low"])
+@pytest.mark.parametrize("shape", [(1, 3, 8, 8), (2, 3, 8, 24)])
+def test_the_answer_is_that_of_a_convolution_in_loops(build, kernels, packed, memory, shape):
+    engine = ort.open_engine(read(build(packed=packed)), "sharpen", memory=memory)
+    image = noise(*shape)
+    outputs = engine.run({"image": image}, ["sharp"])
+    assert list(outputs) == ["sharp"]
+    assert outputs["sharp"].dtype == np.float32
+    np.testing.assert_allclose(outputs["sharp"], filtered(image, kernels), atol=1e-6)
+
+
+def test_low_and_fast_memory_give_equal_answers(bundle):
+    low, fast = (ort.open_engine(read(bundle), "sharpen", memory=memory) for memory in ("low", "fast"))
+    image = noise(3, 3, 40, 56)
+    one, other = (engine.run({"image": image}, ["sharp"])["sharp"] for engine in (low, fast))
+    np.testing.assert_allclose(one, other, atol=1e-6)
+
+
+def test_low_memory_turns_off_what_copies_the_weights(bundle):
+    low, fast = (
+        ort.open_engine(read(bundle), "sharpen", memory=memory).session.get_session_options()
+        for memory in ("low", "fast")
+    )
+    assert low.get_session_config_entry("session.disable_prepacking") == "1"
+    assert (low.enable_cpu_mem_arena, fast.enable_cpu_mem_arena) == (False, True)
+
+
+@pytest.mark.parametrize("threads", [0, 1, 2])
+def test_the_number_of_threads_is_the_one_asked_for(bundle, threads):
+    engine = ort.open_engine(read(bundle), "sharpen", threads=threads)
+    assert engine.session.get_session_options().intra_op_num_threads == threads
+
+
+def test_weights_are_read_where_they_lie(bundle, weights_dir, kernels, tmp_path):
+    given = tmp_path / "given"
+    weights_dir.rename(given)
+    assert "are in none of" in refusal(ort.open_engine, read(bundle), "sharpen")
+    image = noise(1, 3, 8, 8)
+    for place in (given, given / ".." / "given", tmp_path / "models" / ".." / "given"):
+        engine = ort.open_engine(read(bundle), "sharpen", weights_dir=place)
+        np.testing.assert_allclose(
+            engine.run({"image": image}, ["sharp"])["sharp"], filtered(image, kernels), atol=1e-6
+        )
+
+
+def test_a_bundle_and_weights_given_by_relative_paths_run(bundle, weights_dir, tmp_path, monkeypatch):
+    weights_dir.rename(tmp_path / "given")
+    monkeypatch.chdir(tmp_path)
+    engine = ort.open_engine(read(bundle.name), "sharpen", weights_dir=Path("given"))
+    assert engine.run({"image": noise(1, 3, 8, 8)}, ["sharp"])["sharp"].shape == (1, 3, 8, 8)
+
+
+def test_packed_weights_of_a_bundle_given_by_a_relative_path_run(packed_bundle, monkeypatch):
+    monkeypatch.chdir(packed_bundle.parent)
+    engine = ort.open_engine(read(packed_bundle.name), "sharpen")
+    assert engine.run({"image": noise(1, 3, 8, 8)}, ["sharp"])["sharp"].shape == (1, 3, 8, 8)
+
+
+def test_four_threads_at_once_get_each_its_own_answer(engine):
+    images = [noise(1, 3, 32, 32, seed=seed) for seed in range(100)]
+    alone = [engine.run({"image": image}, ["sharp"])["sharp"] for image in images]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda image: engine.run({"image": image}, ["sharp"])["sharp"], images))
+    np.testing.assert_allclose(together, alone, atol=1e-6)
+
+
+@pytest.mark.parametrize("data", [b"", b"\0" * 100, b"not a graph", b"\x08\x0a:\xff\xff", bytes(range(256))])
+def test_a_broken_graph_is_refused_in_one_line(tmp_path, data):
+    (tmp_path / "model.onnx").write_bytes(data)
+    text = refusal(ort.open_graph, tmp_path / "model.onnx", None)
+    assert text.startswith(f"{tmp_path / 'model.onnx'}: onnxruntime ")
+    assert text.endswith("); rebuild the bundle")
+
+
+def test_a_missing_graph_is_refused_in_one_line(tmp_path):
+    assert refusal(ort.open_graph, tmp_path / "model.onnx", None).startswith(f"{tmp_path / 'model.onnx'}: ")
+
+
+@pytest.mark.parametrize("length", [0, 100])
+def test_a_graph_whose_weights_are_cut_short_is_refused_in_one_line(bundle, tmp_path, length):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "sharpen.safetensors").write_bytes(bytes(length))
+    text = refusal(ort.open_graph, bundle / "sharpen" / "model.onnx", tmp_path / "empty")
+    assert text.startswith(f"{bundle / 'sharpen' / 'model.onnx'}: onnxruntime ")
+
+
+def test_without_onnx_runtime_the_line_says_what_to_install(bundle, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "onnxruntime" else find(name, *rest)
+    )
+    for act in (lambda: backend("ort"), lambda: load(bundle)):
+        with pytest.raises(
+            EnvironmentMismatch, match=r"needs ONNX Runtime: pip install 'tilewright\[cpu\]'$"
+        ) as caught:
+            act()
+        assert caught.value.exit_code == 4
+
+
+def test_an_unknown_backend_is_named_with_those_there_are():
+    with pytest.raises(EnvironmentMismatch, match=r"^engine backend 'abacus' is not one of ort.*; upgrade") as caught:
+        backend("abacus")
+    assert caught.value.exit_code == 4
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_every_backend_has_the_three_functions(name):
+    module = importlib.import_module(BACKENDS[name])
+    assert all(callable(getattr(module, function)) for function in ("missing", "version", "open_engine"))
+    if module.missing() is None:
+        assert module.version()

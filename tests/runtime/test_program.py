@@ -1,0 +1,844 @@
+"""The five systems' programs are read, written and found runnable; whatever is changed for the worse is refused."""
+
+import copy
+import dataclasses
+import inspect
+import json
+import math
+import re
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+
+import jsonschema
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tilewright.runtime.errors import BundleError
+from tilewright.runtime.program import (
+    OPTIONAL,
+    SCHEDULE_OPTIONS,
+    SCHEDULE_TABLES,
+    Program,
+    Signature,
+    State,
+    TensorSpec,
+    check,
+    state_shape,
+)
+from tilewright.runtime.schedules import SCHEDULES
+from tilewright.runtime.strict import from_json, schema, to_json
+
+PROGRAMS = Path(__file__).parents[1] / "programs"
+SYSTEMS = ("hitoksr", "in-token", "instantir", "toksr", "vicr")
+SCHEMA = jsonschema.Draft202012Validator(schema(Program, "program.json"))
+GONE = object()
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a bundle holds besides its program."""
+
+    components: dict[str, Signature]
+    constants: dict[str, TensorSpec]
+
+
+def document(system):
+    return json.loads((PROGRAMS / f"{system}.json").read_text())
+
+
+def surroundings(system, changes=None):
+    signatures = json.loads((PROGRAMS / f"{system}.signatures.json").read_text())
+    return from_json(Surroundings, json.dumps(changed(signatures, changes or {})), system)
+
+
+def changed(tree, changes):
+    """A copy of a document with the values at some dotted paths put in, exchanged or, for GONE, taken out."""
+    tree = copy.deepcopy(tree)
+    for path, value in changes.items():
+        *parents, last = (int(key) if key.isdecimal() else key for key in path.split("."))
+        node = tree
+        for key in parents:
+            node = node[key]
+        if value is GONE:
+            del node[last]
+        else:
+            node[last] = copy.deepcopy(value)
+    return tree
+
+
+def parsed(tree):
+    return from_json(Program, json.dumps(tree), "program.json")
+
+
+def checked(system, changes=None, signature_changes=None):
+    around = surroundings(system, signature_changes)
+    check(parsed(changed(document(system), changes or {})), around.components, around.constants)
+
+
+def refusal(read):
+    """The message of the BundleError that a call must end in: one line, of a length that fits a terminal."""
+    with pytest.raises(BundleError) as error:
+        read()
+    message = str(error.value)
+    assert message.isprintable()
+    assert 0 < len(message) <= 400
+    return message
+
+
+def meaning(tree):
+    """A document with every default of the format written out."""
+    empty_pass = {"tiles": None, "steps": None, "state": {}, "once": [], "each": [], "last": []}
+    passes = []
+    for given_pass in tree["passes"]:
+        full = empty_pass | given_pass
+        full["tiles"] = full["tiles"] and {"whole_up_to_px": None, "batch": 1} | full["tiles"]
+        full["steps"] = full["steps"] and {"px_per_token": 256, "options": {}} | full["steps"]
+        full["state"] = {name: {"init": "zeros"} | state for name, state in full["state"].items()}
+        passes.append(full)
+    inputs = {
+        name: {"shape": [], "default": None, "choices": {}} | value for name, value in tree.get("inputs", {}).items()
+    }
+    grids = {name: {"init": "none"} | grid for name, grid in tree["grids"].items()}
+    # as text, which tells 1 from 1.0 and from true
+    return json.dumps(tree | {"inputs": inputs, "grids": grids, "passes": passes}, sort_keys=True)
+
+
+# The five systems
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_every_systems_program_is_read_and_could_run(system):
+    checked(system)
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_a_program_says_what_its_document_says(system):
+    program = parsed(document(system))
+    assert json.dumps(dataclasses.asdict(program), sort_keys=True) == meaning(document(system))
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_a_program_is_written_so_that_it_reads_back_the_same(system):
+    program = parsed(document(system))
+    text = to_json(program)
+    assert from_json(Program, text, "program.json") == program
+    assert to_json(from_json(Program, text.encode(), "program.json")) == text
+    assert meaning(json.loads(text)) == meaning(document(system))
+
+
+def test_what_is_written_is_canonical_and_leaves_defaults_out():
+    text = to_json(parsed(changed(document("hitoksr"), {"passes.0.tiles.batch": 1, "inputs": {}})))
+    assert text == to_json(parsed(document("hitoksr")))
+    assert text.startswith('{\n  "grids": {\n    "image": {\n      "channels": 3,\n      "init": "input",\n')
+    assert text.endswith("}\n")
+    assert "batch" not in text
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_a_program_names_its_components(system):
+    called = {
+        call["run"] for p in document(system)["passes"] for s in ("once", "each", "last") for call in p.get(s, ())
+    }
+    assert parsed(document(system)).components() == called == surroundings(system).components.keys()
+
+
+def test_an_unneeded_output_and_an_unneeded_constant_are_allowed():
+    checked("hitoksr", {}, {"constants.spare": {"dtype": "uint8", "shape": [3]}})  # `indices` goes nowhere already
+
+
+def test_a_state_is_sized_by_the_tile_it_belongs_to():
+    assert state_shape(State((16, "h/8", "w/4")), 64, 48) == (16, 8, 12)
+    assert state_shape(State((16, 1, 32), "noise"), 64, 48) == (16, 1, 32)
+
+
+# Programs that could not run
+
+
+def run_of(component, **inputs):
+    return {"run": component, "inputs": inputs, "outputs": {}}
+
+
+DECODE_Z = run_of("decode", latent="z") | {"outputs": {"image": "result"}}
+DETOKENISE = run_of("detokenise", tokens="tokens", words="words") | {"outputs": {"image": "result"}}
+EACH = "passes.1.each.0"  # In-Token's and VICR's step, TokSR's too
+CALLS = {
+    "an unknown component": (
+        "in-token",
+        {"passes.0.once.0.run": "encoder"},
+        "pass 'encode', once[0] runs 'encoder': no such component; there are decode, encode, see, step",
+    ),
+    "a missing input": (
+        "in-token",
+        {f"{EACH}.inputs.sigma": GONE},
+        "pass 'sample', each[0] runs 'step': input 'sigma' is missing",
+    ),
+    "an unknown input": ("in-token", {f"{EACH}.inputs.mask": "z"}, "the component has no input 'mask'"),
+    "an unknown output": ("in-token", {f"{EACH}.outputs.v": "v"}, "the component has no output 'v'"),
+    "no output": ("in-token", {f"{EACH}.outputs": {}}, "outputs {} must name at least one place, each once"),
+    "two outputs to one place": (
+        "hitoksr",
+        {"passes.0.once.0.outputs.indices": "codes"},
+        "outputs {'codes': 'codes', 'indices': 'codes'} must name at least one place, each once",
+    ),
+    "an output to a place without a name": (
+        "in-token",
+        {"passes.1.once.0.outputs.tokens": "seen-1"},
+        "tokens -> seen-1: a place is named by letters, digits and underscores",
+    ),
+    "an output to a value of the same tile": (
+        "vicr",
+        {"passes.1.once.1.outputs.bridge": "masked"},
+        "bridge -> masked: the name is taken; give every value its own",
+    ),
+    "an output to a value of the job": (
+        "toksr",
+        {"passes.1.once.0.outputs.tokens": "words"},
+        "tokens -> words: the name is taken; give every value its own",
+    ),
+    "an output to a constant's name": (
+        "in-token",
+        {f"{EACH}.outputs.z": "modulation"},
+        "z -> modulation: the name is taken; give every value its own",
+    ),
+    "an output to the input": (
+        "in-token",
+        {"passes.2.once.0.outputs.image": "image"},
+        "image -> image: the input is not written to; use another grid",
+    ),
+}
+SOURCES = {
+    "a name nobody gave": (
+        "in-token",
+        {f"{EACH}.inputs.seen": "sean"},
+        "'sean': nothing of that name is known here; there are seen",
+    ),
+    "an empty name": ("in-token", {f"{EACH}.inputs.seen": ""}, "'': nothing of that name is known here"),
+    "another pass's tile value": (
+        "in-token",
+        {"passes.2.once.0.inputs.latent": "seen"},
+        "'seen': nothing of that name is known here; there are none",
+    ),
+    "an earlier untiled pass's state": (
+        "toksr",
+        {"passes": [*document("toksr")["passes"], {"name": "again", "once": [DETOKENISE]}], "passes.1.tiles": GONE},
+        "'tokens': nothing of that name is known here",
+    ),
+    "a grid before it is written": (
+        "in-token",
+        {"passes.0.once.0.inputs.image": "y"},
+        "'y': the grid is read before any earlier pass writes it",
+    ),
+    "a grid that the same pass writes": (
+        "in-token",
+        {"passes.1.last": [DECODE_Z]},
+        "pass 'sample', last[0] runs 'decode': 'z': the grid is read in last of the pass that writes it",
+    ),
+    "a grid that a private pass writes in once": (
+        "vicr",
+        {
+            "grids.m": {"px": 8, "channels": 16, "init": "zeros"},
+            "passes.1.once.0.outputs.latent": "m",
+            f"{EACH}.inputs.masked": "m",
+        },
+        "'m': the grid is read in each of the pass that writes it; use another grid",
+    ),
+    "a table without steps": (
+        "in-token",
+        {"passes.0.once.0.inputs.image": "@sigma"},
+        "pass 'encode', once[0] runs 'encode': '@sigma': a table needs a pass with steps",
+    ),
+    "an unknown table": (
+        "in-token",
+        {f"{EACH}.inputs.sigma": "@sigmas"},
+        "'@sigmas': no table, value or constant has that name; there are modulation, prompt, seen",
+    ),
+    "another schedule's table": ("toksr", {f"{EACH}.inputs.t": "@sigma"}, "'@sigma': no table, value or constant"),
+    "a number as a table": (
+        "instantir",
+        {"passes.3.each.0.inputs.t": "@start_alpha"},
+        "'@start_alpha': a single number has no rows",
+    ),
+    "one number a tile as a table": (
+        "in-token",
+        {f"{EACH}.inputs.sigma": "@seen"},
+        {"components.see.outputs.tokens.shape": ["batch"], "components.step.inputs.seen.shape": ["batch"]},
+        "'@seen': a single number has no rows",
+    ),
+    "a value as a whole table": (
+        "vicr",
+        {"passes.1.once.2.inputs.sigmas": "@pooled"},
+        "'@pooled': outside 'each' only a schedule's tables can be read as a table",
+    ),
+    "a constant with too few rows": (
+        "in-token",
+        {"passes.1.steps.count": 29},
+        "'@modulation': has 28 rows for 29 steps",
+    ),
+    "a tile's value with too few rows": (
+        "vicr",
+        {},
+        {"components.modulate.outputs.modulation.shape.1": 29},
+        "'@modulation': has 29 rows for 30 steps",
+    ),
+    "an unknown constant": (
+        "in-token",
+        {f"{EACH}.inputs.prompt": "#prompts"},
+        "'#prompts': no such constant in the bundle; there are modulation, prompt",
+    ),
+    "an unknown input of the program": (
+        "vicr",
+        {"passes.0.once.0.inputs.ids": "$prompt"},
+        "'$prompt': the program has no such input; there are clip_ids, t5_ids",
+    ),
+    "noise of nothing": (
+        "instantir",
+        {"passes.3.each.2.inputs.noise": "~q"},
+        "'~q': noise needs a grid or a state of this pass; there are delta, preview",
+    ),
+    "noise of another pass's state": (
+        "instantir",
+        {"passes.2.once.0.inputs.noise": "~preview"},
+        "'~preview': noise needs a grid or a state of this pass; there are none",
+    ),
+    "noise of a state that is no field": (
+        "instantir",
+        {"passes.3.each.2.inputs.noise": "~delta"},
+        "'~delta': noise needs a shape of channels, rows, columns, not [1]",
+    ),
+}
+SHAPES = {
+    "another channel count": (
+        "in-token",
+        {},
+        {"components.step.inputs.z.shape.1": 4},
+        "z = z: float32 ['batch', 16, 'h/8', 'w/8'] does not fit float32 ['batch', 4, 'h', 'w']",
+    ),
+    "another rank": (
+        "in-token",
+        {f"{EACH}.inputs.seen": "#prompt"},
+        {"components.step.inputs.seen.shape": ["tokens", 4096]},
+        "seen = #prompt: float32 [1, 512, 4096] does not fit float32 ['tokens', 4096]",
+    ),
+    "another type": (
+        "vicr",
+        {"inputs.t5_ids.dtype": "int32"},
+        "ids = $t5_ids: int32 [1, 512] does not fit int64 [1, 512]",
+    ),
+    "a whole table where a row is meant": (
+        "vicr",
+        {"passes.1.once.2.inputs.sigmas": "@sigma"},
+        {"components.modulate.inputs.sigmas.shape": []},
+        "sigmas = @sigma: float32 ['steps'] does not fit float32 []",
+    ),
+    "a row where a whole table is meant": (
+        "in-token",
+        {f"{EACH}.inputs.modulation": "#modulation"},
+        "modulation = #modulation: float32 [28, 344, 3072] does not fit float32 [344, 3072]",
+    ),
+    "noise of another grid": (
+        "instantir",
+        {"passes.3.each.2.inputs.noise": "~image"},
+        "noise = ~image: float32 ['batch', 3, 'h/1', 'w/1'] does not fit float32 ['batch', 4, 'h', 'w']",
+    ),
+    "an output that is not its grid's": (
+        "hitoksr",
+        {},
+        {"components.decode.outputs.image.shape.1": 1},
+        "image -> result: float32 ['batch', 1, 'height', 'width'] does not fit float32 ['batch', 3, 'h/1', 'w/1']",
+    ),
+    "a half-precision output to a grid": (
+        "hitoksr",
+        {},
+        {"components.decode.outputs.image.dtype": "float16"},
+        "image -> result: float16",
+    ),
+    "an output that is not its state's": (
+        "toksr",
+        {},
+        {"components.step.outputs.tokens.shape.3": 64},
+        "tokens -> tokens: float32 ['batch', 16, 1, 64] does not fit float32 ['batch', 16, 1, 32]",
+    ),
+    "a value that changes its shape from step to step": (
+        "in-token",
+        {f"{EACH}.outputs.tokens": "seen"},
+        {"components.step.outputs.tokens": {"dtype": "float32", "shape": ["batch", 730, 4096]}},
+        "tokens -> seen: float32 ['batch', 730, 4096] does not fit float32 ['batch', 729, 4096]",
+    ),
+}
+PASSES = {
+    "a name twice": ("in-token", {"passes.2.name": "encode"}, "pass 'encode': the name is taken; give every pass"),
+    "steps without each": ("in-token", {"passes.1.each": []}, "pass 'sample': 'steps' and 'each' go together"),
+    "each without steps": ("in-token", {"passes.1.steps": GONE}, "pass 'sample': 'steps' and 'each' go together"),
+    "last without steps": ("in-token", {"passes.0.last": [DECODE_Z]}, "pass 'encode': 'last' and 'state' need 'steps'"),
+    "state without steps": (
+        "in-token",
+        {"passes.0.state": {"s": {"shape": [1]}}},
+        "pass 'encode': 'last' and 'state' need 'steps'; use 'once'",
+    ),
+    "no call": ("in-token", {"passes.0.once": []}, "pass 'encode': makes no call; remove it"),
+    "tiles that are no multiple": (
+        "instantir",
+        {"passes.1.tiles.px": 1040},
+        "pass 'encode': tiles of 1040 px overlapping by 256 px must be multiples of multiple_px 64",
+    ),
+    "an overlap that is no multiple": (
+        "toksr",
+        {"passes.1.tiles.overlap_px": 24},
+        "pass 'restore': tiles of 256 px overlapping by 24 px must be multiples of multiple_px 16",
+    ),
+    "a state that hides a grid": (
+        "vicr",
+        {"passes.1.state.image": {"shape": [1]}},
+        "pass 'restore': state 'image' hides a grid or a job's value; rename it",
+    ),
+    "a state that hides a value of the job": (
+        "vicr",
+        {"passes.1.state.context": {"shape": [1]}},
+        "pass 'restore': state 'context' hides a grid or a job's value; rename it",
+    ),
+    "a state finer than the multiple": (
+        "vicr",
+        {"passes.1.state.z.shape.1": "h/32"},
+        "pass 'restore': state 'z': 'h/32' does not divide multiple_px 16",
+    ),
+    "a state that no source can name": (
+        "vicr",
+        {"passes.1.state.@z": {"shape": [1]}},
+        "pass 'restore': state '@z': a place is named by letters, digits and underscores",
+    ),
+    "nobody making the result": (
+        "in-token",
+        {"passes.2": GONE},
+        "program: no pass writes the grid 'result'; add the call that makes it",
+    ),
+    "no pass": ("in-token", {"passes": []}, "program: no pass writes the grid 'result'"),
+}
+GRIDS_AND_INPUTS = {
+    "no image": ("hitoksr", {"grids.image": GONE}, "grid 'image' must be there with px 1, channels 3, init input"),
+    "no result": ("hitoksr", {"grids.result": GONE}, "grid 'result' must be there with px 1, channels 3, init none"),
+    "a coarse result": ("hitoksr", {"grids.result.px": 8}, "grid 'result' must be there"),
+    "an image of noise": ("hitoksr", {"grids.image.init": "noise"}, "grid 'image' must be there"),
+    "a second image": ("in-token", {"grids.y.init": "input"}, "grid 'y': only 'image' is an input; use init none"),
+    "cells that do not fit the multiple": (
+        "in-token",
+        {"grids.y.px": 24},
+        "grid 'y': px 24 does not divide multiple_px 16",
+    ),
+    "a grid that no source can name": (
+        "in-token",
+        {"grids.#y": {"px": 8, "channels": 16}},
+        "grid '#y': a place is named by letters, digits and underscores",
+    ),
+    "an unknown type": (
+        "vicr",
+        {"inputs.t5_ids.dtype": "int128"},
+        "input 't5_ids': dtype 'int128' is not one of float32, float16, bfloat16, int64, int32, uint8, bool",
+    ),
+    "a default that is no constant": (
+        "toksr",
+        {"inputs.ids.default": "#ids"},
+        "input 'ids': default '#ids' is no constant of that type and shape",
+    ),
+    "a default with another mark": (
+        "toksr",
+        {"inputs.ids.default": "$empty_ids"},
+        "input 'ids': default '$empty_ids' is no constant of that type and shape",
+    ),
+    "a default of another shape": (
+        "toksr",
+        {"inputs.ids.shape": [1, 76]},
+        "input 'ids': default '#empty_ids' is no constant of that type and shape",
+    ),
+    "a number for a tensor": (
+        "toksr",
+        {"inputs.ids.default": 0},
+        "input 'ids': the number 0 cannot fill [1, 77]; name a #constant",
+    ),
+    "a fraction for a whole number": (
+        "instantir",
+        {"inputs.adares.default": 0.5},
+        "input 'adares': default 0.5 is no int64",
+    ),
+    "a default that is no choice": (
+        "instantir",
+        {"inputs.adares.default": 3},
+        "input 'adares': default 3 is not among {'off': 0, 'paper': 1, 'code': 2}",
+    ),
+    "the name of a choice for its number": (
+        "instantir",
+        {"inputs.adares.default": "off"},
+        "input 'adares': default 'off' is no constant of that type and shape",
+    ),
+}
+UNRUNNABLE = CALLS | SOURCES | SHAPES | PASSES | GRIDS_AND_INPUTS
+
+
+@pytest.mark.parametrize("case", UNRUNNABLE)
+def test_a_program_that_could_not_run_is_refused_by_name(case):
+    system, changes, *signature_changes, message = UNRUNNABLE[case]
+    found = refusal(lambda: checked(system, changes, *signature_changes))
+    assert found.startswith("program: ")
+    assert message in found
+
+
+def test_a_grid_may_be_read_in_each_of_the_joined_pass_that_writes_it_in_once():
+    start = {"run": "start", "inputs": {"z": "z", "y": "y"}, "outputs": {"z": "z"}}
+    latent = {"dtype": "float32", "shape": ["batch", 16, "h", "w"]}
+    signature = {"inputs": {"z": latent, "y": latent}, "outputs": {"z": latent}}
+    once = [*document("in-token")["passes"][1]["once"], start]
+    checked("in-token", {"passes.1.once": once}, {"components.start": signature})
+
+
+def test_a_value_of_once_may_be_renewed_in_each():
+    checked(
+        "in-token",
+        {f"{EACH}.outputs.tokens": "seen"},
+        {"components.step.outputs.tokens": {"dtype": "float32", "shape": ["batch", "tokens", 4096]}},
+    )
+
+
+# Values that mean nothing
+
+TILES, STEPS = "passes.1.tiles", "passes.1.steps"
+MEANINGLESS = {
+    "an unknown schedule": (
+        "in-token",
+        {f"{STEPS}.schedule": "euler"},
+        "program.json.passes[1].steps: schedule 'euler' is not one of flow_shift, ddim, ddpm",
+    ),
+    "an unknown option": (
+        "in-token",
+        {f"{STEPS}.options": {"shift": 3.0}},
+        "schedule 'flow_shift' has no option 'shift'",
+    ),
+    "a missing option": ("toksr", {f"{STEPS}.options.betas": GONE}, "schedule 'ddim' needs the option 'betas'"),
+    "a number for a name": (
+        "toksr",
+        {f"{STEPS}.options.betas": 1},
+        "schedule 'ddim': option 'betas' is no str: 1",
+    ),
+    "a name for a number": (
+        "in-token",
+        {f"{STEPS}.options": {"max_mu": "1.15"}},
+        "schedule 'flow_shift': option 'max_mu' is no float: '1.15'",
+    ),
+    "a fraction of an offset": (
+        "toksr",
+        {f"{STEPS}.options.spacing_offset": 0.5},
+        "schedule 'ddim': option 'spacing_offset' is no int: 0.5",
+    ),
+    "no step": ("in-token", {f"{STEPS}.count": 0}, "count 0 must lie in 1..1000"),
+    "too many steps": ("in-token", {f"{STEPS}.count": 1001}, "count 1001 must lie in 1..1000"),
+    "a token of no pixel": ("in-token", {f"{STEPS}.px_per_token": 0}, "px_per_token 0 be positive"),
+    "tiles of no pixel": (
+        "in-token",
+        {TILES: {"px": 0, "overlap_px": 0}},
+        "program.json.passes[1].tiles: px 0 must be at least 1",
+    ),
+    "more than half in common": (
+        "in-token",
+        {f"{TILES}.overlap_px": 528},
+        "overlap_px 528 must lie between 0 and half of px 1024",
+    ),
+    "a negative overlap": (
+        "in-token",
+        {f"{TILES}.overlap_px": -16},
+        "overlap_px -16 must lie between 0 and half of px 1024",
+    ),
+    "a batch of none": ("toksr", {f"{TILES}.batch": 0}, "batch 0 must be at least 1"),
+    "an unknown start of a grid": (
+        "in-token",
+        {"grids.z.init": "ones"},
+        "program.json.grids.z: init 'ones' is not one of input, noise, zeros, none",
+    ),
+    "a grid of no pixel": ("in-token", {"grids.z.px": 0}, "px 0 and channels 16 must be at least 1"),
+    "a grid of no channel": ("in-token", {"grids.z.channels": 0}, "px 8 and channels 0 must be at least 1"),
+    "an unknown start of a state": (
+        "toksr",
+        {"passes.1.state.tokens.init": "input"},
+        "program.json.passes[1].state.tokens: init 'input' is not one of zeros, ones, noise",
+    ),
+    "noise that is no field": (
+        "toksr",
+        {"passes.1.state.tokens.shape": [16, 32]},
+        "noise needs a shape of channels, rows, columns, not [16, 32]",
+    ),
+    "a state of no size": ("instantir", {"passes.3.state.delta.shape": [0]}, "0 is neither a size nor like 'h/8'"),
+    "a state over nothing": ("vicr", {"passes.1.state.z.shape.1": "h/0"}, "'h/0' is neither a size nor like 'h/8'"),
+    "a state of depth": ("vicr", {"passes.1.state.z.shape.1": "d/8"}, "'d/8' is neither a size nor like 'h/8'"),
+    "an input of no size": ("vicr", {"inputs.t5_ids.shape": [1, 0]}, "shape [1, 0] holds a size below 1"),
+    "no scale": ("hitoksr", {"scale": 0}, "program.json: scale 0 must lie in 1..16"),
+    "a scale beyond reason": ("hitoksr", {"scale": 17}, "scale 17 must lie in 1..16"),
+    "no multiple": ("hitoksr", {"multiple_px": 0}, "multiple_px 0 in 1..4096"),
+}
+
+
+@pytest.mark.parametrize("case", MEANINGLESS)
+def test_a_value_that_means_nothing_is_refused_where_it_stands(case):
+    system, changes, message = MEANINGLESS[case]
+    assert message in refusal(lambda: parsed(changed(document(system), changes)))
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"dtype": "float8", "shape": []}, "dtype 'float8' is not one of float32"),
+        ({"dtype": "float32", "shape": [1, 0]}, "shape [1, 0] holds a size below 1"),
+    ],
+)
+def test_a_tensor_that_cannot_be_is_refused(spec, message):
+    assert message in refusal(lambda: from_json(TensorSpec, json.dumps(spec), "bundle.json"))
+
+
+# Documents of another form: refused by the reader and by the published schema
+
+MALFORMED = {
+    "an unknown key": (
+        {"colour": "blue"},
+        "program.json: unknown key 'colour'; known are grids, inputs, multiple_px, passes, scale",
+    ),
+    "an unknown key deep inside": ({f"{EACH}.in": {}}, "program.json.passes[1].each[0]: unknown key 'in'"),
+    "a missing key": ({"scale": GONE}, "program.json: key 'scale' is missing; rebuild the bundle"),
+    "a missing key deep inside": ({f"{EACH}.run": GONE}, "program.json.passes[1].each[0]: key 'run' is missing"),
+    "true for a number": ({"scale": True}, "program.json.scale: expected integer, found true"),
+    "a fraction for a whole number": ({"grids.z.px": 8.5}, "program.json.grids.z.px: expected integer, found 8.5"),
+    "text for a number": ({"grids.z.px": "8"}, 'program.json.grids.z.px: expected integer, found "8"'),
+    "null for a number": ({"grids.z.px": None}, "program.json.grids.z.px: expected integer, found null"),
+    "null for a list": ({"passes": None}, "program.json.passes: expected a list, found null"),
+    "a number for a name": ({f"{EACH}.run": 1}, "program.json.passes[1].each[0].run: expected string, found 1"),
+    "a number for an object": ({f"{EACH}.inputs": 7}, "each[0].inputs: expected an object, found 7"),
+    "a list for an object": ({"grids": []}, "program.json.grids: expected an object, found []"),
+    "an object for a list": ({"passes": {}}, "program.json.passes: expected a list, found {}"),
+    "an object for a grid's name": (
+        {f"{EACH}.outputs.z": {"grid": "z"}},
+        'each[0].outputs.z: expected string, found {"grid": "z"}',
+    ),
+    "three sides": ({f"{TILES}.whole_up_to_px": [1, 2, 3]}, "whole_up_to_px: expected a list of 2, found [1, 2, 3]"),
+    "one side": ({f"{TILES}.whole_up_to_px": [1]}, "whole_up_to_px: expected a list of 2, found [1]"),
+    "a side of true": ({f"{TILES}.whole_up_to_px": [1, True]}, "whole_up_to_px[1]: expected integer, found true"),
+    "true for an option": (
+        {f"{STEPS}.options": {"max_mu": True}},
+        "steps.options.max_mu: expected integer or number or string, found true",
+    ),
+    "null for an option": ({f"{STEPS}.options": {"max_mu": None}}, "options.max_mu: expected integer or number or"),
+    "a fraction of a side": (
+        {"passes.1.state": {"s": {"shape": [1.5]}}},
+        "state.s.shape[0]: expected integer or string, found 1.5",
+    ),
+    "a list for a default": (
+        {"inputs": {"a": {"dtype": "float32", "default": [1]}}},
+        "inputs.a.default: expected integer or number or string or null, found [1]",
+    ),
+    "text for a choice": (
+        {"inputs": {"a": {"dtype": "int64", "choices": {"off": "0"}}}},
+        'inputs.a.choices.off: expected integer, found "0"',
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MALFORMED)
+def test_a_document_of_another_form_is_refused_by_the_reader_and_by_the_schema(case):
+    changes, message = MALFORMED[case]
+    tree = changed(document("in-token"), changes)
+    assert message in refusal(lambda: parsed(tree))
+    assert not SCHEMA.is_valid(tree)
+
+
+@pytest.mark.parametrize("tree", [None, True, 1, 1.5, "text", [], [{}]])
+def test_a_document_that_is_no_object_is_refused(tree):
+    assert "program.json: expected an object, found " in refusal(lambda: parsed(tree))
+    assert not SCHEMA.is_valid(tree)
+
+
+def test_the_published_schema_is_a_schema_and_takes_the_five_programs():
+    jsonschema.Draft202012Validator.check_schema(SCHEMA.schema)
+    assert SCHEMA.schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
+    for system in SYSTEMS:
+        SCHEMA.validate(document(system))
+        SCHEMA.validate(json.loads(to_json(parsed(document(system)))))
+
+
+def test_a_whole_number_with_a_decimal_point_is_refused_though_a_schema_cannot_see_it():
+    tree = changed(document("in-token"), {"passes.1.steps.count": 28.0})
+    assert "steps.count: expected integer, found 28.0" in refusal(lambda: parsed(tree))
+    assert SCHEMA.is_valid(tree)
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e400"])
+@pytest.mark.parametrize("place", ["passes.1.steps.options.beta_start", "passes.1.steps.count", "scale"])
+def test_a_number_that_is_not_finite_is_refused(place, number):
+    text = json.dumps(changed(document("toksr"), {place: "HERE"})).replace('"HERE"', number)
+    assert "found " in refusal(lambda: from_json(Program, text, "program.json"))
+
+
+@pytest.mark.parametrize("number", [10**400, -(10**400)], ids=["positive", "negative"])
+def test_a_whole_number_too_large_for_a_float_is_refused_as_one(number):
+    @dataclass(frozen=True)
+    class Holder:
+        value: float
+
+    text = json.dumps({"value": number})
+    assert "m.json.value: expected a finite number, found " in refusal(lambda: from_json(Holder, text, "m.json"))
+    assert from_json(Holder, '{"value": 3}', "m.json").value == 3.0
+    assert math.isclose(from_json(Holder, f'{{"value": {10**300}}}', "m.json").value, 1e300)
+
+
+WHOLE = (PROGRAMS / "hitoksr.json").read_text()
+UNREADABLE = {
+    "nothing": ("", "not valid JSON (Expecting value: line 1 column 1 (char 0)); rebuild the bundle"),
+    "half a document": (WHOLE[: len(WHOLE) // 2], "not valid JSON ("),
+    "two documents": (WHOLE + WHOLE, "not valid JSON (Extra data"),
+    "a comma too many": (WHOLE.replace('"scale": 4,', '"scale": 4,,'), "not valid JSON ("),
+    "single quotes": (WHOLE.replace('"', "'"), "not valid JSON ("),
+    "bytes that are no text": (WHOLE.encode().replace(b"restore", b"rest\xff\xfere"), "not valid JSON ('utf-8' codec"),
+    "a mark before the text": ("\ufeff" + WHOLE, "not valid JSON ("),
+    "a line break inside a string": (WHOLE.replace("restore", "re\nstore"), "not valid JSON (Invalid control char"),
+    "lists too deep": ("[" * 100_000, "not valid JSON ("),
+    "objects too deep": ('{"grids":' * 100_000, "not valid JSON ("),
+    "depth where a number is meant": (
+        WHOLE.replace('"scale": 4', '"scale": ' + "[" * 900 + "]" * 900),
+        "program.json",  # the reader's recursion limit or the type, whichever it meets first
+    ),
+    "a number of too many digits": (WHOLE.replace('"scale": 4', '"scale": 4' + "0" * 5000), "not valid JSON ("),
+    "a key twice": (
+        WHOLE.replace('"scale": 4', '"scale": 4, "scale": 2'),
+        "program.json: key 'scale' appears twice in one object; rebuild the bundle",
+    ),
+    "a key twice deep inside": (
+        WHOLE.replace('"run": "decode"', '"run": "decode", "run": "decode"'),
+        "program.json: key 'run' appears twice in one object",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNREADABLE)
+def test_text_that_is_no_json_is_refused_in_one_line(case):
+    text, message = UNREADABLE[case]
+    assert message in refusal(lambda: from_json(Program, text, "program.json"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"grids.a\nb": {"px": 0, "channels": 1}},
+        {"grids.a\nb": {"px": 1, "channels": 1}},
+        {"grids.\ud800": {"px": 1, "channels": 1, "init": 1}},
+        {"a\r\nb": 1},
+        {"passes.0.once.0.run": "x" * 100_000},
+        {"passes.0.once.0.inputs.image": "\x1b[31m" + "x" * 100_000},
+        {"grids.image.init": "\u2028" * 1000},
+        {"inputs": {f"a\n{i}": {"dtype": "int64"} for i in range(200)}, "passes.0.once.0.inputs.image": "$b"},
+        {"scale": 10**4000},
+        {"multiple_px": [0] * 100_000},
+    ],
+)
+def test_whatever_a_document_holds_the_complaint_is_one_line_that_fits_a_terminal(changes):
+    refusal(lambda: checked("hitoksr", changes))
+
+
+def test_a_long_complaint_keeps_where_and_what_to_do():
+    message = refusal(lambda: checked("hitoksr", {"passes.0.once.0.run": "x" * 1000}))
+    assert message.startswith("program: pass 'restore', once[0] runs 'xxx")
+    assert message.endswith("xxx': no such component; there are decode, generate")
+    assert len(message) == 400
+
+
+# The names of schedules that the checks know without importing them
+
+OPTIONS = {
+    "flow_shift": {"max_mu": 1.15},
+    "ddim": document("toksr")["passes"][1]["steps"]["options"],
+    "ddpm": document("instantir")["passes"][3]["steps"]["options"],
+}
+
+
+def test_the_known_schedules_are_those_there_are():
+    assert SCHEDULES.keys() == SCHEDULE_TABLES.keys() == SCHEDULE_OPTIONS.keys()
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_known_tables_are_those_a_schedule_returns(name):
+    assert set(SCHEDULES[name](7, 1024, **OPTIONS[name])) == set(SCHEDULE_TABLES[name])
+    assert len(set(SCHEDULE_TABLES[name])) == len(SCHEDULE_TABLES[name])
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_known_options_are_those_a_schedule_takes(name):
+    parameters = inspect.signature(SCHEDULES[name]).parameters.values()
+    options = {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
+    assert [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY] == ["count", "tokens"]
+    assert options.keys() == SCHEDULE_OPTIONS[name].keys()
+    assert {o for o in options if options[o].default is not inspect.Parameter.empty} == OPTIONAL & options.keys()
+    hints = typing.get_type_hints(SCHEDULES[name])
+    for option, kind in SCHEDULE_OPTIONS[name].items():
+        assert kind in (typing.get_args(hints[option]) or (hints[option],))
+
+
+# Any change at all
+
+VALUES = (
+    *(None, True, False, 0, 1, -1, 2, 3, 8, 16, 29, 64, 1001, 10**30, 0.5, -0.0, 16.0, 1e308),
+    *("", "image", "result", "z", "tokens", "@sigma", "@t", "~z", "#prompt", "$guidance", "@modulation", "h/8", "w/1"),
+    *("none", "noise", "ones", "input", "flow_shift", "ddim", "float32", "int64", "line\nbreak", "\u2028", "x" * 1000),
+    *([], {}, [1], [0], [16, "h/8", "w/8"], [[]], {"": None}, {"px": 8, "channels": 16}, {"shape": [4]}),
+)
+NAMES = (*(v for v in VALUES if isinstance(v, str)), "init", "batch", "steps", "state", "once", "each", "last")
+
+
+def places(tree):
+    """Every (parent, key) of a document."""
+    children = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    for key, child in children:
+        yield tree, key
+        yield from places(child)
+
+
+@st.composite
+def mutated_texts(draw):
+    """A system and the text of its program after one to three deletions, renamings, exchanges and doublings."""
+    system = draw(st.sampled_from(SYSTEMS))
+    tree, twice = document(system), None
+    for _ in range(draw(st.integers(1, 3))):
+        parent, key = draw(st.sampled_from(list(places(tree))))
+        kinds = ["delete", "put", "transplant", "rename" if isinstance(parent, dict) else "double"]
+        match draw(st.sampled_from([*kinds, "twice"] if isinstance(parent, dict) and not twice else kinds)):
+            case "delete":
+                del parent[key]
+            case "put":
+                parent[key] = copy.deepcopy(draw(st.sampled_from(VALUES)))
+            case "transplant":
+                other, place = draw(st.sampled_from(list(places(tree))))
+                parent[key] = copy.deepcopy(other[place])
+            case "rename":
+                parent[draw(st.sampled_from(NAMES))] = parent.pop(key)
+            case "double":
+                parent.insert(key, copy.deepcopy(parent[key]))
+            case "twice":
+                twice = key
+                parent["HERE TWICE"] = copy.deepcopy(parent[key])
+        if not any(True for _ in places(tree)):
+            break
+    text = json.dumps(tree)
+    return system, text if twice is None else text.replace('"HERE TWICE"', json.dumps(twice))
+
+
+@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@given(mutated_texts())
+def test_any_change_is_refused_in_one_line_or_read_as_what_it_says(case):
+    system, text = case
+    try:
+        program = from_json(Program, text, "program.json")
+    except BundleError as error:
+        assert re.fullmatch(r"program\.json[^\n]{1,388}", str(error))
+        return
+    tree = json.loads(text)
+    assert json.dumps(dataclasses.asdict(program), sort_keys=True) == meaning(tree)
+    assert from_json(Program, to_json(program), "program.json") == program
+    assert SCHEMA.is_valid(tree)
+    around = surroundings(system)
+    try:
+        check(program, around.components, around.constants)
+    except BundleError as error:
+        assert re.fullmatch(r"program: [^\n]{1,391}", str(error))

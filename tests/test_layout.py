@@ -1,0 +1,111 @@
+"""The house: what is where, what imports what, and what a lean import loads."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tomllib
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = ("export", "kernels", "runtime", "calib")
+MAY_IMPORT = {
+    "runtime": set(),
+    "kernels": set(),
+    "export": {"runtime", "kernels"},
+    "calib": {"export", "runtime"},
+}
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def sources(folder: str) -> list[Path]:
+    return sorted((ROOT / folder).rglob("*.py"))
+
+
+def imported(file: Path) -> set[str]:
+    """Every module a file imports, wherever in it."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(("." * node.level) + (node.module or ""))
+    return names
+
+
+def test_the_kernels_folder_is_no_package_that_could_shadow_hugging_face_kernels() -> None:
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert not (ROOT / "tilewright").exists()
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_a_folder_imports_only_what_it_may(folder: str) -> None:
+    allowed = MAY_IMPORT[folder] | {folder}
+    for file in sources(folder):
+        for name in imported(file):
+            assert not name.startswith("."), f"{file}: write the whole name instead of {name}"
+            if name.startswith("tilewright"):
+                assert name.split(".")[1] in allowed, f"{file} imports {name}"
+
+
+def test_the_manifest_reader_needs_only_the_standard_library() -> None:
+    for name in ("bundle", "program", "strict", "digests", "errors"):
+        for module in imported(ROOT / "runtime" / f"{name}.py"):
+            top = module.split(".")[0]
+            assert top in sys.stdlib_module_names or module.startswith("tilewright.runtime."), (
+                f"{name} imports {module}"
+            )
+
+
+def test_every_sub_folder_with_sources_is_packaged() -> None:
+    packaged = set(PROJECT["tool"]["setuptools"]["packages"])
+    folders = {file.parent.relative_to(ROOT) for folder in FOLDERS for file in sources(folder)}
+    assert packaged == {"tilewright." + ".".join(folder.parts) for folder in folders}
+    assert set(PROJECT["tool"]["setuptools"]["package-dir"].values()) == set(FOLDERS)
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_a_folder_is_typed_and_linked_for_checkers(folder: str) -> None:
+    assert (ROOT / folder / "py.typed").exists()
+    link = ROOT / "typings" / "tilewright" / folder
+    assert not link.readlink().is_absolute() and link.resolve() == ROOT / folder
+
+
+def test_every_source_file_says_what_it_is_and_every_public_function_too() -> None:
+    for file in (file for folder in FOLDERS for file in sources(folder)):
+        tree = ast.parse(file.read_text())
+        assert ast.get_docstring(tree), f"{file} has no docstring"
+        exported = next((ast.literal_eval(n.value) for n in tree.body if is_all(n)), [])
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name in exported:
+                assert ast.get_docstring(node), f"{file}: {node.name} has no docstring"
+
+
+def is_all(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "__all__"
+
+
+def test_versions_are_exact_and_torch_comes_first() -> None:
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    assert lines[0] == "torch==2.13.0"
+    assert all(line.count("==") == 1 for line in lines)
+
+
+def test_the_runtime_loads_no_heavy_package() -> None:
+    code = "import sys, tilewright.runtime; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "tilewright.runtime.restore" in loaded
+    assert not {"torch", "diffusers", "transformers", "onnx", "onnx_ir", "onnxruntime"} & set(loaded)
+
+
+def test_the_command_loads_no_heavy_package_before_a_verb_needs_it() -> None:
+    code = "import sys; from tilewright.export.cli import parser; parser(); print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"torch", "diffusers", "transformers", "onnx", "onnx_ir", "onnxruntime"} & set(loaded)
+
+
+def test_the_repository_root_is_not_importable_from_elsewhere(tmp_path: Path) -> None:
+    code = "import importlib.util as u; print([n for n in ('export', 'runtime', 'calib', 'tests') if u.find_spec(n)])"
+    found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"

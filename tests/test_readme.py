@@ -1,0 +1,47 @@
+"""The README's commands run, its snippet runs, its links lead somewhere."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def commands() -> list[str]:
+    return [line.partition("#")[0].strip() for block in blocks("sh") for line in block.splitlines() if line.strip()]
+
+
+def test_every_make_target_named_exists() -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = [command.split()[1] for command in commands() if command.startswith("make ")]
+    assert named and set(named) <= targets
+
+
+def test_the_commands_and_the_snippet_run_in_an_empty_directory(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "docs" / "sample.png", tmp_path / "photo.png")
+    lines = [command for command in commands() if command.startswith("tilewright ")]
+    assert len(lines) >= 7 and all(command.startswith(("tilewright ", "make ")) for command in commands())
+    for line in lines:
+        words = [sys.executable, "-m", "tilewright.export.cli", *line.split()[1:]]
+        result = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, f"{line}: {result.stderr}"
+    assert (tmp_path / "restored.png").exists()
+    for snippet in blocks("python"):
+        code = f"{snippet}\nassert image.shape == (512, 512, 3)"
+        subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_every_link_leads_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        assert "://" in target or (page.parent / target.partition("#")[0]).exists(), target

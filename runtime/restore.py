@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -120,10 +121,11 @@ class Restorer:
         clock.lap("read")
         program = self.bundle.program
         enlarged = images.Enlarged(picture.rgb, program.scale, program.multiple_px)
+        rgb = np.empty((height * program.scale, width * program.scale, 3), np.uint8)
         job = Job(enlarged, seed, tile, overlap, steps, dict(inputs or {}), self.workers, on_progress)
-        result = run(program, self.engines, self.constants, job)
+        job.on_rows = partial(images.fill_rows, rgb)
+        run(program, self.engines, self.constants, job)
         clock.lap("passes")
-        rgb = images.from_canvas(result, height * program.scale, width * program.scale)
         pixels = images.assemble(rgb, picture)
         clock.lap("assemble")
         tiles = {p.name: len(plan.tiles) for p, plan in plans.passes}

@@ -132,6 +132,7 @@ def test_the_number_of_threads_changes_no_level_by_more_than_one(bundle):
     made = []
     for threads in (1, 2):
         with load(bundle, threads=threads) as restorer:
+            assert restorer.engines["sharpen"].session.get_session_options().intra_op_num_threads == threads
             made.append(restorer(image))
     assert difference(*made).max() <= 1
 
@@ -139,6 +140,8 @@ def test_the_number_of_threads_changes_no_level_by_more_than_one(bundle):
 def test_low_and_fast_memory_give_the_same_picture(bundle):
     image = scene(60, 70)
     with load(bundle, memory="low") as low, load(bundle, memory="fast") as fast:
+        arenas = [r.engines["sharpen"].session.get_session_options().enable_cpu_mem_arena for r in (low, fast)]
+        assert arenas == [False, True]
         assert difference(low(image), fast(image)).max() <= 1
 
 

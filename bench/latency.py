@@ -50,7 +50,7 @@ def eager(bundle: Path, work: Path) -> Callable[[Any], Any]:
 
     def run(image: Any) -> Any:
         with torch.inference_mode():
-            return decode(generate(torch.from_numpy(image))[0]).numpy()
+            return decode(generate(torch.from_numpy(image))[0]).float().numpy()
 
     return run
 
@@ -83,9 +83,9 @@ def plain_export(bundle: Path, work: Path) -> Callable[[Any], Any]:
         if not file.exists():
             shapes = ({2: multiple * units[0], 3: multiple * units[1]},)
             with torch.no_grad():
-                torch.onnx.export(network, (example,), dynamic_shapes=shapes, verbose=False).save(
-                    file, external_data=True
-                )
+                exported = torch.export.export(network, (example,), dynamic_shapes=shapes, strict=False)
+                program = torch.onnx.export(exported, verbose=False)
+            program.save(file, external_data=True)
         options = ort.SessionOptions()
         options.intra_op_num_threads = THREADS
         sessions.append(ort.InferenceSession(file, options))
@@ -119,6 +119,7 @@ def measure(bundle: Path, work: Path, rounds: int) -> dict[str, Any]:
         pipes[name], theirs = start.Pipe()
         processes.append(start.Process(target=contend, args=(name, bundle, work, theirs), daemon=True))
         processes[-1].start()
+        theirs.close()  # so that a contender that dies is noticed
         pipes[name].recv()  # one gets ready at a time
     seen: dict[str, list[tuple[float, float, float]]] = {name: [] for name in CONTENDERS}
     for _ in range(rounds + 1):

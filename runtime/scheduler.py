@@ -125,6 +125,11 @@ def crop(grid: Floats, tile: Tile, px: int) -> Floats:
     return grid[:, top:bottom, left:right]
 
 
+def _batch(parts: list[Floats]) -> Floats:
+    """Arrays as the rows of one, contiguous; a single one is not copied needlessly."""
+    return np.ascontiguousarray(parts[0][None]) if len(parts) == 1 else np.stack(parts)
+
+
 @dataclass
 class _Group:
     """Tiles that one call takes together, and what they keep to themselves."""
@@ -243,7 +248,8 @@ class _Walk:
             for section, step in phase:
                 for call in getattr(p, section):
                     feed = {k: self._fetch(p, group, s, section, step, tables) for k, s in call.inputs.items()}
-                    outputs = self._timed(call.run, feed, call.outputs)
+                    with self.slots:  # what the call reads was made ready while others ran
+                        outputs = self._timed(call.run, feed, call.outputs)
                     for name, target in call.outputs.items():
                         (written if target in self.program.grids else group.values)[target] = outputs[name]
             if p.tiles and phase[-1][0] == "last":
@@ -253,10 +259,9 @@ class _Walk:
         return task
 
     def _timed(self, component: str, feed: dict[str, Any], wanted: Mapping[str, str]) -> dict[str, Any]:
-        with self.slots:
-            start = time.perf_counter()
-            outputs = self.engines[component].run(feed, wanted)
-            seconds = time.perf_counter() - start
+        start = time.perf_counter()
+        outputs = self.engines[component].run(feed, wanted)
+        seconds = time.perf_counter() - start
         with self.lock:
             self.job.seconds[component] = self.job.seconds.get(component, 0.0) + seconds
         return outputs
@@ -283,7 +288,7 @@ class _Walk:
             corners = [(1 + t.index, 0, 0) for t in group.tiles]
             shape = state_shape(p.state[name], group.tiles[0].height, group.tiles[0].width)
         channels, rows, columns = shape
-        return np.stack([self._field(r, stream, channels, y, x, rows, columns) for r, y, x in corners])
+        return _batch([self._field(r, stream, channels, y, x, rows, columns) for r, y, x in corners])
 
     def _fetch(self, p: Pass, group: _Group, source: str, section: str, step: int, tables: Mapping[str, Any]) -> Any:
         """The array behind a source, as `program` spells them."""
@@ -297,10 +302,10 @@ class _Walk:
         if source[0] == "@":
             return self._row(name, group, section, step, tables)
         if source == "image":
-            return np.stack([self.job.image.crop(t.top, t.left, t.height, t.width) for t in group.tiles])
+            return _batch([self.job.image.crop(t.top, t.left, t.height, t.width) for t in group.tiles])
         if source in self.program.grids:
             px = self.program.grids[source].px
-            return np.stack([crop(self.grids[source], tile, px) for tile in group.tiles])
+            return _batch([crop(self.grids[source], tile, px) for tile in group.tiles])
         return group.values[source] if source in group.values else self.values[source]
 
     def _row(self, name: str, group: _Group, section: str, step: int, tables: Mapping[str, Any]) -> Any:

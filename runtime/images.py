@@ -22,7 +22,7 @@ from PIL import ExifTags, Image
 
 from tilewright.runtime.errors import InputError, ResourceError, UsageError
 
-__all__ = ["Enlarged", "Picture", "assemble", "check_writable", "fill_rows", "from_canvas", "read", "write"]
+__all__ = ["Enlarged", "Picture", "assemble", "check_writable", "fill", "read", "write"]
 
 Pixels = npt.NDArray[np.uint8]
 Canvas = npt.NDArray[np.float32]
@@ -270,16 +270,10 @@ def _taken(pixels: Pixels, rows: npt.NDArray[np.int64], axis: int) -> Pixels:
     return np.take(pixels, rows, axis)
 
 
-def from_canvas(canvas: Canvas, height: int, width: int) -> Pixels:
-    """Crop planes, clamp them to [0, 1] and round them to 8 bits; NaN becomes 0."""
-    rgb = np.empty((height, width, 3), np.uint8)
-    fill_rows(rgb, 0, canvas)
-    return rgb
-
-
-def fill_rows(rgb: Pixels, start: int, canvas: Canvas) -> None:
-    """The same for planes that are the rows of a picture from `start` on; what reaches past it is cropped."""
-    height, width = max(0, min(canvas.shape[1], len(rgb) - start)), rgb.shape[1]
+def fill(rgb: Pixels, start: int, left: int, canvas: Canvas) -> None:
+    """Clamp planes to [0, 1], round them to 8 bits and put them there in a picture, cropped to it; NaN becomes 0."""
+    height = max(0, min(canvas.shape[1], rgb.shape[0] - start))
+    width = max(0, min(canvas.shape[2], rgb.shape[1] - left))
     buffer = np.empty((min(_BAND, height), width), np.float32)
     for top in range(0, height, _BAND):
         rows = slice(top, min(top + _BAND, height))
@@ -289,7 +283,7 @@ def fill_rows(rgb: Pixels, start: int, canvas: Canvas) -> None:
             np.minimum(values, 1, out=values)
             np.multiply(values, 255, out=values)
             np.add(values, 0.5, out=values)
-            rgb[start + top : start + rows.stop, :, channel] = values
+            rgb[start + top : start + rows.stop, left : left + width, channel] = values
 
 
 def assemble(rgb: Pixels, like: Picture) -> Pixels:

@@ -123,7 +123,7 @@ class Restorer:
         enlarged = images.Enlarged(picture.rgb, program.scale, program.multiple_px)
         rgb = np.empty((height * program.scale, width * program.scale, 3), np.uint8)
         job = Job(enlarged, seed, tile, overlap, steps, dict(inputs or {}), self.workers, on_progress)
-        job.on_rows = partial(images.fill_rows, rgb)
+        job.on_final = partial(images.fill, rgb)
         run(program, self.engines, self.constants, job)
         clock.lap("passes")
         pixels = images.assemble(rgb, picture)

@@ -54,7 +54,7 @@ class Job:
     inputs: dict[str, Any] = field(default_factory=dict)
     workers: int = 1
     on_progress: Callable[[str, int, int], None] = lambda name, done, total: None
-    on_rows: Callable[[int, Floats], None] = lambda top, rows: None  # rows of the result from `top` on are final
+    on_final: Callable[[int, int, Floats], None] = lambda top, left, part: None  # a part of the result that stays
     seconds: dict[str, float] = field(default_factory=dict)  # filled in: component -> time in its engine
 
 
@@ -76,7 +76,8 @@ def run(program: Program, engines: Mapping[str, Engine], constants: Mapping[str,
     walk = _Walk(program, engines, constants, job)
     for p in program.passes:
         walk.walk(p)
-    walk.tell(walk.grids["result"], walk.height)
+    if not walk.told:
+        job.on_final(0, 0, walk.grids["result"])
     return walk.grids["result"]
 
 
@@ -113,10 +114,13 @@ class _Join:
         weighted *= self.rows[row][:, None]
         crop(self.whole, tile, self.px)[...] += weighted
 
-    def settled(self, tile: Tile) -> int:
-        """How many rows no tile after this one reaches."""
-        later = self.plan.tiles[tile.index + 1 : tile.index + 2]
-        return later[0].top // self.px if later else self.whole.shape[1]
+    def settled(self, tile: Tile) -> tuple[int, int, Floats]:
+        """Top, left and cells of the part of the grid that this tile is the last to reach."""
+        row, column = divmod(tile.index, len(self.plan.lefts))
+        bottom = (*self.plan.tops, self.plan.height)[row + 1] // self.px
+        right = (*self.plan.lefts, self.plan.width)[column + 1] // self.px
+        top, left = tile.top // self.px, tile.left // self.px
+        return top, left, self.whole[:, top:bottom, left:right]
 
 
 def crop(grid: Floats, tile: Tile, px: int) -> Floats:
@@ -150,7 +154,7 @@ class _Walk:
         self.grids: dict[str, Floats] = {}
         self.height, self.width = job.image.shape[1:]
         self.lock, self.slots = Lock(), BoundedSemaphore(job.workers)
-        self.told = 0
+        self.told = False
         self.finishing = [p for p in program.passes if any("result" in c.outputs.values() for *_, c in p.calls())][-1]
         for name, grid in program.grids.items():
             rows, columns = self.height // grid.px, self.width // grid.px
@@ -216,19 +220,14 @@ class _Walk:
                         joins[name] = _Join(tiling, self.program.grids[name].px, parts.shape[1])
                     for tile, part in zip(group.tiles, parts, strict=True):
                         joins[name].add(tile, part)
-                    if name == "result" and p is self.finishing and phase is phases[-1]:
-                        self.tell(joins[name].whole, joins[name].settled(group.tiles[-1]))
+                        if name == "result" and p is self.finishing and phase is phases[-1]:
+                            self.job.on_final(*joins[name].settled(tile))
+                            self.told = True
                 done += 1
                 self.job.on_progress(p.name, done, len(groups) * len(phases))
             self.grids |= {name: join.whole for name, join in joins.items()}
         if p.tiles is None:
             self.values |= {k: v for k, v in groups[0].values.items() if k not in p.state}
-
-    def tell(self, result: Floats, settled: int) -> None:
-        """Hand on the rows of the result that have become final."""
-        if settled > self.told:
-            self.job.on_rows(self.told, result[:, self.told : settled])
-            self.told = settled
 
     def _tables(self, p: Pass, tiling: Plan) -> dict[str, Floats]:
         if p.steps is None:

@@ -60,8 +60,8 @@ def open_graph(graph: Path, weights: Path | None, *, memory: str = "fast", threa
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    # each component has a thread pool of its own; those that wait must not take the cores of the one that runs
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # each component has a thread pool of its own; between runs it must not take the cores of the one that runs
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     if weights:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights))
     disabled = []

@@ -451,6 +451,12 @@ def test_damage_gives_a_picture_or_one_line(
 # Upsampling
 
 
+def filled(canvas: np.ndarray, height: int, width: int) -> np.ndarray:
+    rgb = np.full((height, width, 3), 77, np.uint8)
+    images.fill(rgb, 0, 0, canvas)
+    return rgb
+
+
 def whole(rgb: np.ndarray, scale: int, multiple: int) -> np.ndarray:
     enlarged = images.Enlarged(rgb, scale, multiple)
     return enlarged.crop(0, 0, *enlarged.shape[1:])
@@ -460,7 +466,7 @@ def whole(rgb: np.ndarray, scale: int, multiple: int) -> np.ndarray:
 def test_enlarging_is_pillows_bicubic(scale: int) -> None:
     rgb = noise(15, 17, 3)
     expected = np.asarray(Image.fromarray(rgb).resize((17 * scale, 15 * scale), Image.Resampling.BICUBIC))
-    assert np.array_equal(images.from_canvas(whole(rgb, scale, 1), 15 * scale, 17 * scale), expected)
+    assert np.array_equal(filled(whole(rgb, scale, 1), 15 * scale, 17 * scale), expected)
 
 
 @settings(max_examples=100, deadline=None)
@@ -473,6 +479,15 @@ def test_a_crop_is_what_the_whole_has_there(height: int, width: int, scale: int,
     high, wide = data.draw(st.integers(1, rows - top)), data.draw(st.integers(1, columns - left))
     expected = enlarged.crop(0, 0, rows, columns)[:, top : top + high, left : left + wide]
     assert np.array_equal(enlarged.crop(top, left, high, wide), expected)
+
+
+def test_a_picture_filled_part_by_part_is_the_picture_filled_at_once() -> None:
+    canvas = np.random.default_rng(0).uniform(-0.2, 1.2, (3, 32, 48)).astype(np.float32)
+    rgb = np.full((29, 41, 3), 77, np.uint8)
+    for top in (0, 16):
+        for left in (0, 20, 40, 44):  # the last two reach past the picture, and one begins there
+            images.fill(rgb, top, left, canvas[:, top : top + 16, left : left + 20])
+    assert np.array_equal(rgb, filled(canvas, 29, 41))
 
 
 def test_alpha_is_enlarged_to_fit_with_the_same_filter() -> None:
@@ -508,7 +523,7 @@ def test_a_canvas_is_reflected_or_repeats_the_edge(height: int, width: int, mult
 def test_a_canvas_survives_the_way_back_at_any_strides() -> None:
     rgb = noise(600, 41, 3)[::2, ::-1]
     canvas = whole(rgb, 1, 8)
-    assert np.array_equal(images.from_canvas(canvas, 300, 41), rgb)
+    assert np.array_equal(filled(canvas, 300, 41), rgb)
 
 
 def test_a_canvas_is_clamped_rounded_and_left_alone() -> None:
@@ -517,7 +532,7 @@ def test_a_canvas_is_clamped_rounded_and_left_alone() -> None:
     before = canvas.copy()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        rgb = images.from_canvas(canvas, 1, 12)
+        rgb = filled(canvas, 1, 12)
     assert rgb[0, :, 1].tolist() == [0, 0, 0, 0, 0, 1, 128, 255, 255, 255, 255, 0]
     assert rgb.shape == (1, 12, 3) and np.array_equal(canvas, before, equal_nan=True)
 
@@ -527,7 +542,7 @@ def test_a_canvas_is_clamped_rounded_and_left_alone() -> None:
 def test_a_canvas_rounds_to_the_nearest(height: int, width: int, seed: int) -> None:
     canvas = np.random.default_rng(seed).uniform(-0.2, 1.2, (3, height + 2, width + 3)).astype(np.float32)
     expected = np.floor(np.clip(canvas[:, :height, :width], 0, 1) * np.float32(255) + np.float32(0.5))
-    assert np.array_equal(images.from_canvas(canvas, height, width), expected.transpose(1, 2, 0))
+    assert np.array_equal(filled(canvas, height, width), expected.transpose(1, 2, 0))
 
 
 # Assembling
@@ -737,7 +752,7 @@ def test_one_pixel_goes_all_the_way(tmp_path: Path, shape: tuple[int, ...]) -> N
     picture = images.read(tmp_path / "in.png")
     canvas = whole(picture.rgb, 4, 64)
     assert canvas.shape == (3, 64, 64)
-    result = images.assemble(images.from_canvas(canvas, 4, 4), picture)
+    result = images.assemble(filled(canvas, 4, 4), picture)
     assert result.shape == (4, 4, *shape[2:]) and (result == pixels).all()
     for suffix in [*WITH_ALPHA, ".jpg", ".bmp"]:
         images.write(tmp_path / f"out{suffix}", images.assemble(picture.rgb[:1, :1], images.read(picture.rgb[:1, :1])))

@@ -989,6 +989,23 @@ def test_a_program_without_inputs_takes_none():
 # What the job tells
 
 
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_the_final_parts_are_the_result_each_cell_told_once(system, workers):
+    functions, constants, inputs = SYSTEMS[system]
+    pieces = np.full((3, 128, 192), np.nan, np.float32)
+
+    def place(top, left, part):
+        there = pieces[:, top : top + part.shape[1], left : left + part.shape[2]]
+        assert there.shape == part.shape and np.isnan(there).all()
+        there[...] = part
+
+    overlap = 0 if system == "instantir" else 16
+    job = Job(canvas(128, 192), SEED, tile_px=64, overlap_px=overlap, steps=3, inputs=inputs, workers=workers)
+    result = run(program_of(system), toys(functions), constants, replace(job, on_final=place))
+    assert result.tobytes() == pieces.tobytes()
+
+
 def test_progress_counts_every_batch_of_every_step_up_to_the_total():
     told = []
     job = Job(canvas(48, 2576), steps=3, on_progress=lambda *news: told.append(news))

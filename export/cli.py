@@ -84,8 +84,9 @@ def _list(arguments: argparse.Namespace) -> None:
 
 def _build(arguments: argparse.Namespace) -> None:
     from tilewright.export import build as b
+    from tilewright.export.stages import Request, stages
 
-    request = b.Request(
+    request = Request(
         arguments.system,
         arguments.preset,
         arguments.out,
@@ -94,7 +95,7 @@ def _build(arguments: argparse.Namespace) -> None:
         arguments.pack,
         arguments.verify,
     )
-    plan = b.stages(request)
+    plan = stages(request)
     if arguments.explain:
         for stage, reasons in b.changes(request, plan).items():
             print(f"{stage}: {', '.join(reasons)}", file=sys.stderr)

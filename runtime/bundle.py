@@ -17,9 +17,10 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from tilewright.runtime.check import check
 from tilewright.runtime.digests import sha256_of_file
 from tilewright.runtime.errors import BundleError, UsageError
-from tilewright.runtime.program import Program, Signature, TensorSpec, check
+from tilewright.runtime.program import Program, Signature, TensorSpec
 from tilewright.runtime.strict import from_json, one_line, schema, to_json
 
 __all__ = [

@@ -50,7 +50,7 @@ def test_a_folder_imports_only_what_it_may(folder: str) -> None:
 
 
 def test_the_manifest_reader_needs_only_the_standard_library() -> None:
-    for name in ("bundle", "program", "strict", "digests", "errors"):
+    for name in ("bundle", "program", "check", "strict", "digests", "errors"):
         for module in imported(ROOT / "runtime" / f"{name}.py"):
             top = module.split(".")[0]
             assert top in sys.stdlib_module_names or module.startswith("tilewright.runtime."), (

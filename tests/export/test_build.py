@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tilewright.export.build import Request, build, stages
+from tilewright.export.build import build
+from tilewright.export.stages import Request, stages
 from tilewright.export.verify import require
 from tilewright.runtime import load
 from tilewright.runtime.bundle import read
@@ -106,7 +107,7 @@ def test_a_stage_key_follows_every_input(tmp_path: Path, monkeypatch: pytest.Mon
     seed = {s.name: s.key for s in stages(Request("hitoksr", "tiny", tmp_path / "b", seed=1))}
     assert seed["trace"] == plan["trace"]
     assert all(seed[name] != plan[name] for name in ("attach", "optimise", "verify", "seal"))
-    monkeypatch.setattr("tilewright.export.build._version", lambda package: "another")
+    monkeypatch.setattr("tilewright.export.stages._version", lambda package: "another")
     other = {s.name: s.key for s in stages(Request("hitoksr", "tiny", tmp_path / "b"))}
     assert all(other[name] != plan[name] for name in plan)
 

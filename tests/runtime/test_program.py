@@ -15,6 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tilewright.runtime.check import check
 from tilewright.runtime.errors import BundleError
 from tilewright.runtime.program import (
     OPTIONAL,
@@ -24,7 +25,6 @@ from tilewright.runtime.program import (
     Signature,
     State,
     TensorSpec,
-    check,
     state_shape,
 )
 from tilewright.runtime.schedules import SCHEDULES

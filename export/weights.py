@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from tilewright.runtime.bundle import Reference, safetensors_header
+from tilewright.runtime.bundle import SAFETENSORS_DTYPES, Reference, safetensors_header
 from tilewright.runtime.digests import writing
 from tilewright.runtime.errors import BundleError, InputError, UsageError
 from tilewright.runtime.program import TensorSpec
@@ -24,7 +24,6 @@ from tilewright.runtime.program import TensorSpec
 __all__ = ["Tensors", "attach", "copy_tensors", "find", "open_reference", "random_weights"]
 
 log = logging.getLogger("tilewright")
-SAFETENSORS_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32"}
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -134,12 +133,12 @@ def copy_tensors(source: Path, references: Mapping[str, Reference], path: Path) 
 
 
 def _write(path: Path, specs: Mapping[str, TensorSpec], tensors: Iterable[bytes], note: str) -> None:
-    sizes = {"float32": 4, "int32": 4, "int64": 8}
+    stored = {dtype: (name, width) for name, (dtype, width) in SAFETENSORS_DTYPES.items()}
     header: dict[str, object] = {"__metadata__": {"note": note}}
     end = 0
     for name, spec in specs.items():
-        start, end = end, end + sizes.get(spec.dtype, 2) * math.prod(int(d) for d in spec.shape)
-        header[name] = {"dtype": SAFETENSORS_NAMES[spec.dtype], "shape": spec.shape, "data_offsets": [start, end]}
+        start, end = end, end + stored[spec.dtype][1] * math.prod(int(d) for d in spec.shape)
+        header[name] = {"dtype": stored[spec.dtype][0], "shape": spec.shape, "data_offsets": [start, end]}
     text = json.dumps(header, sort_keys=True).encode()
     text += b" " * (-len(text) % 8)
     with writing(path) as temporary, temporary.open("wb") as file:

@@ -24,6 +24,7 @@ from tilewright.runtime.program import Program, Signature, TensorSpec
 from tilewright.runtime.strict import from_json, one_line, schema, to_json
 
 __all__ = [
+    "SAFETENSORS_DTYPES",
     "SCHEMA_VERSION",
     "Bundle",
     "Component",
@@ -46,8 +47,13 @@ SAFETENSORS_DTYPES = {  # with the bytes of an element
     "F32": ("float32", 4),
     "F16": ("float16", 2),
     "BF16": ("bfloat16", 2),
+    "F64": ("float64", 8),
+    "F8_E4M3": ("float8_e4m3fn", 1),
+    "F8_E5M2": ("float8_e5m2", 1),
     "I64": ("int64", 8),
     "I32": ("int32", 4),
+    "I16": ("int16", 2),
+    "I8": ("int8", 1),
     "U8": ("uint8", 1),
     "BOOL": ("bool", 1),
 }

@@ -44,7 +44,8 @@ SCHEDULE_OPTIONS: dict[str, dict[str, type]] = {
     "ddpm": DIFFUSION_OPTIONS,
 }
 OPTIONAL = {"max_mu"}  # every other option must be given
-DTYPES = ("float32", "float16", "bfloat16", "int64", "int32", "uint8", "bool")
+FLOATS = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
+DTYPES = (*FLOATS, "int64", "int32", "int16", "int8", "uint8", "bool")
 STATE_DIM = re.compile(r"([hw])/([1-9]\d{0,3})")
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tilewright.export.build import build
+from tilewright.export.cli import main
 from tilewright.export.stages import Request, stages
 from tilewright.export.verify import require
 from tilewright.runtime import load
@@ -157,7 +158,9 @@ def test_an_engine_that_differs_is_refused(hitoksr_tiny: Path) -> None:
             require(changed)
 
 
-def test_verification_notices_an_engine_over_other_weights(hitoksr_tiny: Path, tmp_path: Path) -> None:
+def test_verification_notices_an_engine_that_computes_something_else(
+    hitoksr_tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     import onnx
 
     from tilewright.export.verify import verify
@@ -171,3 +174,22 @@ def test_verification_notices_an_engine_over_other_weights(hitoksr_tiny: Path, t
     write_manifest(bundle, read(hitoksr_tiny).manifest)
     with pytest.raises(AccuracyError, match=r"decode\.image"):
         require(verify(bundle))
+    capsys.readouterr()
+    assert main(["export", "verify", str(bundle)]) == AccuracyError.exit_code == 7
+    assert capsys.readouterr().err.startswith("tilewright: decode.image: relative L2")
+
+
+def test_a_network_that_cannot_be_traced_is_one_line_and_exit_6(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TILEWRIGHT_CACHE_DIR", str(tmp_path / "cache"))
+
+    def fail(source: object) -> None:
+        raise RuntimeError("a data-dependent branch\nand thirty lines more")
+
+    monkeypatch.setattr("tilewright.export.trace.trace", fail)
+    words = ["export", "build", "hitoksr", "--preset", "tiny", "--random-weights", "0", "-o", str(tmp_path / "b")]
+    assert main(words) == 6
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("tilewright:")]
+    assert len(said) == 1 and "hitoksr.generate" in said[0] and "a data-dependent branch" in said[0]
+    assert not (tmp_path / "b").exists() and not list((tmp_path / "cache" / "build").glob("*/*"))

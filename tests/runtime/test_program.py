@@ -434,7 +434,7 @@ GRIDS_AND_INPUTS = {
     "an unknown type": (
         "vicr",
         {"inputs.t5_ids.dtype": "int128"},
-        "input 't5_ids': dtype 'int128' is not one of float32, float16, bfloat16, int64, int32, uint8, bool",
+        "input 't5_ids': dtype 'int128' is not one of float64, float32, float16, bfloat16, float8_e4m3fn",
     ),
     "a default that is no constant": (
         "toksr",
@@ -584,7 +584,7 @@ def test_a_value_that_means_nothing_is_refused_where_it_stands(case):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ({"dtype": "float8", "shape": []}, "dtype 'float8' is not one of float32"),
+        ({"dtype": "float8", "shape": []}, "dtype 'float8' is not one of float64"),
         ({"dtype": "float32", "shape": [1, 0]}, "shape [1, 0] holds a size below 1"),
     ],
 )

@@ -1,5 +1,6 @@
 """How much memory a restoration needs, how much there is, and how much was used."""
 
+import contextlib
 import resource
 from collections.abc import Iterable
 from pathlib import Path
@@ -8,7 +9,7 @@ from tilewright.runtime.bundle import Bundle
 from tilewright.runtime.program import Pass
 from tilewright.runtime.tiles import Plan
 
-__all__ = ["available_bytes", "needed_bytes", "peak_bytes"]
+__all__ = ["available_bytes", "needed_bytes", "peak_bytes", "reset_peak"]
 
 INTERPRETER_BYTES = 120_000_000  # Python, NumPy, Pillow and ONNX Runtime, measured
 CONTROL_GROUP = Path("/sys/fs/cgroup")
@@ -35,8 +36,18 @@ def _control_group_bytes() -> Iterable[int]:
 
 
 def peak_bytes() -> int:
-    """The most memory this process has held."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """The most memory this process has held, since `reset_peak` where the system can tell."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
+
+
+def reset_peak() -> None:
+    """Begin to count the peak anew, where the system lets us."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def needed_bytes(bundle: Bundle, passes: Iterable[tuple[Pass, Plan]], height: int, width: int, memory: str) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 
 from tilewright.runtime.engines import backend
 from tilewright.runtime.errors import UsageError
-from tilewright.runtime.memory import peak_bytes
+from tilewright.runtime.memory import peak_bytes, reset_peak
 from tilewright.runtime.restore import Restorer
 
 __all__ = ["hardware", "profile", "resolutions", "table"]
@@ -54,6 +54,7 @@ def profile(
     for width, height in sizes:
         name = f"{width}x{height}"
         measured = []
+        reset_peak()
         for i in range(runs + 1):
             made = restorer.restore(_picture(restorer, width, height), tile=tile, overlap=overlap)
             measured.append(made)

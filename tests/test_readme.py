@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from tilewright.runtime.check import check
+from tilewright.runtime.program import Program, Signature, TensorSpec
+from tilewright.runtime.strict import from_json
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -45,3 +49,17 @@ def test_the_commands_and_the_snippet_run_in_an_empty_directory(tmp_path: Path) 
 def test_every_link_leads_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
         assert "://" in target or (page.parent / target.partition("#")[0]).exists(), target
+
+
+def test_the_program_in_the_docs_is_one_that_can_run() -> None:
+    text = (ROOT / "docs" / "program.md").read_text()
+    program = from_json(Program, re.findall(r"```json\n(.*?)```", text, re.DOTALL)[0], "docs/program.md")
+    image, latent = (TensorSpec("float32", ("batch", channels, "h", "w")) for channels in (3, 16))
+    number, prompt = TensorSpec("float32", ()), TensorSpec("float32", (1, 512, 4096))
+    scalars = dict.fromkeys(("sigma", "sigma_next", "guidance"), number)
+    components = {
+        "encode": Signature({"image": image}, {"latent": latent}),
+        "step": Signature({"z": latent, "y": latent, "prompt": prompt, **scalars}, {"z": latent}),
+        "decode": Signature({"latent": latent}, {"image": image}),
+    }
+    check(program, components, {"prompt": prompt})

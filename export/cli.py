@@ -7,11 +7,13 @@ import logging
 import os
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
 from tilewright.runtime import cli as runtime_cli
 from tilewright.runtime.errors import TilewrightError, UsageError
+from tilewright.runtime.strict import one_line
 
 __all__ = ["main", "parser"]
 
@@ -20,7 +22,10 @@ mismatch, 5 not enough memory or disk, 6 build failed, 7 accuracy gate, 8 bad in
 
 
 class _Parser(argparse.ArgumentParser):
-    """Complains in one line, as everything here does."""
+    """Complains in one line, as everything here does; a bundle's own arguments are no abbreviations of ours."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; see {self.prog} --help")
@@ -38,8 +43,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _export_verbs(verbs: Any) -> None:
-    listing = runtime_cli.verb(verbs, "list", "systems and presets that can be built", _list)
-    listing.set_defaults(verbose=False)
+    runtime_cli.verb(verbs, "list", "systems and presets that can be built", _list)
 
     build = runtime_cli.verb(verbs, "build", "build a bundle from a system's weights", _build)
     build.add_argument("system", help="a name that 'export list' shows")
@@ -97,8 +101,9 @@ def _build(arguments: argparse.Namespace) -> None:
     )
     plan = stages(request)
     if arguments.explain:
-        for stage, reasons in b.changes(request, plan).items():
-            print(f"{stage}: {', '.join(reasons)}", file=sys.stderr)
+        changed = b.changes(request, plan)
+        lines = [f"{stage} runs, changed: {', '.join(reasons)}" for stage, reasons in changed.items()]
+        print("\n".join(lines or ["nothing changed since the last build"]), file=sys.stderr)
     if arguments.dry_run:
         predicted = b.forecast(request, plan)
         runtime_cli.answer(
@@ -162,38 +167,33 @@ def main(argv: list[str] | None = None) -> int:
         arguments.extra = extra
         arguments.run(arguments)
         return 0
-    except KeyboardInterrupt:
-        print("tilewright: interrupted; finished stages are kept", file=sys.stderr)
-        return 130
-    except ModuleNotFoundError as error:
-        if verbose:
-            raise
-        needed = "cpu" if error.name == "onnxruntime" else "export"
-        print(f"tilewright: {error.name} is not installed; pip install 'tilewright[{needed}]'", file=sys.stderr)
-        return 4
-    except TilewrightError as error:
-        if verbose:
-            raise
-        print(f"tilewright: {error}", file=sys.stderr)
-        return error.exit_code
-    except MemoryError:
-        print("tilewright: out of memory; use a smaller --tile or --memory low", file=sys.stderr)
-        return 5
     except BrokenPipeError:  # whoever read our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:
+    except (Exception, KeyboardInterrupt) as error:
         if verbose:
-            raise
-        print(
-            f"tilewright: {error.filename or 'a file'}: {error.strerror}; check space and permissions", file=sys.stderr
-        )
-        return 5 if error.errno in (errno.ENOSPC, errno.EDQUOT) else 4
-    except Exception as error:  # a bug of ours: one line for the user, the trace for whoever asks
-        if verbose:
-            raise
-        print(f"tilewright: internal error, {type(error).__name__}: {error}; repeat with --verbose", file=sys.stderr)
-        return 1
+            traceback.print_exc()
+        said, code = _ending(error)
+        print(f"tilewright: {said}", file=sys.stderr)
+        return code
+
+
+def _ending(error: BaseException) -> tuple[str, int]:
+    """What to say of an error, in one line, and the exit code."""
+    if isinstance(error, TilewrightError):
+        return str(error), error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; finished stages are kept", 130
+    if isinstance(error, ModuleNotFoundError):
+        needed = "cpu" if error.name == "onnxruntime" else "export"
+        return f"{error.name} is not installed; pip install 'tilewright[{needed}]'", 4
+    if isinstance(error, MemoryError):
+        return "out of memory; use a smaller --tile or --memory low", 5
+    if isinstance(error, OSError):
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        return f"{error.filename or 'a file'}: {error.strerror}; check space and permissions", 5 if full else 4
+    said = one_line(f"internal error, {type(error).__name__}: {error}")
+    return f"{said}; repeat with --verbose and report it", 1
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The command as a user types it: answers, JSON, exit codes, one-line errors."""
 
+import errno
 import json
 import os
 import shutil
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tilewright.export.cli import parser
+from tilewright.export.cli import main, parser
 
 ROOT = Path(__file__).parent.parent
 
@@ -81,7 +82,9 @@ def test_a_dry_run_predicts_and_leaves_nothing(tmp_path: Path) -> None:
 def test_explain_names_the_input_that_changed(hitoksr_tiny: Path) -> None:
     words = ("export", "build", "hitoksr", "--preset", "tiny", "--random-weights", "5", "-o", hitoksr_tiny)
     said = tilewright(*words, "--dry-run", "--explain").stderr
-    assert "attach: weights" in said and "trace:" not in said
+    assert "attach runs, changed: weights" in said and "trace runs" not in said
+    same = (*words[:6], "0", *words[7:])
+    assert "nothing changed" in tilewright(*same, "--dry-run", "--explain").stderr
     assert "no earlier build" in tilewright(*words[:-1], "never-built", "--dry-run", "--explain").stderr
 
 
@@ -183,6 +186,38 @@ def test_an_unknown_option_of_a_bundle_is_exit_2(hitoksr_tiny: Path) -> None:
     words = ("runtime", "restore", sample, "out.png", "--bundle", hitoksr_tiny)
     assert "--guidance" in refused(tilewright(*words, "--guidance", 3), 2)
     assert "overlap" in refused(tilewright(*words, "--tile", 64, "--overlap", 48), 2)
+
+
+def test_verbose_adds_the_trace_and_keeps_the_exit_code(tmp_path: Path) -> None:
+    result = tilewright("export", "inspect", "nowhere", "--verbose", cwd=tmp_path)
+    assert result.returncode == 3 and "Traceback" in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("tilewright: nowhere: no bundle.json")
+
+
+@pytest.mark.parametrize(
+    "words", [(), ("export",), ("export", "build"), ("runtime", "plan", "a", "b", "--bundle", "x")]
+)
+def test_a_command_cut_short_is_one_line_and_exit_2(words: tuple[str, ...]) -> None:
+    assert "--help" in refused(tilewright(*words), 2)
+
+
+def test_a_full_disk_and_a_bug_have_their_own_line_and_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for error, code, said in [
+        (OSError(errno.ENOSPC, "No space left on device", "x.onnx"), 5, "x.onnx: No space left on device"),
+        (OSError(errno.EACCES, "Permission denied", "out"), 4, "out: Permission denied"),
+        (MemoryError(), 5, "out of memory"),
+        (ZeroDivisionError("division by zero\nor so"), 1, "internal error, ZeroDivisionError"),
+    ]:
+
+        def fail(older_than: float, error: Exception = error) -> int:
+            raise error
+
+        monkeypatch.setattr("tilewright.export.build.clean", fail)
+        assert main(["export", "clean"]) == code
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1 and said in lines[0]
 
 
 def test_a_missing_engine_is_exit_4(hitoksr_tiny: Path, tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from tilewright.runtime.bundle import Bundle
-from tilewright.runtime.errors import BundleError
+from tilewright.runtime.errors import BundleError, ResourceError
+from tilewright.runtime.strict import one_line
 
 __all__ = ["OrtEngine", "missing", "open_engine", "open_graph", "version"]
 
@@ -31,13 +32,19 @@ def version() -> str:
 class OrtEngine:
     """One graph in one session."""
 
-    def __init__(self, session: Any) -> None:
-        self.session = session
+    def __init__(self, session: Any, graph: Path) -> None:
+        self.session, self.graph = session, graph
 
     def run(self, inputs: Mapping[str, Any], wanted: Iterable[str]) -> dict[str, Any]:
         """The wanted outputs for these inputs."""
         names = list(wanted)
-        return dict(zip(names, self.session.run(names, dict(inputs)), strict=True))
+        try:
+            return dict(zip(names, self.session.run(names, dict(inputs)), strict=True))
+        except Exception as error:  # ONNX Runtime's exceptions share no base class
+            reason = one_line(str(error))
+            if "allocate memory" in reason:
+                raise ResourceError(f"{self.graph}: {reason}; use a smaller --tile or --memory low") from error
+            raise BundleError(f"{self.graph}: {version()} failed ({reason}); verify the bundle") from error
 
     def close(self) -> None:
         """Give the memory back."""
@@ -75,6 +82,6 @@ def open_graph(graph: Path, weights: Path | None, *, memory: str = "fast", threa
             str(graph), options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled
         )
     except Exception as error:  # ONNX Runtime's exceptions share no base class
-        reason = str(error).splitlines()[0]
+        reason = one_line(str(error))
         raise BundleError(f"{graph}: {version()} refuses the graph ({reason}); rebuild the bundle") from error
-    return OrtEngine(session)
+    return OrtEngine(session, graph)

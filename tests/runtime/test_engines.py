@@ -10,7 +10,7 @@ import pytest
 from tilewright.runtime import load
 from tilewright.runtime.bundle import read
 from tilewright.runtime.engines import BACKENDS, backend, ort
-from tilewright.runtime.errors import BundleError, EnvironmentMismatch
+from tilewright.runtime.errors import BundleError, EnvironmentMismatch, ResourceError
 
 
 def filtered(images: np.ndarray, kernels: np.ndarray) -> np.ndarray:
@@ -158,3 +158,20 @@ def test_every_backend_has_the_three_functions(name):
     assert all(callable(getattr(module, function)) for function in ("missing", "version", "open_engine"))
     if module.missing() is None:
         assert module.version()
+
+
+def test_a_graph_that_fails_while_it_runs_is_one_line(engine):
+    text = refusal(engine.run, {"image": noise(1, 5, 8, 8)}, ["sharp"])  # five colours for a graph of three
+    assert "ort.onnx" in text or "model.onnx" in text
+    assert "onnxruntime" in text
+
+
+def test_running_out_of_memory_in_the_engine_says_what_to_do(engine, monkeypatch):
+    class Full:
+        def run(self, names, inputs):
+            raise RuntimeError("Non-zero status code\nFailed to allocate memory for requested buffer of size 99")
+
+    monkeypatch.setattr(engine, "session", Full())
+    with pytest.raises(ResourceError, match="use a smaller --tile") as caught:
+        engine.run({}, ["sharp"])
+    assert str(caught.value).isprintable()

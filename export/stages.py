@@ -4,6 +4,7 @@ trace: networks to graphs that wait for weights. attach: where each weight's byt
 references to the weights, and how much memory they need. verify: engines against eager PyTorch. seal: the bundle.
 """
 
+import importlib
 import importlib.metadata
 import json
 import shutil
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tilewright.export.systems import Source, system
+from tilewright.export.targets import TARGETS
 from tilewright.export.weights import Tensors, attach, copy_tensors, find, random_weights
 from tilewright.runtime.bundle import (
     SCHEMA_VERSION,
@@ -189,7 +191,6 @@ def _optimise(request: Request, traced: Path, attached: Path, directory: Path) -
     from tilewright.export.footprint import footprint
     from tilewright.export.rewrites.cast import cast
     from tilewright.export.rewrites.fold import fold
-    from tilewright.export.targets.ort import prepare
 
     weights = from_json(Weights, (attached / "weights.json").read_bytes(), str(attached / "weights.json"))
     memory = {}
@@ -201,8 +202,10 @@ def _optimise(request: Request, traced: Path, attached: Path, directory: Path) -
         (directory / name).mkdir(parents=True)
         ir.save(model, directory / name / "model.onnx")
         memory[name] = footprint(model, partial(_sizes, source))
-        prepare(model)
-        ir.save(model, directory / name / "ort.onnx")
+        for target, module in TARGETS.items():
+            copy = ir.load(directory / name / "model.onnx")
+            importlib.import_module(module).prepare(copy)
+            ir.save(copy, directory / name / f"{target}.onnx")
     write(directory / "memory.json", json.dumps(encode(memory), indent=1, sort_keys=True))
 
 
@@ -237,7 +240,7 @@ def _assemble(request: Request, attached: Path, optimised: Path, root: Path) -> 
             f"{name}/model.onnx",
             source.inputs,
             source.outputs,
-            (Engine("ort", "float32", f"{name}/ort.onnx"),),
+            tuple(Engine(target, "float32", f"{name}/{target}.onnx") for target in TARGETS),
             Memory(**memory[name]),
         )
         for name, source in _components(request).items()

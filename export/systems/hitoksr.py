@@ -4,6 +4,8 @@ Two components, split where the picture is a list of integers: what comes before
 after by pixels, and each may have a precision of its own.
 """
 
+from typing import Any
+
 from tilewright.export.systems import Source
 from tilewright.runtime.program import Call, Grid, Pass, Program, TensorSpec, Tiles
 
@@ -11,7 +13,7 @@ __all__ = ["LICENCE", "PRESETS", "TITLE", "components", "ignored", "keys", "prog
 
 TITLE = "HiTokSR, x4, one pass, 4 groups of 4096 codewords"
 LICENCE = "DINOv3 License (vision prior); the system's own weights are the user's"
-PRESETS: dict[str, dict[str, object]] = {
+PRESETS: dict[str, dict[str, Any]] = {
     "full": {},
     "tiny": {
         "dim": 32,
@@ -38,17 +40,17 @@ PRESETS: dict[str, dict[str, object]] = {
 
 def components(preset: str) -> dict[str, Source]:
     """generate: image to codes and indices. decode: codes to image."""
-    latent = 32 if preset == "full" else 8
+    groups, code_dim = PRESETS[preset].get("groups", 4), PRESETS[preset].get("code_dim", 8)
     image = TensorSpec("float32", ("batch", 3, "height", "width"))
-    codes = TensorSpec("float32", ("batch", latent, "rows", "columns"))
-    indices = TensorSpec("int32", ("batch", 4, "rows", "columns"))
+    codes = TensorSpec("float32", ("batch", groups * code_dim, "rows", "columns"))
+    indices = TensorSpec("int32", ("batch", groups, "rows", "columns"))
 
     px = {"height": 1, "width": 1, "rows": 16, "columns": 16}
 
     def network(name: str) -> object:
         from tilewright.export.networks import hitoksr
 
-        return getattr(hitoksr, name)(hitoksr.HiTokConfig(**PRESETS[preset]))  # type: ignore[arg-type]
+        return getattr(hitoksr, name)(hitoksr.HiTokConfig(**PRESETS[preset]))
 
     return {
         "generate": Source(

@@ -3,4 +3,6 @@
 prepare(model) -> None    rewrite a copy of the portable graph, in place, into the form the backend runs best
 """
 
+__all__ = ["TARGETS"]
+
 TARGETS = {"ort": "tilewright.export.targets.ort"}

@@ -6,6 +6,7 @@ a repeated build does nothing, a killed one loses only the stage it was in, and 
 
 import contextlib
 import json
+import logging
 import os
 import shutil
 import time
@@ -22,6 +23,7 @@ from tilewright.runtime.memory import available_bytes, peak_bytes, reset_peak
 
 __all__ = ["build", "changes", "clean", "forecast", "up_to_date"]
 
+log = logging.getLogger("tilewright")
 GRAPH_BYTES = 5_000_000  # all graphs of a system, at most
 VERIFY_COPIES = (
     5  # of float32 weights: mapped, re-packed by the engine, eager, and eager in float64, which counts twice
@@ -39,6 +41,7 @@ def build(
     forecast(request, plan, check=True)
     cost: dict[str, dict[str, float]] = {}
     for stage in plan:
+        log.debug("%s is keyed by %s", stage.directory, json.dumps(stage.inputs, indent=1))
         if stage.name != "seal" and stage.directory.is_dir():
             os.utime(stage.directory)  # so that `clean --older-than` spares what is in use
             on_stage(stage.name, "cached", 0.0)

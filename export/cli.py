@@ -159,7 +159,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command; its exit code."""
     words = sys.argv[1:] if argv is None else argv
     verbose = "--verbose" in words
-    logging.basicConfig(level=logging.DEBUG if verbose else logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("tilewright").setLevel(logging.DEBUG if verbose else logging.WARNING)
     try:
         arguments, extra = parser().parse_known_args(words)
         if extra and not getattr(arguments, "takes_inputs", False):

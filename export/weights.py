@@ -4,7 +4,6 @@ Nothing is read but headers. Random weights, which have no file yet, are written
 """
 
 import json
-import logging
 import math
 import os
 import struct
@@ -23,7 +22,6 @@ from tilewright.runtime.program import TensorSpec
 
 __all__ = ["Tensors", "attach", "copy_tensors", "find", "open_reference", "random_weights"]
 
-log = logging.getLogger("tilewright")
 Shapes = Mapping[str, tuple[int, ...]]
 
 

@@ -25,9 +25,7 @@ __all__ = ["build", "changes", "clean", "forecast", "up_to_date"]
 
 log = logging.getLogger("tilewright")
 GRAPH_BYTES = 5_000_000  # all graphs of a system, at most
-VERIFY_COPIES = (
-    5  # of float32 weights: mapped, re-packed by the engine, eager, and eager in float64, which counts twice
-)
+VERIFY_COPIES = 5  # of float32 weights: mapped, re-packed by the engine, eager, and float64 eager, which is two
 TRACE_BYTES = 1_200_000_000  # what tracing holds at its peak, with room; 0.6 GB was measured on hitoksr full
 
 
@@ -38,7 +36,7 @@ def build(
     plan = stages(request)
     if up_to_date(request, plan):
         return {}
-    forecast(request, plan, check=True)
+    _require_room(request, forecast(request, plan))
     cost: dict[str, dict[str, float]] = {}
     for stage in plan:
         log.debug("%s is keyed by %s", stage.directory, json.dumps(stage.inputs, indent=1))
@@ -92,8 +90,8 @@ def changes(request: Request, plan: list[Stage]) -> dict[str, list[str]]:
     return reasons
 
 
-def forecast(request: Request, plan: list[Stage], check: bool = False) -> dict[str, Any]:
-    """Which stages would run, and the disk and memory they would take; optionally refuse what cannot fit."""
+def forecast(request: Request, plan: list[Stage]) -> dict[str, Any]:
+    """Which stages would run, and the disk and memory they would take."""
     run = [s.name for s in plan if s.name == "seal" or not s.directory.is_dir()]
     run = [] if up_to_date(request, plan) else run
     if request.weights:
@@ -104,17 +102,19 @@ def forecast(request: Request, plan: list[Stage], check: bool = False) -> dict[s
     disk = (GRAPH_BYTES + copied) * len({"attach", "optimise", "seal"} & set(run))
     peaks = {"trace": TRACE_BYTES, "verify": VERIFY_COPIES * weights + TRACE_BYTES}
     memory = max(peaks.get(stage, 0) for stage in [*run, ""])
-    if check:
-        free = shutil.disk_usage(_existing(request.out)).free
-        if disk > free:
-            raise ResourceError(f"{request.out}: needs {disk / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; make room")
-        there = available_bytes()
-        if there is not None and memory > there:
-            raise ResourceError(
-                f"stages {', '.join(run)} need about {memory / 2**30:.1f} GiB of memory,"
-                f" {there / 2**30:.1f} GiB are free; use --verify never, or a larger machine"
-            )
     return {"stages": run, "disk_bytes": disk, "peak_memory_bytes": memory}
+
+
+def _require_room(request: Request, predicted: dict[str, Any]) -> None:
+    disk, free = predicted["disk_bytes"], shutil.disk_usage(_existing(request.out)).free
+    if disk > free:
+        raise ResourceError(f"{request.out}: needs {disk / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; make room")
+    memory, there = predicted["peak_memory_bytes"], available_bytes()
+    if there is not None and memory > there:
+        raise ResourceError(
+            f"stages {', '.join(predicted['stages'])} need about {memory / 2**30:.1f} GiB of memory,"
+            f" {there / 2**30:.1f} GiB are free; use --verify never, or a larger machine"
+        )
 
 
 def clean(older_than_days: float = 0.0) -> int:

@@ -133,7 +133,7 @@ def _trace(request: Request, directory: Path) -> None:
     from tilewright.export.trace import trace
 
     shapes = {}
-    for name, source in system(request.system).components(request.preset).items():
+    for name, source in _components(request).items():
         try:
             model = trace(source)
         except TilewrightError:
@@ -228,7 +228,7 @@ def _sizes(source: Source, side: int) -> dict[str, int]:
 
 
 def _assemble(request: Request, attached: Path, optimised: Path, root: Path) -> Manifest:
-    """Everything of the bundle but packed weights and reports."""
+    """Everything of the bundle but packed weights, reports and the manifest, which is returned."""
     module = system(request.system)
     for name in _components(request):
         shutil.copytree(optimised / name, root / name)
@@ -247,7 +247,7 @@ def _assemble(request: Request, attached: Path, optimised: Path, root: Path) -> 
     }
     weights = "given" if request.weights else f"random, seed {request.seed}"
     packed = "yes" if request.pack or not request.weights else "no"
-    manifest = Manifest(
+    return Manifest(
         SCHEMA_VERSION,
         request.system,
         request.preset,
@@ -258,16 +258,15 @@ def _assemble(request: Request, attached: Path, optimised: Path, root: Path) -> 
         {package: _version(package) for package in (*TRACERS, "tilewright")},
         {"weights": weights, "packed": packed},
     )
-    write_manifest(root, manifest)
-    return manifest
 
 
 def _verify(request: Request, attached: Path, optimised: Path, directory: Path) -> None:
     from tilewright.export.verify import require, verify
 
-    _assemble(request, attached, optimised, directory / "bundle")
-    report = verify(directory / "bundle", weights_dir=attached / "weights")
-    shutil.rmtree(directory / "bundle")
+    trial = directory / "bundle"
+    write_manifest(trial, _assemble(request, attached, optimised, trial))
+    report = verify(trial, weights_dir=attached / "weights")
+    shutil.rmtree(trial)
     write(directory / "accuracy.json", json.dumps(report, indent=2, sort_keys=True) + "\n")
     require(report)
 

@@ -16,6 +16,7 @@ import torch
 
 from tilewright.export.systems import Source, system
 from tilewright.export.trace import network_on_meta
+from tilewright.export.weights import open_reference
 from tilewright.runtime.bundle import Bundle, Reference
 from tilewright.runtime.engines import Engine, backend
 from tilewright.runtime.errors import AccuracyError
@@ -28,7 +29,6 @@ __all__ = ["RELATIVE_L2_GATE", "require", "sample_photo", "verify"]
 RELATIVE_L2_GATE = 1e-4  # of a component's float outputs, float32 against float32; measured are 1e-6 to 1e-5
 UNDECIDED = 4.0  # a choice won by less than this many roundings of its scores may fall either way
 Floats = npt.NDArray[np.floating[Any]]
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int64": torch.int64}
 
 
 def verify(root: Path, *, weights_dir: Path | None = None, size_px: int | None = None) -> dict[str, Any]:
@@ -102,9 +102,8 @@ def eager_network(bundle: Bundle, component: str, weights_dir: Path | None) -> "
 
 
 def _tensor(folder: Path, reference: Reference) -> torch.Tensor:
-    # copy-on-write: torch asks for writable memory, the file stays as it is
-    data = np.memmap(folder / reference.file, np.uint8, "c", reference.offset, (reference.length,))
-    return torch.from_numpy(data).view(DTYPES[reference.dtype]).reshape(reference.shape)
+    data = torch.from_numpy(open_reference(folder, reference, "c"))  # torch asks for writable memory
+    return data.view(getattr(torch, reference.dtype)).reshape(reference.shape)
 
 
 @dataclass

@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -96,9 +97,9 @@ def attach(
     return references
 
 
-def open_reference(folder: Path, reference: Reference) -> npt.NDArray[np.uint8]:
-    """The bytes of a tensor, mapped."""
-    return np.memmap(folder / reference.file, np.uint8, "r", reference.offset, (reference.length,))
+def open_reference(folder: Path, reference: Reference, mode: Literal["r", "c"] = "r") -> npt.NDArray[np.uint8]:
+    """The bytes of a tensor, mapped read-only or, for `c`, copied when written to; the file stays as it is."""
+    return np.memmap(folder / reference.file, np.uint8, mode, reference.offset, (reference.length,))
 
 
 def random_weights(shapes: Shapes, seed: int, path: Path) -> None:

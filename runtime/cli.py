@@ -14,7 +14,7 @@ from typing import Any
 from tilewright.runtime import images
 from tilewright.runtime.bundle import Bundle, read
 from tilewright.runtime.errors import UsageError
-from tilewright.runtime.restore import MEMORY_MODES, estimate, load
+from tilewright.runtime.restore import MEMORY_MODES, Restorer, estimate, load
 
 __all__ = ["Progress", "add_verbs", "answer", "verb"]
 
@@ -80,6 +80,16 @@ def _engine_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights-dir", type=Path, help="where the weights are, if they moved")
 
 
+def _open(arguments: argparse.Namespace) -> Restorer:
+    return load(
+        arguments.bundle,
+        memory=arguments.memory,
+        threads=arguments.threads,
+        workers=arguments.workers,
+        weights_dir=arguments.weights_dir,
+    )
+
+
 def _restore(arguments: argparse.Namespace) -> None:
     images.check_writable(arguments.output)
     bundle = read(arguments.bundle)
@@ -87,13 +97,7 @@ def _restore(arguments: argparse.Namespace) -> None:
     if bundle.manifest.options.get("weights", "").startswith("random"):
         print("note: this bundle holds random weights; the picture proves plumbing, not restoration", file=sys.stderr)
     start = time.perf_counter()
-    with load(
-        arguments.bundle,
-        memory=arguments.memory,
-        threads=arguments.threads,
-        workers=arguments.workers,
-        weights_dir=arguments.weights_dir,
-    ) as restorer:
+    with _open(arguments) as restorer:
         opened = time.perf_counter() - start
         with Progress() as progress:
             made = restorer.restore(
@@ -196,16 +200,7 @@ def _profile(arguments: argparse.Namespace) -> None:
     from tilewright.runtime.profile import profile, resolutions, table
 
     sizes = resolutions(arguments.resolutions)
-    with (
-        load(
-            arguments.bundle,
-            memory=arguments.memory,
-            threads=arguments.threads,
-            workers=arguments.workers,
-            weights_dir=arguments.weights_dir,
-        ) as restorer,
-        Progress() as progress,
-    ):
+    with _open(arguments) as restorer, Progress() as progress:
         measured = profile(
             restorer,
             sizes,

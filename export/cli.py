@@ -48,16 +48,26 @@ def _export_verbs(verbs: Any) -> None:
     build = runtime_cli.verb(verbs, "build", "build a bundle from a system's weights", _build)
     build.add_argument("system", help="a name that 'export list' shows")
     build.add_argument("--preset", default="full", help="sizes of the networks (default: full)")
-    given = build.add_mutually_exclusive_group(required=True)
-    given.add_argument("--weights", type=Path, metavar="DIR", help="folder with the system's .safetensors; not copied")
-    given.add_argument("--random-weights", type=int, metavar="SEED", help="seeded random weights, kept in the bundle")
+    build.add_argument("--weights", type=Path, metavar="DIR", help="folder with the system's .safetensors; not copied")
+    build.add_argument(
+        "--random-weights", type=int, metavar="SEED", help="seeded random ones for all that is not given"
+    )
     build.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="the bundle's directory")
     build.add_argument("--pack", action="store_true", help="copy the weights into the bundle")
     build.add_argument(
-        "--verify", choices=("always", "never"), default="always", help="compare engines with eager PyTorch (default)"
+        "--verify",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="compare engines with eager PyTorch (default: where memory allows and weights are real)",
     )
     build.add_argument("--dry-run", action="store_true", help="predict stages, disk and memory; build nothing")
     build.add_argument("--explain", action="store_true", help="say which inputs changed since the last build")
+
+    _system_options(build)
+
+    stand_in = runtime_cli.verb(verbs, "stand-in", "write zeros in the place of a system's published files", _stand_in)
+    stand_in.add_argument("system", help="a name that 'export list' shows")
+    stand_in.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="a new folder")
 
     inspect = runtime_cli.verb(verbs, "inspect", "what a bundle holds and where every byte lives", _inspect)
     inspect.add_argument("bundle", type=Path)
@@ -74,6 +84,47 @@ def _export_verbs(verbs: Any) -> None:
     clean.add_argument("--older-than", type=float, default=0.0, metavar="DAYS", help="keep what is younger")
 
 
+def _system_options(build: argparse.ArgumentParser) -> None:
+    from tilewright.export.systems import SYSTEMS, system
+
+    options = {
+        name: (o, [s for s in SYSTEMS if name in system(s).OPTIONS])
+        for s in SYSTEMS
+        for name, o in system(s).OPTIONS.items()
+    }
+    group = build.add_argument_group("options of some systems")
+    for name, (option, takers) in options.items():
+        help_text = f"{option.help} ({', '.join(takers)})"
+        flag = f"--{name.replace('_', '-')}"
+        if option.flag:
+            group.add_argument(flag, action="store_const", const=True, help=help_text)
+        else:
+            choices = option.choices or None
+            group.add_argument(
+                flag, type=option.kind, choices=choices, metavar=None if choices else "X", help=help_text
+            )
+
+
+def _given(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The system's own options that were given."""
+    from tilewright.export.systems import SYSTEMS, system
+
+    names = dict.fromkeys(name for s in SYSTEMS for name in system(s).OPTIONS)
+    return {name: value for name in names if (value := getattr(arguments, name)) is not None}
+
+
+def _stand_in(arguments: argparse.Namespace) -> None:
+    from tilewright.export.stand_in import stand_in
+
+    made = stand_in(arguments.system, arguments.out)
+    runtime_cli.answer(
+        arguments,
+        made,
+        f"{made['folder']}: {len(made['files'])} files, {made['tensors']} tensors of zeros,"
+        f" {made['apparent_bytes'] / 1e9:.1f} GB that take {made['disk_bytes'] / 1e6:.1f} MB",
+    )
+
+
 def _list(arguments: argparse.Namespace) -> None:
     from tilewright.export.systems import SYSTEMS, system
 
@@ -88,16 +139,18 @@ def _list(arguments: argparse.Namespace) -> None:
 
 def _build(arguments: argparse.Namespace) -> None:
     from tilewright.export import build as b
-    from tilewright.export.stages import Request, stages
+    from tilewright.export.request import Request
+    from tilewright.export.stages import stages
 
     request = Request(
         arguments.system,
         arguments.preset,
         arguments.out,
         arguments.weights,
-        arguments.random_weights or 0,
+        arguments.random_weights,
         arguments.pack,
         arguments.verify,
+        _given(arguments),
     )
     plan = stages(request)
     if arguments.explain:
@@ -144,6 +197,7 @@ def _verify(arguments: argparse.Namespace) -> None:
         if choices := component.get("choices"):
             lines.append(f"{name}: " + ", ".join(f"{count} {what}" for what, count in choices.items()) + " choices")
     lines.append(f"picture: PSNR {report['restore']['psnr_db']:.1f} dB")
+    lines.append("seams: " + ", ".join(f"{picture} {excess:+.0%}" for picture, excess in report["seams"].items()))
     runtime_cli.answer(arguments, report, "\n".join([*lines, f"written to {path}"]))
     require(report)
 

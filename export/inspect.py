@@ -1,5 +1,6 @@
 """What a bundle holds, and where every byte of its weights lives."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ def inspect(root: Path, weights_dir: Path | None = None) -> dict[str, Any]:
         "made_with": manifest.made_with,
         "components": components,
         "passes": _passes(bundle.program),
+        "tensors": _accounts(root),
         "bytes": {
             "graphs": sum(f.size for name, f in manifest.files.items() if name.endswith(".onnx")),
             "referenced": referenced,
@@ -52,6 +54,13 @@ def inspect(root: Path, weights_dir: Path | None = None) -> dict[str, Any]:
             "orphaned": _orphaned(bundle),
         },
     }
+
+
+def _accounts(root: Path) -> dict[str, Any]:
+    """Of each folder of weights, the tensors that graphs refer to, that ran at build, or that nobody reads."""
+    path = root / "reports" / "weights.json"
+    accounts: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    return accounts
 
 
 def _passes(program: Program) -> list[str]:
@@ -71,14 +80,16 @@ def _orphaned(bundle: Bundle) -> int:
         for file in packed.rglob("*.safetensors"):
             relative = file.relative_to(packed).as_posix()
             read_by = {
-                (r.offset, r.length)
+                (r.offset, r.offset + r.length)
                 for component, tensors in bundle.weights.tensors.items()
-                if bundle.weights.folder_of[component] == name
                 for r in tensors.values()
-                if r.file == relative
+                if (r.folder or bundle.weights.folder_of[component]) == name and r.file == relative
             }
-            data = min((offset for offset, _ in read_by), default=0)
-            orphaned += file.stat().st_size - data - sum(length for _, length in read_by)
+            data = end = min((start for start, _ in read_by), default=0)
+            orphaned += file.stat().st_size - data
+            for start, stop in sorted(read_by):
+                orphaned -= max(0, stop - max(start, end))
+                end = max(end, stop)
             if relative not in folder.files:
                 orphaned += data
     return orphaned
@@ -98,5 +109,10 @@ def text(found: dict[str, Any]) -> str:
         lines.append(f"    out {', '.join(f'{k} {v}' for k, v in c['outputs'].items())}")
         lines.append(f"    {c['referenced_bytes']:,} bytes referenced in {c['weights']}")
         lines.append(f"    {c['materialised_bytes']:,} bytes in the graph")
+    for origin, a in found["tensors"].items():
+        lines.append(
+            f"{origin}: {a['tensors']} tensors; {a['referenced']} referenced, {a['precomputed']} precomputed,"
+            f" {a['merged']} merged, {a['ignored']} not read"
+        )
     lines.append(f"bytes: {'; '.join(f'{kind} {size:,}' for kind, size in sizes.items())}")
     return "\n".join(lines)

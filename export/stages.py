@@ -1,28 +1,31 @@
-"""The five stages of a build: what each depends on, and the work that fills its directory.
+"""The stages of a build: what each depends on, and the work that fills its directory.
 
-trace: networks to graphs that wait for weights. attach: where each weight's bytes are. optimise: graphs rewritten, with
-references to the weights, and how much memory they need. verify: engines against eager PyTorch. seal: the bundle.
+trace: networks to graphs that wait for weights. attach: where each weight's bytes are. constants: what networks that
+need no image give, computed now. optimise: graphs rewritten, with references to the weights, and how much memory they
+need. verify: engines against eager PyTorch. seal: the bundle.
 """
 
+import contextlib
 import importlib
 import importlib.metadata
 import json
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tilewright.export.attachment import attach_weights
+from tilewright.export.request import Request
 from tilewright.export.systems import Source, system
 from tilewright.export.targets import TARGETS
-from tilewright.export.weights import Tensors, attach, copy_tensors, find, random_weights
+from tilewright.export.weights import write_tensors
 from tilewright.runtime.bundle import (
     SCHEMA_VERSION,
     Component,
     Engine,
-    File,
-    Folder,
     Manifest,
     Memory,
     Reference,
@@ -31,35 +34,16 @@ from tilewright.runtime.bundle import (
     write_manifest,
 )
 from tilewright.runtime.digests import cache_dir, sha256_of_bytes, sha256_of_file, writing
-from tilewright.runtime.errors import BuildError, TilewrightError, UsageError
+from tilewright.runtime.errors import BuildError, TilewrightError
+from tilewright.runtime.program import TensorSpec
 from tilewright.runtime.strict import encode, from_json, to_json
 
-__all__ = ["VERIFY_MODES", "Request", "Stage", "parameter_count", "stages", "write"]
+__all__ = ["Stage", "stages", "staging", "write"]
 
 HOUSE = Path(__file__).parent.parent  # export/, kernels/ and runtime/ lie here, installed or not
-TRACERS = ("torch", "transformers", "onnxscript", "onnx-ir", "onnx")
-VERIFY_MODES = ("always", "never")
+TRACERS = ("torch", "diffusers", "transformers", "onnxscript", "onnx-ir", "onnx")
+TRACED = ("export/networks/*.py", "kernels/*.py", "export/trace.py")
 STORED = {"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16", "int64": "INT64", "int32": "INT32"}
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to build and where."""
-
-    system: str
-    preset: str
-    out: Path
-    weights: Path | None = None  # none: random ones from the seed
-    seed: int = 0
-    pack: bool = False  # copy the weights into the bundle
-    verify: str = "always"
-
-    def __post_init__(self) -> None:
-        presets = system(self.system).PRESETS
-        if self.preset not in presets:
-            raise UsageError(f"preset {self.preset!r} of {self.system} is not one of {', '.join(presets)}")
-        if self.verify not in VERIFY_MODES:
-            raise UsageError(f"verify={self.verify!r} is not one of {', '.join(VERIFY_MODES)}")
 
 
 @dataclass(frozen=True)
@@ -83,19 +67,32 @@ class Stage:
 
 def stages(request: Request) -> list[Stage]:
     """The stages of a request, in order; nothing is run, weights are only hashed."""
-    found = find(request.weights) if request.weights else None
-    module = f"export/systems/{request.system}.py"
-    asked = {"system": request.system, "preset": request.preset}
-    sources = _code(module, "export/networks/*.py", "kernels/*.py", "export/trace.py", "export/systems/__init__.py")
-    trace = Stage("trace", asked | sources | _versions(*TRACERS), lambda d: _trace(request, d))
-    given = {"weights": f"random, seed {request.seed}", "packed": "yes"}
-    if found:
-        digests = {f"weights {name}": sha256_of_file(found.folder / name) for name in found.sources}
-        given = {"packed": str(request.pack), "folder": str(found.folder)} | digests
+    module = f"export/systems/{request.system.replace('-', '_')}.py"
+    settings = json.dumps(request.settings, sort_keys=True)
+    asked = {"system": request.system, "preset": request.preset, "settings": settings}
+    systems = _code(module, "export/systems/__init__.py", "export/systems/flux_*.py")
+    trace = Stage("trace", asked | systems | _code(*TRACED) | _versions(*TRACERS), lambda d: _trace(request, d))
+    random = "none" if request.seed is None else f"random, seed {request.seed}"
+    given = {"weights": random, "packed": str(request.pack)}
+    for name, tensors in request.found.items():
+        given[f"folder {name}"] = str(tensors.folder)
+        given |= {f"weights {name}/{file}": sha256_of_file(tensors.folder / file) for file in tensors.sources}
     attached = Stage(
         "attach",
-        {"trace": trace.key} | given | _code(module, "export/weights.py", "runtime/bundle.py"),
-        lambda d: _attach(request, found, trace.directory, d),
+        {"trace": trace.key}
+        | given
+        | systems
+        | _code("export/attachment.py", "export/weights.py", "export/lora.py", "runtime/bundle.py"),
+        lambda d: attach_weights(request, trace.directory, d),
+    )
+    files = {f"file {name}": sha256_of_file(Path(value)) for name, value in request.options.items() if _is_file(value)}
+    made = Stage(
+        "constants",
+        {"attach": attached.key, "options": json.dumps(request.options, sort_keys=True)}
+        | files
+        | _tokenizer_files(request.folder)
+        | _code("export/streamed.py", "export/tokenizers.py", "runtime/schedules.py"),
+        lambda d: _constants(request, attached.directory, d),
     )
     optimised = Stage(
         "optimise",
@@ -104,51 +101,71 @@ def stages(request: Request) -> list[Stage]:
         | _versions("onnxscript", "onnx-ir"),
         lambda d: _optimise(request, trace.directory, attached.directory, d),
     )
-    results = [trace, attached, optimised]
+    results = [trace, attached, made, optimised]
+    parts = _Parts(request, attached.directory, made.directory, optimised.directory)
     documents = (f"runtime/{name}.py" for name in ("bundle", "check", "program", "strict"))
-    whole = _code("export/stages.py", module, *documents)
-    if request.verify == "always":
-        checks = _code("export/verify.py", "runtime/scheduler.py", "runtime/restore.py", "runtime/engines/ort.py")
+    whole = _code("export/stages.py", *documents) | systems
+    if request.verify != "never":
+        checks = _code("export/verify.py", "export/seams.py", "runtime/*.py", "runtime/engines/ort.py")
         verified = Stage(
             "verify",
-            {"optimise": optimised.key} | checks | whole | _versions("torch", "onnxruntime"),
-            lambda d: _verify(request, attached.directory, optimised.directory, d),
+            {"optimise": optimised.key, "constants": made.key} | checks | whole | _versions("torch", "onnxruntime"),
+            lambda d: _verify(parts, d),
         )
         results.append(verified)
-    last = {results[-1].name: results[-1].key, "optimise": optimised.key, "version": _version("tilewright")} | whole
-    verified_at = results[-1].directory if request.verify == "always" else None
-    results.append(
-        Stage(
-            "seal",
-            last,
-            lambda d: _seal(request, attached.directory, optimised.directory, verified_at, d),
-        )
-    )
+    last = {stage.name: stage.key for stage in results} | {"version": _version("tilewright")} | whole
+    verified_at = results[-1].directory if request.verify != "never" else None
+    results.append(Stage("seal", last, lambda d: _seal(parts, verified_at, d)))
     return results
 
 
+def _is_file(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and Path(value).is_file()
+    except OSError:  # words too long for a name
+        return False
+
+
+def _tokenizer_files(folder: Path | None) -> dict[str, str]:
+    files = sorted(folder.glob("tokenizer*/*")) if folder else []
+    return {f"tokenizer {file.parent.name}/{file.name}": sha256_of_file(file) for file in files if file.is_file()}
+
+
 def _trace(request: Request, directory: Path) -> None:
+    from tilewright.export.trace import parameter_specs
+
+    shapes = {}
+    for name, source in request.components.items():
+        graph = _graph(request, name, source)
+        shutil.copyfile(graph / "traced.onnx", directory / f"{name}.onnx")
+        shapes[name] = json.loads((graph / "parameters.json").read_text())
+    for name, source in request.build_time.items():
+        shapes[name] = {key: [int(d) for d in spec.shape] for key, spec in parameter_specs(source).items()}
+    write(directory / "parameters.json", json.dumps(shapes, indent=1, sort_keys=True))
+
+
+def _graph(request: Request, name: str, source: Source) -> Path:
+    """The directory with a component's graph as traced; one that any system or preset has traced is taken."""
     import onnx_ir as ir
 
     from tilewright.export.trace import trace
 
-    shapes = {}
-    for name, source in _components(request).items():
-        try:
-            model = trace(source)
-        except TilewrightError:
-            raise
-        except Exception as error:  # anything torch.export or the exporter may raise
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise BuildError(f"trace of {request.system}.{name} failed ({reason}); see --verbose") from error
-        ir.save(model, directory / f"{name}.onnx")
-        shapes[name] = _parameters(model)
-    write(directory / "parameters.json", json.dumps(shapes, indent=1, sort_keys=True))
-
-
-def _components(request: Request) -> dict[str, Source]:
-    made: dict[str, Source] = system(request.system).components(request.preset)
-    return made
+    inputs = {"recipe": source.recipe} | _code(*TRACED) | _versions(*TRACERS)
+    directory = Stage("graph", inputs, lambda d: None).directory
+    if directory.is_dir():
+        return directory
+    try:
+        model = trace(source)
+    except TilewrightError:
+        raise
+    except Exception as error:  # anything torch.export or the exporter may raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise BuildError(f"trace of {request.system}.{name} failed ({reason}); see --verbose") from error
+    with staging(directory) as folder:
+        ir.save(model, folder / "traced.onnx")
+        write(folder / "parameters.json", json.dumps(_parameters(model), indent=1, sort_keys=True))
+        folder.rename(directory)
+    return directory
 
 
 def _parameters(model: Any) -> dict[str, list[int]]:
@@ -159,30 +176,28 @@ def _parameters(model: Any) -> dict[str, list[int]]:
     return {name: list(t.shape.numpy()) for name, t in tensors if isinstance(t, ir.ExternalTensor)}
 
 
-def _attach(request: Request, found: Tensors | None, traced: Path, directory: Path) -> None:
-    shapes = json.loads((traced / "parameters.json").read_text())
-    wanted = {c: {name: tuple(shape) for name, shape in s.items()} for c, s in shapes.items()}
-    module = system(request.system)
-    folder = next(iter(_components(request).values())).folder
-    packed = directory / "weights" / folder
-    if found is None:
-        named = {module.keys(c, name)[0]: shape for c, s in wanted.items() for name, shape in s.items()}
-        random_weights(named, request.seed, packed / f"{folder}.safetensors")
-        found = find(packed)
-    references = attach(wanted, found, module.keys, module.ignored)
-    if request.pack and request.weights:
-        key_at = {(r.file, r.offset): key for key, r in found.tensors.items()}
-        read_once = {key_at[r.file, r.offset]: r for refs in references.values() for r in refs.values()}
-        moved = copy_tensors(found.folder, read_once, packed / f"{folder}.safetensors")
-        references = {
-            c: {name: moved[key_at[r.file, r.offset]] for name, r in refs.items()} for c, refs in references.items()
-        }
-        found = find(packed)
-    used = {r.file for refs in references.values() for r in refs.values()}
-    files = {f: File((found.folder / f).stat().st_size, sha256_of_file(found.folder / f)) for f in sorted(used)}
-    path = None if packed.is_dir() else str(found.folder)
-    weights = Weights({folder: Folder(path, files)}, dict.fromkeys(references, folder), references)
-    write(directory / "weights.json", to_json(weights))
+def _constants(request: Request, attached: Path, directory: Path) -> None:
+    """What the program reads but no engine gives; tokenizers."""
+    from tilewright.export.streamed import run_streamed
+
+    module, weights = system(request.system), _read_weights(attached)
+    folders = {n: attached / "weights" / n if f.path is None else Path(f.path) for n, f in weights.folders.items()}
+
+    def run(component: str, **inputs: Any) -> dict[str, Any]:
+        own = weights.folder_of[component]
+        refs = {n: (folders[r.folder or own], r) for n, r in weights.tensors[component].items()}
+        return run_streamed(request.build_time[component], refs, inputs)
+
+    made = module.constants(request.preset, run, request.options, request.folder, **request.settings)
+    if made:
+        specs = {name: TensorSpec(str(array.dtype), array.shape) for name, array in sorted(made.items())}
+        write_tensors(directory / "constants.safetensors", specs, (made[n].tobytes() for n in specs), "made at build")
+    for name, text in module.tokenizers(request.preset, request.folder, **request.settings).items():
+        write(directory / name, text)
+
+
+def _read_weights(attached: Path) -> Weights:
+    return from_json(Weights, (attached / "weights.json").read_bytes(), str(attached / "weights.json"))
 
 
 def _optimise(request: Request, traced: Path, attached: Path, directory: Path) -> None:
@@ -192,30 +207,31 @@ def _optimise(request: Request, traced: Path, attached: Path, directory: Path) -
     from tilewright.export.rewrites.cast import cast
     from tilewright.export.rewrites.fold import fold
 
-    weights = from_json(Weights, (attached / "weights.json").read_bytes(), str(attached / "weights.json"))
+    weights = _read_weights(attached)
     memory = {}
-    for name, source in _components(request).items():
+    for name, source in request.components.items():
         model = ir.load(traced / f"{name}.onnx")
         fold(model)
-        _refer(model, weights.tensors[name])
+        _refer(model, weights.tensors.get(name, {}))
         cast(model)
         (directory / name).mkdir(parents=True)
         ir.save(model, directory / name / "model.onnx")
         memory[name] = footprint(model, partial(_sizes, source))
         for target, module in TARGETS.items():
             copy = ir.load(directory / name / "model.onnx")
-            importlib.import_module(module).prepare(copy)
-            ir.save(copy, directory / name / f"{target}.onnx")
+            if importlib.import_module(module).prepare(copy):
+                ir.save(copy, directory / name / f"{target}.onnx")
     write(directory / "memory.json", json.dumps(encode(memory), indent=1, sort_keys=True))
 
 
-def _refer(model: Any, references: dict[str, Reference]) -> None:
+def _refer(model: Any, references: Mapping[str, Reference]) -> None:
     import onnx_ir as ir
 
     for name, r in references.items():
         if name in model.graph.initializers:  # folding may have found a parameter without effect
             dtype, shape = STORED[r.dtype], ir.Shape(r.shape)
-            value = ir.ExternalTensor(r.file, r.offset, r.length, ir.DataType[dtype], shape=shape, name=name)
+            file = r.file if r.folder is None else f"{r.folder}/{r.file}"
+            value = ir.ExternalTensor(file, r.offset, r.length, ir.DataType[dtype], shape=shape, name=name)
             model.graph.initializers[name].const_value = value
 
 
@@ -227,65 +243,96 @@ def _sizes(source: Source, side: int) -> dict[str, int]:
     return sizes | {f"{name}_units": sizes[name] // multiple for name, multiple in source.multiples.items()}
 
 
-def _assemble(request: Request, attached: Path, optimised: Path, root: Path) -> Manifest:
-    """Everything of the bundle but packed weights, reports and the manifest, which is returned."""
-    module = system(request.system)
-    for name in _components(request):
-        shutil.copytree(optimised / name, root / name)
-    shutil.copyfile(attached / "weights.json", root / "weights.json")
-    write(root / "program.json", to_json(module.program(request.preset)))
-    memory = json.loads((optimised / "memory.json").read_text())
-    components = {
-        name: Component(
-            f"{name}/model.onnx",
-            source.inputs,
-            source.outputs,
-            tuple(Engine(target, "float32", f"{name}/{target}.onnx") for target in TARGETS),
-            Memory(**memory[name]),
+@dataclass(frozen=True)
+class _Parts:
+    """Where the finished stages of a request are."""
+
+    request: Request
+    attached: Path
+    constants: Path
+    optimised: Path
+
+    def weights(self) -> Weights:
+        """What the bundle's graphs refer to: not what ran at build only."""
+        every = _read_weights(self.attached)
+        tensors = {name: refs for name, refs in every.tensors.items() if name in self.request.components}
+        used = {r.folder or every.folder_of[name] for name, refs in tensors.items() for r in refs.values()}
+        folders = {name: folder for name, folder in every.folders.items() if name in used}
+        return Weights(folders, {name: every.folder_of[name] for name in tensors}, tensors)
+
+    def assemble(self, root: Path, verified: str) -> Manifest:
+        """Everything of the bundle but packed weights, reports and the manifest, which is returned."""
+        request, module = self.request, system(self.request.system)
+        for name in request.components:
+            shutil.copytree(self.optimised / name, root / name)
+        write(root / "weights.json", to_json(self.weights()))
+        shutil.copytree(self.constants, root, dirs_exist_ok=True)
+        write(root / "program.json", to_json(module.program(request.preset, **request.settings)))
+        memory = json.loads((self.optimised / "memory.json").read_text())
+        components = {
+            name: Component(
+                f"{name}/model.onnx",
+                source.inputs,
+                source.outputs,
+                tuple(Engine(target, "float32", _engine_file(root, name, target)) for target in TARGETS),
+                Memory(**memory[name]),
+            )
+            for name, source in request.components.items()
+        }
+        random = f"random, seed {request.seed}"
+        weights = random if not request.found else "stand-in, zeros" if request.stand_in else "given"
+        packed = "yes" if request.pack or not request.found else "no"
+        settings = json.dumps(request.settings, sort_keys=True)
+        return Manifest(
+            SCHEMA_VERSION,
+            request.system,
+            request.preset,
+            "float32",
+            module.LICENCE,
+            components,
+            {},
+            {package: _version(package) for package in (*TRACERS, "tilewright")},
+            {"weights": weights, "packed": packed, "settings": settings, "verified": verified},
+            constants="constants.safetensors" if (root / "constants.safetensors").is_file() else None,
+            tokenizers=tuple(f"tokenizers/{file.name}" for file in sorted((root / "tokenizers").glob("*.json"))),
         )
-        for name, source in _components(request).items()
-    }
-    weights = "given" if request.weights else f"random, seed {request.seed}"
-    packed = "yes" if request.pack or not request.weights else "no"
-    return Manifest(
-        SCHEMA_VERSION,
-        request.system,
-        request.preset,
-        "float32",
-        module.LICENCE,
-        components,
-        {},
-        {package: _version(package) for package in (*TRACERS, "tilewright")},
-        {"weights": weights, "packed": packed},
-    )
 
 
-def _verify(request: Request, attached: Path, optimised: Path, directory: Path) -> None:
+def _engine_file(root: Path, component: str, target: str) -> str:
+    """A target's own graph, or the portable one where it had nothing to change."""
+    own = f"{component}/{target}.onnx"
+    return own if (root / own).is_file() else f"{component}/model.onnx"
+
+
+def _verify(parts: _Parts, directory: Path) -> None:
     from tilewright.export.verify import require, verify
 
     trial = directory / "bundle"
-    write_manifest(trial, _assemble(request, attached, optimised, trial))
-    report = verify(trial, weights_dir=attached / "weights")
+    write_manifest(trial, parts.assemble(trial, "being verified"))
+    report = verify(trial, weights_dir=parts.attached / "weights")
     shutil.rmtree(trial)
     write(directory / "accuracy.json", json.dumps(report, indent=2, sort_keys=True) + "\n")
     require(report)
 
 
-def _seal(request: Request, attached: Path, optimised: Path, verified: Path | None, staging: Path) -> None:
-    manifest = _assemble(request, attached, optimised, staging)
-    if (attached / "weights").is_dir():
-        shutil.copytree(attached / "weights", staging / "weights")
+def _seal(parts: _Parts, verified: Path | None, folder: Path) -> None:
+    request, done = parts.request, verified is not None and (verified / "accuracy.json").is_file()
+    manifest = parts.assemble(folder, "yes" if done else "no")
+    for name, kept in parts.weights().folders.items():
+        if kept.path is None:
+            shutil.copytree(parts.attached / "weights" / name, folder / "weights" / name)
+    (folder / "reports").mkdir()
+    shutil.copyfile(parts.attached / "accounts.json", folder / "reports" / "weights.json")
     report = None
-    if verified:
-        (staging / "reports").mkdir()
-        shutil.copyfile(verified / "accuracy.json", staging / "reports" / "accuracy.json")
+    if verified is not None and done:
+        shutil.copyfile(verified / "accuracy.json", folder / "reports" / "accuracy.json")
         report = json.loads((verified / "accuracy.json").read_text())
-    write(staging / "README.md", _card(request, manifest, report))
-    seal(staging, manifest, request.out)
+    write(folder / "README.md", _card(request, manifest, report))
+    seal(folder, manifest, request.out)
 
 
 def _card(request: Request, manifest: Manifest, report: dict[str, Any] | None) -> str:
-    measured = "not verified against eager PyTorch (--verify never)"
+    measured = "not verified against eager PyTorch"
     if report:
         measured = f"engine against eager PyTorch: PSNR {report['restore']['psnr_db']:.1f} dB on {report['image']}"
     lines = [
@@ -301,14 +348,6 @@ def _card(request: Request, manifest: Manifest, report: dict[str, Any] | None) -
         "",
     ]
     return "\n".join(lines)
-
-
-def parameter_count(request: Request) -> int:
-    """Parameters of the request's networks, counted without making them."""
-    from tilewright.export.trace import network_on_meta
-
-    networks = [network_on_meta(source) for source in _components(request).values()]
-    return sum(p.numel() for network in networks for p in network.parameters())
 
 
 def _code(*patterns: str) -> dict[str, str]:
@@ -331,3 +370,19 @@ def write(path: Path, text: str) -> None:
     """Put a text in a file, whole or not at all."""
     with writing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def staging(target: Path) -> Iterator[Path]:
+    """A sibling directory to fill; what is left of it, and of earlier killed builds, is removed."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for left in target.parent.glob(f".{target.name}.*.part"):
+        if not Path(f"/proc/{left.name.split('.')[-2]}").exists():
+            shutil.rmtree(left, ignore_errors=True)
+    folder = target.with_name(f".{target.name}.{os.getpid()}.part")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -21,9 +21,10 @@ from torch.overrides import TorchFunctionMode
 from tilewright.export.systems import Source
 from tilewright.runtime.program import TensorSpec
 
-__all__ = ["OPSET", "UNRESOLVED", "network_on_meta", "trace"]
+__all__ = ["OPSET", "UNRESOLVED", "network_on_meta", "parameter_specs", "trace"]
 
 OPSET = 23  # the first with Attention and RMSNormalization, which every target fuses
+BATCH = 32  # tiles in a call, at most; upstream classes treat batches of 64 in another way
 UNRESOLVED = "unresolved"  # the file of a weight that is not attached yet
 FACTORIES = {torch.empty, torch.zeros, torch.ones, torch.full, torch.randn, torch.rand}
 
@@ -40,7 +41,13 @@ class _ParametersOnMeta(TorchFunctionMode):
 def network_on_meta(source: Source) -> nn.Module:
     """The component's network in evaluation mode, its parameters without storage."""
     with _ParametersOnMeta():
-        return source.module().eval()
+        return source.made().eval()
+
+
+def parameter_specs(source: Source) -> dict[str, TensorSpec]:
+    """The names and shapes of a component's parameters."""
+    named = network_on_meta(source).named_parameters()
+    return {name: TensorSpec("float32", tuple(parameter.shape)) for name, parameter in named}
 
 
 def trace(source: Source) -> ir.Model:
@@ -49,10 +56,10 @@ def trace(source: Source) -> ir.Model:
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     _fake_parameters(network, fake)
     with fake:
-        arguments = tuple(_example(source, spec) for spec in source.inputs.values())
+        arguments = {name: _example(source, spec) for name, spec in source.inputs.items()}
     with torch.no_grad(), _quiet():
         with fake:
-            exported = torch.export.export(network, arguments, dynamic_shapes=_dynamic(source), strict=False)
+            exported = torch.export.export(network, (), arguments, dynamic_shapes=_dynamic(source), strict=False)
         program = torch.onnx.export(
             exported,
             input_names=list(source.inputs),
@@ -90,12 +97,14 @@ def _example(source: Source, spec: TensorSpec) -> torch.Tensor:
     return torch.zeros([d if isinstance(d, int) else chosen[d] for d in spec.shape], dtype=getattr(torch, spec.dtype))
 
 
-def _dynamic(source: Source) -> tuple[dict[int, Any], ...]:
-    units = {name: torch.export.Dim(f"{name}_units", min=1, max=4096) for name in _sizes(source)}
+def _dynamic(source: Source) -> dict[str, dict[int, Any]]:
+    most = {"batch": BATCH}
+    units = {n: torch.export.Dim(f"{n}_units", min=1, max=most.get(n, 4096)) for n in _sizes(source)}
     free = {name: source.multiples[name] * unit if name in source.multiples else unit for name, unit in units.items()}
-    return tuple(
-        {axis: free[d] for axis, d in enumerate(spec.shape) if isinstance(d, str)} for spec in source.inputs.values()
-    )
+    return {
+        name: {axis: free[d] for axis, d in enumerate(spec.shape) if isinstance(d, str)}
+        for name, spec in source.inputs.items()
+    }
 
 
 def _name_sizes(model: ir.Model, source: Source) -> None:

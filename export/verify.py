@@ -5,8 +5,9 @@ rounding of the scores it was made from. Where choices differ, what follows from
 """
 
 import copy
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from tilewright.export.seams import PICTURES, seam_excess
 from tilewright.export.systems import Source, system
 from tilewright.export.trace import network_on_meta
 from tilewright.export.weights import open_reference
@@ -21,14 +23,19 @@ from tilewright.runtime.bundle import Bundle, Reference
 from tilewright.runtime.engines import Engine, backend
 from tilewright.runtime.errors import AccuracyError
 from tilewright.runtime.images import Enlarged
-from tilewright.runtime.restore import load
-from tilewright.runtime.scheduler import Job, run
+from tilewright.runtime.inputs import gather
+from tilewright.runtime.program import Program
+from tilewright.runtime.restore import Restorer, load
+from tilewright.runtime.scheduler import Job, least_px, plan_of, run
 
 __all__ = ["RELATIVE_L2_GATE", "require", "sample_photo", "verify"]
 
 RELATIVE_L2_GATE = 1e-4  # of a component's float outputs, float32 against float32; measured are 1e-6 to 1e-5
+WORDS = "a stone bridge over a river"
+SEAM_GATE = 0.15  # of `seam_excess`; blended tiles of random networks reach 0.09, unblended ones of VICR 0.3
 UNDECIDED = 4.0  # a choice won by less than this many roundings of its scores may fall either way
 Floats = npt.NDArray[np.floating[Any]]
+Pixels = npt.NDArray[np.uint8]
 
 
 def verify(root: Path, *, weights_dir: Path | None = None, size_px: int | None = None) -> dict[str, Any]:
@@ -40,13 +47,11 @@ def verify(root: Path, *, weights_dir: Path | None = None, size_px: int | None =
         bundle, program = restorer.bundle, restorer.bundle.program
         eager = {n: eager_network(bundle, n, weights_dir) for n in sorted(program.components())}
         pairs = {n: _Paired(restorer.engines[n], e) for n, e in eager.items()}
-        multiple = program.multiple_px
-        width, height = (size_px, size_px) if size_px else (10 * multiple, 7 * multiple)
-        job = Job(Enlarged(sample_photo(width, height, program.scale), program.scale, multiple))
-        if size_px is None:
-            job.tile_px, job.overlap_px = 6 * multiple, 2 * multiple
+        job = _job(program, size_px)
+        job.inputs = gather(bundle, example_inputs(program))
         engine_image = run(program, pairs, restorer.constants, job)
         eager_image = run(program, eager, restorer.constants, job)
+        seams = {name: _seam(restorer, job, make) for name, make in (PICTURES | {"photo": _photo}).items()}
     first = bundle.manifest.components[next(iter(eager))].engines[0]
     return {
         "bundle": bundle.digest,
@@ -55,8 +60,38 @@ def verify(root: Path, *, weights_dir: Path | None = None, size_px: int | None =
         "image": f"{job.image.shape[2]}x{job.image.shape[1]} px in tiles of {job.tile_px or 'the program'}",
         "components": {name: pair.report() for name, pair in sorted(pairs.items())},
         "restore": _difference(engine_image, eager_image) | {"deviation": float(engine_image.std())},
-        "gate": {"relative_l2": RELATIVE_L2_GATE},
+        "seams": seams,
+        "gate": {"relative_l2": RELATIVE_L2_GATE, "seam_excess": SEAM_GATE},
     }
+
+
+def _seam(restorer: Restorer, job: Job, make: Callable[[int, int], Pixels]) -> float:
+    """The seams of a picture of three by three tiles that share a third."""
+    program = restorer.bundle.program
+    fixed = job.tile_px is not None and least_px(program, job.tile_px) == job.tile_px
+    tile = job.tile_px if fixed and job.tile_px else 12 * program.multiple_px
+    overlap = tile // 3 // program.multiple_px * program.multiple_px
+    side = -(-(3 * tile - 2 * overlap) // program.scale)
+    enlarged = Enlarged(make(side, side), program.scale, program.multiple_px, least_px(program, tile))
+    image = run(
+        program, restorer.engines, restorer.constants, replace(job, image=enlarged, tile_px=tile, overlap_px=overlap)
+    )
+    last = [p for p in program.passes if "result" in p.writes()][-1]
+    plan = plan_of(program, last, image.shape[1], image.shape[2], tile, overlap)
+    return seam_excess(image, plan, program.multiple_px)
+
+
+def _photo(width: int, height: int) -> Pixels:
+    return sample_photo(width, height, 1)
+
+
+def _job(program: Program, size_px: int | None) -> Job:
+    multiple = program.multiple_px
+    fixed = min((px for p in program.passes if p.tiles for px in p.tiles.fixed_px), default=None)
+    tile, overlap = (fixed, None) if fixed else (6 * multiple, 2 * multiple)
+    width, height = (size_px, size_px) if size_px else (tile + 4 * multiple, tile + multiple)
+    image = Enlarged(sample_photo(width, height, program.scale), program.scale, multiple, fixed or 1)
+    return Job(image) if size_px else Job(image, tile_px=tile, overlap_px=overlap)
 
 
 def require(report: Mapping[str, Any]) -> None:
@@ -73,11 +108,28 @@ def require(report: Mapping[str, Any]) -> None:
                 f"{name}: {component['choices']['wrong']} of {component['choices']['total']} choices differ from eager"
                 " PyTorch by more than rounding explains; compare the versions of torch and the engine"
             )
+    for picture, excess in report["seams"].items():
+        if not excess <= SEAM_GATE:
+            raise AccuracyError(
+                f"tiles show on the {picture} picture: it changes {excess:.0%} more across their borders than beside"
+                f" them, the gate is {SEAM_GATE:.0%}; use a larger overlap"
+            )
     if not report["restore"]["deviation"] > 1e-4:
         raise AccuracyError(
             f"the restored picture is constant or not finite (deviation {report['restore']['deviation']:.1e});"
             " check the weights"
         )
+
+
+def example_inputs(program: Program) -> dict[str, Any]:
+    """Something for every input that has no default: words, or seeded numbers."""
+    of_words = {name for text in program.texts.values() for name in text.ids}
+    generator = np.random.Generator(np.random.Philox(key=2))
+    inputs: dict[str, Any] = dict.fromkeys(program.texts, WORDS)
+    for name, wanted in program.inputs.items():
+        if wanted.default is None and name not in of_words:
+            inputs[name] = generator.standard_normal(wanted.shape).astype(wanted.dtype)
+    return inputs
 
 
 def sample_photo(width: int, height: int, scale: int) -> npt.NDArray[np.uint8]:
@@ -92,12 +144,14 @@ def sample_photo(width: int, height: int, scale: int) -> npt.NDArray[np.uint8]:
 
 def eager_network(bundle: Bundle, component: str, weights_dir: Path | None) -> "Eager":
     """The eager network with the bundle's weights, mapped where they are stored as they are computed."""
-    source: Source = system(bundle.manifest.system).components(bundle.manifest.preset)[component]
+    settings = json.loads(bundle.manifest.options.get("settings", "{}"))
+    source: Source = system(bundle.manifest.system).components(bundle.manifest.preset, **settings)[component]
     network = network_on_meta(source)
-    folder = bundle.weights_folder(component, weights_dir)
-    if folder is not None:
-        tensors = {n: _tensor(folder, r).float() for n, r in bundle.weights.tensors[component].items()}
-        network.load_state_dict(tensors, strict=False, assign=True)
+    references = bundle.weights.tensors.get(component, {})
+    own = bundle.weights.folder_of.get(component)
+    folders = {name: bundle.folder(name, weights_dir) for name in {r.folder or str(own) for r in references.values()}}
+    tensors = {n: _tensor(folders[r.folder or str(own)], r).float() for n, r in references.items()}
+    network.load_state_dict(tensors, strict=False, assign=True)
     return Eager(network, tuple(source.outputs))
 
 
@@ -115,7 +169,7 @@ class Eager:
 
     def run(self, inputs: Mapping[str, Any], wanted: Iterable[str]) -> dict[str, Any]:
         with torch.no_grad():  # here, not around the restoration: it holds for one thread, and tiles run in others
-            made = self.network(*(torch.from_numpy(np.asarray(array)) for array in inputs.values()))
+            made = self.network(**{name: torch.from_numpy(np.array(array)) for name, array in inputs.items()})
         outputs = dict(zip(self.names, made if isinstance(made, tuple) else (made,), strict=True))
         return {name: outputs[name].numpy() for name in wanted}
 

@@ -8,21 +8,34 @@ import math
 import os
 import struct
 import zlib
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from tilewright.export.systems import Origin, Rows
 from tilewright.runtime.bundle import SAFETENSORS_DTYPES, Reference, safetensors_header
 from tilewright.runtime.digests import writing
 from tilewright.runtime.errors import BundleError, InputError, UsageError
 from tilewright.runtime.program import TensorSpec
 
-__all__ = ["Tensors", "attach", "copy_tensors", "find", "open_reference", "random_weights"]
+__all__ = [
+    "STAND_IN",
+    "Tensors",
+    "attach",
+    "copy_tensors",
+    "find",
+    "locate",
+    "open_reference",
+    "random_weights",
+    "resolve",
+    "write_tensors",
+]
 
+STAND_IN = "stand-in: zeros in the place of weights"
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -33,13 +46,14 @@ class Tensors:
     folder: Path  # real, with every link resolved
     tensors: dict[str, Reference]
     sources: dict[str, str]  # file in the folder -> the name the user knows it by
+    stand_in: bool = False  # zeros in the place of weights
 
 
 def find(folder: Path) -> Tensors:
     """Index every safetensors file under a folder (or one file), links followed to where the bytes are."""
     if not folder.exists():
         raise InputError(f"weights {folder}: no such file or folder; give the folder with the .safetensors files")
-    named = [folder] if folder.is_file() else sorted(folder.rglob("*.safetensors"))
+    named = [folder] if folder.is_file() else _indexed(folder) or sorted(folder.rglob("*.safetensors"))
     if not named:
         raise InputError(f"weights {folder}: holds no .safetensors file; convert the weights to safetensors first")
     real = [file.resolve() for file in named]
@@ -59,41 +73,101 @@ def find(folder: Path) -> Tensors:
             if key in tensors:
                 raise InputError(f"weights {folder}: {key!r} is in {tensors[key].file} and in {name}; keep one of them")
             tensors[key] = Reference(name, spec.dtype, tuple(int(d) for d in spec.shape), offset, length)
-    return Tensors(root, tensors, sources)
+    return Tensors(root, tensors, sources, any(_note(file) == STAND_IN for file in real))
 
 
-def attach(
-    wanted: Mapping[str, Shapes],
-    found: Tensors,
-    keys: Callable[[str, str], Iterable[str]],
-    ignored: Callable[[str], bool],
-) -> dict[str, dict[str, Reference]]:
+def _note(file: Path) -> str | None:
+    with file.open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        note: str | None = (json.loads(stream.read(length)).get("__metadata__") or {}).get("note")
+        return note
+
+
+def _indexed(folder: Path) -> list[Path]:
+    """The shards that an index in the folder names; of several indices, the one without a variant's name."""
+    indices = sorted(folder.glob("*.safetensors.index.json"), key=lambda path: len(path.name))
+    if not indices:
+        return []
+    try:
+        shards = sorted(set(json.loads(indices[0].read_bytes())["weight_map"].values()))
+        named = [folder / Path(shard).name for shard in shards]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"weights {indices[0]}: unreadable index ({type(error).__name__}); copy it again") from None
+    if missing := [path.name for path in named if not path.is_file()]:
+        raise InputError(f"weights {indices[0]}: names {missing[0]!r}, which is not there; copy the missing shard")
+    return named
+
+
+def locate(origin: Origin, given: Mapping[str, Path], *, required: bool) -> Path | None:
+    """Where an origin's weights are under what its argument names, or none if it may be so."""
+    root = given.get(origin.argument)
+    if root is None:
+        if required and origin.needed:
+            raise InputError(f"{origin.what} is not given; give --{origin.argument.replace('_', '-')}")
+        return None
+    flag = f"--{origin.argument.replace('_', '-')}"
+    if not root.exists():
+        raise InputError(f"{origin.what}: {root} is not there; give {flag} PATH")
+    roots = [root, *(sorted(root.glob("*/")) if root.is_dir() and origin.argument == "weights" else [])]
+    tried = [folder / place for folder in roots for place in origin.places]
+    path = next((path for path in tried if path.exists()), None)
+    if path is None and root.is_file():
+        path = root
+    if path is None and origin.needed:
+        looked = ", ".join(str(t) for t in tried[: len(origin.places)])
+        raise InputError(f"{origin.what}: none of {looked} is there; give {flag} PATH")
+    return path
+
+
+def resolve(found: Tensors, names: Iterable[str | Rows]) -> Reference | None:
+    """The bytes under the first of these names that the files hold."""
+    for name in names:
+        whole = found.tensors.get(name if isinstance(name, str) else name.key)
+        if whole is None:
+            continue
+        if isinstance(name, str):
+            return whole
+        rows, row = whole.shape[0] // name.parts, whole.length // max(1, whole.shape[0])
+        count = rows * (name.stop - name.start)
+        return replace(
+            whole,
+            shape=(count, *whole.shape[1:]),
+            offset=whole.offset + name.start * rows * row,
+            length=count * row,
+        )
+    return None
+
+
+def attach(wanted: Mapping[str, Shapes], found: Mapping[str, Tensors], system: Any) -> dict[str, dict[str, Reference]]:
     """For every component, the bytes of each of its parameters; every key of the files is accounted for."""
-    missing: list[str] = []
+    missing: dict[str, set[str]] = {name: set() for name in found}
+    used: dict[str, set[str]] = {name: set() for name in found}
     references: dict[str, dict[str, Reference]] = {}
-    used: set[str] = set()
     for component, shapes in wanted.items():
         references[component] = {}
         for parameter, shape in shapes.items():
-            names = tuple(keys(component, parameter))
-            key = next((name for name in names if name in found.tensors), None)
-            if key is None:
-                missing.append(names[0])
+            origin, names = system.origin(component, parameter), system.keys(component, parameter)
+            reference = resolve(found[origin], names)
+            named = [name if isinstance(name, str) else name.key for name in names]
+            if reference is None:
+                missing[origin].add(named[0])
                 continue
-            used.add(key)
-            if found.tensors[key].shape != shape:
+            used[origin].add(next(name for name in named if name in found[origin].tensors))
+            if [d for d in reference.shape if d != 1] != [d for d in shape if d != 1]:  # a 1x1 convolution is a matrix
                 raise InputError(
-                    f"weights {found.folder / found.tensors[key].file}: {key!r} has shape"
-                    f" {list(found.tensors[key].shape)}, the network needs {list(shape)}; is this the right preset?"
+                    f"weights {found[origin].folder / reference.file}: {named[0]!r} has shape"
+                    f" {list(reference.shape)}, the network needs {list(shape)}; is this the right preset?"
                 )
-            references[component][parameter] = found.tensors[key]
-    unexpected = sorted(key for key in found.tensors.keys() - used if not ignored(key))
-    for what, names_of in (("lacks", sorted(set(missing))), ("holds unexpected", unexpected)):
-        if names_of:
-            raise InputError(
-                f"weights {found.folder} ({', '.join(sorted(found.sources)[:2])}): {what} {len(names_of)} tensors:"
-                f" {', '.join(names_of[:3])}{', ...' if len(names_of) > 3 else ''}; give the weights of this system"
-            )
+            references[component][parameter] = replace(reference, shape=shape, folder=origin)
+    for origin, tensors in found.items():
+        unexpected = {key for key in tensors.tensors.keys() - used[origin] if not system.ignored(origin, key)}
+        for what, names_of in (("lacks", sorted(missing[origin])), ("holds unexpected", sorted(unexpected))):
+            if names_of:
+                raise InputError(
+                    f"weights {tensors.folder} ({', '.join(sorted(tensors.sources)[:2])}): {what} {len(names_of)}"
+                    f" tensors: {', '.join(names_of[:3])}{', ...' if len(names_of) > 3 else ''};"
+                    f" give {system.ORIGINS[origin].what}"
+                )
     return references
 
 
@@ -105,7 +179,7 @@ def open_reference(folder: Path, reference: Reference, mode: Literal["r", "c"] =
 def random_weights(shapes: Shapes, seed: int, path: Path) -> None:
     """Write seeded float32 weights that keep activations of order one; the same bytes on every machine."""
     specs = {name: TensorSpec("float32", shape) for name, shape in sorted(shapes.items())}
-    _write(path, specs, (_random(name, shapes[name], seed) for name in specs), f"random weights, seed {seed}")
+    write_tensors(path, specs, (_random(name, shapes[name], seed) for name in specs), f"random weights, seed {seed}")
 
 
 def _random(name: str, shape: tuple[int, ...], seed: int) -> bytes:
@@ -124,14 +198,15 @@ def copy_tensors(source: Path, references: Mapping[str, Reference], path: Path) 
     """Copy just these tensors into one new safetensors file, one by one; where they are now."""
     ordered = dict(sorted(references.items()))
     specs = {name: TensorSpec(r.dtype, r.shape) for name, r in ordered.items()}
-    _write(path, specs, (open_reference(source, r).tobytes() for r in ordered.values()), "copied by tilewright")
+    write_tensors(path, specs, (open_reference(source, r).tobytes() for r in ordered.values()), "copied by tilewright")
     return {
         name: Reference(path.name, spec.dtype, references[name].shape, offset, length)
         for name, (spec, offset, length) in safetensors_header(path).items()
     }
 
 
-def _write(path: Path, specs: Mapping[str, TensorSpec], tensors: Iterable[bytes], note: str) -> None:
+def write_tensors(path: Path, specs: Mapping[str, TensorSpec], tensors: Iterable[bytes], note: str) -> None:
+    """A safetensors file of these tensors, written one by one; without any, their bytes are a hole."""
     stored = {dtype: (name, width) for name, (dtype, width) in SAFETENSORS_DTYPES.items()}
     header: dict[str, object] = {"__metadata__": {"note": note}}
     end = 0
@@ -144,3 +219,4 @@ def _write(path: Path, specs: Mapping[str, TensorSpec], tensors: Iterable[bytes]
         file.write(struct.pack("<Q", len(text)) + text)
         for data in tensors:
             file.write(data)
+        file.truncate(8 + len(text) + end)

@@ -87,7 +87,7 @@ class Engine:
     backend: str  # ort | tensorrt | aoti
     precision: str
     file: str
-    batch: tuple[int, int] = (1, 64)  # the shape profile: smallest and largest batch
+    batch: tuple[int, int] = (1, 32)  # the shape profile: smallest and largest batch
     side_px: tuple[int, int] = (16, 8192)  # and smallest and largest side, in output pixels
 
 
@@ -118,6 +118,7 @@ class Manifest:
     program: str = "program.json"
     weights: str = "weights.json"
     constants: str | None = None
+    tokenizers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,7 @@ class Reference:
     shape: tuple[int, ...]
     offset: int
     length: int
+    folder: str | None = None  # none: the component's own
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,7 @@ class Weights:
     """weights.json: every initializer of every component that is read from a file."""
 
     folders: dict[str, Folder]
-    folder_of: dict[str, str]  # component -> folder
+    folder_of: dict[str, str]  # component -> the folder of most of its weights
     tensors: dict[str, dict[str, Reference]]  # component -> initializer -> bytes
 
 
@@ -167,13 +169,15 @@ class Bundle:
         return sha256_of_file(self.root / "bundle.json")
 
     def weights_folder(self, component: str, weights_dir: Path | None = None) -> Path | None:
-        """The folder with the component's weights, its files checked; none when the component needs none."""
+        """The folder with most of the component's weights, its files checked; none when the component needs none."""
         name = self.weights.folder_of.get(component)
-        if name is None:
-            return None
+        return None if name is None else self.folder(name, weights_dir)
+
+    def folder(self, name: str, weights_dir: Path | None = None) -> Path:
+        """Where a folder of weights is now: packed, under `weights_dir`, or where it was at build."""
         folder = self.weights.folders[name]
         candidates = [self.root / "weights" / name]
-        candidates += [weights_dir / name, weights_dir] if weights_dir else []
+        candidates += [weights_dir / name, weights_dir, *sorted(weights_dir.glob(f"*/{name}"))] if weights_dir else []
         candidates += [Path(folder.path)] if folder.path else []
         for candidate in candidates:
             if all(_is_file(candidate / file) for file in folder.files):
@@ -182,9 +186,13 @@ class Bundle:
         wanted = one_line(", ".join(sorted(folder.files)[:3]))
         searched = ", ".join(one_line(str(candidate)) for candidate in candidates)
         raise BundleError(
-            f"{self.root}: weights {wanted} of {component!r} are in none of {searched};"
+            f"{self.root}: weights {wanted} of {name!r} are in none of {searched};"
             " pass --weights-dir, or rebuild with --pack"
         )
+
+    def elsewhere(self, component: str) -> dict[str, Reference]:
+        """The component's initializers that lie outside its own folder."""
+        return {n: r for n, r in self.weights.tensors.get(component, {}).items() if r.folder is not None}
 
 
 @contextlib.contextmanager
@@ -216,6 +224,9 @@ def read(root: str | os.PathLike[str]) -> Bundle:
         check(program, signatures, {name: spec for name, (spec, _, _) in constants.items()})
     except BundleError as error:
         raise BundleError(f"{root / manifest.program}: {str(error).removeprefix('program: ')}") from None
+    tokenizers = {file for text in program.texts.values() for file in text.ids.values()}
+    if unlisted := sorted(tokenizers - set(manifest.tokenizers)):
+        raise BundleError(f"{root / manifest.program}: tokenizer {unlisted[0]!r} is not listed; rebuild the bundle")
     weights = from_json(Weights, _bytes_of(root / manifest.weights), str(root / manifest.weights))
     _check_weights(weights, manifest, root)
     return Bundle(root, manifest, program, weights)
@@ -248,6 +259,7 @@ def _named_files(manifest: Manifest) -> Iterable[str]:
     yield from (manifest.program, manifest.weights)
     if manifest.constants is not None:
         yield manifest.constants
+    yield from manifest.tokenizers
 
 
 def _check_weights(weights: Weights, manifest: Manifest, root: Path) -> None:
@@ -255,8 +267,9 @@ def _check_weights(weights: Weights, manifest: Manifest, root: Path) -> None:
     for component, references in weights.tensors.items():
         if component not in manifest.components:
             raise BundleError(f"{where}: weights of {component!r}, which is no component; rebuild the bundle")
-        folder = weights.folders.get(weights.folder_of.get(component, ""))
         for name, reference in references.items():
+            own = weights.folder_of.get(component, "")
+            folder = weights.folders.get(own if reference.folder is None else reference.folder)
             file = folder.files.get(reference.file) if folder else None
             if file is None:
                 raise BundleError(f"{where}: {component}.{name} lies in {reference.file!r}, which is not listed")

@@ -1,10 +1,22 @@
 """The check that a program can run on its components: names, scopes, shapes and types, before anything is run."""
 
+import re
 from collections.abc import Mapping
 from typing import TypeVar
 
 from tilewright.runtime.errors import BundleError
-from tilewright.runtime.program import DTYPES, SCHEDULE_TABLES, Call, Input, Pass, Program, Signature, State, TensorSpec
+from tilewright.runtime.program import (
+    DTYPES,
+    SCHEDULE_TABLES,
+    Call,
+    Input,
+    Pass,
+    Program,
+    Signature,
+    State,
+    TensorSpec,
+    Tiles,
+)
 from tilewright.runtime.strict import one_line
 
 __all__ = ["check"]
@@ -24,12 +36,23 @@ def _check(program: Program, components: Mapping[str, Signature], constants: Map
     _check_grids(program)
     for name, given in program.inputs.items():
         _check_input(name, given, constants)
+    _check_texts(program)
     scope = _Scope(program, components, constants)
     for p in program.passes:
         scope.enter(p)
         for section, position, call in p.calls():
             scope.call(section, f"pass {p.name!r}, {section}[{position}] runs {call.run!r}", call)
         scope.leave()
+    untiled = {name for p in program.passes if p.tiles is None for name in p.writes()}  # may be given instead
+    for argument, tensors in program.files.items():
+        if argument in program.inputs or argument in program.texts:
+            raise BundleError(f"program: file {argument!r}: the name is taken; give every argument its own")
+        for name in tensors.values():
+            _found(
+                dict.fromkeys([*program.inputs, *(scope.job.keys() & untiled)]),
+                name,
+                f"program: file {argument!r}: no input or value {name!r}",
+            )
     if "result" not in scope.written:
         raise BundleError("program: no pass writes the grid 'result'; add the call that makes it")
 
@@ -68,15 +91,25 @@ def _check_input(name: str, given: Input, constants: Mapping[str, TensorSpec]) -
         raise BundleError(f"{where}: default {given.default!r} is not among {given.choices}")
 
 
+def _check_texts(program: Program) -> None:
+    for name, text in program.texts.items():
+        for target in text.ids:
+            given = program.inputs.get(target)
+            fits = given is not None and given.dtype == "int64" and len(given.shape) == 2 and given.shape[0] == 1
+            if name in program.inputs or not fits:
+                raise BundleError(f"program: text {name!r}: {target!r} is no input of int64 ids [1, length]")
+
+
 class _Scope:
     """What is known, and of which shape, at each point of a program."""
 
     def __init__(
         self, program: Program, components: Mapping[str, Signature], constants: Mapping[str, TensorSpec]
     ) -> None:
-        self.program, self.components, self.constants = program, components, constants
+        self.program, self.components, self.constants = program, components, dict(constants)
         self.job: dict[str, TensorSpec] = {}
         self.tile: dict[str, TensorSpec] = {}
+        self.kept: dict[Tiles, dict[str, TensorSpec]] = {}  # what lives with the tiles of earlier passes
         self.written: set[str] = set()
         self.seen: set[str] = set()
 
@@ -85,8 +118,8 @@ class _Scope:
         where = f"program: pass {p.name!r}"
         if p.name in self.seen:
             raise BundleError(f"{where}: the name is taken; give every pass its own")
-        if (p.steps is None) != (not p.each):
-            raise BundleError(f"{where}: 'steps' and 'each' go together; give both or neither")
+        if p.each and p.steps is None:
+            raise BundleError(f"{where}: 'each' needs 'steps'; give a schedule")
         if (p.last or p.state) and p.steps is None:
             raise BundleError(f"{where}: 'last' and 'state' need 'steps'; use 'once'")
         if not (p.once or p.each):
@@ -99,15 +132,15 @@ class _Scope:
         self.seen.add(p.name)
         self.now, self.fresh = p, set[str]()
         self.joined = any(target in self.program.grids for call in p.each for target in call.outputs.values())
-        self.tile = {}
+        self.tile = dict(self.kept.get(p.tiles, {})) if p.tiles else {}
         for name, state in p.state.items():
             self._check_state(where, name, state)
             self.tile[name] = TensorSpec("float32", ("batch", *state.shape))
 
     def _check_state(self, where: str, name: str, state: State) -> None:
         _check_name(f"{where}: state {name!r}", name)
-        if name in self.program.grids or name in self.job:
-            raise BundleError(f"{where}: state {name!r} hides a grid or a job's value; rename it")
+        if name in self.program.grids or name in self.job or name in self.tile:
+            raise BundleError(f"{where}: state {name!r} hides a grid or a value; rename it")
         for dim in state.shape:
             if isinstance(dim, str) and self.program.multiple_px % int(dim[2:]):
                 raise BundleError(
@@ -119,6 +152,8 @@ class _Scope:
         self.written |= self.fresh
         if self.now.tiles is None:
             self.job |= {k: v for k, v in self.tile.items() if k not in self.now.state}
+        else:
+            self.kept[self.now.tiles] = self.tile
 
     def call(self, section: str, where: str, call: Call) -> None:
         """Check one call and bring in its outputs."""
@@ -135,8 +170,9 @@ class _Scope:
             raise BundleError(f"program: {where}: outputs {call.outputs} must name at least one place, each once")
         for name, source in call.inputs.items():
             _fit(self.source(section, where, source), signature.inputs[name], f"program: {where}: {name} = {source}")
+        shared = section == "once" and call.shared(self.tile.keys() | self.program.grids.keys())
         for name, target in call.outputs.items():
-            self.output(section, f"program: {where}: {name} -> {target}", signature.outputs[name], target)
+            self.output(section, f"program: {where}: {name} -> {target}", signature.outputs[name], target, shared)
 
     def source(self, section: str, where: str, source: str) -> TensorSpec:
         """The type and shape behind a source, or a refusal that names it."""
@@ -179,7 +215,12 @@ class _Scope:
             return TensorSpec("float32", () if section == "each" else ("steps",))
         if section != "each":
             raise BundleError(f"{where}: outside 'each' only a schedule's tables can be read as a table")
-        known = {**self.constants, **self.job, **self.tile}
+        sized = [
+            spec for constant, spec in self.constants.items() if re.fullmatch(rf"{re.escape(name)}\.\d+", constant)
+        ]
+        if any(spec != sized[0] for spec in sized):
+            raise BundleError(f"{where}: the tables of tile sizes differ in type or shape; rebuild the bundle")
+        known = self.constants | ({name: sized[0]} if sized else {}) | self.job | self.tile
         whole = _found(known, name, f"{where}: no table, value or constant has that name")
         axis = 1 if name in self.tile else 0  # what lives with a tile has the batch first
         if len(whole.shape) <= axis:
@@ -189,7 +230,8 @@ class _Scope:
             raise BundleError(f"{where}: has {rows} rows for {self.now.steps.count} steps")
         return TensorSpec(whole.dtype, whole.shape[:axis] + whole.shape[axis + 1 :])
 
-    def output(self, section: str, where: str, given: TensorSpec, target: str) -> None:
+    def output(self, section: str, where: str, given: TensorSpec, target: str, shared: bool) -> None:
+        """Check one output and bring it in: on a grid, with the job when it is shared, or with the tile."""
         _check_name(where, target)
         if target in self.program.grids:
             grid = self.program.grids[target]
@@ -198,12 +240,12 @@ class _Scope:
             _fit(given, TensorSpec("float32", ("batch", grid.channels, f"h/{grid.px}", f"w/{grid.px}")), where)
             self.fresh.add(target)
             return
-        taken = target in self.job or target in self.constants
+        taken = target in self.job or target in self.constants or target in self.program.inputs
         if taken or (target in self.tile and target not in self.now.state and section != "each"):
             raise BundleError(f"{where}: the name is taken; give every value its own")
         if target in self.tile:
             _fit(given, self.tile[target], where)
-        self.tile[target] = given
+        (self.job if shared else self.tile)[target] = given
 
 
 def _found(known: Mapping[str, T], name: str, complaint: str) -> T:

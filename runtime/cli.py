@@ -12,8 +12,8 @@ from types import TracebackType
 from typing import Any
 
 from tilewright.runtime import images
-from tilewright.runtime.bundle import Bundle, read
-from tilewright.runtime.errors import UsageError
+from tilewright.runtime.bundle import read
+from tilewright.runtime.inputs import from_words
 from tilewright.runtime.restore import MEMORY_MODES, Restorer, estimate, load
 
 __all__ = ["Progress", "add_verbs", "answer", "verb"]
@@ -34,7 +34,7 @@ def answer(arguments: argparse.Namespace, value: Any, text: str) -> None:
 
 
 def add_verbs(verbs: Any) -> None:
-    """restore, plan, profile."""
+    """restore, plan, select, profile."""
     restore = verb(verbs, "restore", "restore an image", _restore)
     restore.add_argument("input", type=Path, metavar="IN")
     restore.add_argument("output", type=Path, metavar="OUT", help="its suffix chooses the format")
@@ -42,6 +42,7 @@ def add_verbs(verbs: Any) -> None:
     _engine_arguments(restore)
     restore.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
     restore.add_argument("--steps", type=int, help="sampling steps, where the system has any")
+    restore.add_argument("--scale", type=int, help="enlarge by this, where the system leaves it open")
     restore.add_argument(
         "--max-pixels", type=int, default=100_000_000, help="refuse larger inputs (default: 100 million)"
     )
@@ -53,6 +54,10 @@ def add_verbs(verbs: Any) -> None:
     plan.add_argument("height", type=int)
     _bundle_arguments(plan)
     plan.add_argument("--memory", choices=MEMORY_MODES, default="fast", help="as for restore")
+
+    select = verb(verbs, "select", "the best of several restorations of one image, by scores of quality", _select)
+    select.add_argument("candidates", nargs="+", type=Path, metavar="IMAGE", help="in the order of their rounds")
+    select.add_argument("--scores", type=Path, required=True, metavar="CSV", help="image,METRIC,...; higher is better")
 
     profile = verb(verbs, "profile", "measure latency and memory per resolution", _profile)
     _bundle_arguments(profile)
@@ -93,7 +98,7 @@ def _open(arguments: argparse.Namespace) -> Restorer:
 def _restore(arguments: argparse.Namespace) -> None:
     images.check_writable(arguments.output)
     bundle = read(arguments.bundle)
-    inputs = _inputs(bundle, arguments.extra)
+    inputs = from_words(bundle.program, arguments.extra)
     if bundle.manifest.options.get("weights", "").startswith("random"):
         print("note: this bundle holds random weights; the picture proves plumbing, not restoration", file=sys.stderr)
     start = time.perf_counter()
@@ -106,6 +111,7 @@ def _restore(arguments: argparse.Namespace) -> None:
                 overlap=arguments.overlap,
                 seed=arguments.seed,
                 steps=arguments.steps,
+                scale=arguments.scale,
                 inputs=inputs,
                 max_pixels=arguments.max_pixels,
                 on_progress=progress.tiles,
@@ -115,8 +121,8 @@ def _restore(arguments: argparse.Namespace) -> None:
     seconds = made.seconds | {"open": opened, "write": time.perf_counter() - before}
     height, width = made.image.shape[:2]
     value = {
-        "input_width": width // bundle.program.scale,
-        "input_height": height // bundle.program.scale,
+        "input_width": width // made.scale,
+        "input_height": height // made.scale,
         "output": str(arguments.output),
         "width": width,
         "height": height,
@@ -135,27 +141,6 @@ def _restored(source: Path, value: dict[str, Any]) -> str:
         f"{source} {value['input_width']}x{value['input_height']} px -> {value['output']} {width}x{height} px"
         f" in {seconds['total']:.2f} s; tiles: {tiles}; peak {value['peak_bytes'] / 2**20:.0f} MiB\nseconds: {phases}"
     )
-
-
-def _inputs(bundle: Bundle, words: list[str]) -> dict[str, Any]:
-    """Program inputs from `--name value` pairs."""
-    known = bundle.program.inputs
-    pairs = " ".join(words).replace("=", " ").split()
-    given: dict[str, Any] = {}
-    for flag, value in zip(pairs[::2], [*pairs[1::2], None], strict=False):
-        name = flag.removeprefix("--").replace("-", "_")
-        if not flag.startswith("--") or name not in known or value is None:
-            accepted = ", ".join(f"--{n} VALUE" for n in known) or "none"
-            raise UsageError(f"unknown argument {flag!r}; this bundle's own arguments: {accepted}")
-        given[name] = value if value in known[name].choices else _number(name, value)
-    return given
-
-
-def _number(name: str, value: str) -> float:
-    try:
-        return float(value)
-    except ValueError:
-        raise UsageError(f"--{name} {value!r} is not a number; see the bundle's program.json") from None
 
 
 def _plan(arguments: argparse.Namespace) -> None:
@@ -194,6 +179,19 @@ def _plan(arguments: argparse.Namespace) -> None:
     free = "unknown" if found.available_bytes is None else f"{found.available_bytes / 2**30:.1f} GiB"
     rows.append(f"memory: about {found.needed_bytes / 2**30:.2f} GiB needed, {free} free")
     answer(arguments, value, "\n".join([f"result: {found.width}x{found.height} px", *rows]))
+
+
+def _select(arguments: argparse.Namespace) -> None:
+    from tilewright.runtime.select import select
+
+    choice = select(arguments.candidates, arguments.scores)
+    best = arguments.candidates[choice.index]
+    rows = [
+        {"image": str(image), "rank_sum": rank_sum, "mean": mean}
+        for image, rank_sum, mean in zip(arguments.candidates, choice.rank_sums, choice.means, strict=True)
+    ]
+    lines = [f"{r['image']}: sum of ranks {r['rank_sum']}, normalised mean {r['mean']:.3f}" for r in rows]
+    answer(arguments, {"best": str(best), "candidates": rows}, "\n".join([*lines, f"best: {best}"]))
 
 
 def _profile(arguments: argparse.Namespace) -> None:

@@ -1,6 +1,7 @@
 """SHA-256 of files, remembered by size, modification time and inode, so that gigabytes are read once."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -9,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 __all__ = ["cache_dir", "sha256_of_bytes", "sha256_of_file", "writing"]
+
+ZEROS = bytes(1 << 20)  # also how much is read at a time
 
 
 def cache_dir() -> Path:
@@ -32,13 +35,34 @@ def sha256_of_file(path: Path) -> str:
         remembered = note.read_text("ascii")
         if re.fullmatch("[0-9a-f]{64}", remembered):
             return remembered
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+    digest = _sha256(path)
     with contextlib.suppress(OSError), writing(note) as temporary:
-        temporary.write_text(digest.hexdigest())
+        temporary.write_text(digest)
+    return digest
+
+
+def _sha256(path: Path) -> str:
+    """By reading; where a sparse file has a hole, its zeros are not fetched from the system."""
+    digest, at, end = hashlib.sha256(), 0, path.stat().st_size
+    with path.open("rb", buffering=0) as file:
+        while at < end:
+            start = min(end, _next_data(file.fileno(), at, end))
+            for hole in range(at, start, len(ZEROS)):
+                digest.update(ZEROS[: start - hole])
+            file.seek(start)
+            block = file.read(len(ZEROS))
+            digest.update(block)
+            at = start + len(block)
+            if not block:
+                break
     return digest.hexdigest()
+
+
+def _next_data(descriptor: int, at: int, end: int) -> int:
+    try:
+        return os.lseek(descriptor, at, os.SEEK_DATA)
+    except OSError as error:  # no data from here on, or a system that cannot tell
+        return end if error.errno == errno.ENXIO else at
 
 
 @contextlib.contextmanager

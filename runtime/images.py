@@ -22,7 +22,7 @@ from PIL import ExifTags, Image
 
 from tilewright.runtime.errors import InputError, ResourceError, UsageError
 
-__all__ = ["Enlarged", "Picture", "assemble", "check_writable", "fill", "read", "write"]
+__all__ = ["Enlarged", "Picture", "assemble", "check_writable", "fill", "padded", "read", "write"]
 
 Pixels = npt.NDArray[np.uint8]
 Canvas = npt.NDArray[np.float32]
@@ -229,11 +229,12 @@ class Enlarged:
     rgb: Pixels
     scale: int
     multiple: int
+    least: int = 1  # the shortest side of the padded picture
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """Channels, padded height, padded width."""
-        height, width = (-(-side * self.scale // self.multiple) * self.multiple for side in self.rgb.shape[:2])
+        height, width = (padded(side * self.scale, self.multiple, self.least) for side in self.rgb.shape[:2])
         return 3, height, width
 
     def crop(self, top: int, left: int, height: int, width: int) -> Canvas:
@@ -254,6 +255,11 @@ class Enlarged:
     def _support(self, rows: npt.NDArray[np.int64]) -> tuple[int, int]:
         """The source rows that the filter reads for these enlarged ones; Pillow cuts what reaches past the image."""
         return max(0, int(rows.min()) // self.scale - _REACH), int(rows.max()) // self.scale + 1 + _REACH
+
+
+def padded(side: int, multiple: int, least: int) -> int:
+    """A side as it is padded: to the multiple, and to `least` at least."""
+    return -(-max(side, least) // multiple) * multiple
 
 
 def _source_rows(start: int, count: int, filled: int, padded: int) -> npt.NDArray[np.int64]:

@@ -1,6 +1,7 @@
 """How much memory a restoration needs, how much there is, and how much was used."""
 
 import contextlib
+import math
 import resource
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,7 +10,7 @@ from tilewright.runtime.bundle import Bundle
 from tilewright.runtime.program import Pass
 from tilewright.runtime.tiles import Plan
 
-__all__ = ["available_bytes", "needed_bytes", "peak_bytes", "reset_peak"]
+__all__ = ["available_bytes", "needed_bytes", "peak_bytes", "reset_peak", "weights_bytes"]
 
 INTERPRETER_BYTES = 120_000_000  # Python, NumPy, Pillow and ONNX Runtime, measured
 CONTROL_GROUP = Path("/sys/fs/cgroup")
@@ -50,14 +51,41 @@ def reset_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def needed_bytes(bundle: Bundle, passes: Iterable[tuple[Pass, Plan]], height: int, width: int, memory: str) -> int:
+def needed_bytes(
+    bundle: Bundle, passes: Iterable[tuple[Pass, Plan]], height: int, width: int, memory: str, *, all_open: bool
+) -> int:
     """What restoring a padded image of that many output pixels will hold at its worst moment."""
-    weights = sum(r.length for tensors in bundle.weights.tensors.values() for r in tensors.values())
+    passes = list(passes)
     held = [grid for grid in bundle.program.grids.values() if grid.init != "input"]  # the input is read by crops
     cells = sum(g.channels * (height // g.px) * (width // g.px) for g in held)
     cells += 3 * height * width  # the join of the pass that runs, and then the picture in 8 bits
-    working = max(_pass_bytes(bundle, p, plan) for p, plan in passes)
-    return int(INTERPRETER_BYTES + weights * (2 if memory == "fast" else 1) + 4 * cells + working)
+    cells += sum(_kept_cells(bundle, p, plan) for p, plan in passes)
+    every = bundle.program.components()
+    working = max(
+        _pass_bytes(bundle, p, plan)
+        + weights_bytes(bundle, every if all_open else {c.run for *_, c in p.calls()}, memory)
+        for p, plan in passes
+    )
+    return int(INTERPRETER_BYTES + 4 * cells + working)
+
+
+def weights_bytes(bundle: Bundle, components: Iterable[str], memory: str) -> int:
+    """What the weights of open components hold: mapped, and for `fast` also re-packed as float32."""
+    tensors = [r for name in components for r in bundle.weights.tensors.get(name, {}).values()]
+    if memory == "low":
+        return 0  # mapped pages are given back when they are asked for
+    return sum(r.length + 4 * math.prod(r.shape) for r in tensors)
+
+
+def _kept_cells(bundle: Bundle, p: Pass, plan: Plan) -> int:
+    """Numbers that live with the tiles of a pass, as far as their shapes are known."""
+    sizes = {"batch": 1, "steps": p.steps.count if p.steps else 1}
+    cells = 0
+    for *_, call in p.calls():
+        shapes = [bundle.manifest.components[call.run].outputs[name].shape for name in call.outputs]
+        known = [s for s in shapes if all(isinstance(d, int) or d in sizes for d in s)]
+        cells += sum(math.prod(d if isinstance(d, int) else sizes[d] for d in shape) for shape in known)
+    return cells * (len(plan.tiles) if p.tiles else 1)
 
 
 def _pass_bytes(bundle: Bundle, p: Pass, plan: Plan) -> float:

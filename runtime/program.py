@@ -1,7 +1,8 @@
 """The program of a bundle: grids and passes, as data.
 
 A grid is an array over the padded image; a pass walks tiles, calls components on crops, and joins what they return.
-A value lives with the job (outputs of an untiled pass), with the tile (its outputs and its state) or on a grid.
+A value lives with the job (what an untiled pass gives, or a call in `once` that reads nothing of a tile), with the tile
+(what its calls give, and its state; later passes with the same tiles see it) or on a grid.
 Where a call's input comes from is written as
 
     name     a grid (its crop under the tile), a tile's value or state, a job's value
@@ -14,7 +15,7 @@ Tensors that live with a tile or on a grid carry a leading batch axis; the other
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "State",
     "Steps",
     "TensorSpec",
+    "Text",
     "Tiles",
     "state_shape",
 ]
@@ -118,6 +120,18 @@ class Input:
 
 
 @dataclass(frozen=True)
+class Text:
+    """Words of the caller, which tokenizers turn into the ids of inputs."""
+
+    ids: dict[str, str]  # input -> file of its tokenizer in the bundle
+    default: str | None = None  # none: the caller must give words, or the values that would be made of them
+
+    def __post_init__(self) -> None:
+        if not self.ids:
+            raise ValueError("a text that gives no ids is of no use")
+
+
+@dataclass(frozen=True)
 class Tiles:
     """How a pass cuts the image, in output pixels."""
 
@@ -125,8 +139,11 @@ class Tiles:
     overlap_px: int
     whole_up_to_px: tuple[int, int] | None = None  # images that fit, either way round, are one tile
     batch: int = 1  # tiles given to one call
+    fixed_px: tuple[int, ...] = ()  # where not empty: the only sides a tile may have; smaller images are padded
 
     def __post_init__(self) -> None:
+        if self.fixed_px and (self.px not in self.fixed_px or self.whole_up_to_px):
+            raise ValueError(f"px {self.px} must be among fixed_px {list(self.fixed_px)}, and no image be taken whole")
         if self.batch < 1:
             raise ValueError(f"batch {self.batch} must be at least 1")
         if self.px < 1:
@@ -167,6 +184,11 @@ class Call:
     inputs: dict[str, str]
     outputs: dict[str, str]
 
+    def shared(self, of_tiles: Collection[str]) -> bool:
+        """Whether it reads and writes nothing that lives with a tile or on a grid."""
+        reads = all(s[0] in "#$@" or (s[0] != "~" and s not in of_tiles) for s in self.inputs.values())
+        return reads and not any(target in of_tiles for target in self.outputs.values())
+
 
 @dataclass(frozen=True)
 class Pass:
@@ -186,6 +208,14 @@ class Pass:
             for position, call in enumerate(calls):
                 yield section, position, call
 
+    def reads(self) -> set[str]:
+        """Grids, values, tables and constants that its calls read."""
+        return {source.lstrip("@#") for *_, call in self.calls() for source in call.inputs.values()}
+
+    def writes(self, section: str | None = None) -> set[str]:
+        """Grids and values that its calls, or those of a section, write."""
+        return {target for s, _, call in self.calls() if section in (None, s) for target in call.outputs.values()}
+
 
 @dataclass(frozen=True)
 class Program:
@@ -196,6 +226,9 @@ class Program:
     grids: dict[str, Grid]
     passes: tuple[Pass, ...]
     inputs: dict[str, Input] = field(default_factory=dict)
+    texts: dict[str, Text] = field(default_factory=dict)
+    files: dict[str, dict[str, str]] = field(default_factory=dict)  # argument -> tensor in it -> input or value
+    any_scale: bool = False  # `scale` is a default; the network takes what was enlarged by any other
 
     def __post_init__(self) -> None:
         if not 1 <= self.scale <= 16 or not 1 <= self.multiple_px <= 4096:

@@ -2,10 +2,11 @@
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from types import TracebackType
 from typing import Any
 
@@ -13,17 +14,19 @@ import numpy as np
 import numpy.typing as npt
 
 from tilewright.runtime import images
-from tilewright.runtime.bundle import Bundle, read, safetensors_header
+from tilewright.runtime.bundle import Bundle, read
 from tilewright.runtime.engines import Engine, backend
-from tilewright.runtime.errors import BundleError, ResourceError, UsageError
-from tilewright.runtime.memory import available_bytes, needed_bytes, peak_bytes
-from tilewright.runtime.program import Pass
-from tilewright.runtime.scheduler import Job, plan_of, run
+from tilewright.runtime.errors import ResourceError, UsageError
+from tilewright.runtime.inputs import gather, read_tensors
+from tilewright.runtime.memory import available_bytes, needed_bytes, peak_bytes, weights_bytes
+from tilewright.runtime.program import Pass, Program
+from tilewright.runtime.scheduler import Job, Walk, least_px, plan_of
 from tilewright.runtime.tiles import Plan
 
-__all__ = ["MEMORY_MODES", "Estimate", "Restoration", "Restorer", "estimate", "load"]
+__all__ = ["MEMORY_MODES", "Estimate", "Restoration", "Restorer", "Sitting", "estimate", "load"]
 
 MEMORY_MODES = ("fast", "low")  # re-packed weights, mapped weights
+OPEN_SHARE = 0.7  # of the free memory that all engines may take together; the rest is for work
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class Restoration:
     """A restored image and what it cost."""
 
     image: npt.NDArray[np.uint8]
+    scale: int
     icc: bytes | None
     seconds: dict[str, float]  # phase -> time; the engines' phases carry their component's name
     tiles: dict[str, int]  # pass -> tiles
@@ -43,6 +47,7 @@ class Estimate:
 
     width: int  # of the result
     height: int
+    scale: int
     passes: list[tuple[Pass, Plan]]
     needed_bytes: int
     available_bytes: int | None
@@ -64,26 +69,73 @@ def estimate(
     tile: int | None = None,
     overlap: int | None = None,
     memory: str = "fast",
+    scale: int | None = None,
 ) -> Estimate:
     """Plan an input image of that size; nothing is run."""
     program = bundle.program
     if width < 1 or height < 1:
         raise UsageError(f"{width}x{height} is no image size; use 1x1 or more")
-    wide, high = (-(-side * program.scale // program.multiple_px) * program.multiple_px for side in (width, height))
+    scale = _scale(program, scale)
+    least = least_px(program, tile)
+    wide, high = (images.padded(side * scale, program.multiple_px, least) for side in (width, height))
     passes = [(p, plan_of(program, p, high, wide, tile, overlap)) for p in program.passes]
-    needed = needed_bytes(bundle, passes, high, wide, memory)
-    return Estimate(width * program.scale, height * program.scale, passes, needed, available_bytes())
+    needed = needed_bytes(bundle, passes, high, wide, memory, all_open=_all_open(bundle, memory))
+    return Estimate(width * scale, height * scale, scale, passes, needed, available_bytes())
+
+
+def _scale(program: Program, asked: int | None) -> int:
+    if asked is None or asked == program.scale:
+        return program.scale
+    if not program.any_scale or not 1 <= asked <= 16:
+        able = "1 to 16" if program.any_scale else program.scale
+        raise UsageError(f"scale={asked} is none that this bundle can enlarge by; use {able}")
+    return asked
+
+
+def _all_open(bundle: Bundle, memory: str) -> bool:
+    """Whether all engines are held open at once: in `low` memory, or where they do not fit, one pass's at a time."""
+    there = available_bytes()
+    fits = there is None or weights_bytes(bundle, bundle.program.components(), memory) < OPEN_SHARE * there
+    return memory == "fast" and fits
+
+
+class _Engines(Mapping[str, Engine]):
+    """Engines by component, opened when they are asked for."""
+
+    def __init__(self, names: Iterable[str], open_engine: Callable[[str], Engine]) -> None:
+        self.names, self.open_engine = sorted(names), open_engine
+        self.opened: dict[str, Engine] = {}
+        self.lock = Lock()
+
+    def __getitem__(self, name: str) -> Engine:
+        with self.lock:
+            if name not in self.opened:
+                self.opened[name] = self.open_engine(name)
+            return self.opened[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def close(self, names: Iterable[str]) -> None:
+        """Give the memory of some back; asked for again, they are opened again."""
+        for name in names:
+            if engine := self.opened.pop(name, None):
+                engine.close()
 
 
 @dataclass
 class Restorer:
-    """A bundle with its engines open; a context manager."""
+    """A bundle with its engines; a context manager."""
 
     bundle: Bundle
     engines: Mapping[str, Engine]
     constants: Mapping[str, Any] = field(default_factory=dict)
     memory: str = "fast"
     workers: int = 1
+    on_unused: Callable[[set[str]], None] = lambda components: None
 
     def __enter__(self) -> "Restorer":
         return self
@@ -93,14 +145,18 @@ class Restorer:
 
     def close(self) -> None:
         """Close the engines."""
-        for engine in self.engines.values():
-            engine.close()
+        if isinstance(self.engines, _Engines):
+            self.engines.close(self.engines.names)
 
     def __call__(self, image: Any, **options: Any) -> npt.NDArray[np.uint8]:
         """The restored image of a path, PIL image or uint8 array; options as for `restore`."""
         return self.restore(image, **options).image
 
-    def restore(
+    def restore(self, image: Any, *, inputs: Mapping[str, Any] | None = None, **options: Any) -> Restoration:
+        """Restore an image and say what it cost; options as for `sitting`."""
+        return self.sitting(image, **options).restore(inputs or {}, keep=False)
+
+    def sitting(
         self,
         image: Any,
         *,
@@ -108,28 +164,52 @@ class Restorer:
         overlap: int | None = None,
         seed: int = 0,
         steps: int | None = None,
-        inputs: Mapping[str, Any] | None = None,
+        scale: int | None = None,
         max_pixels: int = 100_000_000,
         on_progress: Callable[[str, int, int], None] = lambda name, done, total: None,
-    ) -> Restoration:
-        """Restore an image and say what it cost; sizes are in output pixels."""
+    ) -> "Sitting":
+        """An image ready to be restored, once or round after round with other inputs; sizes are in output pixels."""
         clock = _Clock()
         picture = images.read(image, max_pixels=max_pixels)
         height, width = picture.rgb.shape[:2]
-        plans = estimate(self.bundle, width, height, tile=tile, overlap=overlap, memory=self.memory)
+        plans = estimate(self.bundle, width, height, tile=tile, overlap=overlap, memory=self.memory, scale=scale)
         plans.require()
         clock.lap("read")
         program = self.bundle.program
-        enlarged = images.Enlarged(picture.rgb, program.scale, program.multiple_px)
-        rgb = np.empty((height * program.scale, width * program.scale, 3), np.uint8)
-        job = Job(enlarged, seed, tile, overlap, steps, dict(inputs or {}), self.workers, on_progress)
+        enlarged = images.Enlarged(picture.rgb, plans.scale, program.multiple_px, least_px(program, tile))
+        job = Job(enlarged, seed, tile, overlap, steps, {}, self.workers, on_progress, self.on_unused)
+        return Sitting(self.bundle, picture, plans, Walk(program, self.engines, self.constants, job), clock)
+
+
+@dataclass
+class Sitting:
+    """One image, restored as often as its inputs change; what does not depend on them is done once."""
+
+    bundle: Bundle
+    picture: images.Picture
+    plans: Estimate
+    walk: Walk
+    clock: "_Clock"
+
+    def __call__(self, **inputs: Any) -> npt.NDArray[np.uint8]:
+        """The image restored with these inputs of the bundle's program: `sitting(prompt="a stone bridge")`."""
+        return self.restore(inputs).image
+
+    def restore(self, inputs: Mapping[str, Any], *, keep: bool = True) -> Restoration:
+        """The same, and what it cost; `keep` what another round can use."""
+        job = self.walk.job
+        job.seconds.clear()
+        self.clock.last = time.perf_counter()  # what the caller did since is no part of the round
+        rgb = np.empty((self.plans.height, self.plans.width, 3), np.uint8)
         job.on_final = partial(images.fill, rgb)
-        run(program, self.engines, self.constants, job)
-        clock.lap("passes")
-        pixels = images.assemble(rgb, picture)
-        clock.lap("assemble")
-        tiles = {p.name: len(plan.tiles) for p, plan in plans.passes}
-        return Restoration(pixels, picture.icc, clock.seconds | job.seconds, tiles, peak_bytes())
+        self.walk.run(gather(self.bundle, inputs), keep=keep)
+        self.clock.lap("passes")
+        pixels = images.assemble(rgb, self.picture)
+        self.clock.lap("assemble")
+        tiles = {p.name: len(plan.tiles) for p, plan in self.plans.passes}
+        return Restoration(
+            pixels, self.plans.scale, self.picture.icc, self.clock.seconds | job.seconds, tiles, peak_bytes()
+        )
 
 
 class _Clock:
@@ -137,12 +217,12 @@ class _Clock:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self.start = self.last = time.perf_counter()
+        self.last = time.perf_counter()
 
     def lap(self, name: str) -> None:
         now = time.perf_counter()
         self.seconds[name] = now - self.last
-        self.seconds["total"] = now - self.start
+        self.seconds["total"] = sum(spent for phase, spent in self.seconds.items() if phase != "total")
         self.last = now
 
 
@@ -160,24 +240,17 @@ def load(
     if threads < 0 or workers < 1:
         raise UsageError(f"threads={threads} and workers={workers} must be at least 0 and 1")
     bundle = read(path)
-    engines: dict[str, Engine] = {}
-    for name in sorted(bundle.program.components()):
+    folder = Path(weights_dir) if weights_dir else None
+
+    def open_engine(name: str) -> Engine:
         module = backend(bundle.manifest.components[name].engines[0].backend)
-        engines[name] = module.open_engine(
-            bundle, name, memory=memory, threads=threads, weights_dir=Path(weights_dir) if weights_dir else None
-        )
-    return Restorer(bundle, engines, _constants(bundle), memory, workers)
+        engine: Engine = module.open_engine(bundle, name, memory=memory, threads=threads, weights_dir=folder)
+        return engine
 
-
-def _constants(bundle: Bundle) -> dict[str, Any]:
-    if bundle.manifest.constants is None:
-        return {}
-    path = bundle.path(bundle.manifest.constants)
-    data = np.memmap(path, np.uint8, "r")
-    header = safetensors_header(path)
-    if foreign := sorted(name for name, (spec, _, _) in header.items() if spec.dtype == "bfloat16"):
-        raise BundleError(f"{path}: constant {foreign[0]!r} is bfloat16, which NumPy has not; rebuild it as float32")
-    return {
-        name: data[start : start + length].view(np.dtype(spec.dtype)).reshape([int(d) for d in spec.shape])
-        for name, (spec, start, length) in header.items()
-    }
+    engines = _Engines(bundle.program.components(), open_engine)
+    constants = read_tensors(bundle.path(bundle.manifest.constants)) if bundle.manifest.constants else {}
+    if not _all_open(bundle, memory):
+        return Restorer(bundle, engines, constants, memory, workers, engines.close)
+    for name in engines:
+        engines[name]
+    return Restorer(bundle, engines, constants, memory, workers)

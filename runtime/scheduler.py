@@ -8,8 +8,9 @@ before it; a pass that keeps its state to itself is one phase.
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from copy import deepcopy
 from dataclasses import dataclass, field
 from threading import BoundedSemaphore, Lock
 from typing import Any, Protocol, TypeVar
@@ -19,12 +20,13 @@ import numpy.typing as npt
 
 from tilewright.runtime.engines import Engine
 from tilewright.runtime.errors import UsageError
+from tilewright.runtime.inputs import value_of
 from tilewright.runtime.noise import normal
-from tilewright.runtime.program import Pass, Program, state_shape
+from tilewright.runtime.program import Call, Pass, Program, Tiles, state_shape
 from tilewright.runtime.schedules import SCHEDULES
 from tilewright.runtime.tiles import Plan, Tile, plan, weights
 
-__all__ = ["Job", "in_order", "plan_of", "run"]
+__all__ = ["Job", "Walk", "in_order", "least_px", "plan_of", "run"]
 
 T = TypeVar("T")
 Floats = npt.NDArray[np.float32]
@@ -54,8 +56,14 @@ class Job:
     inputs: dict[str, Any] = field(default_factory=dict)
     workers: int = 1
     on_progress: Callable[[str, int, int], None] = lambda name, done, total: None
+    on_unused: Callable[[set[str]], None] = lambda components: None  # no later pass calls them
     on_final: Callable[[int, int, Floats], None] = lambda top, left, part: None  # a part of the result that stays
     seconds: dict[str, float] = field(default_factory=dict)  # filled in: component -> time in its engine
+
+
+def least_px(program: Program, tile: int | None) -> int:
+    """The shortest side a padded image may have: where tiles have fixed sides, a tile."""
+    return max((tile or p.tiles.px for p in program.passes if p.tiles and p.tiles.fixed_px), default=1)
 
 
 def plan_of(program: Program, p: Pass, height: int, width: int, tile: int | None, overlap: int | None) -> Plan:
@@ -67,18 +75,49 @@ def plan_of(program: Program, p: Pass, height: int, width: int, tile: int | None
     if tile is None and direct and min(height, width) <= min(direct) and max(height, width) <= max(direct):
         return whole
     size = p.tiles.px if tile is None else tile
+    if p.tiles.fixed_px and size not in p.tiles.fixed_px:
+        raise UsageError(f"tile={size} is not one of the sizes this bundle is made for: {list(p.tiles.fixed_px)}")
     fitting = min(p.tiles.overlap_px, size // 2) // program.multiple_px * program.multiple_px
     return plan(width, height, size, fitting if overlap is None else overlap, program.multiple_px)
 
 
 def run(program: Program, engines: Mapping[str, Engine], constants: Mapping[str, Any], job: Job) -> Floats:
     """The result grid [3, H, W] of a job."""
-    walk = _Walk(program, engines, constants, job)
+    return Walk(program, engines, constants, job).run(job.inputs)
+
+
+def of_tokens(p: Pass, name: str, px: int, constants: Collection[str]) -> str | None:
+    """The constant `name.TOKENS` for tiles of that many pixels, where there is one."""
+    table = f"{name}.{px // p.steps.px_per_token}" if p.steps else name
+    return table if table in constants else None
+
+
+def reached(program: Program) -> dict[str, set[str]]:
+    """Pass -> the caller's inputs and values that what it makes depends on."""
+    of: dict[str, set[str]] = {name: {name} for name in untiled_values(program)}
+    reach = {}
     for p in program.passes:
-        walk.walk(p)
-    if not walk.told:
-        job.on_final(0, 0, walk.grids["result"])
-    return walk.grids["result"]
+        direct = {s[1:] for *_, c in p.calls() for s in c.inputs.values() if s[0] == "$"}
+        reach[p.name] = direct.union(*(of.get(name, set()) for name in p.reads()))
+        for name in p.writes():
+            of[name] = of.get(name, set()) | reach[p.name]
+    return reach
+
+
+def untiled_values(program: Program) -> set[str]:
+    """The values that passes without tiles make, which a caller may give instead."""
+    return {name for p in program.passes if p.tiles is None for name in p.writes() - program.grids.keys()}
+
+
+def skipped_passes(program: Program, given: Collection[str]) -> set[str]:
+    """The passes without tiles whose values are all given."""
+    skipped = set()
+    for p in program.passes:
+        if p.tiles is None and (there := p.writes() & set(given)):
+            if missing := sorted(p.writes() - there):
+                raise UsageError(f"input {sorted(there)[0]!r} is given without {missing[0]!r}; give all or none")
+            skipped.add(p.name)
+    return skipped
 
 
 def in_order(tasks: Sequence[Callable[[], T]], workers: int) -> Iterator[T]:
@@ -142,21 +181,66 @@ class _Group:
     values: dict[str, Any] = field(default_factory=dict)
 
 
-class _Walk:
-    """The grids and values of a job while its passes run."""
+class Walk:
+    """A job while its passes run; run again with other inputs, it repeats only the passes they reach."""
 
     def __init__(self, program: Program, engines: Mapping[str, Engine], constants: Mapping[str, Any], job: Job) -> None:
         self.program, self.engines, self.constants, self.job = program, engines, constants, job
-        self.inputs = {name: self._input(name) for name in program.inputs}
-        if unknown := sorted(job.inputs.keys() - program.inputs.keys()):
-            raise UsageError(f"input {unknown[0]!r} is not one of {', '.join(program.inputs) or 'none'}")
         self.values: dict[str, Any] = {}
         self.grids: dict[str, Floats] = {}
+        self.groups: dict[Tiles, list[_Group]] = {}
+        self.given: dict[str, Any] = {}
+        self.inputs: dict[str, Any] = {}
         self.height, self.width = job.image.shape[1:]
         self.lock, self.slots = Lock(), BoundedSemaphore(job.workers)
+        self.finishing = [p for p in program.passes if "result" in p.writes()][-1]
+        self.reached = reached(program)
+        self.finished: set[str] = set()
+
+    def run(self, inputs: Mapping[str, Any], *, keep: bool = False) -> Floats:
+        """The result [3, H, W] for these inputs; `keep` what a further run may need."""
+        skipped = skipped_passes(self.program, inputs.keys())
+        before, now = dict(self.given), dict(inputs)
+        same = {n for n in before.keys() & now.keys() if np.array_equal(before[n], now[n])}
+        changed = (before.keys() | now.keys()) - same
+        again = {p.name for p in self.program.passes if self.reached[p.name] & changed} - skipped
+        again |= {p.name for p in self.program.passes} - self.finished - skipped
+        again = self._with_other_writers(again)
+        passes = [p for p in self.program.passes if p.name in again]
+        self._take(inputs, passes)
+        self.finished = self.finished - again - skipped if keep else set()  # what may be built on, should a pass fail
         self.told = False
-        self.finishing = [p for p in program.passes if any("result" in c.outputs.values() for *_, c in p.calls())][-1]
-        for name, grid in program.grids.items():
+        grids = self.program.grids.keys()
+        self._clear_grids(grids - self.grids.keys() | {name for p in passes for name in p.writes() & grids})
+        for i, p in enumerate(passes):
+            self.walk(p, None if keep else {name for later in passes[i + 1 :] for name in later.reads()})
+            self.finished |= {p.name} if keep else set()
+            if unused := {c.run for *_, c in p.calls()} - {c.run for q in passes[i + 1 :] for *_, c in q.calls()}:
+                self.job.on_unused(unused)
+        if not self.told:
+            self.job.on_final(0, 0, self.grids["result"])
+        return self.grids["result"]
+
+    def _with_other_writers(self, again: set[str]) -> set[str]:
+        """A grid that is written anew is written by all who write it."""
+        grids = self.program.grids.keys()
+        written = {name for p in self.program.passes if p.name in again for name in p.writes() & grids}
+        return again | {p.name for p in self.program.passes if p.writes() & written}
+
+    def _take(self, inputs: Mapping[str, Any], passes: Sequence[Pass]) -> None:
+        """Check the caller's inputs before any work; only what the passes read must be there."""
+        values = untiled_values(self.program)
+        if unknown := sorted(inputs.keys() - self.program.inputs.keys() - values):
+            known = ", ".join([*self.program.inputs, *sorted(values)]) or "none"
+            raise UsageError(f"input {unknown[0]!r} is not one of {known}")
+        wanted = {s[1:] for p in passes for *_, c in p.calls() for s in c.inputs.values() if s[0] == "$"}
+        self.inputs |= {name: value_of(self.program, name, inputs, self.constants) for name in sorted(wanted)}
+        self.values |= {name: np.asarray(inputs[name]) for name in inputs.keys() & values}
+        self.given = deepcopy(dict(inputs))  # a caller may change its arrays in place
+
+    def _clear_grids(self, names: set[str]) -> None:
+        for name in names:
+            grid = self.program.grids[name]
             rows, columns = self.height // grid.px, self.width // grid.px
             if grid.init == "zeros":
                 self.grids[name] = np.zeros((grid.channels, rows, columns), np.float32)
@@ -175,45 +259,20 @@ class _Walk:
             width=columns,
         )
 
-    def _input(self, name: str) -> Any:
-        wanted = self.program.inputs[name]
-        value = self.job.inputs.get(name, wanted.default)
-        if value is None:
-            raise UsageError(f"input {name!r} has no default; give it a value")
-        if isinstance(value, str) and name not in self.job.inputs:
-            return self.constants[value[1:]]
-        choices = ", ".join(wanted.choices) or "none"
-        if isinstance(value, str):
-            if value not in wanted.choices:
-                raise UsageError(f"input {name!r}: {value!r} is not one of {choices}")
-            value = wanted.choices[value]
-        try:
-            array = np.asarray(value, np.dtype(wanted.dtype))
-            fits = array.dtype.kind == "f" or np.array_equal(array, value)  # floats round, the others must not
-        except (TypeError, ValueError, OverflowError):
-            fits = False
-        if not fits:
-            raise UsageError(f"input {name!r} takes {wanted.dtype}, which this {type(value).__name__} is not")
-        if array.shape != wanted.shape:
-            raise UsageError(f"input {name!r} has shape {list(array.shape)}; give {list(wanted.shape)}")
-        if wanted.choices and not np.isin(array, list(wanted.choices.values())).all():
-            raise UsageError(f"input {name!r}: {array.tolist()} is not one of {wanted.choices}")
-        return array
-
-    def walk(self, p: Pass) -> None:
-        """Run one pass and leave its grids and, for a pass without tiles, its values."""
+    def walk(self, p: Pass, wanted: set[str] | None) -> None:
+        """Run one pass and leave its grids and values, all or those that are wanted."""
         tiling = plan_of(self.program, p, self.height, self.width, self.job.tile_px, self.job.overlap_px)
         tables = self._tables(p, tiling)
-        steps = len(next(iter(tables.values()))) if tables else 0
+        steps = len(next(iter(tables.values()))) if p.each else 0
         moments = [("once", 0), *(("each", step) for step in range(steps)), ("last", steps - 1)]
-        joined = any(target in self.program.grids for call in p.each for target in call.outputs.values())
+        joined = bool(p.writes("each") & self.program.grids.keys())
         phases: list[list[Moment]] = [[moment] for moment in moments] if joined else [moments]
-        size = p.tiles.batch if p.tiles else 1
-        groups = [_Group(tiling.tiles[i : i + size]) for i in range(0, len(tiling.tiles), size)]
+        groups = self._groups(p, tiling)
+        shared = self._shared(p, groups[0], tables)
         done = 0
         for phase in phases:
             joins: dict[str, _Join] = {}
-            tasks = [self._task(p, group, phase, tables) for group in groups]
+            tasks = [self._task(p, group, phase, tables, shared, wanted) for group in groups]
             for group, written in zip(groups, in_order(tasks, self.job.workers + 1), strict=True):
                 for name, parts in written.items():
                     if name not in joins:
@@ -228,6 +287,27 @@ class _Walk:
             self.grids |= {name: join.whole for name, join in joins.items()}
         if p.tiles is None:
             self.values |= {k: v for k, v in groups[0].values.items() if k not in p.state}
+        else:
+            self.groups[p.tiles] = groups
+
+    def _groups(self, p: Pass, tiling: Plan) -> list[_Group]:
+        """The tiles of a pass by calls; those of an earlier pass with the same tiles, and what they hold."""
+        if p.tiles in self.groups:
+            return self.groups[p.tiles]
+        size = p.tiles.batch if p.tiles else 1
+        return [_Group(tiling.tiles[i : i + size]) for i in range(0, len(tiling.tiles), size)]
+
+    def _shared(self, p: Pass, group: _Group, tables: Mapping[str, Any]) -> list[Call]:
+        """Make the calls that read nothing of a tile, once for all tiles; which they were."""
+        of_tiles = self.program.grids.keys() | group.values.keys() | p.state.keys()
+        made = []
+        for call in p.once:
+            if call.shared(of_tiles):
+                made.append(call)
+                self.values |= self._call(p, group, call, ("once", 0), tables)
+            else:
+                of_tiles = of_tiles | set(call.outputs.values())
+        return made
 
     def _tables(self, p: Pass, tiling: Plan) -> dict[str, Floats]:
         if p.steps is None:
@@ -238,32 +318,42 @@ class _Walk:
         return SCHEDULES[p.steps.schedule](count, tokens, **options)
 
     def _task(
-        self, p: Pass, group: _Group, phase: list[Moment], tables: dict[str, Floats]
+        self,
+        p: Pass,
+        group: _Group,
+        phase: list[Moment],
+        tables: dict[str, Floats],
+        shared: list[Call],
+        wanted: set[str] | None,
     ) -> Callable[[], dict[str, Any]]:
         def task() -> dict[str, Any]:
             written: dict[str, Any] = {}
             if phase[0][0] == "once":
                 group.values |= {name: self._initial(p, name, group) for name in p.state}
-            for section, step in phase:
-                for call in getattr(p, section):
-                    feed = {k: self._fetch(p, group, s, section, step, tables) for k, s in call.inputs.items()}
-                    with self.slots:  # what the call reads was made ready while others ran
-                        outputs = self._timed(call.run, feed, call.outputs)
-                    for name, target in call.outputs.items():
-                        (written if target in self.program.grids else group.values)[target] = outputs[name]
-            if p.tiles and phase[-1][0] == "last":
-                group.values.clear()
+            for moment in phase:
+                for call in getattr(p, moment[0]):
+                    if any(call is s for s in shared):
+                        continue
+                    for target, output in self._call(p, group, call, moment, tables).items():
+                        (written if target in self.program.grids else group.values)[target] = output
+            if p.tiles and phase[-1][0] == "last" and wanted is not None:
+                for name in group.values.keys() - wanted:
+                    del group.values[name]
             return written
 
         return task
 
-    def _timed(self, component: str, feed: dict[str, Any], wanted: Mapping[str, str]) -> dict[str, Any]:
-        start = time.perf_counter()
-        outputs = self.engines[component].run(feed, wanted)
-        seconds = time.perf_counter() - start
+    def _call(self, p: Pass, group: _Group, call: Call, moment: Moment, tables: Mapping[str, Any]) -> dict[str, Any]:
+        """What a call gives, by the places it goes to."""
+        feed = {name: self._fetch(p, group, source, *moment, tables) for name, source in call.inputs.items()}
+        engine = self.engines[call.run]
+        with self.slots:  # what the call reads was made ready while others ran
+            start = time.perf_counter()
+            outputs = engine.run(feed, call.outputs)
+            seconds = time.perf_counter() - start
         with self.lock:
-            self.job.seconds[component] = self.job.seconds.get(component, 0.0) + seconds
-        return outputs
+            self.job.seconds[call.run] = self.job.seconds.get(call.run, 0.0) + seconds
+        return {target: outputs[name] for name, target in call.outputs.items()}
 
     def _initial(self, p: Pass, name: str, group: _Group) -> Any:
         state = p.state[name]
@@ -299,7 +389,7 @@ class _Walk:
         if source[0] == "~":
             return self._noise(p, group, name, {"once": 0, "each": 1 + step, "last": 2 + step}[section])
         if source[0] == "@":
-            return self._row(name, group, section, step, tables)
+            return self._row(p, name, group, section, step, tables)
         if source == "image":
             return _batch([self.job.image.crop(t.top, t.left, t.height, t.width) for t in group.tiles])
         if source in self.program.grids:
@@ -307,9 +397,11 @@ class _Walk:
             return _batch([crop(self.grids[source], tile, px) for tile in group.tiles])
         return group.values[source] if source in group.values else self.values[source]
 
-    def _row(self, name: str, group: _Group, section: str, step: int, tables: Mapping[str, Any]) -> Any:
+    def _row(self, p: Pass, name: str, group: _Group, section: str, step: int, tables: Mapping[str, Any]) -> Any:
         if name in tables:
-            return tables[name] if section != "each" else tables[name][step]
+            return tables[name] if section != "each" else np.asarray(tables[name][step])
+        if table := of_tokens(p, name, group.tiles[0].height * group.tiles[0].width, self.constants):
+            name = table
         known = next(v for v in (group.values, self.values, self.constants) if name in v)
         whole = known[name]
         rows, steps = whole.shape[known is group.values], len(next(iter(tables.values())))

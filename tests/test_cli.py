@@ -74,7 +74,7 @@ def test_a_second_build_does_nothing_quickly_and_says_so(hitoksr_tiny: Path) -> 
 def test_a_dry_run_predicts_and_leaves_nothing(tmp_path: Path) -> None:
     words = ("export", "build", "hitoksr", "--preset", "tiny", "--random-weights", "1", "-o", tmp_path / "b")
     predicted = json.loads(tilewright(*words, "--dry-run", "--json", TILEWRIGHT_CACHE_DIR=str(tmp_path / "c")).stdout)
-    assert predicted["stages"] == ["trace", "attach", "optimise", "verify", "seal"]
+    assert predicted["stages"] == ["trace", "attach", "constants", "optimise", "verify", "seal"]
     assert predicted["disk_bytes"] > 0 and predicted["peak_memory_bytes"] > 0
     assert not (tmp_path / "b").exists() and not list((tmp_path / "c").glob("build/*/*"))
 

@@ -5,6 +5,7 @@ Tokens are rows of [class tokens of the vision model, shallow to deep | patches,
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -313,3 +314,13 @@ class Decode(nn.Module):
 
     def forward(self, codes: Tensor) -> Tensor:
         return (self.decoder(codes) + 1).mul(0.5).clamp(0, 1)
+
+
+def generate(**sizes: Any) -> Generate:
+    """The first half, of these sizes."""
+    return Generate(HiTokConfig(**sizes))
+
+
+def decode(**sizes: Any) -> Decode:
+    """The second half."""
+    return Decode(HiTokConfig(**sizes))

@@ -10,11 +10,12 @@ __all__ = ["cast"]
 def cast(model: ir.Model) -> None:
     """Type every weight as its bytes are and cast it to the type it is used in."""
     graph: Any = model.graph
-    first = graph[0]
+    place = {node: i for i, node in enumerate(graph)}
     for name, weight in list(graph.initializers.items()):
         stored, computed = weight.const_value.dtype, weight.dtype
         if not isinstance(weight.const_value, ir.ExternalTensor) or stored == computed:
             continue
+        first = min((use.node for use in weight.uses()), key=place.__getitem__)  # late, so that few live at once
         node = ir.node("Cast", [weight], attributes={"to": computed.value}, num_outputs=1)
         node.outputs[0].name, node.outputs[0].shape, node.outputs[0].dtype = f"{name}.cast", weight.shape, computed
         weight.replace_all_uses_with(node.outputs[0])

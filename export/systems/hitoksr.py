@@ -4,15 +4,35 @@ Two components, split where the picture is a list of integers: what comes before
 after by pixels, and each may have a precision of its own.
 """
 
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
-from tilewright.export.systems import Source
+from tilewright.export.systems import Option, Origin, Source
 from tilewright.runtime.program import Call, Grid, Pass, Program, TensorSpec, Tiles
 
-__all__ = ["LICENCE", "PRESETS", "TITLE", "components", "ignored", "keys", "program"]
+__all__ = [
+    "LICENCE",
+    "OPTIONS",
+    "ORIGINS",
+    "PRESETS",
+    "TITLE",
+    "build_time",
+    "components",
+    "constants",
+    "ignored",
+    "keys",
+    "origin",
+    "program",
+    "settings",
+    "stand_in",
+    "tokenizers",
+]
 
 TITLE = "HiTokSR, x4, one pass, 4 groups of 4096 codewords"
 LICENCE = "DINOv3 License (vision prior); the system's own weights are the user's"
+OPTIONS: dict[str, Option] = {}
+ORIGINS = {"hitoksr": Origin("weights", (".",), "HiTokSR's generator, decoder and codebook, and DINOv3-B")}
 PRESETS: dict[str, dict[str, Any]] = {
     "full": {},
     "tiny": {
@@ -46,22 +66,11 @@ def components(preset: str) -> dict[str, Source]:
     indices = TensorSpec("int32", ("batch", groups, "rows", "columns"))
 
     px = {"height": 1, "width": 1, "rows": 16, "columns": 16}
-
-    def network(name: str) -> object:
-        from tilewright.export.networks import hitoksr
-
-        return getattr(hitoksr, name)(hitoksr.HiTokConfig(**PRESETS[preset]))
-
+    multiples = {"height": 16, "width": 16}
+    coded, sizes = {"codes": codes, "indices": indices}, PRESETS[preset]
     return {
-        "generate": Source(
-            lambda: network("Generate"),
-            {"image": image},
-            {"codes": codes, "indices": indices},
-            "hitoksr",
-            px,
-            {"height": 16, "width": 16},
-        ),
-        "decode": Source(lambda: network("Decode"), {"codes": codes}, {"image": image}, "hitoksr", px),
+        "generate": Source("hitoksr.generate", {"image": image}, coded, px, multiples, sizes),
+        "decode": Source("hitoksr.decode", {"codes": codes}, {"image": image}, px, {}, sizes),
     }
 
 
@@ -75,6 +84,31 @@ def program(preset: str) -> Program:
     return Program(4, 16, grids, (Pass("restore", Tiles(512, 64), once=calls),))
 
 
+def settings(preset: str, given: Mapping[str, Any], origins: Mapping[str, Any]) -> dict[str, Any]:
+    """There is nothing to choose."""
+    return {}
+
+
+def build_time(preset: str) -> dict[str, Source]:
+    """Nothing runs at build."""
+    return {}
+
+
+def constants(preset: str, run: Callable[..., Any], given: Mapping[str, Any], folder: Path | None) -> dict[str, Any]:
+    """The program reads none."""
+    return {}
+
+
+def tokenizers(preset: str, folder: Path | None) -> dict[str, str]:
+    """It takes no words."""
+    return {}
+
+
+def origin(component: str, parameter: str) -> str:
+    """One folder holds them all."""
+    return "hitoksr"
+
+
 def keys(component: str, parameter: str) -> tuple[str, ...]:
     """Our own names, and DINOv3's as published or as transformers 5 spells them."""
     name = parameter.removeprefix("vision.")
@@ -84,6 +118,23 @@ def keys(component: str, parameter: str) -> tuple[str, ...]:
     return (name, public, name.removeprefix("vfm."), public.removeprefix("vfm."))
 
 
-def ignored(key: str) -> bool:
+def ignored(origin: str, key: str) -> bool:
     """The tokenizer's encoder and DINOv3's mask token serve training only."""
     return key.startswith("encoder.") or key.endswith("embeddings.mask_token")
+
+
+def stand_in(preset: str) -> dict[str, Any]:
+    """Our own names beside DINOv3's file."""
+    from tilewright.export.trace import parameter_specs
+
+    named = {
+        keys(component, name)[-1 if ".vfm." in name else 0]: spec
+        for component, source in components(preset).items()
+        for name, spec in parameter_specs(source).items()
+        if not ignored("hitoksr", keys(component, name)[0])
+    }
+    vision = {key for key in named if key.startswith(("layer.", "embeddings.", "norm."))}
+    return {
+        "hitoksr.safetensors": {key: spec for key, spec in named.items() if key not in vision},
+        "dinov3-vitb16/model.safetensors": {key: named[key] for key in sorted(vision)},
+    }

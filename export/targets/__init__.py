@@ -1,6 +1,7 @@
 """A portable graph to an engine: one file each.
 
-prepare(model) -> None    rewrite a copy of the portable graph, in place, into the form the backend runs best
+prepare(model) -> bool    rewrite a copy of the portable graph, in place, into the form the backend runs best;
+                          whether anything changed
 """
 
 __all__ = ["TARGETS"]

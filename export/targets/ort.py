@@ -7,6 +7,6 @@ from tilewright.export.rewrites.group_norm import group_norm
 __all__ = ["prepare"]
 
 
-def prepare(model: ir.Model) -> None:
-    """Rewrite in place; measured in bench/hitoksr_latency.py."""
-    group_norm(model)
+def prepare(model: ir.Model) -> bool:
+    """Rewrite in place; whether anything changed. Measured in bench/latency.py."""
+    return group_norm(model) > 0

@@ -8,11 +8,15 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tilewright.runtime.bundle import Bundle
+import numpy as np
+
+from tilewright.runtime.bundle import Bundle, Reference
 from tilewright.runtime.errors import BundleError, ResourceError
 from tilewright.runtime.strict import one_line
 
 __all__ = ["OrtEngine", "missing", "open_engine", "open_graph", "version"]
+
+ONNX_TYPES = {"bfloat16": 16}  # element types of ONNX that NumPy has not
 
 
 def missing() -> str | None:
@@ -32,8 +36,8 @@ def version() -> str:
 class OrtEngine:
     """One graph in one session."""
 
-    def __init__(self, session: Any, graph: Path) -> None:
-        self.session, self.graph = session, graph
+    def __init__(self, session: Any, graph: Path, initializers: Any = None) -> None:
+        self.session, self.graph, self.initializers = session, graph, initializers  # the last must outlive the first
 
     def run(self, inputs: Mapping[str, Any], wanted: Iterable[str]) -> dict[str, Any]:
         """The wanted outputs for these inputs."""
@@ -48,7 +52,7 @@ class OrtEngine:
 
     def close(self) -> None:
         """Give the memory back."""
-        self.session = None
+        self.session = self.initializers = None
 
 
 def open_engine(
@@ -57,11 +61,21 @@ def open_engine(
     """Open a component of a bundle; weights are read where they lie."""
     engine = next(e for e in bundle.manifest.components[component].engines if e.backend == "ort")
     folder = bundle.weights_folder(component, weights_dir)
-    return open_graph(bundle.path(engine.file), folder, memory=memory, threads=threads)
+    mapped = {
+        name: (bundle.folder(str(r.folder), weights_dir) / r.file, r) for name, r in bundle.elsewhere(component).items()
+    }
+    return open_graph(bundle.path(engine.file), folder, memory=memory, threads=threads, mapped=mapped)
 
 
-def open_graph(graph: Path, weights: Path | None, *, memory: str = "fast", threads: int = 0) -> OrtEngine:
-    """Open a graph file whose external data lies in `weights`; 0 threads lets ONNX Runtime choose."""
+def open_graph(
+    graph: Path,
+    weights: Path | None,
+    *,
+    memory: str = "fast",
+    threads: int = 0,
+    mapped: Mapping[str, tuple[Path, Reference]] | None = None,
+) -> OrtEngine:
+    """Open a graph file whose external data lies in `weights`, but for `mapped` initializers; 0 threads: its choice."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -77,6 +91,9 @@ def open_graph(graph: Path, weights: Path | None, *, memory: str = "fast", threa
         options.add_session_config_entry("session.disable_prepacking", "1")
         options.enable_cpu_mem_arena = False
         disabled = ["ConstantFolding"]
+    initializers = {name: _mapped(path, reference) for name, (path, reference) in (mapped or {}).items()}
+    if initializers:  # ONNX Runtime takes one folder a session
+        options.add_external_initializers(list(initializers), list(initializers.values()))
     try:
         session = ort.InferenceSession(
             str(graph), options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled
@@ -84,4 +101,15 @@ def open_graph(graph: Path, weights: Path | None, *, memory: str = "fast", threa
     except Exception as error:  # ONNX Runtime's exceptions share no base class
         reason = one_line(str(error))
         raise BundleError(f"{graph}: {version()} refuses the graph ({reason}); rebuild the bundle") from error
-    return OrtEngine(session, graph)
+    return OrtEngine(session, graph, initializers)
+
+
+def _mapped(path: Path, reference: Reference) -> Any:
+    """An initializer over the bytes of a file, which are not copied."""
+    import onnxruntime as ort
+
+    data = np.memmap(path, np.uint8, "r", reference.offset, (reference.length,))
+    kind = ONNX_TYPES.get(reference.dtype)
+    if kind is None:
+        return ort.OrtValue.ortvalue_from_numpy(data.view(np.dtype(reference.dtype)).reshape(reference.shape))
+    return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(data.view(np.uint16).reshape(reference.shape), kind)

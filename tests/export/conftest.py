@@ -38,7 +38,7 @@ def graphs(traced: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     keyed = {hitoksr.keys(c, name)[0]: shape for c, of in shapes.items() for name, shape in of.items()}
     random_weights(keyed, 7, folder / "weights.safetensors")
-    references = attach(shapes, find(folder), hitoksr.keys, hitoksr.ignored)
+    references = attach(shapes, {"hitoksr": find(folder)}, hitoksr)
     for component, model in models.items():
         for name, r in references[component].items():
             model.graph.initializers[name].const_value = ir.ExternalTensor(

@@ -275,7 +275,7 @@ def test_sizes_that_inputs_share_are_one_and_others_are_free(tmp_path):
         "mixed": TensorSpec("float32", ("batch", "count", 4)),
         "flat": TensorSpec("float32", ("batch", "flat_size")),
     }
-    model = trace(Source(Mixed, specs, outputs, "mixed", {}, {"height": 8}))
+    model = trace(Source(Mixed, specs, outputs, {}, {"height": 8}))
     weights = {n: v.const_value for n, v in model.graph.initializers.items()}
     outside = {name for name, tensor in weights.items() if isinstance(tensor, ir.ExternalTensor)}
     assert outside == {"mix.weight", "mix.bias", "narrow"}

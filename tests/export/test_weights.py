@@ -3,7 +3,9 @@
 import json
 import struct
 import tempfile
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,9 +17,18 @@ from safetensors.torch import load_file, save_file
 
 from tilewright.export import weights
 from tilewright.export.networks.hitoksr import HiTokConfig, VisionPrior
-from tilewright.export.systems import hitoksr
+from tilewright.export.systems import Origin, Rows, hitoksr
 from tilewright.export.trace import network_on_meta
-from tilewright.export.weights import Tensors, attach, copy_tensors, find, open_reference, random_weights
+from tilewright.export.weights import (
+    Tensors,
+    attach,
+    copy_tensors,
+    find,
+    locate,
+    open_reference,
+    random_weights,
+    resolve,
+)
 from tilewright.runtime.bundle import Reference
 from tilewright.runtime.digests import sha256_of_bytes
 from tilewright.runtime.errors import InputError, UsageError
@@ -25,10 +36,10 @@ from tilewright.runtime.errors import InputError, UsageError
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def refusal(act, *arguments) -> str:
+def refusal(act, *arguments, **options) -> str:
     """The one line that a wrong weights folder gets."""
     with pytest.raises(InputError) as caught:
-        act(*arguments)
+        act(*arguments, **options)
     assert caught.value.exit_code == 8
     text = str(caught.value)
     assert text.isprintable()
@@ -83,7 +94,6 @@ def test_a_folder_a_file_and_shards_give_the_same_bytes(tmp_path):
     one = saved(tmp_path / "one" / "model.safetensors", "a", "b", "c")
     saved(tmp_path / "many" / "model-00001-of-00002.safetensors", "a", "c")
     saved(tmp_path / "many" / "deeper" / "model-00002-of-00002.safetensors", "b")
-    (tmp_path / "many" / "model.safetensors.index.json").write_text("{}")
     (tmp_path / "many" / "notes.txt").write_text("not weights")
     folder, file, shards = find(one.parent), find(one), find(tmp_path / "many")
     assert read(folder) == read(file) == read(shards)
@@ -253,11 +263,12 @@ def test_every_spelling_of_the_vision_models_keys_is_found(tmp_path, wanted, spe
     own = own_keys(wanted)
     found = weights_file(tmp_path / "w.safetensors", {spell(key): shape for key, shape in own.items()})
     assert len(found.tensors) == len(own)
-    references = attach(wanted, found, hitoksr.keys, hitoksr.ignored)
+    references = attach(wanted, {"hitoksr": found}, hitoksr)
     for component, shapes in wanted.items():
         assert references[component].keys() == shapes.keys()
         for name, shape in shapes.items():
-            assert references[component][name] == found.tensors[spell(hitoksr.keys(component, name)[0])]
+            lies = found.tensors[spell(hitoksr.keys(component, name)[0])]
+            assert references[component][name] == replace(lies, folder="hitoksr")
             assert references[component][name].shape == shape
 
 
@@ -272,7 +283,7 @@ def test_a_file_of_the_published_names_is_found_beside_the_systems_own(tmp_path,
     assert "layer.0.attention.k_proj.bias" not in public
     weights_file(tmp_path / "dinov3" / "model.safetensors", public)
     found = weights_file(tmp_path / "own.safetensors", {k: s for k, s in own.items() if not k.startswith("vfm.")})
-    references = attach(wanted, found, hitoksr.keys, hitoksr.ignored)
+    references = attach(wanted, {"hitoksr": found}, hitoksr)
     assert {r.file for r in references["generate"].values()} == {"dinov3/model.safetensors", "own.safetensors"}
     assert {r.file for r in references["decode"].values()} == {"own.safetensors"}
 
@@ -283,14 +294,14 @@ def test_the_published_names_are_those_that_transformers_itself_saves_under(tmp_
     assert {"layer.0.norm1.weight", "embeddings.cls_token", "norm.bias"} <= found.tensors.keys()
     network = network_on_meta(hitoksr.components("tiny")["generate"]).vision
     shapes = {f"vision.{n}": tuple(p.shape) for n, p in network.named_parameters() if not n.endswith("mask_token")}
-    references = attach({"generate": shapes}, found, hitoksr.keys, hitoksr.ignored)
+    references = attach({"generate": shapes}, {"hitoksr": found}, hitoksr)
     assert references["generate"].keys() == shapes.keys()
 
 
 def test_what_serves_only_training_is_ignored(tmp_path, wanted):
     extra = {"encoder.embed.weight": (2, 2), "vfm.embeddings.mask_token": (1, 1, 32), "embeddings.mask_token": (1,)}
     found = weights_file(tmp_path / "w.safetensors", own_keys(wanted) | extra)
-    references = attach(wanted, found, hitoksr.keys, hitoksr.ignored)
+    references = attach(wanted, {"hitoksr": found}, hitoksr)
     used = {(r.file, r.offset) for component in references.values() for r in component.values()}
     assert not used & {(found.tensors[key].file, found.tensors[key].offset) for key in extra}
 
@@ -300,7 +311,7 @@ def test_missing_keys_are_counted_and_the_first_three_named(tmp_path, wanted, co
     own = own_keys(wanted)
     dropped = sorted(own)[10 : 10 + count]
     found = weights_file(tmp_path / "w.safetensors", {k: s for k, s in own.items() if k not in dropped})
-    text = refusal(attach, wanted, found, hitoksr.keys, hitoksr.ignored)
+    text = refusal(attach, wanted, {"hitoksr": found}, hitoksr)
     assert text.startswith(
         f"weights {tmp_path} (w.safetensors): lacks {count} tensors: {', '.join(dropped[:3])}{ending} give"
     )
@@ -310,7 +321,7 @@ def test_missing_keys_are_counted_and_the_first_three_named(tmp_path, wanted, co
 def test_unexpected_keys_are_counted_and_the_first_three_named(tmp_path, wanted, count, ending):
     extra = [f"lora.{i}" for i in range(count)]
     found = weights_file(tmp_path / "w.safetensors", own_keys(wanted) | dict.fromkeys(extra, (2,)))
-    text = refusal(attach, wanted, found, hitoksr.keys, hitoksr.ignored)
+    text = refusal(attach, wanted, {"hitoksr": found}, hitoksr)
     assert text.startswith(
         f"weights {tmp_path} (w.safetensors): holds unexpected {count} tensors: {', '.join(extra[:3])}{ending} give"
     )
@@ -319,15 +330,13 @@ def test_unexpected_keys_are_counted_and_the_first_three_named(tmp_path, wanted,
 def test_a_second_spelling_of_a_tensor_is_unexpected(tmp_path, wanted):
     extra = {"vfm.layer.0.norm1.weight": (32,)}
     found = weights_file(tmp_path / "w.safetensors", own_keys(wanted) | extra)
-    assert "unexpected 1 tensors: vfm.layer.0.norm1.weight;" in refusal(
-        attach, wanted, found, hitoksr.keys, hitoksr.ignored
-    )
+    assert "unexpected 1 tensors: vfm.layer.0.norm1.weight;" in refusal(attach, wanted, {"hitoksr": found}, hitoksr)
 
 
-@pytest.mark.parametrize("shape", [(4, 16, 3), (4, 2, 16), (16, 8), (4, 16, 2, 1)], ids=str)  # not [4, 16, 2]
+@pytest.mark.parametrize("shape", [(4, 16, 3), (4, 2, 16), (16, 8), (4, 16, 2, 2)], ids=str)  # not [4, 16, 2]
 def test_a_tensor_of_another_shape_is_refused_with_both_shapes(tmp_path, wanted, shape):
     found = weights_file(tmp_path / "w.safetensors", own_keys(wanted) | {"quantizer.codebook": shape})
-    assert refusal(attach, wanted, found, hitoksr.keys, hitoksr.ignored) == (
+    assert refusal(attach, wanted, {"hitoksr": found}, hitoksr) == (
         f"weights {tmp_path / 'w.safetensors'}: 'quantizer.codebook' has shape {list(shape)}, the network needs"
         " [4, 16, 2]; is this the right preset?"
     )
@@ -336,14 +345,17 @@ def test_a_tensor_of_another_shape_is_refused_with_both_shapes(tmp_path, wanted,
 def test_the_weights_of_something_else_entirely_are_refused(tmp_path, wanted):
     saved(tmp_path / "unet.safetensors", "down_blocks.0.weight")
     lacking = len(own_keys(wanted))
-    text = refusal(attach, wanted, find(tmp_path), hitoksr.keys, hitoksr.ignored)
+    text = refusal(attach, wanted, {"hitoksr": find(tmp_path)}, hitoksr)
     assert f"lacks {lacking} tensors: " in text
 
 
 def test_two_components_may_read_one_tensor(tmp_path):
     saved(tmp_path / "w.safetensors", "shared")
     shapes = {"one": {"shared": (2, 3)}, "two": {"shared": (2, 3)}}
-    references = attach(shapes, find(tmp_path), lambda component, name: (name,), lambda key: False)
+    plain = SimpleNamespace(
+        origin=lambda component, name: "w", keys=lambda component, name: (name,), ignored=lambda origin, key: False
+    )
+    references = attach(shapes, {"w": find(tmp_path)}, plain)
     assert references["one"]["shared"] == references["two"]["shared"]
 
 
@@ -456,3 +468,54 @@ def test_mapped_bytes_cannot_be_written_through(tmp_path):
     mapped = open_reference(found.folder, found.tensors["a"])
     with pytest.raises(ValueError, match="read-only"):
         mapped[0] = 1
+
+
+def sharded(folder: Path, *, named: tuple[str, ...] = ("one.safetensors", "two.safetensors")) -> Path:
+    """Two shards, an index that names some of them, and a variant of the same weights beside."""
+    saved(folder / "one.safetensors", "a")
+    saved(folder / "two.safetensors", "b")
+    saved(folder / "model.fp16.safetensors", "a", "b")
+    index = {"weight_map": {f"key {i}": name for i, name in enumerate(named)}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def test_an_index_says_which_of_the_files_are_the_shards(tmp_path):
+    found = find(sharded(tmp_path))
+    assert {key: r.file for key, r in found.tensors.items()} == {"a": "one.safetensors", "b": "two.safetensors"}
+
+
+def test_a_shard_that_the_index_names_and_nobody_has_is_named(tmp_path):
+    folder = sharded(tmp_path, named=("one.safetensors", "gone.safetensors"))
+    text = refusal(find, folder)
+    assert "'gone.safetensors', which is not there" in text and str(folder / "model.safetensors.index.json") in text
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"weight_map": 3}'])
+def test_an_index_that_cannot_be_read_is_refused(tmp_path, text):
+    folder = sharded(tmp_path)
+    (folder / "model.safetensors.index.json").write_text(text)
+    assert "unreadable index" in refusal(find, folder)
+
+
+def test_rows_of_a_fused_tensor_are_a_byte_range_of_it(tmp_path):
+    fused = torch.arange(24, dtype=torch.float32).reshape(6, 4)
+    save_file({"qkv": fused, "other": torch.zeros(3)}, tmp_path / "w.safetensors")
+    found = find(tmp_path)
+    for start, stop, parts in [(0, 1, 3), (1, 2, 3), (2, 3, 3), (1, 3, 3), (1, 2, 2)]:
+        part = resolve(found, ("absent", Rows("qkv", start, stop, parts)))
+        assert part is not None
+        rows = slice(6 * start // parts, 6 * stop // parts)
+        assert np.array_equal(open_reference(tmp_path, part).view(np.float32).reshape(part.shape), fused[rows].numpy())
+    assert resolve(found, ("absent", Rows("gone", 0, 1, 2))) is None
+
+
+def test_weights_that_lie_nowhere_are_refused_by_what_they_are(tmp_path):
+    origin = Origin("weights", ("transformer", "one.safetensors"), "the backbone")
+    saved(tmp_path / "model" / "one.safetensors", "a")
+    assert locate(origin, {"weights": tmp_path / "model"}, required=True) == tmp_path / "model" / "one.safetensors"
+    assert locate(origin, {"weights": tmp_path}, required=True) == tmp_path / "model" / "one.safetensors"
+    assert locate(origin, {}, required=False) is None
+    assert "the backbone is not given; give --weights" in refusal(locate, origin, {}, required=True)
+    (tmp_path / "empty").mkdir()
+    assert "the backbone: none of" in refusal(locate, origin, {"weights": tmp_path / "empty"}, required=True)

@@ -424,7 +424,8 @@ def test_foreign_text_cannot_break_or_flood_the_line(bundle):
 def test_weights_are_searched_in_the_bundle_then_in_the_given_folder_then_where_they_were(build, tmp_path):
     root, given_dir = build(), tmp_path / "given"
     recorded = tmp_path / "models" / "sharpen"
-    places = [root / "weights" / "sharpen", given_dir / "sharpen", given_dir, recorded]
+    one_down = [given_dir / "a" / "sharpen", given_dir / "b" / "sharpen"]
+    places = [root / "weights" / "sharpen", given_dir / "sharpen", given_dir, *one_down, recorded]
     for place in places[:-1]:
         place.mkdir(parents=True, exist_ok=True)
         shutil.copy(recorded / "sharpen.safetensors", place)
@@ -432,7 +433,7 @@ def test_weights_are_searched_in_the_bundle_then_in_the_given_folder_then_where_
     for place in places:
         assert whole.weights_folder("sharpen", given_dir) == place
         (place / "sharpen.safetensors").unlink()
-    text = refusal(whole.weights_folder, "sharpen", given_dir, longest=2000)  # it names four places
+    text = refusal(whole.weights_folder, "sharpen", given_dir, longest=2000)  # it names six places
     assert text == (
         f"{root}: weights sharpen.safetensors of 'sharpen' are in none of {', '.join(map(str, places))};"
         " pass --weights-dir, or rebuild with --pack"
@@ -480,6 +481,66 @@ def test_a_component_without_weights_has_no_folder(bundle):
     put(bundle, "weights.json", ("tensors", "sharpen"), ABSENT)
     put(bundle, "weights.json", ("folder_of", "sharpen"), ABSENT)
     assert read(bundle).weights_folder("sharpen") is None
+
+
+EXTRA = ("tensors", "add", "half")
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "words"),
+    [
+        ((*EXTRA, "folder"), "elsewhere", "add.half lies in 'weights.safetensors', which is not listed"),
+        ((*EXTRA, "folder"), "", "add.half lies in 'weights.safetensors', which is not listed"),
+        ((*EXTRA, "folder"), 1, "half.folder: expected string, found 1"),
+        ((*EXTRA, "file"), "other.safetensors", "add.half lies in 'other.safetensors', which is not listed"),
+        ((*EXTRA, "offset"), 10_000, "add.half reaches past the end of 'weights.safetensors'"),
+        (("folders", "extra"), ABSENT, "lies in 'weights.safetensors', which is not listed"),
+        (("folders", "extra", "files"), {}, "lies in 'weights.safetensors', which is not listed"),
+        (("folders", "extra", "path"), "other/extra", "folder 'extra': path 'other/extra' is not absolute"),
+    ],
+)
+def test_a_weight_in_another_folder_is_checked_as_one_in_its_components_own(two_folder_bundle, keys, value, words):
+    root = two_folder_bundle()
+    put(root, "weights.json", keys, value)
+    assert words in refusal(read, root)
+
+
+def test_a_component_has_one_folder_and_the_rest_of_its_weights_elsewhere(two_folder_bundle, bundle, tmp_path):
+    whole = read(two_folder_bundle())
+    assert whole.weights_folder("add") == tmp_path / "models" / "base" == whole.folder("base")
+    assert whole.folder("extra") == tmp_path / "other" / "extra"
+    assert {r.folder for r in whole.elsewhere("add").values()} == {"extra"}
+    assert read(bundle).elsewhere("sharpen") == {} == whole.elsewhere("nothing")
+
+
+# Tokenizers
+
+
+def test_a_bundles_tokenizers_are_sealed(tinted):
+    whole = read(tinted)
+    assert whole.manifest.tokenizers == ("tokenizers/words.json",)
+    assert "tokenizers/words.json" in whole.manifest.files
+    path = tinted / "tokenizers" / "words.json"
+    overwrite(path, path.read_bytes().replace(b"warm", b"cold"))
+    assert refusal(read, tinted).startswith(f"{path}: SHA-256 differs from the sealed ")
+    path.unlink()
+    assert refusal(read, tinted).startswith(f"{path}: missing; ")
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "value", "words"),
+    [
+        ("bundle.json", ("tokenizers",), [], "program.json: tokenizer 'tokenizers/words.json' is not listed; rebuild"),
+        ("bundle.json", ("tokenizers",), ["a.json"], "bundle.json: 'a.json' is used but not listed under files"),
+        ("bundle.json", ("tokenizers",), ["../a.json"], "path '../a.json' is not a plain relative POSIX path"),
+        ("bundle.json", ("tokenizers",), "a.json", 'tokenizers: expected a list, found "a.json"'),
+        ("bundle.json", ("files", "tokenizers/words.json"), ABSENT, "is used but not listed under files; rebuild"),
+        ("program.json", ("texts", "prompt", "ids", "ids"), "a.json", "tokenizer 'a.json' is not listed; rebuild"),
+    ],
+)
+def test_a_tokenizer_that_is_not_sealed_is_refused(tinted, name, keys, value, words):
+    put(tinted, name, keys, value)
+    assert words in refusal(read, tinted)
 
 
 # Sealing

@@ -1,7 +1,9 @@
 """ONNX Runtime as an engine: right answers from mapped weights, and a line that says why when it cannot run."""
 
 import importlib.util
+import struct
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -111,6 +113,92 @@ def test_four_threads_at_once_get_each_its_own_answer(engine):
     with ThreadPoolExecutor(4) as pool:
         together = list(pool.map(lambda image: engine.run({"image": image}, ["sharp"])["sharp"], images))
     np.testing.assert_allclose(together, alone, atol=1e-6)
+
+
+# Weights in two folders: one as external data of the graph, the other mapped from here
+
+
+def added(image: np.ndarray, tensors) -> np.ndarray:
+    """What a graph over both folders' numbers must give."""
+    scale, *rest = (
+        np.float64(tensors[f][n][1]) for f, n in (("base", "scale"), *(("extra", n) for n in tensors["extra"]))
+    )
+    return image * scale[:, None, None] + sum(rest)[:, None, None]
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["external", "packed"])
+@pytest.mark.parametrize("memory", ["fast", "low"])
+def test_weights_of_two_folders_and_three_types_meet_in_one_session(two_folder_bundle, two_folders, packed, memory):
+    root = two_folder_bundle(packed=packed)
+    if packed:
+        for folder in ("models", "other"):
+            (root.parent / folder).rename(root.parent / f"{folder}.gone")
+    whole = read(root)
+    assert set(whole.elsewhere("add")) == {"single", "half", "brain"}
+    assert {r.dtype for r in whole.elsewhere("add").values()} == {"float32", "float16", "bfloat16"}
+    engine = ort.open_engine(whole, "add", memory=memory)
+    for image in (noise(1, 3, 8, 8), noise(2, 3, 16, 8)):
+        np.testing.assert_allclose(engine.run({"image": image}, ["sum"])["sum"], added(image, two_folders), atol=1e-6)
+    engine.close()
+    assert (engine.session, engine.initializers) == (None, None)
+
+
+@pytest.mark.parametrize("name", ["single", "half", "brain"])
+def test_each_mapped_weight_is_the_one_that_its_reference_says(two_folder_bundle, two_folders, tmp_path, name):
+    whole = read(two_folder_bundle())
+    other = tmp_path / "else.bin"
+    numbers = {"single": struct.pack("<3f", 1, 2, 3), "half": struct.pack("<3e", 1, 2, 3)}
+    numbers["brain"] = b"".join(struct.pack("<f", number)[2:] for number in (1, 2, 3))
+    other.write_bytes(b"\1" * 64 + numbers[name] + b"\1" * 64)
+    mapped = {n: (whole.folder("extra") / r.file, r) for n, r in whole.elsewhere("add").items()}
+    mapped[name] = (other, replace(mapped[name][1], offset=64, length=len(numbers[name])))
+    engine = ort.open_graph(whole.path("add/model.onnx"), whole.weights_folder("add"), mapped=mapped)
+    image = noise(1, 3, 8, 8)
+    changed = two_folders["extra"] | {name: ("", [1, 2, 3])}
+    expected = added(image, two_folders | {"extra": changed})
+    np.testing.assert_allclose(engine.run({"image": image}, ["sum"])["sum"], expected, atol=1e-6)
+
+
+def test_a_graph_whose_weights_are_all_mapped_needs_no_folder(two_folder_bundle, two_folders):
+    whole = read(two_folder_bundle())
+    references = whole.weights.tensors["add"]
+    mapped = {n: (whole.folder(r.folder or "base") / r.file, r) for n, r in references.items()}
+    engine = ort.open_graph(whole.path("add/model.onnx"), None, mapped=mapped)
+    image = noise(1, 3, 8, 8)
+    np.testing.assert_allclose(engine.run({"image": image}, ["sum"])["sum"], added(image, two_folders), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "places", [("given/base", "given/extra"), ("given/base", "given/a/extra"), ("given/b/base", "given/a/extra")]
+)
+def test_two_folders_that_moved_are_found_under_the_one_that_is_given(two_folder_bundle, two_folders, tmp_path, places):
+    root = two_folder_bundle()
+    for old, place in zip(("models/base", "other/extra"), places, strict=True):
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / old).rename(tmp_path / place)
+    assert "weights weights.safetensors of 'base' are in none of" in refusal(ort.open_engine, read(root), "add")
+    image = noise(1, 3, 8, 8)
+    engine = ort.open_engine(read(root), "add", weights_dir=tmp_path / "given")
+    np.testing.assert_allclose(engine.run({"image": image}, ["sum"])["sum"], added(image, two_folders), atol=1e-6)
+
+
+def test_one_folder_that_moved_is_found_and_the_other_where_it_was(two_folder_bundle, two_folders, tmp_path):
+    root = two_folder_bundle()
+    (tmp_path / "other" / "extra").rename(tmp_path / "moved")
+    assert "of 'extra' are in none of" in refusal(ort.open_engine, read(root), "add")
+    (tmp_path / "given").mkdir()
+    (tmp_path / "moved").rename(tmp_path / "given" / "extra")
+    image = noise(1, 3, 8, 8)
+    engine = ort.open_engine(read(root), "add", weights_dir=tmp_path / "given")
+    np.testing.assert_allclose(engine.run({"image": image}, ["sum"])["sum"], added(image, two_folders), atol=1e-6)
+
+
+@pytest.mark.parametrize("folder", ["models/base", "other/extra"])
+def test_changed_weights_of_either_folder_are_refused(two_folder_bundle, tmp_path, folder):
+    root, path = two_folder_bundle(), tmp_path / folder / "weights.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    assert refusal(ort.open_engine, read(root), "add").startswith(f"{path}: SHA-256 differs from the sealed ")
 
 
 @pytest.mark.parametrize("data", [b"", b"\0" * 100, b"not a graph", b"\x08\x0a:\xff\xff", bytes(range(256))])

@@ -457,8 +457,8 @@ def filled(canvas: np.ndarray, height: int, width: int) -> np.ndarray:
     return rgb
 
 
-def whole(rgb: np.ndarray, scale: int, multiple: int) -> np.ndarray:
-    enlarged = images.Enlarged(rgb, scale, multiple)
+def whole(rgb: np.ndarray, scale: int, multiple: int, least: int = 1) -> np.ndarray:
+    enlarged = images.Enlarged(rgb, scale, multiple, least)
     return enlarged.crop(0, 0, *enlarged.shape[1:])
 
 
@@ -472,8 +472,8 @@ def test_enlarging_is_pillows_bicubic(scale: int) -> None:
 @settings(max_examples=100, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 40), st.sampled_from([1, 2, 4]), st.sampled_from([1, 8, 16]), st.data())
 def test_a_crop_is_what_the_whole_has_there(height: int, width: int, scale: int, multiple: int, data: Any) -> None:
-    """Crops at the edges, inside, and reaching into the padding."""
-    enlarged = images.Enlarged(noise(height, width, 3), scale, multiple)
+    """Crops at the edges, inside, reaching into the padding, and in the padding of a least side."""
+    enlarged = images.Enlarged(noise(height, width, 3), scale, multiple, data.draw(st.sampled_from([1, 50, 96])))
     _, rows, columns = enlarged.shape
     top, left = data.draw(st.integers(0, rows - 1)), data.draw(st.integers(0, columns - 1))
     high, wide = data.draw(st.integers(1, rows - top)), data.draw(st.integers(1, columns - left))
@@ -518,6 +518,42 @@ def test_a_canvas_is_reflected_or_repeats_the_edge(height: int, width: int, mult
         for x in range(columns):
             expected = rgb[reflected(y, height, rows), reflected(x, width, columns)]
             assert np.array_equal(canvas[:, y, x], expected.astype(np.float32) / np.float32(255))
+
+
+@pytest.mark.parametrize(
+    ("side", "multiple", "least", "expected"),
+    [
+        (1, 1, 1, 1),
+        (17, 16, 1, 32),
+        (17, 16, 32, 32),
+        (17, 16, 48, 48),
+        (64, 16, 48, 64),  # a side longer than the least is padded to the multiple alone
+        (65, 16, 64, 80),
+        (17, 16, 40, 48),  # the least is itself padded
+    ],
+)
+def test_a_side_is_padded_to_the_multiple_and_to_the_least(side: int, multiple: int, least: int, expected: int) -> None:
+    assert images.padded(side, multiple, least) == expected
+    assert images.Enlarged(noise(side, 3, 3), 1, multiple, least).shape == (
+        3,
+        expected,
+        max(-(-3 // multiple) * multiple, -(-least // multiple) * multiple),
+    )
+
+
+@pytest.mark.parametrize(("height", "width", "scale"), [(20, 33, 1), (33, 20, 1), (5, 40, 1), (1, 1, 1), (10, 13, 2)])
+def test_a_canvas_with_a_least_side_is_reflected_where_that_reaches_and_else_repeats_the_edge(
+    height: int, width: int, scale: int
+) -> None:
+    rgb = noise(height, width, 3)
+    canvas = whole(rgb, scale, 8, 48)
+    large = np.asarray(Image.fromarray(rgb).resize((width * scale, height * scale), Image.Resampling.BICUBIC))
+    large = rgb if scale == 1 else large
+    assert canvas.shape == (3, 48, 48)
+    rows, columns = ([reflected(i, side * scale, 48) for i in range(48)] for side in (height, width))
+    expected = large[np.ix_(rows, columns)].transpose(2, 0, 1).astype(np.float32) / np.float32(255)
+    assert np.array_equal(canvas, expected)
+    assert np.array_equal(filled(canvas, height * scale, width * scale), large)  # what was padded is cut off again
 
 
 def test_a_canvas_survives_the_way_back_at_any_strides() -> None:

@@ -1,4 +1,4 @@
-"""The five systems' programs are read, written and found runnable; whatever is changed for the worse is refused."""
+"""The systems' programs are read, written and found runnable; whatever is changed for the worse is refused."""
 
 import copy
 import dataclasses
@@ -31,7 +31,7 @@ from tilewright.runtime.schedules import SCHEDULES
 from tilewright.runtime.strict import from_json, schema, to_json
 
 PROGRAMS = Path(__file__).parents[1] / "programs"
-SYSTEMS = ("hitoksr", "in-token", "instantir", "toksr", "vicr")
+SYSTEMS = ("hitoksr", "in-token", "in-token-fixed", "instantir", "toksr", "vicr")
 SCHEMA = jsonschema.Draft202012Validator(schema(Program, "program.json"))
 GONE = object()
 
@@ -54,10 +54,11 @@ def surroundings(system, changes=None):
 
 
 def changed(tree, changes):
-    """A copy of a document with the values at some dotted paths put in, exchanged or, for GONE, taken out."""
+    r"""A copy of a document with values at dotted paths put in, exchanged or, for GONE, taken out; `\.` is a dot."""
     tree = copy.deepcopy(tree)
     for path, value in changes.items():
-        *parents, last = (int(key) if key.isdecimal() else key for key in path.split("."))
+        keys = (key.replace("\\.", ".") for key in re.split(r"(?<!\\)\.", path))
+        *parents, last = (int(key) if key.isdecimal() else key for key in keys)
         node = tree
         for key in parents:
             node = node[key]
@@ -93,19 +94,21 @@ def meaning(tree):
     passes = []
     for given_pass in tree["passes"]:
         full = empty_pass | given_pass
-        full["tiles"] = full["tiles"] and {"whole_up_to_px": None, "batch": 1} | full["tiles"]
+        full["tiles"] = full["tiles"] and {"whole_up_to_px": None, "batch": 1, "fixed_px": []} | full["tiles"]
         full["steps"] = full["steps"] and {"px_per_token": 256, "options": {}} | full["steps"]
         full["state"] = {name: {"init": "zeros"} | state for name, state in full["state"].items()}
         passes.append(full)
     inputs = {
         name: {"shape": [], "default": None, "choices": {}} | value for name, value in tree.get("inputs", {}).items()
     }
+    texts = {name: {"default": None} | text for name, text in tree.get("texts", {}).items()}
     grids = {name: {"init": "none"} | grid for name, grid in tree["grids"].items()}
+    full = {"files": {}, "any_scale": False} | tree | {"inputs": inputs, "texts": texts}
     # as text, which tells 1 from 1.0 and from true
-    return json.dumps(tree | {"inputs": inputs, "grids": grids, "passes": passes}, sort_keys=True)
+    return json.dumps(full | {"grids": grids, "passes": passes}, sort_keys=True)
 
 
-# The five systems
+# The systems
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
@@ -162,12 +165,12 @@ def run_of(component, **inputs):
 
 DECODE_Z = run_of("decode", latent="z") | {"outputs": {"image": "result"}}
 DETOKENISE = run_of("detokenise", tokens="tokens", words="words") | {"outputs": {"image": "result"}}
-EACH = "passes.1.each.0"  # In-Token's and VICR's step, TokSR's too
+EACH = "passes.3.each.0"  # In-Token's and VICR's step, InstantIR's preview
 CALLS = {
     "an unknown component": (
         "in-token",
-        {"passes.0.once.0.run": "encoder"},
-        "pass 'encode', once[0] runs 'encoder': no such component; there are decode, encode, see, step",
+        {"passes.1.once.0.run": "encoder"},
+        "pass 'encode', once[0] runs 'encoder': no such component; there are decode, encode, modulate, redux, see",
     ),
     "a missing input": (
         "in-token",
@@ -184,27 +187,37 @@ CALLS = {
     ),
     "an output to a place without a name": (
         "in-token",
-        {"passes.1.once.0.outputs.tokens": "seen-1"},
+        {"passes.2.once.1.outputs.tokens": "seen-1"},
         "tokens -> seen-1: a place is named by letters, digits and underscores",
     ),
     "an output to a value of the same tile": (
         "vicr",
-        {"passes.1.once.1.outputs.bridge": "masked"},
-        "bridge -> masked: the name is taken; give every value its own",
+        {"passes.1.once.2.outputs.bridge": "y"},
+        "bridge -> y: the name is taken; give every value its own",
     ),
     "an output to a value of the job": (
         "toksr",
         {"passes.1.once.0.outputs.tokens": "words"},
         "tokens -> words: the name is taken; give every value its own",
     ),
+    "an output to a value that all tiles share": (
+        "in-token",
+        {f"{EACH}.outputs.z_next": "modulation"},
+        "z_next -> modulation: the name is taken; give every value its own",
+    ),
+    "an output to a value of an earlier pass with the same tiles": (
+        "vicr",
+        {"passes.2.once.0.outputs.modulation": "bridge"},
+        "modulation -> bridge: the name is taken; give every value its own",
+    ),
     "an output to a constant's name": (
         "in-token",
-        {f"{EACH}.outputs.z": "modulation"},
-        "z -> modulation: the name is taken; give every value its own",
+        {f"{EACH}.outputs.z_next": "context"},
+        "z_next -> context: the name is taken; give every value its own",
     ),
     "an output to the input": (
         "in-token",
-        {"passes.2.once.0.outputs.image": "image"},
+        {"passes.4.once.0.outputs.image": "image"},
         "image -> image: the input is not written to; use another grid",
     ),
 }
@@ -212,13 +225,33 @@ SOURCES = {
     "a name nobody gave": (
         "in-token",
         {f"{EACH}.inputs.seen": "sean"},
-        "'sean': nothing of that name is known here; there are seen",
+        "'sean': nothing of that name is known here; there are features, modulation, seen",
     ),
     "an empty name": ("in-token", {f"{EACH}.inputs.seen": ""}, "'': nothing of that name is known here"),
-    "another pass's tile value": (
+    "a tile's value of a pass with another overlap": (
         "in-token",
-        {"passes.2.once.0.inputs.latent": "seen"},
-        "'seen': nothing of that name is known here; there are none",
+        {"passes.3.tiles.overlap_px": 128},
+        "pass 'sample', each[0] runs 'step': 'seen': nothing of that name is known here; there are modulation",
+    ),
+    "a tile's value of a pass with other batches": (
+        "vicr",
+        {"passes.2.tiles.batch": 2},
+        "'bridge': nothing of that name is known here; there are context, pooled",
+    ),
+    "a tile's state of a pass with other tiles": (
+        "vicr",
+        {"passes.4.tiles": {"px": 1024, "overlap_px": 256}},
+        "pass 'decode', once[0] runs 'decode': 'z': nothing of that name is known here; there are context, pooled",
+    ),
+    "a tile's value where nothing is tiled": (
+        "in-token",
+        {"passes.4.tiles": GONE, "passes.4.once.0.inputs.latent": "seen"},
+        "'seen': nothing of that name is known here; there are modulation",
+    ),
+    "a tile's value before the pass that makes it": (
+        "vicr",
+        {"passes.1.once.1.inputs.image": "modulation"},
+        "'modulation': nothing of that name is known here; there are context, pooled, y",
     ),
     "an earlier untiled pass's state": (
         "toksr",
@@ -227,34 +260,38 @@ SOURCES = {
     ),
     "a grid before it is written": (
         "in-token",
-        {"passes.0.once.0.inputs.image": "y"},
+        {"passes.1.once.0.inputs.image": "y"},
         "'y': the grid is read before any earlier pass writes it",
     ),
     "a grid that the same pass writes": (
         "in-token",
-        {"passes.1.last": [DECODE_Z]},
+        {"passes.3.last": [DECODE_Z]},
         "pass 'sample', last[0] runs 'decode': 'z': the grid is read in last of the pass that writes it",
     ),
     "a grid that a private pass writes in once": (
         "vicr",
         {
             "grids.m": {"px": 8, "channels": 16, "init": "zeros"},
-            "passes.1.once.0.outputs.latent": "m",
-            f"{EACH}.inputs.masked": "m",
+            "passes.3.once": [run_of("encode", image="image") | {"outputs": {"latent": "m"}}],
+            f"{EACH}.inputs.y": "m",
         },
         "'m': the grid is read in each of the pass that writes it; use another grid",
     ),
     "a table without steps": (
         "in-token",
-        {"passes.0.once.0.inputs.image": "@sigma"},
+        {"passes.1.once.0.inputs.image": "@sigma"},
         "pass 'encode', once[0] runs 'encode': '@sigma': a table needs a pass with steps",
     ),
     "an unknown table": (
         "in-token",
         {f"{EACH}.inputs.sigma": "@sigmas"},
-        "'@sigmas': no table, value or constant has that name; there are modulation, prompt, seen",
+        "'@sigmas': no table, value or constant has that name; there are context, features, modulation, pooled, seen",
     ),
-    "another schedule's table": ("toksr", {f"{EACH}.inputs.t": "@sigma"}, "'@sigma': no table, value or constant"),
+    "another schedule's table": (
+        "toksr",
+        {"passes.1.each.0.inputs.t": "@sigma"},
+        "'@sigma': no table, value or constant",
+    ),
     "a number as a table": (
         "instantir",
         {"passes.3.each.0.inputs.t": "@start_alpha"},
@@ -263,18 +300,52 @@ SOURCES = {
     "one number a tile as a table": (
         "in-token",
         {f"{EACH}.inputs.sigma": "@seen"},
-        {"components.see.outputs.tokens.shape": ["batch"], "components.step.inputs.seen.shape": ["batch"]},
+        {"components.redux.outputs.tokens.shape": ["batch"], "components.step.inputs.seen.shape": ["batch"]},
         "'@seen': a single number has no rows",
     ),
     "a value as a whole table": (
         "vicr",
-        {"passes.1.once.2.inputs.sigmas": "@pooled"},
+        {"passes.2.once.0.inputs.sigmas": "@pooled"},
         "'@pooled': outside 'each' only a schedule's tables can be read as a table",
     ),
     "a constant with too few rows": (
-        "in-token",
-        {"passes.1.steps.count": 29},
+        "in-token-fixed",
+        {"passes.2.steps.count": 29},
         "'@modulation': has 28 rows for 29 steps",
+    ),
+    "a constant of one size of tile with other rows": (
+        "in-token-fixed",
+        {},
+        {r"constants.modulation\.1024.shape": [27, 344, 3072]},
+        "'@modulation': the tables of tile sizes differ in type or shape; rebuild the bundle",
+    ),
+    "a constant of one size of tile with another type": (
+        "in-token-fixed",
+        {},
+        {r"constants.modulation\.1024.dtype": "float16"},
+        "'@modulation': the tables of tile sizes differ in type or shape",
+    ),
+    "no constant of any size of tile": (
+        "in-token-fixed",
+        {},
+        {"constants": {"context": {"dtype": "float32", "shape": [1, 512, 4096]}}},
+        "'@modulation': no table, value or constant has that name; there are context, features, seen",
+    ),
+    "a constant of a size that is no number": (
+        "in-token-fixed",
+        {"passes.2.each.0.inputs.modulation": "@context"},
+        "'@context': has 1 rows for 28 steps",
+    ),
+    "a constant of tile sizes without its rows": (
+        "in-token-fixed",
+        {"passes.2.each.0.inputs.modulation": "#modulation"},
+        "'#modulation': no such constant in the bundle; there are context, modulation.1024, modulation.4096, pooled",
+    ),
+    "a job's value with too few rows": (
+        "in-token",
+        {},
+        {"components.modulate.outputs.modulation.shape.0": 27},
+        "'@modulation': has 27 rows for 28 steps",
     ),
     "a tile's value with too few rows": (
         "vicr",
@@ -284,13 +355,13 @@ SOURCES = {
     ),
     "an unknown constant": (
         "in-token",
-        {f"{EACH}.inputs.prompt": "#prompts"},
-        "'#prompts': no such constant in the bundle; there are modulation, prompt",
+        {f"{EACH}.inputs.context": "#prompt"},
+        "'#prompt': no such constant in the bundle; there are context, pooled",
     ),
     "an unknown input of the program": (
         "vicr",
         {"passes.0.once.0.inputs.ids": "$prompt"},
-        "'$prompt': the program has no such input; there are clip_ids, t5_ids",
+        "'$prompt': the program has no such input; there are clip_ids, guidance, t5_ids",
     ),
     "noise of nothing": (
         "instantir",
@@ -317,25 +388,31 @@ SHAPES = {
     ),
     "another rank": (
         "in-token",
-        {f"{EACH}.inputs.seen": "#prompt"},
+        {f"{EACH}.inputs.seen": "#context"},
         {"components.step.inputs.seen.shape": ["tokens", 4096]},
-        "seen = #prompt: float32 [1, 512, 4096] does not fit float32 ['tokens', 4096]",
+        "seen = #context: float32 [1, 512, 4096] does not fit float32 ['tokens', 4096]",
     ),
     "another type": (
         "vicr",
-        {"inputs.t5_ids.dtype": "int32"},
+        {"texts": {}, "inputs.t5_ids.dtype": "int32"},
         "ids = $t5_ids: int32 [1, 512] does not fit int64 [1, 512]",
     ),
     "a whole table where a row is meant": (
         "vicr",
-        {"passes.1.once.2.inputs.sigmas": "@sigma"},
+        {},
         {"components.modulate.inputs.sigmas.shape": []},
         "sigmas = @sigma: float32 ['steps'] does not fit float32 []",
     ),
     "a row where a whole table is meant": (
         "in-token",
-        {f"{EACH}.inputs.modulation": "#modulation"},
-        "modulation = #modulation: float32 [28, 344, 3072] does not fit float32 [344, 3072]",
+        {f"{EACH}.inputs.modulation": "modulation"},
+        "modulation = modulation: float32 ['steps', 344, 3072] does not fit float32 [344, 3072]",
+    ),
+    "a batch where all tiles share a value": (
+        "in-token",
+        {},
+        {"components.step.inputs.modulation.shape": ["batch", 344, 3072]},
+        "modulation = @modulation: float32 [344, 3072] does not fit float32 ['batch', 344, 3072]",
     ),
     "noise of another grid": (
         "instantir",
@@ -368,16 +445,25 @@ SHAPES = {
     ),
 }
 PASSES = {
-    "a name twice": ("in-token", {"passes.2.name": "encode"}, "pass 'encode': the name is taken; give every pass"),
-    "steps without each": ("in-token", {"passes.1.each": []}, "pass 'sample': 'steps' and 'each' go together"),
-    "each without steps": ("in-token", {"passes.1.steps": GONE}, "pass 'sample': 'steps' and 'each' go together"),
-    "last without steps": ("in-token", {"passes.0.last": [DECODE_Z]}, "pass 'encode': 'last' and 'state' need 'steps'"),
+    "a name twice": ("in-token", {"passes.4.name": "encode"}, "pass 'encode': the name is taken; give every pass"),
+    "each without steps": (
+        "in-token",
+        {"passes.3.steps": GONE},
+        "pass 'sample': 'each' needs 'steps'; give a schedule",
+    ),
+    "last without steps": ("in-token", {"passes.1.last": [DECODE_Z]}, "pass 'encode': 'last' and 'state' need 'steps'"),
     "state without steps": (
         "in-token",
-        {"passes.0.state": {"s": {"shape": [1]}}},
+        {"passes.1.state": {"s": {"shape": [1]}}},
         "pass 'encode': 'last' and 'state' need 'steps'; use 'once'",
     ),
-    "no call": ("in-token", {"passes.0.once": []}, "pass 'encode': makes no call; remove it"),
+    "no call": ("in-token", {"passes.1.once": []}, "pass 'encode': makes no call; remove it"),
+    "no call but steps": ("in-token", {"passes.3.each": []}, "pass 'sample': makes no call; remove it"),
+    "a last call alone": (
+        "vicr",
+        {"passes.3.each": [], "passes.3.last": [run_of("decode", latent="z") | {"outputs": {"image": "result"}}]},
+        "pass 'sample': makes no call; remove it",
+    ),
     "tiles that are no multiple": (
         "instantir",
         {"passes.1.tiles.px": 1040},
@@ -390,27 +476,32 @@ PASSES = {
     ),
     "a state that hides a grid": (
         "vicr",
-        {"passes.1.state.image": {"shape": [1]}},
-        "pass 'restore': state 'image' hides a grid or a job's value; rename it",
+        {"passes.3.state.image": {"shape": [1]}},
+        "pass 'sample': state 'image' hides a grid or a value; rename it",
     ),
     "a state that hides a value of the job": (
         "vicr",
-        {"passes.1.state.context": {"shape": [1]}},
-        "pass 'restore': state 'context' hides a grid or a job's value; rename it",
+        {"passes.3.state.context": {"shape": [1]}},
+        "pass 'sample': state 'context' hides a grid or a value; rename it",
+    ),
+    "a state that hides a value of an earlier pass with the same tiles": (
+        "vicr",
+        {"passes.3.state.bridge": {"shape": [1]}},
+        "pass 'sample': state 'bridge' hides a grid or a value; rename it",
     ),
     "a state finer than the multiple": (
         "vicr",
-        {"passes.1.state.z.shape.1": "h/32"},
-        "pass 'restore': state 'z': 'h/32' does not divide multiple_px 16",
+        {"passes.3.state.z.shape.1": "h/32"},
+        "pass 'sample': state 'z': 'h/32' does not divide multiple_px 16",
     ),
     "a state that no source can name": (
         "vicr",
-        {"passes.1.state.@z": {"shape": [1]}},
-        "pass 'restore': state '@z': a place is named by letters, digits and underscores",
+        {"passes.3.state.@z": {"shape": [1]}},
+        "pass 'sample': state '@z': a place is named by letters, digits and underscores",
     ),
     "nobody making the result": (
         "in-token",
-        {"passes.2": GONE},
+        {"passes.4": GONE},
         "program: no pass writes the grid 'result'; add the call that makes it",
     ),
     "no pass": ("in-token", {"passes": []}, "program: no pass writes the grid 'result'"),
@@ -472,7 +563,43 @@ GRIDS_AND_INPUTS = {
         "input 'adares': default 'off' is no constant of that type and shape",
     ),
 }
-UNRUNNABLE = CALLS | SOURCES | SHAPES | PASSES | GRIDS_AND_INPUTS
+IDS, FILE = "texts.prompt.ids", "files.prompt_embeds"
+TEXTS_AND_FILES = {
+    "words for an input that is not there": (
+        "vicr",
+        {f"{IDS}.t6_ids": "tokenizers/t5.json"},
+        "text 'prompt': 't6_ids' is no input of int64 ids [1, length]",
+    ),
+    "words for a number": ("vicr", {f"{IDS}.guidance": "tokenizers/t5.json"}, "'guidance' is no input of int64 ids"),
+    "words for ids of another type": ("vicr", {"inputs.t5_ids.dtype": "int32"}, "'t5_ids' is no input of int64 ids"),
+    "words for two rows": ("vicr", {"inputs.t5_ids.shape": [2, 512]}, "'t5_ids' is no input of int64 ids [1, length]"),
+    "words for a row alone": ("vicr", {"inputs.t5_ids.shape": [512]}, "'t5_ids' is no input of int64 ids [1, length]"),
+    "words by the name of an input": (
+        "vicr",
+        {"texts.guidance": {"ids": {"t5_ids": "tokenizers/t5.json"}}},
+        "text 'guidance': 't5_ids' is no input of int64 ids [1, length]",
+    ),
+    "a file by the name of an input": (
+        "vicr",
+        {"files.guidance": {"a": "context"}},
+        "file 'guidance': the name is taken; give every argument its own",
+    ),
+    "a file by the name of a text": ("vicr", {"files.prompt": {"a": "context"}}, "file 'prompt': the name is taken"),
+    "a file of what nobody makes": (
+        "vicr",
+        {f"{FILE}.prompt_embeds": "words"},
+        "file 'prompt_embeds': no input or value 'words'; there are clip_ids, context, guidance, pooled, t5_ids",
+    ),
+    "a file of a tile's value": ("vicr", {f"{FILE}.prompt_embeds": "bridge"}, "no input or value 'bridge'"),
+    "a file of a tile's state": ("vicr", {f"{FILE}.prompt_embeds": "z"}, "no input or value 'z'"),
+    "a file of a grid": ("vicr", {f"{FILE}.prompt_embeds": "result"}, "no input or value 'result'"),
+    "a file of what tiles share": (
+        "in-token",
+        {"files": {"table": {"table": "modulation"}}},
+        "file 'table': no input or value 'modulation'; there are guidance",
+    ),
+}
+UNRUNNABLE = CALLS | SOURCES | SHAPES | PASSES | GRIDS_AND_INPUTS | TEXTS_AND_FILES
 
 
 @pytest.mark.parametrize("case", UNRUNNABLE)
@@ -483,12 +610,21 @@ def test_a_program_that_could_not_run_is_refused_by_name(case):
     assert message in found
 
 
+def test_steps_without_each_are_a_pass_that_reads_a_schedules_tables():
+    tables = parsed(document("in-token")).passes[0]
+    assert tables.steps and not (tables.each or tables.last)
+    checked("in-token")
+
+
 def test_a_grid_may_be_read_in_each_of_the_joined_pass_that_writes_it_in_once():
     start = {"run": "start", "inputs": {"z": "z", "y": "y"}, "outputs": {"z": "z"}}
     latent = {"dtype": "float32", "shape": ["batch", 16, "h", "w"]}
     signature = {"inputs": {"z": latent, "y": latent}, "outputs": {"z": latent}}
-    once = [*document("in-token")["passes"][1]["once"], start]
-    checked("in-token", {"passes.1.once": once}, {"components.start": signature})
+    checked("in-token", {"passes.3.once": [start]}, {"components.start": signature})
+
+
+def test_a_file_may_hold_inputs_and_values():
+    checked("vicr", {f"{FILE}.guidance_embeds": "guidance"})
 
 
 def test_a_value_of_once_may_be_renewed_in_each():
@@ -501,22 +637,22 @@ def test_a_value_of_once_may_be_renewed_in_each():
 
 # Values that mean nothing
 
-TILES, STEPS = "passes.1.tiles", "passes.1.steps"
+TILES, STEPS, TOKSR_STEPS = "passes.3.tiles", "passes.3.steps", "passes.1.steps"  # In-Token's, and TokSR's
 MEANINGLESS = {
     "an unknown schedule": (
         "in-token",
         {f"{STEPS}.schedule": "euler"},
-        "program.json.passes[1].steps: schedule 'euler' is not one of flow_shift, ddim, ddpm",
+        "program.json.passes[3].steps: schedule 'euler' is not one of flow_shift, ddim, ddpm",
     ),
     "an unknown option": (
         "in-token",
         {f"{STEPS}.options": {"shift": 3.0}},
         "schedule 'flow_shift' has no option 'shift'",
     ),
-    "a missing option": ("toksr", {f"{STEPS}.options.betas": GONE}, "schedule 'ddim' needs the option 'betas'"),
+    "a missing option": ("toksr", {f"{TOKSR_STEPS}.options.betas": GONE}, "schedule 'ddim' needs the option 'betas'"),
     "a number for a name": (
         "toksr",
-        {f"{STEPS}.options.betas": 1},
+        {f"{TOKSR_STEPS}.options.betas": 1},
         "schedule 'ddim': option 'betas' is no str: 1",
     ),
     "a name for a number": (
@@ -526,7 +662,7 @@ MEANINGLESS = {
     ),
     "a fraction of an offset": (
         "toksr",
-        {f"{STEPS}.options.spacing_offset": 0.5},
+        {f"{TOKSR_STEPS}.options.spacing_offset": 0.5},
         "schedule 'ddim': option 'spacing_offset' is no int: 0.5",
     ),
     "no step": ("in-token", {f"{STEPS}.count": 0}, "count 0 must lie in 1..1000"),
@@ -535,7 +671,7 @@ MEANINGLESS = {
     "tiles of no pixel": (
         "in-token",
         {TILES: {"px": 0, "overlap_px": 0}},
-        "program.json.passes[1].tiles: px 0 must be at least 1",
+        "program.json.passes[3].tiles: px 0 must be at least 1",
     ),
     "more than half in common": (
         "in-token",
@@ -547,7 +683,7 @@ MEANINGLESS = {
         {f"{TILES}.overlap_px": -16},
         "overlap_px -16 must lie between 0 and half of px 1024",
     ),
-    "a batch of none": ("toksr", {f"{TILES}.batch": 0}, "batch 0 must be at least 1"),
+    "a batch of none": ("toksr", {"passes.1.tiles.batch": 0}, "batch 0 must be at least 1"),
     "an unknown start of a grid": (
         "in-token",
         {"grids.z.init": "ones"},
@@ -566,12 +702,27 @@ MEANINGLESS = {
         "noise needs a shape of channels, rows, columns, not [16, 32]",
     ),
     "a state of no size": ("instantir", {"passes.3.state.delta.shape": [0]}, "0 is neither a size nor like 'h/8'"),
-    "a state over nothing": ("vicr", {"passes.1.state.z.shape.1": "h/0"}, "'h/0' is neither a size nor like 'h/8'"),
-    "a state of depth": ("vicr", {"passes.1.state.z.shape.1": "d/8"}, "'d/8' is neither a size nor like 'h/8'"),
+    "a state over nothing": ("vicr", {"passes.3.state.z.shape.1": "h/0"}, "'h/0' is neither a size nor like 'h/8'"),
+    "a state of depth": ("vicr", {"passes.3.state.z.shape.1": "d/8"}, "'d/8' is neither a size nor like 'h/8'"),
     "an input of no size": ("vicr", {"inputs.t5_ids.shape": [1, 0]}, "shape [1, 0] holds a size below 1"),
     "no scale": ("hitoksr", {"scale": 0}, "program.json: scale 0 must lie in 1..16"),
     "a scale beyond reason": ("hitoksr", {"scale": 17}, "scale 17 must lie in 1..16"),
     "no multiple": ("hitoksr", {"multiple_px": 0}, "multiple_px 0 in 1..4096"),
+    "fixed sides without the usual one": (
+        "in-token-fixed",
+        {"passes.2.tiles.fixed_px": [512, 256]},
+        "program.json.passes[2].tiles: px 1024 must be among fixed_px [512, 256], and no image be taken whole",
+    ),
+    "fixed sides and images taken whole": (
+        "in-token-fixed",
+        {"passes.2.tiles.whole_up_to_px": [512, 512]},
+        "px 1024 must be among fixed_px [1024, 512], and no image be taken whole",
+    ),
+    "a text that gives nothing": (
+        "vicr",
+        {"texts.prompt.ids": {}},
+        "program.json.texts.prompt: a text that gives no ids is of no use",
+    ),
 }
 
 
@@ -597,23 +748,23 @@ def test_a_tensor_that_cannot_be_is_refused(spec, message):
 MALFORMED = {
     "an unknown key": (
         {"colour": "blue"},
-        "program.json: unknown key 'colour'; known are grids, inputs, multiple_px, passes, scale",
+        "program.json: unknown key 'colour'; known are any_scale, files, grids, inputs, multiple_px, passes, scale",
     ),
-    "an unknown key deep inside": ({f"{EACH}.in": {}}, "program.json.passes[1].each[0]: unknown key 'in'"),
+    "an unknown key deep inside": ({f"{EACH}.in": {}}, "program.json.passes[3].each[0]: unknown key 'in'"),
     "a missing key": ({"scale": GONE}, "program.json: key 'scale' is missing; rebuild the bundle"),
-    "a missing key deep inside": ({f"{EACH}.run": GONE}, "program.json.passes[1].each[0]: key 'run' is missing"),
+    "a missing key deep inside": ({f"{EACH}.run": GONE}, "program.json.passes[3].each[0]: key 'run' is missing"),
     "true for a number": ({"scale": True}, "program.json.scale: expected integer, found true"),
     "a fraction for a whole number": ({"grids.z.px": 8.5}, "program.json.grids.z.px: expected integer, found 8.5"),
     "text for a number": ({"grids.z.px": "8"}, 'program.json.grids.z.px: expected integer, found "8"'),
     "null for a number": ({"grids.z.px": None}, "program.json.grids.z.px: expected integer, found null"),
     "null for a list": ({"passes": None}, "program.json.passes: expected a list, found null"),
-    "a number for a name": ({f"{EACH}.run": 1}, "program.json.passes[1].each[0].run: expected string, found 1"),
+    "a number for a name": ({f"{EACH}.run": 1}, "program.json.passes[3].each[0].run: expected string, found 1"),
     "a number for an object": ({f"{EACH}.inputs": 7}, "each[0].inputs: expected an object, found 7"),
     "a list for an object": ({"grids": []}, "program.json.grids: expected an object, found []"),
     "an object for a list": ({"passes": {}}, "program.json.passes: expected a list, found {}"),
     "an object for a grid's name": (
-        {f"{EACH}.outputs.z": {"grid": "z"}},
-        'each[0].outputs.z: expected string, found {"grid": "z"}',
+        {f"{EACH}.outputs.z_next": {"grid": "z"}},
+        'each[0].outputs.z_next: expected string, found {"grid": "z"}',
     ),
     "three sides": ({f"{TILES}.whole_up_to_px": [1, 2, 3]}, "whole_up_to_px: expected a list of 2, found [1, 2, 3]"),
     "one side": ({f"{TILES}.whole_up_to_px": [1]}, "whole_up_to_px: expected a list of 2, found [1]"),
@@ -624,7 +775,7 @@ MALFORMED = {
     ),
     "null for an option": ({f"{STEPS}.options": {"max_mu": None}}, "options.max_mu: expected integer or number or"),
     "a fraction of a side": (
-        {"passes.1.state": {"s": {"shape": [1.5]}}},
+        {"passes.3.state": {"s": {"shape": [1.5]}}},
         "state.s.shape[0]: expected integer or string, found 1.5",
     ),
     "a list for a default": (
@@ -635,6 +786,16 @@ MALFORMED = {
         {"inputs": {"a": {"dtype": "int64", "choices": {"off": "0"}}}},
         'inputs.a.choices.off: expected integer, found "0"',
     ),
+    "a number for any scale": ({"any_scale": 1}, "program.json.any_scale: expected boolean, found 1"),
+    "a fraction for a fixed side": ({f"{TILES}.fixed_px": [1024.5]}, "fixed_px[0]: expected integer, found 1024.5"),
+    "one fixed side that is no list": ({f"{TILES}.fixed_px": 1024}, "fixed_px: expected a list, found 1024"),
+    "a list for a text's ids": ({"texts": {"prompt": {"ids": []}}}, "texts.prompt.ids: expected an object, found []"),
+    "a text of no ids at all": ({"texts": {"prompt": {}}}, "program.json.texts.prompt: key 'ids' is missing"),
+    "a number for a default text": (
+        {"texts": {"prompt": {"ids": {"a": "b"}, "default": 1}}},
+        "program.json.texts.prompt.default: expected string, found 1",
+    ),
+    "a name for a file's tensors": ({"files": {"embeds": "context"}}, "files.embeds: expected an object, found"),
 }
 
 
@@ -652,7 +813,7 @@ def test_a_document_that_is_no_object_is_refused(tree):
     assert not SCHEMA.is_valid(tree)
 
 
-def test_the_published_schema_is_a_schema_and_takes_the_five_programs():
+def test_the_published_schema_is_a_schema_and_takes_the_systems_programs():
     jsonschema.Draft202012Validator.check_schema(SCHEMA.schema)
     assert SCHEMA.schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
     for system in SYSTEMS:
@@ -661,7 +822,7 @@ def test_the_published_schema_is_a_schema_and_takes_the_five_programs():
 
 
 def test_a_whole_number_with_a_decimal_point_is_refused_though_a_schema_cannot_see_it():
-    tree = changed(document("in-token"), {"passes.1.steps.count": 28.0})
+    tree = changed(document("in-token"), {"passes.3.steps.count": 28.0})
     assert "steps.count: expected integer, found 28.0" in refusal(lambda: parsed(tree))
     assert SCHEMA.is_valid(tree)
 
@@ -780,7 +941,7 @@ def test_the_known_options_are_those_a_schedule_takes(name):
 
 VALUES = (
     *(None, True, False, 0, 1, -1, 2, 3, 8, 16, 29, 64, 1001, 10**30, 0.5, -0.0, 16.0, 1e308),
-    *("", "image", "result", "z", "tokens", "@sigma", "@t", "~z", "#prompt", "$guidance", "@modulation", "h/8", "w/1"),
+    *("", "image", "result", "z", "tokens", "@sigma", "@t", "~z", "#context", "$guidance", "@modulation", "h/8", "w/1"),
     *("none", "noise", "ones", "input", "flow_shift", "ddim", "float32", "int64", "line\nbreak", "\u2028", "x" * 1000),
     *([], {}, [1], [0], [16, "h/8", "w/8"], [[]], {"": None}, {"px": 8, "channels": 16}, {"shape": [4]}),
 )

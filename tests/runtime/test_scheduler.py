@@ -1,4 +1,4 @@
-"""The five systems' programs walked with toy engines, against plain loops over steps and tiles in float64."""
+"""The systems' programs walked with toy engines, against plain loops over steps and tiles in float64."""
 
 import itertools
 import math
@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from tilewright.runtime.errors import UsageError
 from tilewright.runtime.noise import normal
 from tilewright.runtime.program import Call, Grid, Input, Pass, Program, State, Steps, Tiles
-from tilewright.runtime.scheduler import Job, in_order, plan_of, run
+from tilewright.runtime.scheduler import Job, in_order, least_px, plan_of, run
 from tilewright.runtime.strict import from_json, to_json
 
 PROGRAMS = Path(__file__).parents[1] / "programs"
@@ -200,45 +200,54 @@ def test_calls_in_a_row_are_tiles_of_a_plain_loop(height, width, tile, overlap):
     np.testing.assert_allclose(result, hitoksr_reference(image.astype(np.float64), **given_sizes), atol=1e-5)
 
 
-# In-Token: joined every step, three tiled passes, a schedule's tables and a constant's rows
+# In-Token: joined every step, tiled passes that share their tiles, a schedule's tables and a table all tiles share
 
-IN_TOKEN_CONSTANTS = {
-    "prompt": np.float32([[0.1, -0.2]]),
-    "modulation": np.random.default_rng(1).normal(0, 0.1, (28, 2)).astype(np.float32),
+
+def in_token_modulate(pooled, guidance, sigmas):
+    return {"modulation": sigmas[:, None] * np.stack([pooled.sum() / guidance, pooled.mean()])}
+
+
+def in_token_step(z, y, context, seen, modulation, sigma, sigma_next):
+    velocity = 0.6 * blurred(z) + 0.3 * y + seen + context.sum() + modulation[0] - modulation[1]
+    return {"z_next": z + (sigma_next - sigma) * velocity}
+
+
+IN_TOKEN_CONSTANTS = {"context": np.float32([[0.1, -0.2]]), "pooled": np.float32([[0.3, 0.4, -0.1]])}
+IN_TOKEN = {
+    "modulate": in_token_modulate,
+    "encode": lambda image: {"latent": blurred(shrunk(image, 8, 16))},
+    "see": lambda image: {"features": mean_of(image)},
+    "redux": lambda features: {"tokens": 2 * features},
+    "step": in_token_step,
+    "decode": lambda latent: {"image": grown(blurred(latent), 8)},
+}
+FIXED = {name: function for name, function in IN_TOKEN.items() if name != "modulate"}
+FIXED_TABLES = {  # of tiles of 1024 and of 512 px, as a build makes them
+    f"modulation.{tokens}": np.random.default_rng(tokens).normal(0, 0.1, (28, 2)).astype(np.float32)
+    for tokens in (64 * 64, 32 * 32)
 }
 
 
 def first_rows(steps):
-    """The constants as a build for fewer steps would hold them."""
-    return IN_TOKEN_CONSTANTS | {"modulation": IN_TOKEN_CONSTANTS["modulation"][:steps]}
+    """The constants as a build for fewer steps and fixed tiles would hold them."""
+    return IN_TOKEN_CONSTANTS | {name: table[:steps] for name, table in FIXED_TABLES.items()}
 
 
-def in_token_step(z, y, seen, prompt, modulation, sigma, sigma_next):
-    velocity = 0.6 * blurred(z) + 0.3 * y + seen + prompt.sum() + modulation[0] - modulation[1]
-    return {"z": z + (sigma_next - sigma) * velocity}
-
-
-IN_TOKEN = {
-    "encode": lambda image: {"latent": blurred(shrunk(image, 8, 16))},
-    "see": lambda image: {"tokens": mean_of(image)},
-    "step": in_token_step,
-    "decode": lambda latent: {"image": grown(blurred(latent), 8)},
-}
-
-
-def in_token_reference(image, tile, overlap, steps=28):
+def in_token_reference(image, tile, overlap, steps=28, guidance=30.0, table=None):
     height, width = image.shape[1:]
     tiles = boxes(height, width, tile, overlap)
     y = joined([blurred(shrunk(under(image, box), 8, 16)) for box in tiles], tiles, overlap, height, width, 8)
     z = field(0, 0, 16, height // 8, width // 8).astype(np.float64)
-    seen = [mean_of(under(image, box)) for box in tiles]
-    prompt, modulation = (IN_TOKEN_CONSTANTS[name].astype(np.float64) for name in ("prompt", "modulation"))
+    seen = [2 * mean_of(under(image, box)) for box in tiles]
+    context, pooled = (IN_TOKEN_CONSTANTS[name].astype(np.float64) for name in ("context", "pooled"))
     sigma, sigma_next = flow(steps, min(tile, height) * min(tile, width) // 256)
+    if table is None:
+        table = in_token_modulate(pooled, guidance, sigma.astype(np.float64))["modulation"]
     for i in range(steps):
         moved = []
         for box, e in zip(tiles, seen, strict=True):
-            scalars = modulation[i], float(sigma[i]), float(sigma_next[i])
-            moved.append(in_token_step(under(z, box, 8), under(y, box, 8), e, prompt, *scalars)["z"])
+            scalars = table[i], float(sigma[i]), float(sigma_next[i])
+            moved.append(in_token_step(under(z, box, 8), under(y, box, 8), context, e, *scalars)["z_next"])
         z = joined(moved, tiles, overlap, height, width, 8)
     return joined([grown(blurred(under(z, box, 8)), 8) for box in tiles], tiles, overlap, height, width)
 
@@ -259,10 +268,11 @@ def test_a_pass_joined_every_step_is_a_plain_loop_over_steps_and_tiles(height, w
     np.testing.assert_allclose(result, expected, atol=1e-5)
 
 
-def test_every_step_reads_its_row_of_the_schedules_and_the_constants_tables():
+def test_every_step_reads_its_row_of_the_schedules_tables_and_of_what_all_tiles_share():
     engines = toys(IN_TOKEN)
     run(program_of("in-token"), engines, IN_TOKEN_CONSTANTS, Job(canvas(48, 2576), SEED))
     sigma, sigma_next = flow(28, 48 * 1024 // 256)  # tokens of a tile, not of the image
+    rows = in_token_modulate(IN_TOKEN_CONSTANTS["pooled"], np.float32(30), sigma)["modulation"]
     feeds = engines["step"].feeds
     assert len(feeds) == 28 * 4
     for i, feed in enumerate(feeds):
@@ -270,54 +280,215 @@ def test_every_step_reads_its_row_of_the_schedules_and_the_constants_tables():
         assert feed["sigma"].dtype == feed["sigma_next"].dtype == np.float32
         assert feed["sigma"].shape == feed["sigma_next"].shape == ()
         assert (feed["sigma"], feed["sigma_next"]) == (sigma[step], sigma_next[step])
-        np.testing.assert_array_equal(feed["modulation"], IN_TOKEN_CONSTANTS["modulation"][step])
-        assert feed["prompt"] is IN_TOKEN_CONSTANTS["prompt"]
+        np.testing.assert_array_equal(feed["modulation"], rows[step])
+        assert feed["context"] is IN_TOKEN_CONSTANTS["context"]
 
 
-def test_what_once_makes_is_made_once_a_tile():
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_call_that_reads_nothing_of_a_tile_is_made_once_whatever_the_number_of_tiles(workers):
+    for width, tiles in ((64, 1), (2576, 4)):
+        engines = toys(IN_TOKEN)
+        run(program_of("in-token"), engines, IN_TOKEN_CONSTANTS, Job(canvas(48, width), SEED, workers=workers))
+        assert len(engines["see"].feeds) == len(engines["redux"].feeds) == tiles
+        (feed,) = engines["modulate"].feeds
+        assert feed["guidance"] == 30.0
+        np.testing.assert_array_equal(feed["sigmas"], flow(28, 48 * min(width, 1024) // 256)[0])  # the whole table
+
+
+def test_what_an_earlier_pass_with_the_same_tiles_made_is_made_once_a_tile():
     engines = toys(IN_TOKEN)
     run(program_of("in-token"), engines, IN_TOKEN_CONSTANTS, Job(canvas(48, 2576), SEED))
     made = Counter(mean_of(feed["image"]).item() for feed in engines["see"].feeds)
     assert (len(made), made.total()) == (4, 4)
-    assert Counter(feed["seen"].item() for feed in engines["step"].feeds) == dict.fromkeys(made, 28)
+    seen = Counter(feed["seen"].item() for feed in engines["step"].feeds)
+    assert seen == {2 * mean: 28 for mean in made}  # every tile's own, in all of its steps
+
+
+def test_a_caller_chooses_what_the_shared_call_reads():
+    image = canvas(112, 160)
+    job = Job(image, SEED, tile_px=64, overlap_px=16, steps=5, inputs={"guidance": 0.5})
+    result = run(program_of("in-token"), toys(IN_TOKEN), IN_TOKEN_CONSTANTS, job)
+    expected = in_token_reference(image.astype(np.float64), 64, 16, 5, guidance=0.5)
+    np.testing.assert_allclose(result, expected, atol=1e-5)
 
 
 def test_passes_of_one_program_have_their_own_tiles():
     program = with_pass(program_of("in-token"), "encode", tiles=Tiles(32, 0))
-    program = with_pass(program, "sample", tiles=Tiles(64, 16), steps=Steps("flow_shift", 3))
+    for name in ("modulate", "see", "sample"):
+        program = with_pass(program, name, tiles=Tiles(64, 16))
     program = with_pass(program, "decode", tiles=Tiles(128, 64, (160, 112)))
     engines = toys(IN_TOKEN)
-    run(program, engines, first_rows(3), Job(canvas(112, 160), SEED))
-    sizes = {name: {tuple(next(iter(f.values())).shape[2:]) for f in engine.feeds} for name, engine in engines.items()}
-    assert sizes == {"encode": {(32, 32)}, "see": {(64, 64)}, "step": {(8, 8)}, "decode": {(14, 20)}}
+    run(program, engines, IN_TOKEN_CONSTANTS, Job(canvas(112, 160), SEED, steps=3))
+    fed = {name: next(iter(engines[name].feeds[0].values())) for name in ("encode", "see", "step", "decode")}
+    sizes = {name: array.shape[2:] for name, array in fed.items()}
+    assert sizes == {"encode": (32, 32), "see": (64, 64), "step": (8, 8), "decode": (14, 20)}
     assert {name: len(engine.feeds) for name, engine in engines.items()} == {
+        "modulate": 1,
         "encode": 4 * 5,
         "see": 2 * 3,
+        "redux": 2 * 3,
         "step": 2 * 3 * 3,
         "decode": 1,
     }
 
 
+# What is shared and what is a tile's
+
+PAINT = Pass("paint", Tiles(16, 0), once=(Call("paint", {"image": "image"}, {"image": "result"}),))
+PAINTING = Program(1, 8, {"image": Grid(1, 3, "input"), "result": Grid(1, 3)}, (PAINT,))
+SHARING = {
+    "base": lambda level: {"value": np.full((1, 3, 1, 1), level, np.float32)},
+    "more": lambda value: {"value": value + 1},
+    "paint": lambda value, image: {"image": image * value},
+}
+
+
+def shared_calls(*once, **changes):
+    """How often each engine is called, and the picture, of a pass of six tiles."""
+    engines = toys(SHARING)
+    inputs = {"level": Input("float32", default=0.5)}
+    program = replace(PAINTING, inputs=inputs, passes=(replace(PAINT, once=once, **changes),))
+    result = run(program, engines, {"half": np.float32(0.5)}, Job(canvas(32, 48)))
+    return {name: len(engine.feeds) for name, engine in engines.items()}, result / np.asarray(canvas(32, 48))
+
+
+PAINT_VALUE = Call("paint", {"value": "v", "image": "image"}, {"image": "result"})
+
+
+@pytest.mark.parametrize("source", ["$level", "#half"])
+def test_calls_that_build_on_shared_values_are_shared_too(source):
+    base, more = Call("base", {"level": source}, {"value": "u"}), Call("more", {"value": "u"}, {"value": "v"})
+    counts, gain = shared_calls(base, more, PAINT_VALUE)
+    assert counts == {"base": 1, "more": 1, "paint": 6}
+    np.testing.assert_allclose(gain, 1.5, rtol=1e-6)
+
+
+def test_a_call_that_builds_on_a_tiles_value_is_made_for_every_tile():
+    of_tile = Call("more", {"value": "image"}, {"value": "u"})
+    counts, gain = shared_calls(of_tile, Call("more", {"value": "u"}, {"value": "v"}), PAINT_VALUE)
+    assert counts == {"base": 0, "more": 12, "paint": 6}
+    np.testing.assert_allclose(gain, np.asarray(canvas(32, 48)) + 2, rtol=1e-5)
+
+
+def test_a_call_that_reads_fresh_noise_is_made_for_every_tile():
+    counts, _ = shared_calls(Call("more", {"value": "~result"}, {"value": "v"}), PAINT_VALUE)
+    assert counts == {"base": 0, "more": 6, "paint": 6}
+
+
+def test_a_call_that_writes_a_grid_is_made_for_every_tile_whatever_it_reads():
+    flat = Call("base", {"level": "$level"}, {"value": "result"})
+    engines = {"base": Toy(lambda level: {"value": np.full((1, 3, 16, 16), level, np.float32)})}
+    program = replace(
+        PAINTING, inputs={"level": Input("float32", default=0.25)}, passes=(replace(PAINT, once=(flat,)),)
+    )
+    result = run(program, engines, {}, Job(canvas(32, 48)))
+    assert len(engines["base"].feeds) == 6
+    np.testing.assert_array_equal(result, np.full((3, 32, 48), 0.25, np.float32))
+
+
+def test_a_call_that_writes_a_state_is_made_for_every_tile_whatever_it_reads():
+    counts, gain = shared_calls(
+        Call("base", {"level": "$level"}, {"value": "v"}),
+        steps=Steps("flow_shift", 2),
+        state={"v": State((3, 1, 1), "ones")},
+        each=(Call("more", {"value": "v"}, {"value": "v"}),),
+        last=(PAINT_VALUE,),
+    )
+    assert counts == {"base": 6, "more": 12, "paint": 6}
+    np.testing.assert_allclose(gain, 0.5 + 2, rtol=1e-6)
+
+
+def test_passes_with_other_tiles_read_what_was_shared():
+    base = Pass("base", Tiles(8, 0), once=(Call("base", {"level": "$level"}, {"value": "v"}),))
+    program = replace(PAINTING, inputs={"level": Input("float32", default=0.5)})
+    program = replace(program, passes=(base, replace(PAINT, once=(PAINT_VALUE,))))
+    engines = toys(SHARING)
+    result = run(program, engines, {}, Job(canvas(32, 48)))
+    assert len(engines["base"].feeds) == 1
+    np.testing.assert_array_equal(result, np.asarray(canvas(32, 48)) * np.float32(0.5))
+
+
+# In-Token for fixed sizes of tiles: what the modulation would be is a table for each
+
+
+@pytest.mark.parametrize(("tile", "tokens"), [(None, 4096), (1024, 4096), (512, 1024)])
+def test_a_table_is_that_of_the_tiles_token_count(tile, tokens):
+    image = canvas(1024, 1040)
+    engines = toys(FIXED)
+    job = Job(image, SEED, tile_px=tile, steps=2)
+    result = run(program_of("in-token-fixed"), engines, first_rows(2), job)
+    rows = {feed["modulation"].tobytes() for feed in engines["step"].feeds}
+    table = first_rows(2)[f"modulation.{tokens}"]
+    assert rows == {row.tobytes() for row in table}
+    expected = in_token_reference(image.astype(np.float64), tile or 1024, 256, 2, table=table.astype(np.float64))
+    np.testing.assert_allclose(result, expected, atol=1e-5)
+
+
+def test_a_table_of_no_size_serves_all_tiles_and_one_of_their_size_comes_before_it():
+    program = with_pass(program_of("in-token"), "sample", tiles=Tiles(64, 0))
+    program = replace(program, passes=program.passes[1:])  # without the call that makes it
+    program = with_pass(with_pass(program, "see", tiles=Tiles(64, 0)), "encode", tiles=Tiles(64, 0))
+    whole, fitting, other = (np.random.default_rng(i).random((3, 2), np.float32) for i in range(3))
+    for tables, read in (
+        ({"modulation": whole}, whole),
+        ({"modulation": whole, "modulation.17": other, "modulation.1": other, "modulation.x16": other}, whole),
+        ({"modulation": whole, "modulation.16": fitting}, fitting),
+        ({"modulation.16": fitting, "modulation.17": other}, fitting),
+    ):
+        engines = toys(IN_TOKEN)
+        run(program, engines, IN_TOKEN_CONSTANTS | tables, Job(canvas(64, 128), SEED, steps=3))
+        np.testing.assert_array_equal([f["modulation"] for f in engines["step"].feeds], read.repeat(2, axis=0))
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "tile", "expected"),
+    [
+        (1024, 1024, None, (1024, 1024, 256, 1)),
+        (1024, 1792, None, (1024, 1024, 256, 2)),
+        (2560, 1440, None, (1024, 1024, 256, 6)),  # nothing is taken whole
+        (1024, 1024, 512, (512, 512, 256, 9)),
+        (512, 528, 512, (512, 512, 256, 2)),
+    ],
+)
+def test_tiles_of_fixed_sides_are_never_cut_to_the_image(height, width, tile, expected):
+    assert plan_sizes(program_of("in-token-fixed"), "sample", height, width, tile) == expected
+
+
+@pytest.mark.parametrize("tile", [16, 496, 528, 768, 2048])
+def test_a_tile_of_another_side_than_the_fixed_ones_is_refused(tile):
+    with pytest.raises(UsageError, match=rf"^tile={tile} is not one of the sizes this bundle is made for: \[1024, 512"):
+        run(program_of("in-token-fixed"), {}, first_rows(2), Job(canvas(2048, 2048), tile_px=tile))
+
+
+def test_an_image_is_padded_up_to_a_tile_of_fixed_sides():
+    fixed, free = program_of("in-token-fixed"), program_of("in-token")
+    assert [least_px(fixed, tile) for tile in (None, 1024, 512)] == [1024, 1024, 512]
+    assert [least_px(free, tile) for tile in (None, 1024, 512)] == [1, 1, 1]
+    mixed = with_pass(with_pass(free, "encode", tiles=Tiles(512, 0, fixed_px=(512,))), "see", tiles=None)
+    assert least_px(mixed, None) == 512
+
+
 # VICR: an untiled pass before a tiled one, private state, a value of the tile read row by row
 
 
-def vicr_modulate(pooled, bridge, sigmas):
-    return {"modulation": sigmas[None, :, None] * (pooled + bridge)[:, None]}
+def vicr_modulate(pooled, guidance, bridge, sigmas):
+    return {"modulation": sigmas[None, :, None] * (pooled * guidance / 30 + bridge)[:, None]}
 
 
-def vicr_step(z, masked, context, modulation, sigma, sigma_next):
-    velocity = 0.6 * blurred(z) + 0.3 * masked + context.mean() + modulation.sum(1)[:, None, None, None]
-    return {"z": z + (sigma_next - sigma) * velocity}
+def vicr_step(z, y, context, modulation, sigma, sigma_next):
+    velocity = 0.6 * blurred(z) + 0.3 * y + context.mean() + modulation.sum(1)[:, None, None, None]
+    return {"z_next": z + (sigma_next - sigma) * velocity}
 
 
 VICR = {
     "t5": lambda ids: {"context": ids.astype(np.float32)[:, :, None] / 100},
     "clip": lambda ids: {"pooled": ids[:, :3].astype(np.float32) / 100},
     "encode": lambda image: {"latent": np.concatenate([shrunk(image, 8, 16), shrunk(image, 8, 16) * 0], 3)},
-    "see": lambda image: {"bridge": image.mean((2, 3))},
+    "see": lambda image: {"embeds": image.mean((2, 3))},
+    "bridge": lambda embeds: {"bridge": embeds[:, ::-1] * 2},
     "modulate": vicr_modulate,
     "step": vicr_step,
-    "decode": lambda latent: {"right_panel": grown(latent[..., latent.shape[3] // 2 :], 8)},
+    "decode": lambda latent: {"image": grown(latent[..., latent.shape[3] // 2 :], 8)},
 }
 VICR_INPUTS = {"t5_ids": np.arange(512)[None], "clip_ids": np.arange(77)[None]}
 
@@ -332,10 +503,10 @@ def vicr_reference(image, tile, overlap, steps=30):
     for index, box in enumerate(tiles):
         z = field(1 + index, 0, 16, h, 2 * w).astype(np.float64)[None]
         crop = under(image, box)
-        masked = VICR["encode"](crop)["latent"]
-        modulation = vicr_modulate(pooled, crop.mean((2, 3)), sigma.astype(np.float64))["modulation"]
+        y, bridge = VICR["encode"](crop)["latent"], crop.mean((2, 3))[:, ::-1] * 2
+        modulation = vicr_modulate(pooled, 30.0, bridge, sigma.astype(np.float64))["modulation"]
         for i in range(steps):
-            z = vicr_step(z, masked, context, modulation[:, i], float(sigma[i]), float(sigma_next[i]))["z"]
+            z = vicr_step(z, y, context, modulation[:, i], float(sigma[i]), float(sigma_next[i]))["z_next"]
         parts.append(grown(z[..., w:], 8))
     return joined(parts, tiles, overlap, height, width)
 
@@ -571,15 +742,20 @@ def test_a_batch_gives_the_bytes_of_single_tiles(batch):
 def test_a_batch_of_tiles_joined_every_step_gives_the_bytes_of_single_tiles():
     results = []
     for size in (1, 4):
-        program = with_pass(program_of("in-token"), "sample", tiles=Tiles(64, 16, batch=size))
-        results.append(run(program, toys(IN_TOKEN), first_rows(4), Job(canvas(112, 160), SEED, steps=4)))
+        program = program_of("in-token")
+        for name in ("see", "sample"):
+            program = with_pass(program, name, tiles=Tiles(64, 16, batch=size))
+        program = with_pass(program, "modulate", tiles=Tiles(64, 16))
+        results.append(run(program, toys(IN_TOKEN), IN_TOKEN_CONSTANTS, Job(canvas(112, 160), SEED, steps=4)))
     assert results[0].tobytes() == results[1].tobytes()
 
 
 def test_a_row_of_a_tiles_value_is_taken_from_every_tile_of_a_batch():
     results = []
     for size in (1, 2):
-        program = with_pass(program_of("vicr"), "restore", tiles=Tiles(64, 16, batch=size))
+        program = program_of("vicr")
+        for name in ("condition", "modulate", "sample", "decode"):
+            program = with_pass(program, name, tiles=Tiles(64, 16, batch=size))
         results.append(run(program, toys(VICR), {}, Job(canvas(112, 160), SEED, steps=4, inputs=VICR_INPUTS)))
     assert results[0].tobytes() == results[1].tobytes()
 
@@ -608,7 +784,7 @@ def without_noise(function):
 
 SYSTEMS = {
     "hitoksr": (HITOKSR, {}, {}),
-    "in-token": (IN_TOKEN, first_rows(3), {}),
+    "in-token": (IN_TOKEN, IN_TOKEN_CONSTANTS, {}),
     "instantir": (INSTANTIR, INSTANTIR_CONSTANTS, {}),
     "toksr": (toksr(64, 64), TOKSR_CONSTANTS, {}),
     "vicr": (VICR, {}, VICR_INPUTS),
@@ -762,10 +938,6 @@ def test_a_program_that_changes_nothing_gives_its_canvas_back(layout, workers):
     np.testing.assert_allclose(result, image, atol=1e-6)
 
 
-PAINT = Pass("paint", Tiles(16, 0), once=(Call("paint", {"image": "image"}, {"image": "result"}),))
-PAINTING = Program(1, 8, {"image": Grid(1, 3, "input"), "result": Grid(1, 3)}, (PAINT,))
-
-
 def painted(height, width, **options):
     """Every tile painted in the column it starts at, and a hundred times its row."""
     places = 100 * np.arange(height)[:, None] + np.arange(width)
@@ -856,8 +1028,8 @@ def test_a_job_may_ask_for_other_steps_than_the_program(steps):
 
 @pytest.mark.parametrize("steps", [27, 29])
 def test_other_steps_than_a_constants_table_has_rows_are_refused(steps):
-    with pytest.raises(UsageError, match=f"table 'modulation' has 28 rows for {steps} steps; use --steps 28"):
-        run(program_of("in-token"), toys(IN_TOKEN), IN_TOKEN_CONSTANTS, Job(canvas(64, 64), steps=steps))
+    with pytest.raises(UsageError, match=f"table 'modulation.4096' has 28 rows for {steps} steps; use --steps 28"):
+        run(program_of("in-token-fixed"), toys(FIXED), first_rows(28), Job(canvas(1024, 1024), steps=steps))
 
 
 def test_more_steps_than_a_tiles_table_has_rows_are_refused():
@@ -983,7 +1155,7 @@ def test_inputs_that_cannot_be_meant_are_refused(inputs, message):
 
 def test_a_program_without_inputs_takes_none():
     with pytest.raises(UsageError, match="input 'guidance' is not one of none"):
-        run(program_of("in-token"), {}, {}, Job(canvas(64, 64), inputs={"guidance": 1.0}))
+        run(program_of("in-token-fixed"), {}, {}, Job(canvas(1024, 1024), inputs={"guidance": 1.0}))
 
 
 # What the job tells
@@ -1009,10 +1181,12 @@ def test_the_final_parts_are_the_result_each_cell_told_once(system, workers):
 def test_progress_counts_every_batch_of_every_step_up_to_the_total():
     told = []
     job = Job(canvas(48, 2576), steps=3, on_progress=lambda *news: told.append(news))
-    run(program_of("in-token"), toys(IN_TOKEN), first_rows(3), job)
+    run(program_of("in-token"), toys(IN_TOKEN), IN_TOKEN_CONSTANTS, job)
     phases = 1 + 3 + 1  # once, the steps, last
     assert told == [
+        *(("modulate", done, 4) for done in range(1, 5)),
         *(("encode", done, 4) for done in range(1, 5)),
+        *(("see", done, 4) for done in range(1, 5)),
         *(("sample", done, 4 * phases) for done in range(1, 4 * phases + 1)),
         *(("decode", done, 4) for done in range(1, 5)),
     ]
@@ -1027,25 +1201,55 @@ def test_seconds_are_counted_for_every_component():
     assert 0 < job.seconds["generate"] < job.seconds["decode"]
 
 
+class Forgetful(Toy):
+    """A toy that keeps nothing it is fed."""
+
+    def run(self, inputs, wanted):
+        return self.function(**inputs)
+
+
 def test_a_tile_that_is_done_gives_its_values_back():
     """21 tiles; what a tile kept to itself is gone when it is joined, so that memory does not grow with the image."""
     alive, most = [], 0
+    functions = toksr(64, 64)
 
-    def encode(image):
+    def tokenise(image, words):
         nonlocal most
-        latent = VICR["encode"](image)["latent"]
-        alive.append(weakref.ref(latent))
+        tokens = np.array(functions["tokenise"](image, words)["tokens"])
+        alive.append(weakref.ref(tokens))
         most = max(most, sum(r() is not None for r in alive))
-        return {"latent": latent}
+        return {"tokens": tokens}
 
-    class Forgetful(Toy):
-        def run(self, inputs, wanted):
-            return self.function(**inputs)
-
-    job = Job(canvas(64, 1024), tile_px=64, overlap_px=16, steps=2, inputs=VICR_INPUTS)
-    run(program_of("vicr"), toys(VICR | {"encode": encode}, Forgetful), {}, job)
+    program = with_pass(program_of("toksr"), "restore", tiles=Tiles(64, 16))
+    engines = toys(functions | {"tokenise": tokenise}, Forgetful)
+    run(program, engines, TOKSR_CONSTANTS, Job(canvas(64, 1024), steps=2))
     assert len(alive) == 21
     assert most <= 3  # one runs, one is prepared, one waits for its turn
+
+
+def test_what_passes_with_the_same_tiles_hand_on_is_given_back_when_the_last_reader_is_done():
+    alive = {"y": [], "z": []}
+    counts = {"step": [], "decode": []}
+
+    def watched(name, function, made):
+        def watch(**inputs):
+            outputs = function(**inputs)
+            array = next(iter(outputs.values()))
+            alive.setdefault(made, []).append(weakref.ref(array))
+            if name in counts:
+                counts[name].append({kind: sum(r() is not None for r in refs) for kind, refs in alive.items()})
+            return outputs
+
+        return watch
+
+    made = {"encode": "y", "step": "z", "decode": "result"}
+    functions = VICR | {name: watched(name, VICR[name], kind) for name, kind in made.items()}
+    job = Job(canvas(64, 1024), tile_px=64, overlap_px=16, steps=2, inputs=VICR_INPUTS)
+    run(program_of("vicr"), toys(functions, Forgetful), {}, job)
+    assert counts["step"][0]["y"] == 21  # all tiles are looked at before any is sampled
+    assert counts["step"][-1]["y"] <= 3  # and the last tiles' alone is held for its last step
+    assert counts["decode"][0] == {"y": 0, "z": 21, "result": 1}
+    assert max(now["result"] for now in counts["decode"]) <= 6  # what waits for its turn to be joined
 
 
 # Faults

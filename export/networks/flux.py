@@ -1,0 +1,346 @@
+"""FLUX.1-Fill for restoration: one sampling step, the modulation that time and text decide, and the two VAE halves.
+
+The step has no matrix that acts on the timestep or the pooled text: those give 344 vectors a step (at full size), which
+`Modulate` computes for all steps at once. What conditions the picture enters by channels, not by tokens, and the mask
+channels, being constant, are a bias.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, FluxTransformer2DModel
+from torch import Tensor, nn
+
+__all__ = ["Branches", "Decode", "Encode", "Modulate", "Step", "modulation_rows"]
+
+Branches = Mapping[str, Sequence[float]]  # path of a linear -> rank of its low-rank addition, and the file's scale
+ROPE_THETA = 10_000
+SINUSOID = 256  # width of a timestep's embedding
+QUERY_CHUNKS = 32  # of the VAE's attention: the scores of 57,600 tokens shrink from 13 GB to 0.4 GB
+
+
+@dataclass
+class _Strength:
+    """The caller's LoRA scale while a forward runs; no module, so that tracing may set it."""
+
+    value: Tensor | float = 1.0
+
+
+class _LowRank(nn.Linear):
+    """W x + b + s B(A x): the base weight stays as it lies in its file."""
+
+    def __init__(self, base: nn.Linear, rank: int, scale: float, strength: _Strength) -> None:
+        super().__init__(base.in_features, base.out_features, base.bias is not None)
+        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features))
+        self.lora_B = nn.Parameter(torch.empty(base.out_features, rank))
+        self.scale, self.strength = scale, strength
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.low_rank(x, self.lora_A)
+
+    def low_rank(self, x: Tensor, down: Tensor) -> Tensor:
+        """The branch for these rows of A's input."""
+        return F.linear(F.linear(x, down) * (self.scale * self.strength.value), self.lora_B)
+
+
+class _Halves(nn.Module):
+    """The last modulation as two linears: published layouts disagree on which half comes first."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.scale, self.shift = nn.Linear(dim, dim), nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat((self.scale(x), self.shift(x)), -1)
+
+
+class _Sinusoid(nn.Module):
+    """A number to cosines and sines, whose frequencies no backend computes anew: at 30,000 their last bit is seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        half = SINUSOID // 2
+        exponents = -math.log(10_000) * torch.arange(half, dtype=torch.float32) / half
+        self.frequencies: Tensor
+        self.register_buffer("frequencies", exponents.exp(), persistent=False)
+
+    def forward(self, t: Tensor) -> Tensor:
+        angles = t[:, None] * self.frequencies
+        return torch.cat((angles.cos(), angles.sin()), 1)
+
+
+class _Flux(nn.Module):
+    """The transformer as diffusers builds it, with the low-rank branches in their places."""
+
+    def __init__(self, config: Mapping[str, Any], branches: Branches | None) -> None:
+        super().__init__()
+        transformer: Any = FluxTransformer2DModel(**config)
+        dim = transformer.inner_dim
+        transformer.norm_out.linear = _Halves(dim)
+        transformer.time_text_embed.time_proj = _Sinusoid()
+        self.transformer: Any = transformer
+        self.strength = _Strength()
+        for path, (rank, scale) in (branches or {}).items():
+            for name in [f"{path}.scale", f"{path}.shift"] if path == "norm_out.linear" else [path]:
+                parent, _, child = name.rpartition(".")
+                base = transformer.get_submodule(name)
+                setattr(transformer.get_submodule(parent), child, _LowRank(base, int(rank), scale, self.strength))
+
+    def modulation(self, sigmas: Tensor, guidance: Tensor, pooled: Tensor, *, exact: bool) -> Tensor:
+        """All modulation vectors [B, S, rows, dim] for S sigmas and B pooled texts."""
+        model: Any = self.transformer
+        t, g = _scalars(sigmas, guidance, exact)
+        batch, steps = pooled.shape[0], sigmas.shape[0]
+        embed = model.time_text_embed
+        time = embed.timestep_embedder(embed.time_proj(t)) + embed.guidance_embedder(embed.time_proj(g[None]))
+        temb = F.silu(time[None] + embed.text_embedder(pooled)[:, None])  # [B, S, dim]
+        double = [linear for b in model.transformer_blocks for linear in (b.norm1.linear, b.norm1_context.linear)]
+        linears = [*double, *(b.norm.linear for b in model.single_transformer_blocks), model.norm_out.linear]
+        return torch.cat([linear(temb).reshape(batch, steps, -1, temb.shape[-1]) for linear in linears], 2)
+
+
+def _scalars(sigmas: Tensor, guidance: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
+    """Timestep and guidance as the sinusoids read them; inexact ones are rounded as a bfloat16 pipeline does."""
+    if exact:
+        return sigmas * 1000, guidance * 1000
+
+    def rounded(x: Tensor) -> Tensor:
+        return x.to(torch.bfloat16).float()
+
+    return rounded(rounded(rounded(rounded(sigmas * 1000) / 1000)) * 1000), rounded(rounded(guidance) * 1000)
+
+
+def modulation_rows(config: Mapping[str, Any]) -> int:
+    """How many vectors modulate one step."""
+    return 12 * int(config["num_layers"]) + 3 * int(config["num_single_layers"]) + 2
+
+
+class Modulate(_Flux):
+    """(pooled, guidance, sigmas) to the modulation of every step: [B, S, rows, dim], or [S, rows, dim] for one text."""
+
+    def __init__(
+        self, config: Mapping[str, Any], *, exact: bool = True, one_text: bool = False, branches: Branches | None = None
+    ) -> None:
+        super().__init__(config, branches)
+        self.exact, self.one_text = exact, one_text
+        model: Any = self.transformer
+        for block in [*model.transformer_blocks, *model.single_transformer_blocks]:
+            for name, _ in list(block.named_children()):
+                if name not in ("norm", "norm1", "norm1_context"):
+                    delattr(block, name)
+        for name in ("x_embedder", "context_embedder", "proj_out"):
+            delattr(model, name)
+
+    def forward(
+        self,
+        pooled: Tensor,
+        guidance: Tensor,
+        sigmas: Tensor,
+        bridge: Tensor | None = None,
+        lora_scale: Tensor | None = None,
+    ) -> Tensor:
+        """`bridge` is what the image adds to the text's pooled vector."""
+        self.strength.value = 1.0 if lora_scale is None else lora_scale
+        rows = self.modulation(sigmas, guidance, pooled if bridge is None else pooled + bridge, exact=self.exact)
+        return rows[0] if self.one_text else rows
+
+
+class Step(_Flux):
+    """One Euler step in float32: z + (sigma_next - sigma) v(z, y, context)."""
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        *,
+        diptych: bool = False,  # the canvas is [given | to be made], and the mask is 0 | 1
+        mask: float = 0.0,  # of every token, without a diptych
+        split: bool = True,  # modulation comes as an input
+        exact: bool = True,  # scalars are not rounded
+        branches: Branches | None = None,
+    ) -> None:
+        super().__init__(config, branches)
+        self.diptych, self.mask, self.exact = diptych, mask, exact
+        model: Any = self.transformer
+        self.latent = int(config["out_channels"])
+        self.heads, self.width = int(config["num_attention_heads"]), int(config["attention_head_dim"])
+        self.still = int(config["axes_dims_rope"][0]) // 2  # pairs that no image axis turns
+        self.per_row: Tensor
+        self.per_column: Tensor
+        for axis, dim in zip(("row", "column"), config["axes_dims_rope"][1:], strict=True):
+            exponents = torch.arange(0, dim, 2, dtype=torch.float64) / dim
+            self.register_buffer(f"per_{axis}", (ROPE_THETA**-exponents).float(), persistent=False)
+        if split:
+            for norm in self._norms():
+                del norm.linear
+            del model.time_text_embed
+
+    def _norms(self) -> list[Any]:
+        model: Any = self.transformer
+        double = [norm for b in model.transformer_blocks for norm in (b.norm1, b.norm1_context)]
+        return [*double, *(b.norm for b in model.single_transformer_blocks), model.norm_out]
+
+    def forward(
+        self,
+        z: Tensor,
+        y: Tensor,
+        context: Tensor,
+        sigma: Tensor,
+        sigma_next: Tensor,
+        seen: Tensor | None = None,
+        modulation: Tensor | None = None,
+        pooled: Tensor | None = None,
+        guidance: Tensor | None = None,
+        bridge: Tensor | None = None,
+        lora_scale: Tensor | None = None,
+    ) -> Tensor:
+        """The next z; `seen` are tokens after the text's, and without `modulation` it comes of pooled and guidance."""
+        self.strength.value = 1.0 if lora_scale is None else lora_scale
+        if modulation is None:
+            assert pooled is not None and guidance is not None
+            pooled = pooled if bridge is None else pooled + bridge
+            modulation = self.modulation(sigma[None], guidance, pooled, exact=self.exact)[:, 0]
+        rows = (modulation if modulation.ndim == 3 else modulation[None]).split(1, 1)
+        text = context.expand(z.shape[0], -1, -1)
+        text = text if seen is None else torch.cat((text, seen), 1)
+        velocity = self.velocity(z, y, text, list(rows))
+        return z + (sigma_next - sigma) * velocity
+
+    def velocity(self, z: Tensor, y: Tensor, text: Tensor, rows: list[Tensor]) -> Tensor:
+        """The transformer's answer as a latent [B, C, h, w]."""
+        model: Any = self.transformer
+        height, width = z.shape[2] // 2, z.shape[3] // 2
+        x = self._embed(z, y, height, width)
+        text = model.context_embedder(text)
+        length = text.shape[1]
+        turn = self._rotation(z.shape[0], length, height, width)
+        rows = rows[::-1]
+        for block in model.transformer_blocks:
+            x, text = self._double(block, x, text, [rows.pop() for _ in range(12)], turn)
+        joint = torch.cat((text, x), 1)
+        for block in model.single_transformer_blocks:
+            joint = self._single(block, joint, [rows.pop() for _ in range(3)], turn)
+        scale, shift = rows.pop(), rows.pop()
+        x = model.proj_out(model.norm_out.norm(joint[:, length:]) * (1 + scale) + shift)
+        return F.pixel_shuffle(x.transpose(1, 2).unflatten(2, (height, width)), 2)
+
+    def _embed(self, z: Tensor, y: Tensor, height: int, width: int) -> Tensor:
+        """Noisy and conditioning latents, joined by channels, through the columns of the embedder that see them."""
+        linear: Any = self.transformer.x_embedder
+        tokens = F.pixel_unshuffle(torch.cat((z, y), 1), 2).flatten(2).transpose(1, 2)
+        joined = 2 * self.latent
+        x = F.linear(tokens, linear.weight[:, :joined], linear.bias)
+        mask = linear.weight[:, joined:].sum(1)
+        if isinstance(linear, _LowRank):
+            x = x + linear.low_rank(tokens, linear.lora_A[:, :joined])
+            mask = mask + linear.low_rank(linear.lora_A.new_ones(1), linear.lora_A[:, joined:].sum(1, keepdim=True))
+        if self.diptych:
+            right = (torch.arange(width) >= width // 2).to(x.dtype)
+            return x + right.expand(height, -1).reshape(1, -1, 1) * mask
+        return x + self.mask * mask if self.mask else x
+
+    def _rotation(self, batch: int, length: int, height: int, width: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [B, T + N, width / 2]: text does not turn, an image token by its row and its column."""
+        by_row = torch.arange(height, dtype=torch.float32)[:, None] * self.per_row
+        by_column = torch.arange(width, dtype=torch.float32)[:, None] * self.per_column
+        angles = (
+            torch.zeros(height, width, self.still),
+            by_row[:, None].expand(-1, width, -1),
+            by_column[None].expand(height, -1, -1),
+        )
+        turned = torch.cat((torch.zeros(length, self.width // 2), torch.cat(angles, 2).flatten(0, 1)))[None]
+        return turned.cos().expand(batch, -1, -1), turned.sin().expand(batch, -1, -1)
+
+    def _double(
+        self, block: Any, x: Tensor, text: Tensor, rows: list[Tensor], turn: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        attn = block.attn
+        image, words = rows[:6], rows[6:]
+        a = block.norm1.norm(x) * (1 + image[1]) + image[0]
+        b = block.norm1_context.norm(text) * (1 + words[1]) + words[0]
+        query = (self._split(attn.add_q_proj(b), attn.norm_added_q), self._split(attn.to_q(a), attn.norm_q))
+        key = (self._split(attn.add_k_proj(b), attn.norm_added_k), self._split(attn.to_k(a), attn.norm_k))
+        value = (self._split(attn.add_v_proj(b)), self._split(attn.to_v(a)))
+        seen = self._attend(torch.cat(query, 2), torch.cat(key, 2), torch.cat(value, 2), turn)
+        length = text.shape[1]
+        x = x + image[2] * attn.to_out[0](seen[:, length:])
+        text = text + words[2] * attn.to_add_out(seen[:, :length])
+        x = x + image[5] * block.ff(block.norm2(x) * (1 + image[4]) + image[3])
+        text = text + words[5] * block.ff_context(block.norm2_context(text) * (1 + words[4]) + words[3])
+        return x, text
+
+    def _single(self, block: Any, joint: Tensor, rows: list[Tensor], turn: tuple[Tensor, Tensor]) -> Tensor:
+        attn = block.attn
+        a = block.norm.norm(joint) * (1 + rows[1]) + rows[0]
+        query, key = self._split(attn.to_q(a), attn.norm_q), self._split(attn.to_k(a), attn.norm_k)
+        seen = self._attend(query, key, self._split(attn.to_v(a)), turn)
+        return joint + rows[2] * block.proj_out(torch.cat((seen, block.act_mlp(block.proj_mlp(a))), 2))
+
+    def _split(self, x: Tensor, norm: Any = None) -> Tensor:
+        heads = x.unflatten(2, (self.heads, self.width)).transpose(1, 2)
+        return heads if norm is None else norm(heads)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
+        query, key = (torch.onnx.ops.rotary_embedding(q, *turn, interleaved=True) for q in (query, key))
+        return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+
+
+class _Chunked:
+    """The VAE's one attention over all pixels, a part of the queries at a time, so that no full score matrix exists."""
+
+    def __call__(self, attn: Any, x: Tensor, temb: Tensor | None = None, **unused: None) -> Tensor:
+        batch, channels, height, width = x.shape
+        tokens = height * width
+        part = (tokens + QUERY_CHUNKS - 1) // QUERY_CHUNKS
+        normed = attn.group_norm(x).flatten(2).transpose(1, 2)
+        query, key, value = attn.to_q(normed), attn.to_k(normed), attn.to_v(normed)
+        padded = F.pad(query, (0, 0, 0, part * QUERY_CHUNKS - tokens)).reshape(batch, QUERY_CHUNKS, 1, part, channels)
+        seen = [F.scaled_dot_product_attention(q, key[:, None], value[:, None]) for q in padded.unbind(1)]
+        out = torch.cat(seen, 2)[:, 0, :tokens]
+        return x + attn.to_out[0](out).transpose(1, 2).unflatten(2, (height, width))
+
+
+class _Vae(nn.Module):
+    """One half of diffusers' AutoencoderKL."""
+
+    def __init__(self, config: Mapping[str, Any], half: str) -> None:
+        super().__init__()
+        self.encoder: Any
+        self.decoder: Any
+        vae: Any = AutoencoderKL(**config)
+        self.scaling, self.shift = float(config["scaling_factor"]), float(config["shift_factor"])
+        self.spatial = 2 ** (len(config["block_out_channels"]) - 1)
+        self.add_module(half, getattr(vae, half))
+        getattr(self, half).mid_block.attentions[0].set_processor(_Chunked())
+
+
+class Encode(_Vae):
+    """Image [B, 3, H, W] in [0, 1] to the scaled mean latent; of a diptych, the image on the left of mid grey."""
+
+    def __init__(self, config: Mapping[str, Any], *, diptych: bool = False) -> None:
+        super().__init__(config, "encoder")
+        self.diptych = diptych
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = 2 * image - 1
+        x = torch.cat((x, torch.zeros_like(x)), 3) if self.diptych else x
+        mean = self.encoder(x).chunk(2, 1)[0]
+        return (mean - self.shift) * self.scaling
+
+
+class Decode(_Vae):
+    """A latent to the image in [0, 1]; of a diptych, the right panel, from all columns or from it and a margin."""
+
+    def __init__(self, config: Mapping[str, Any], *, diptych: bool = False, margin: int | None = None) -> None:
+        super().__init__(config, "decoder")
+        self.diptych, self.margin = diptych, margin
+
+    def forward(self, latent: Tensor) -> Tensor:
+        panel = latent.shape[3] // 2
+        if self.diptych and self.margin is not None:
+            latent = latent[:, :, :, torch.sym_max(panel - self.margin, 0) :]
+        image = (self.decoder(latent / self.scaling + self.shift).clamp(-1, 1) + 1) / 2
+        return image[:, :, :, image.shape[3] - panel * self.spatial :] if self.diptych else image

@@ -1,0 +1,108 @@
+"""What a build is asked for, and what that means: files found, settings made, networks chosen."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tilewright.export.systems import Source, system
+from tilewright.export.weights import Tensors, find, locate
+from tilewright.runtime.errors import UsageError
+
+__all__ = ["VERIFY_MODES", "Request", "parameter_count"]
+
+VERIFY_MODES = ("auto", "always", "never")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to build and where."""
+
+    system: str
+    preset: str
+    out: Path
+    weights: Path | None = None
+    seed: int | None = None  # random weights in the place of all that is not given
+    pack: bool = False  # copy the weights into the bundle
+    verify: str = "auto"
+    given: Mapping[str, Any] = field(default_factory=dict)  # the system's own options
+
+    def __post_init__(self) -> None:
+        module = system(self.system)
+        if self.preset not in module.PRESETS:
+            raise UsageError(f"preset {self.preset!r} of {self.system} is not one of {', '.join(module.PRESETS)}")
+        if self.verify not in VERIFY_MODES:
+            raise UsageError(f"verify={self.verify!r} is not one of {', '.join(VERIFY_MODES)}")
+        if self.weights is None and self.seed is None:
+            raise UsageError("neither --weights DIR nor --random-weights SEED is given; give the system's weights")
+        if unknown := sorted(self.given.keys() - module.OPTIONS.keys()):
+            takes = ", ".join(f"--{name.replace('_', '-')}" for name in module.OPTIONS) or "none of its own"
+            raise UsageError(f"{self.system} takes no --{unknown[0].replace('_', '-')}; it takes {takes}")
+
+    @cached_property
+    def options(self) -> dict[str, Any]:
+        """The system's options, with the files that lie under --weights by their usual names."""
+        options = dict(self.given)
+        for name, option in system(self.system).OPTIONS.items():
+            usual = self.weights / option.name if self.weights and option.name else None
+            if name not in options and usual and usual.exists() and not self._instead(name):
+                options[name] = str(usual)
+        return options
+
+    def _instead(self, name: str) -> bool:
+        return name == "prompt_embeds" and "prompt" in self.given
+
+    @cached_property
+    def found(self) -> dict[str, Tensors]:
+        """The weights of each origin that files are given for, as they lie."""
+        module = system(self.system)
+        paths = {name: _path(value) for name, value in self.options.items() if isinstance(value, str)}
+        paths |= {"weights": self.weights} if self.weights else {}
+        located = {name: locate(origin, paths, required=self.seed is None) for name, origin in module.ORIGINS.items()}
+        return {name: find(path) for name, path in located.items() if path}
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """What the system makes of the options and of what the files hold."""
+        made: dict[str, Any] = system(self.system).settings(self.preset, self.options, self.found)
+        return made
+
+    @cached_property
+    def components(self) -> dict[str, Source]:
+        """Those that become graphs."""
+        made: dict[str, Source] = system(self.system).components(self.preset, **self.settings)
+        return made
+
+    @cached_property
+    def build_time(self) -> dict[str, Source]:
+        """Those that run once, now."""
+        made: dict[str, Source] = system(self.system).build_time(self.preset, **self.settings)
+        return made
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder of the base model, which may also hold tokenizers."""
+        if self.weights is None or not self.weights.is_dir():
+            return None
+        candidates = [self.weights, *sorted(self.weights.glob("*/"))]
+        return next((c for c in candidates if (c / "tokenizer").is_dir()), self.weights)
+
+    @property
+    def stand_in(self) -> bool:
+        """Whether some weights are zeros in the place of real ones."""
+        return any(tensors.stand_in for tensors in self.found.values())
+
+
+def _path(value: str) -> Path:
+    """A file's path, without the strength that may follow a LoRA's."""
+    path, colon, strength = value.rpartition(":")
+    return Path(path) if colon and strength.replace(".", "", 1).isdigit() else Path(value)
+
+
+def parameter_count(request: Request) -> int:
+    """Parameters of the request's networks, counted without making them."""
+    from tilewright.export.trace import network_on_meta
+
+    networks = [network_on_meta(source) for source in (request.components | request.build_time).values()]
+    return sum(p.numel() for network in networks for p in network.parameters())

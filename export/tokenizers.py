@@ -1,0 +1,153 @@
+"""Tokenizers as the runtime reads them: one JSON file each, with padding and truncation inside.
+
+The stand-ins are for random weights, where no real vocabulary is at hand: valid and deterministic, with the special
+tokens where the real ones are, so that a network's table of embeddings has a row for every id.
+"""
+
+import json
+import string
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tilewright.runtime.errors import InputError, UsageError
+from tilewright.runtime.strict import one_line
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+__all__ = ["clip", "stand_in_clip", "stand_in_t5", "t5"]
+
+WORDS = ["the", "of", "and", "a", "in", "with", "photo", "image", "sharp", "clean", "detailed", "high", "quality"]
+CLIP_TOKENS = {
+    "bos_token": "<|startoftext|>",
+    "eos_token": "<|endoftext|>",
+    "pad_token": "<|endoftext|>",
+    "unk_token": "<|unk|>",  # not the real one's, which is EOS: the network pools at the first EOS
+}
+
+
+def t5(folder: Path, length: int) -> str:
+    """The JSON of a T5 tokenizer that pads to `length` and leaves longer prompts long, for the runtime to refuse."""
+    from tokenizers.processors import TemplateProcessing
+
+    _check_least("length", length, 1)
+    tokenizer = _read_t5(folder)
+    ids = _special_ids(folder, tokenizer, "</s>", "<pad>")
+    tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", ids["</s>"])])
+    tokenizer.no_truncation()
+    tokenizer.enable_padding(length=length, pad_id=ids["<pad>"], pad_token="<pad>")
+    return tokenizer.to_str()
+
+
+def _read_t5(folder: Path) -> "Tokenizer":
+    from tokenizers import Tokenizer
+
+    _check_files(folder, ("tokenizer.json",), ("spiece.model",))
+    if (folder / "tokenizer.json").is_file():
+        try:
+            return Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as error:  # the package raises nothing more special
+            raise _unreadable(folder, error) from error
+    from transformers import T5Tokenizer
+
+    try:
+        made: Tokenizer = T5Tokenizer.from_pretrained(folder, local_files_only=True).backend_tokenizer
+    except Exception as error:  # without sentencepiece it is tiktoken that is missed
+        advice = "pip install sentencepiece protobuf, or put the model's tokenizer.json beside it"
+        raise InputError(f"tokenizer {folder}: spiece.model cannot be converted; {advice}") from error
+    return made
+
+
+def clip(folder: Path, length: int) -> str:
+    """The JSON of a CLIP tokenizer that cuts to `length`, keeping EOS, and pads with what its folder says."""
+    from transformers import CLIPTokenizer
+
+    _check_least("length", length, 2)
+    _check_files(folder, ("tokenizer.json",), ("vocab.json", "merges.txt"))
+    try:
+        made = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the package raises nothing more special
+        raise _unreadable(folder, error) from error
+    tokenizer: Tokenizer = made.backend_tokenizer
+    ids = _special_ids(folder, tokenizer, made.bos_token, made.eos_token, made.pad_token)
+    tokenizer.enable_truncation(length)
+    tokenizer.enable_padding(length=length, pad_id=ids[made.pad_token], pad_token=made.pad_token)
+    return tokenizer.to_str()
+
+
+def _check_files(folder: Path, *choices: tuple[str, ...]) -> None:
+    missing = [[name for name in names if not (folder / name).is_file()] for names in choices]
+    if all(missing):
+        wanted = ", or ".join(" and ".join(names) for names in choices)
+        lacks = ", ".join(name for names in missing for name in names)
+        raise InputError(f"tokenizer {folder}: {lacks} missing; give the folder with {wanted}")
+
+
+def _special_ids(folder: Path, tokenizer: "Tokenizer", *names: str) -> dict[str, int]:
+    """Their ids; a token that only transformers added would lie past the network's table of embeddings."""
+    vocabulary = tokenizer.get_vocab(with_added_tokens=False)
+    if missing := sorted({*names} - vocabulary.keys()):
+        raise InputError(
+            f"tokenizer {folder}: its vocabulary has no {', '.join(missing)}; is it the tokenizer of this encoder?"
+        )
+    return {name: vocabulary[name] for name in names}
+
+
+def _unreadable(folder: Path, error: Exception) -> InputError:
+    return InputError(one_line(f"tokenizer {folder} cannot be read ({error}); copy its files again"))
+
+
+def _check_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise UsageError(f"{name}={value} is too small for a tokenizer; use {least} or more")
+
+
+def stand_in_t5(vocab: int) -> str:
+    """The tokenizer.json of a T5 of `vocab` ids that knows ASCII, or as much of it as fits; fewer pieces are better."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import Unigram
+    from tokenizers.pre_tokenizers import Metaspace, Sequence, WhitespaceSplit
+
+    special = ["<pad>", "</s>", "<unk>"]
+    known = [*special, "▁", *string.ascii_lowercase]
+    _check_least("vocab", vocab, len(known))
+    known += [f"▁{word}" for word in WORDS] + [*string.digits, *string.punctuation, *string.ascii_uppercase]
+    pieces = [*known, *_unused(len(known), vocab)][:vocab]
+    tokenizer = Tokenizer(Unigram([(piece, -1 - i / vocab) for i, piece in enumerate(pieces)], 2, False))
+    tokenizer.pre_tokenizer = Sequence([WhitespaceSplit(), Metaspace("▁", "always")])
+    tokenizer.add_special_tokens(special)
+    return tokenizer.to_str()
+
+
+def stand_in_clip(vocab: int) -> dict[str, str]:
+    """The files of a CLIP tokenizer of `vocab` ids that knows all bytes, or at least letters; EOS is the largest id."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    letters = string.ascii_lowercase
+    special = list(dict.fromkeys(CLIP_TOKENS[f"{name}_token"] for name in ("unk", "bos", "eos")))
+    room = vocab - len(special)
+    merges = list(dict.fromkeys(pair for word in WORDS for pair in _merges(word)))
+    symbols = [*letters, *(letter + "</w>" for letter in letters)]
+    _check_least("vocab", vocab, len(symbols) + len(special))
+    merges = merges[: room - len(symbols)]  # each makes one new token, out of those before it
+    others = sorted(set(ByteLevel.alphabet()) - {*letters})
+    known = [*symbols, *map("".join, merges), *others, *(symbol + "</w>" for symbol in others)]
+    tokens = [*known, *_unused(len(known), room)][:room] + special
+    return {
+        "vocab.json": json.dumps({token: i for i, token in enumerate(tokens)}, ensure_ascii=False),
+        "merges.txt": "\n".join(["#version: 0.2", *map(" ".join, merges), ""]),
+        "tokenizer_config.json": json.dumps({**CLIP_TOKENS, "model_max_length": 77}, indent=2),
+        "special_tokens_map.json": json.dumps(CLIP_TOKENS, indent=2),
+    }
+
+
+def _merges(word: str) -> list[tuple[str, str]]:
+    """What joins a word from left to right."""
+    parts = [*word[:-1], f"{word[-1]}</w>"]
+    return [(left, joined[len(left) :]) for left, joined in pairwise(accumulate(parts))]
+
+
+def _unused(start: int, end: int) -> list[str]:
+    """Tokens that no text becomes, because of the blank in them: a vocabulary has no gaps."""
+    return [f"unused {i}" for i in range(start, end)]

@@ -1,0 +1,131 @@
+"""What the caller gives a program: numbers, names of choices, words, files of tensors."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tilewright.runtime.bundle import Bundle, safetensors_header
+from tilewright.runtime.errors import BundleError, InputError, UsageError
+from tilewright.runtime.program import Program
+from tilewright.runtime.text import encode
+
+__all__ = ["from_words", "gather", "read_tensors", "tensors_of", "value_of"]
+
+
+def value_of(program: Program, name: str, given: Mapping[str, Any], constants: Mapping[str, Any]) -> Any:
+    """The array of an input, as given or defaulted, checked."""
+    wanted = program.inputs[name]
+    value = given.get(name, wanted.default)
+    if value is None:
+        asked = [text for text, t in program.texts.items() if name in t.ids]  # as the caller knows it
+        asked += [file for file, tensors in program.files.items() if name in tensors.values()]
+        raise UsageError(f"input {[*asked, name][0]!r} has no default; give it a value")
+    if isinstance(value, str) and name not in given:
+        return constants[value[1:]]
+    choices = ", ".join(wanted.choices) or "none"
+    if isinstance(value, str):
+        if value not in wanted.choices:
+            raise UsageError(f"input {name!r}: {value!r} is not one of {choices}")
+        value = wanted.choices[value]
+    try:
+        array = np.asarray(value, np.dtype(wanted.dtype))
+        fits = array.dtype.kind == "f" or np.array_equal(array, value)  # floats round, the others must not
+    except (TypeError, ValueError, OverflowError):
+        fits = False
+    if not fits:
+        raise UsageError(f"input {name!r} takes {wanted.dtype}, which this {type(value).__name__} is not")
+    if array.shape != wanted.shape:
+        raise UsageError(f"input {name!r} has shape {list(array.shape)}; give {list(wanted.shape)}")
+    if wanted.choices and not np.isin(array, list(wanted.choices.values())).all():
+        raise UsageError(f"input {name!r}: {array.tolist()} is not one of {wanted.choices}")
+    return array
+
+
+def gather(bundle: Bundle, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Inputs and values by name: words become ids, files become the tensors they hold."""
+    program = bundle.program
+    made = {name: value for name, value in given.items() if name not in program.texts and name not in program.files}
+    values = {name for file in given.keys() & program.files.keys() for name in program.files[file].values()}
+    for name, text in program.texts.items():
+        words = given.get(name, text.default)
+        stood_for = values or text.ids.keys() & given.keys()  # by tensors from a file, or by ids
+        if words is not None and (name in given or not stood_for):
+            made |= {i: encode(bundle.path(t), words, program.inputs[i].shape[1]) for i, t in text.ids.items()}
+    for file in given.keys() & program.files.keys():
+        made |= _of_file(bundle, Path(given[file]), program.files[file])
+    return made
+
+
+def _of_file(bundle: Bundle, path: Path, wanted: Mapping[str, str]) -> dict[str, Any]:
+    held = tensors_of(path, tuple(wanted))
+    shapes: dict[str, tuple[int | str, ...]] = {name: i.shape for name, i in bundle.program.inputs.items()}
+    for p in bundle.program.passes:
+        for *_, call in p.calls():
+            outputs = bundle.manifest.components[call.run].outputs
+            shapes |= {target: outputs[name].shape for name, target in call.outputs.items()}
+    for tensor, name in wanted.items():
+        given, shape = held[tensor].shape, shapes[name]
+        if len(given) != len(shape) or any(isinstance(d, int) and d != g for g, d in zip(given, shape, strict=True)):
+            raise InputError(
+                f"{path}: {tensor!r} has shape {list(given)}, this bundle takes {list(shape)}; use its own"
+            )
+    return {name: np.asarray(held[tensor], np.float32) for tensor, name in wanted.items()}
+
+
+def tensors_of(path: Path, names: Sequence[str]) -> dict[str, Any]:
+    """These tensors of a file the caller gave."""
+    try:
+        held = read_tensors(path)
+    except (BundleError, OSError) as error:
+        reason = f"{path}: {error.strerror}" if isinstance(error, OSError) else error
+        raise InputError(f"{reason}; give a safetensors file with {', '.join(names)}") from None
+    if missing := [name for name in names if name not in held]:
+        there = ", ".join(sorted(held)[:3]) or "nothing"
+        raise InputError(f"{path}: lacks the tensor {missing[0]!r} and holds {there}; give one with {', '.join(names)}")
+    return {name: held[name] for name in names}
+
+
+def read_tensors(path: Path) -> dict[str, Any]:
+    """The tensors of a safetensors file, mapped; bfloat16, which NumPy has not, as float32."""
+    header = safetensors_header(path)
+    data = np.memmap(path, np.uint8, "r") if header else np.empty(0, np.uint8)
+    tensors = {}
+    for name, (spec, start, length) in header.items():
+        raw: Any = data[start : start + length]
+        if spec.dtype == "bfloat16":
+            raw = (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+        elif spec.dtype.startswith("float8"):
+            raise BundleError(f"{path}: {name!r} is {spec.dtype}, which NumPy has not; store it as float32")
+        tensors[name] = (raw if raw.dtype == np.float32 else raw.view(np.dtype(spec.dtype))).reshape(spec.shape)
+    return tensors
+
+
+def from_words(program: Program, words: Sequence[str]) -> dict[str, Any]:
+    """A program's inputs, texts and files from `--name value` or `--name=value`."""
+    given: dict[str, Any] = {}
+    left = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    for flag, value in zip(left[::2], [*left[1::2], None], strict=False):
+        name = flag.removeprefix("--").replace("-", "_")
+        typed = {n for n, wanted in program.inputs.items() if not wanted.shape}
+        if (
+            not flag.startswith("--")
+            or name not in typed | program.texts.keys() | program.files.keys()
+            or value is None
+        ):
+            known = (*sorted(typed), *program.texts, *program.files)
+            accepted = ", ".join(f"--{n.replace('_', '-')} VALUE" for n in known) or "none"
+            raise UsageError(f"unknown argument {flag!r}; this bundle's own arguments: {accepted}")
+        if name in given:
+            raise UsageError(f"argument {flag!r} is given twice; give it once")
+        plain = name in program.texts or name in program.files or value in program.inputs[name].choices
+        given[name] = value if plain else _number(name, value)
+    return given
+
+
+def _number(name: str, value: str) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        raise UsageError(f"--{name} {value!r} is not a number; see the bundle's program.json") from None

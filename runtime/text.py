@@ -1,0 +1,53 @@
+"""A prompt as the token ids that a text encoder reads.
+
+Padding and truncation are settings inside the tokenizer's JSON file, so that nothing here knows one from another.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from tilewright.runtime.errors import BundleError, EnvironmentMismatch, UsageError
+from tilewright.runtime.strict import one_line
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+__all__ = ["encode"]
+
+SHOWN = 40  # characters of a refused text
+
+
+def encode(path: Path, text: str, length: int) -> npt.NDArray[np.int64]:
+    """The ids of a text, [1, length], by the tokenizer in a JSON file."""
+    shown = repr(text if len(text) <= SHOWN else f"{text[:SHOWN]}...")
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # bytes of a command line that are not UTF-8 arrive as lone surrogates
+        raise UsageError(one_line(f"the text {shown} is not valid Unicode; write it in UTF-8")) from None
+    tokenizer = _read(path)
+    try:
+        ids = tokenizer.encode(text).ids
+    except Exception as error:  # the package raises nothing more special
+        raise BundleError(_unusable(path, error)) from error
+    if len(ids) != length:
+        advice = "use a shorter one" if len(ids) > length else "rebuild the bundle"
+        raise UsageError(one_line(f"the text {shown} has {len(ids)} tokens, the network takes {length}; {advice}"))
+    return np.array([ids], np.int64)
+
+
+def _read(path: Path) -> "Tokenizer":
+    try:
+        from tokenizers import Tokenizer
+    except ImportError:
+        raise EnvironmentMismatch("a text input needs tokenizers: pip install 'tilewright[text]'") from None
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # even a missing file is a bare Exception
+        raise BundleError(_unusable(path, error)) from error
+
+
+def _unusable(path: Path, error: Exception) -> str:
+    return one_line(f"{path} is no tokenizer that can be used ({error}); rebuild the bundle")

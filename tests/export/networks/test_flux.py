@@ -1,0 +1,684 @@
+"""FLUX.1-Fill against diffusers, called as its own pipeline calls it; the graphs against eager PyTorch."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers.models.transformers.transformer_flux import FluxPosEmbed
+from diffusers.pipelines import FluxFillPipeline
+from peft import LoraConfig
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from tilewright.export.networks import flux
+from tilewright.export.networks.flux import Branches, Decode, Encode, Modulate, Step, modulation_rows
+from tilewright.export.systems import Source, in_token, vicr
+from tilewright.export.systems.flux_sizes import PRESETS
+from tilewright.export.trace import network_on_meta, trace
+from tilewright.export.weights import find
+from tilewright.runtime.engines.ort import OrtEngine, open_graph
+
+SIZES = PRESETS["tiny"]
+CONFIG = SIZES.transformer
+CHANNELS, SPATIAL, WORDS, SEEN = SIZES.channels, SIZES.spatial, 7, 5
+GUIDANCE = torch.tensor(30.0)
+SIGMAS = torch.tensor([1.0, 0.9884, 0.5013, 0.0650, 0.0])
+# batch and latent: wide, tall and square, and the smallest
+LATENTS = pytest.mark.parametrize("size", [(1, 4, 12), (2, 10, 4), (2, 8, 8), (1, 2, 4)], ids=str)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick() -> Iterator[None]:
+    """No gradients, and one thread: for tensors as small as these, more only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        yield
+    torch.set_num_threads(threads)
+
+
+def random(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def made(network: nn.Module, seed: int = 0) -> nn.Module:
+    """The network with weights of order one everywhere, so that no term is too small to be missed."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in network.parameters():
+        fan_in = math.prod(parameter.shape[1:]) if parameter.ndim > 1 else 4
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * fan_in**-0.5)
+    return network.eval().requires_grad_(False)
+
+
+def distance(ours: Tensor, expected: Tensor) -> float:
+    """Relative L2."""
+    assert ours.shape == expected.shape
+    return float((ours.double() - expected.double()).norm() / expected.double().norm())
+
+
+@dataclass
+class Reference:
+    """diffusers' transformer of 48 channels, and the weights that ours are to have, adapters included."""
+
+    model: FluxTransformer2DModel
+    state: dict[str, Tensor]
+    branches: Branches = field(default_factory=dict)
+
+    def load(self, network: nn.Module) -> nn.Module:
+        """Ours with these weights; scale is the first half of the last modulation, shift the second."""
+        last = {name: tensor.chunk(2) for name, tensor in self.state.items() if name.startswith("norm_out.linear.")}
+        halves = {
+            name.replace("linear.", f"linear.{half}."): parts[i]
+            for name, parts in last.items()
+            for i, half in enumerate(("scale", "shift"))
+        }
+        if "norm_out.linear.lora_A" in self.state:  # what goes in is not halved, only what comes out
+            halves |= {f"norm_out.linear.{half}.lora_A": self.state["norm_out.linear.lora_A"] for half in LAST}
+        state = {k: v for k, v in self.state.items() if k not in last} | halves
+        network.transformer.load_state_dict({name: state[name] for name in network.transformer.state_dict()})
+        return network.eval().requires_grad_(False)
+
+    def step(self, kind: str, *, split: bool = True, exact: bool = True) -> Step:
+        shape = {"diptych": kind == "diptych", "mask": float(kind == KINDS[1])}
+        return self.load(Step(CONFIG, split=split, exact=exact, branches=self.branches, **shape))
+
+    def modulate(self, *, exact: bool = True, one_text: bool = True) -> Modulate:
+        return self.load(Modulate(CONFIG, exact=exact, one_text=one_text, branches=self.branches))
+
+    def velocity(self, z: Tensor, y: Tensor, mask: Tensor, text: Tensor, pooled: Tensor, sigma: Tensor, scale=None):
+        """What FluxFillPipeline makes of packed tokens [noisy | condition | mask] and unpacks."""
+        batch, channels, height, width = z.shape
+        pack = FluxFillPipeline._pack_latents
+        config = SimpleNamespace(shift_factor=0.0, scaling_factor=1.0)
+        pipeline = SimpleNamespace(vae_scale_factor=SPATIAL, vae=SimpleNamespace(config=config), _pack_latents=pack)
+        sides_px = height * SPATIAL, width * SPATIAL
+        packed_mask, condition = FluxFillPipeline.prepare_mask_latents(
+            pipeline, mask, y, batch, channels, 1, *sides_px, z.dtype, "cpu", None
+        )
+        tokens = torch.cat((pack(z, batch, channels, height, width), condition, packed_mask), 2)
+        assert tokens.shape[2] == CONFIG["in_channels"]
+        answer = self.model(
+            hidden_states=tokens,
+            timestep=sigma.expand(batch),
+            guidance=GUIDANCE.expand(batch),
+            pooled_projections=pooled.expand(batch, -1),
+            encoder_hidden_states=text.expand(batch, -1, -1),
+            txt_ids=torch.zeros(text.shape[1], 3),
+            img_ids=FluxFillPipeline._prepare_latent_image_ids(batch, height // 2, width // 2, "cpu", z.dtype),
+            joint_attention_kwargs=None if scale is None else {"scale": scale},
+            return_dict=False,
+        )[0]
+        return FluxFillPipeline._unpack_latents(answer, *sides_px, SPATIAL)
+
+
+LAST = ("scale", "shift")
+
+
+def reference() -> Reference:
+    model = made(FluxTransformer2DModel(**CONFIG))
+    return Reference(model, {name: tensor.clone() for name, tensor in model.state_dict().items()})
+
+
+@pytest.fixture(scope="module")
+def plain() -> Reference:
+    """Without adapters."""
+    return reference()
+
+
+@pytest.fixture(scope="module")
+def adapted() -> Reference:
+    """Every linear has an adapter, of a rank and an alpha of its own."""
+    made_of = reference()
+    names = [name for name, module in made_of.model.named_modules() if isinstance(module, nn.Linear)]
+    ranks = {name: 2 + i % 3 for i, name in enumerate(names)}
+    alphas = {name: 1.0 + i % 5 for i, name in enumerate(names)}
+    add_adapters(made_of, ranks, alphas)
+    return made_of
+
+
+def add_adapters(to: Reference, ranks: dict[str, int], alphas: dict[str, float]) -> None:
+    config = LoraConfig(
+        target_modules="|".join(name.replace(".", r"\.") for name in ranks),
+        rank_pattern={f"^{name}": rank for name, rank in ranks.items()},
+        alpha_pattern={f"^{name}": alpha for name, alpha in alphas.items()},
+    )
+    to.model.add_adapter(config)
+    for i, name in enumerate(ranks):
+        module = to.model.get_submodule(name)
+        assert module.r["default"] == ranks[name]
+        assert module.scaling["default"] == alphas[name] / ranks[name]
+        for which, pair in (("lora_A", module.lora_A), ("lora_B", module.lora_B)):
+            weight = pair["default"].weight
+            weight.copy_(random(*weight.shape, seed=2 * i + (which == "lora_A")) * 0.7 * weight.shape[1] ** -0.5)
+            to.state[f"{name}.{which}"] = weight.clone()
+    to.branches = {name: (ranks[name], alphas[name] / ranks[name]) for name in ranks}
+    to.model.eval().requires_grad_(False)
+
+
+class Tensors(NamedTuple):
+    """What a step reads, and the mask as the pipeline is given it, in pixels."""
+
+    z: Tensor
+    y: Tensor
+    context: Tensor
+    seen: Tensor
+    pooled: Tensor
+    bridge: Tensor
+    mask: Tensor
+
+
+KINDS = ("in-token, mask 0", "in-token, mask 1", "diptych")
+
+
+def tensors(kind: str, size: tuple[int, int, int]) -> Tensors:
+    batch, height, width = size
+    mask = torch.full((batch, 1, height * SPATIAL, width * SPATIAL), float(kind == KINDS[1]))
+    if kind == "diptych":
+        mask[..., width * SPATIAL // 2 :] = 1
+    latent = (batch, CHANNELS, height, width)
+    text, pooled = CONFIG["joint_attention_dim"], CONFIG["pooled_projection_dim"]
+    return Tensors(
+        random(*latent, seed=1),
+        random(*latent, seed=2),
+        random(1, WORDS, text, seed=3),
+        random(batch, SEEN, text, seed=4),
+        random(1, pooled, seed=5),
+        random(batch, pooled, seed=6),
+        mask,
+    )
+
+
+def stepped(of: Reference, kind: str, t: Tensors, i: int, *, split: bool = True, lora_scale=None) -> Tensor:
+    """Step i of ours, its modulation from Modulate or from itself."""
+    diptych = kind == "diptych"
+    step = of.step(kind, split=split)
+    given = {"lora_scale": None if lora_scale is None else torch.tensor(lora_scale)}
+    text = {"pooled": t.pooled, "guidance": GUIDANCE, "bridge": t.bridge if diptych else None}
+    if split:
+        rows = of.modulate(one_text=not diptych)(sigmas=SIGMAS, **text, **given)
+        given["modulation"] = rows[:, i] if diptych else rows[i]
+    else:
+        given |= text
+    return step(t.z, t.y, t.context, SIGMAS[i], SIGMAS[i + 1], None if diptych else t.seen, **given)
+
+
+def expected_step(of: Reference, kind: str, t: Tensors, i: int, lora_scale=None) -> Tensor:
+    diptych, batch = kind == "diptych", t.z.shape[0]
+    context = t.context.expand(batch, -1, -1)
+    text = context if diptych else torch.cat((context, t.seen), 1)
+    pooled = t.pooled + t.bridge if diptych else t.pooled
+    velocity = of.velocity(t.z, t.y, t.mask, text, pooled, SIGMAS[i], lora_scale)
+    return t.z.double() + (SIGMAS[i + 1] - SIGMAS[i]).double() * velocity.double()
+
+
+def assert_same_step(ours: Tensor, expected: Tensor, z: Tensor) -> None:
+    """In what the step changed, not only in where it started."""
+    assert distance(ours - z, expected - z) <= 1e-5  # float32 sums in another order; measured 2e-6
+
+
+@LATENTS
+@pytest.mark.parametrize("i", [0, 1, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_is_eulers_with_the_unrewritten_transformer(plain, kind, i, size):
+    t = tensors(kind, size)
+    assert_same_step(stepped(plain, kind, t, i), expected_step(plain, kind, t, i), t.z)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_is_that_of_the_librarys_scheduler(plain, kind):
+    t = tensors(kind, (2, 6, 8))
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(sigmas=SIGMAS[:-1].tolist())
+    assert torch.equal(scheduler.sigmas, SIGMAS)
+    context = t.context.expand(2, -1, -1)
+    text = context if kind == "diptych" else torch.cat((context, t.seen), 1)
+    pooled = t.pooled + t.bridge if kind == "diptych" else t.pooled
+    expected = ours = t.z
+    for i, timestep in enumerate(scheduler.timesteps):
+        velocity = plain.velocity(expected, t.y, t.mask, text, pooled, timestep / 1000)
+        expected = scheduler.step(velocity, timestep, expected, return_dict=False)[0]
+        ours = stepped(plain, kind, t._replace(z=ours), i)
+    assert distance(ours, expected) <= 1e-5
+
+
+@LATENTS
+@pytest.mark.parametrize("kind", KINDS)
+def test_with_the_modulation_inside_a_step_is_the_same(plain, kind, size):
+    t = tensors(kind, size)
+    for i in (0, 2):
+        assert distance(stepped(plain, kind, t, i, split=False), stepped(plain, kind, t, i)) <= 1e-6
+
+
+def test_each_condition_counts(plain):
+    """So that none of the comparisons above holds because nothing depends on what differs."""
+    t = tensors("diptych", (2, 6, 8))
+    for kind, changed in (
+        ("diptych", {"y": -t.y}),
+        ("diptych", {"context": -t.context}),
+        ("diptych", {"pooled": -t.pooled}),
+        ("diptych", {"bridge": -t.bridge}),
+        ("in-token, mask 0", {"seen": -t.seen}),
+    ):
+        assert distance(stepped(plain, kind, t._replace(**changed), 0), stepped(plain, kind, t, 0)) > 1e-3
+    zero, one, half = (
+        plain.step(kind)(t.z, t.y, t.context, SIGMAS[0], SIGMAS[1], None, random(*TABLE, seed=9)) for kind in KINDS
+    )
+    assert min(distance(a, b) for a, b in ((zero, one), (zero, half), (one, half))) > 1e-4
+
+
+TABLE = (modulation_rows(CONFIG), SIZES.dim)
+
+
+def test_the_full_transformer_has_344_vectors_a_step():
+    assert modulation_rows(PRESETS["full"].transformer) == PRESETS["full"].rows == 344
+    assert modulation_rows(CONFIG) == SIZES.rows == 12 * 2 + 3 * 2 + 2
+
+
+def test_the_table_is_each_norms_own_linear_in_the_order_of_use(plain):
+    sigmas = SIGMAS[:4]
+    rows = plain.modulate()(random(1, CONFIG["pooled_projection_dim"], seed=5), GUIDANCE, sigmas)
+    assert rows.shape == (4, *TABLE)
+    model = plain.model
+    pooled = random(1, CONFIG["pooled_projection_dim"], seed=5).expand(4, -1)
+    active = F.silu(model.time_text_embed(sigmas * 1000, (GUIDANCE * 1000).expand(4), pooled))
+    norms = [norm for block in model.transformer_blocks for norm in (block.norm1, block.norm1_context)]
+    norms += [block.norm for block in model.single_transformer_blocks]
+    norms += [model.norm_out]
+    at = 0
+    for norm, count in zip(norms, [6] * 4 + [3] * 2 + [2], strict=True):
+        for part in norm.linear(active).chunk(count, 1):
+            assert distance(rows[:, at], part) <= 1e-6, (norm, at)
+            at += 1
+    assert at == rows.shape[1]
+
+
+def test_texts_of_a_batch_have_tables_of_their_own(plain):
+    pooled, bridge = random(1, 16, seed=5), random(3, 16, seed=6)
+    together = plain.modulate(one_text=False)(pooled, GUIDANCE, SIGMAS, bridge)
+    assert together.shape == (3, len(SIGMAS), *TABLE)
+    for b in range(3):
+        alone = plain.modulate()(pooled + bridge[[b]], GUIDANCE, SIGMAS)
+        assert distance(together[b], alone) <= 1e-6
+    assert distance(together[0], together[1]) > 1e-2
+
+
+def arguments(network: nn.Module, transformer: nn.Module, run) -> list[Tensor]:
+    """What the sinusoids are evaluated at, in the order of evaluation: timestep, guidance."""
+    seen: list[Tensor] = []
+    proj = transformer.time_text_embed.time_proj
+    hook = proj.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].float().clone()))
+    run(network)
+    hook.remove()
+    return seen
+
+
+@pytest.fixture(scope="module")
+def in_bfloat16() -> FluxTransformer2DModel:
+    return made(FluxTransformer2DModel(**CONFIG)).to(torch.bfloat16)
+
+
+def by_the_bfloat16_pipeline(model: FluxTransformer2DModel, sigmas: Tensor, guidance: Tensor) -> list[Tensor]:
+    """As FluxFillPipeline calls it: the timestep to the latents' type, by 1000; guidance stays in float32."""
+    count, brain = len(sigmas), torch.bfloat16
+    timestep = (sigmas * 1000).to(brain)
+
+    def run(transformer: FluxTransformer2DModel) -> None:
+        transformer(
+            hidden_states=torch.zeros(count, 1, CONFIG["in_channels"], dtype=brain),
+            timestep=timestep / 1000,
+            guidance=guidance.expand(count),
+            pooled_projections=torch.zeros(count, 16, dtype=brain),
+            encoder_hidden_states=torch.zeros(count, 1, 32, dtype=brain),
+            txt_ids=torch.zeros(1, 3, dtype=brain),
+            img_ids=torch.zeros(1, 3, dtype=brain),
+        )
+
+    return arguments(model, model, run)
+
+
+@pytest.mark.parametrize("guidance", [30.0, 3.5, 1.0, 7.77, 0.0, 100.0])
+def test_inexact_scalars_are_rounded_as_in_a_bfloat16_pipeline(plain, in_bfloat16, guidance):
+    sigmas, strength = torch.linspace(0, 1, 1501), torch.tensor(guidance)
+    modulate = plain.modulate(exact=False)
+    ours = arguments(modulate, modulate.transformer, lambda m: m(torch.zeros(1, 16), strength, sigmas))
+    theirs = by_the_bfloat16_pipeline(in_bfloat16, sigmas, strength)
+    assert torch.equal(ours[0], theirs[0])
+    assert torch.equal(ours[1], theirs[1][:1])
+    assert float((ours[0] - sigmas * 1000).abs().max()) > 1  # it is a rounding that is tested
+
+
+@pytest.mark.parametrize(("timestep", "rounded"), [(988.4, 988), (925, 924), (501.3, 504), (1000, 1000), (0, 0)])
+def test_known_timesteps_and_the_usual_guidance_are_rounded_to_known_values(plain, timestep, rounded):
+    modulate = plain.modulate(exact=False)
+    sigmas = torch.tensor([timestep / 1000])
+    ours = arguments(modulate, modulate.transformer, lambda m: m(torch.zeros(1, 16), GUIDANCE, sigmas))
+    assert [float(x) for x in ours] == [rounded, 29952]
+
+
+@pytest.mark.parametrize("split", [True, False])
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_step_with_its_modulation_inside_rounds_as_the_table_does(plain, exact, split):
+    network = plain.modulate(exact=exact) if split else plain.step(KINDS[0], split=False, exact=exact)
+    t, sigma = tensors(KINDS[0], (1, 2, 4)), torch.tensor(0.5013)
+
+    def run(network: nn.Module) -> None:
+        if split:
+            network(t.pooled, GUIDANCE, sigma[None])
+        else:
+            network(t.z, t.y, t.context, sigma, SIGMAS[3], t.seen, pooled=t.pooled, guidance=GUIDANCE)
+
+    at_time, at_guidance = arguments(network, network.transformer, run)
+    assert torch.equal(at_time, sigma[None] * 1000 if exact else torch.tensor([504.0]))
+    assert torch.equal(at_guidance, torch.tensor([30000.0 if exact else 29952.0]))
+
+
+@pytest.mark.parametrize("lora_scale", [0.0, 0.7, 1.0, None])
+@pytest.mark.parametrize("kind", KINDS)
+def test_branches_are_pefts_adapters_on_every_linear(adapted, kind, lora_scale):
+    assert len(adapted.branches) == 10 + 2 * 14 + 2 * 6  # around the blocks, in a double one, in a single one
+    t = tensors(kind, (2, 4, 12))
+    ours, expected = stepped(adapted, kind, t, 1, lora_scale=lora_scale), expected_step(adapted, kind, t, 1, lora_scale)
+    assert_same_step(ours, expected, t.z)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_branches_inside_an_unsplit_step_are_pefts_adapters_too(adapted, kind):
+    t = tensors(kind, (2, 6, 4))
+    ours = stepped(adapted, kind, t, 1, split=False, lora_scale=0.7)
+    assert_same_step(ours, expected_step(adapted, kind, t, 1, 0.7), t.z)
+
+
+def test_the_strength_of_branches_counts_and_none_is_the_base(adapted, plain):
+    t = tensors("diptych", (1, 4, 8))
+    none, some, all_ = (stepped(adapted, "diptych", t, 1, lora_scale=scale) for scale in (0.0, 0.7, 1.0))
+    assert distance(none, stepped(plain, "diptych", t, 1)) <= 1e-7
+    assert min(distance(a, b) for a, b in ((none, some), (some, all_))) > 1e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_branch_on_the_image_embedder_alone_sees_the_mask_too(kind):
+    only = reference()
+    add_adapters(only, {"x_embedder": 3}, {"x_embedder": 5.0})
+    assert list(only.branches) == ["x_embedder"]
+    t = tensors(kind, (2, 4, 8))
+    for scale in (0.7, 1.0):
+        ours = stepped(only, kind, t, 1, lora_scale=scale)
+        assert_same_step(ours, expected_step(only, kind, t, 1, scale), t.z)
+
+
+def test_positions_turn_as_in_diffusers_and_text_does_not_turn(monkeypatch):
+    """With the published axes, to rows and columns of a picture of 2560 px."""
+    config = CONFIG | {"attention_head_dim": 128, "num_attention_heads": 1, "axes_dims_rope": (16, 56, 56)}
+    step, turn = made(Step(config)), []
+    rotate = torch.onnx.ops.rotary_embedding
+    monkeypatch.setattr(
+        torch.onnx.ops, "rotary_embedding", lambda x, *tables, **k: turn.append(tables) or rotate(x, *tables, **k)
+    )
+    table = random(modulation_rows(config), 128)
+    worst = 0.0
+    for height, width in ((160, 1), (1, 160), (13, 9)):
+        turn.clear()
+        latent = random(1, CHANNELS, 2 * height, 2 * width)
+        step(latent, latent, random(1, WORDS, 32), SIGMAS[0], SIGMAS[1], None, table)
+        ids = FluxFillPipeline._prepare_latent_image_ids(1, height, width, "cpu", torch.float32)
+        expected = FluxPosEmbed(10_000, (16, 56, 56))(torch.cat((torch.zeros(WORDS, 3), ids)))
+        assert len(turn) == 2 * 4  # queries and keys of every block
+        for tables in turn:
+            for ours, theirs in zip(tables, expected, strict=True):
+                assert ours.shape == (1, WORDS + height * width, 64)
+                assert torch.equal(theirs[:, ::2], theirs[:, 1::2])  # channels turn in neighbouring pairs
+                worst = max(worst, float((ours[0] - theirs[:, ::2]).abs().max()))
+            assert bool((tables[0][:, :WORDS] == 1).all()) and bool((tables[1][:, :WORDS] == 0).all())
+    assert worst <= 2e-5  # float32 rounds the frequency and its product with 159: 1.7e-5 at most
+
+
+def test_the_order_of_text_tokens_does_not_matter(plain):
+    t = tensors(KINDS[0], (2, 6, 8))
+    order = torch.randperm(WORDS, generator=torch.Generator().manual_seed(3))
+    reordered = t._replace(context=t.context[:, order], seen=t.seen.flip(1))
+    one, other = (stepped(plain, KINDS[0], each, 1) for each in (t, reordered))
+    assert distance(one - t.z, other - t.z) <= 1e-5
+    moved = stepped(plain, KINDS[0], t._replace(z=t.z.flip(3), y=t.y.flip(3)), 1).flip(3)
+    assert distance(moved - t.z, one - t.z) > 1e-2  # that of image tokens does
+
+
+# the VAE
+
+
+@pytest.fixture(scope="module")
+def vae() -> AutoencoderKL:
+    network = made(AutoencoderKL(**SIZES.vae))
+    network.decoder.conv_out.weight.mul_(4)  # so that values are beyond the range of images, on both sides
+    return network
+
+
+def half(vae: AutoencoderKL, which: str, **of_diptych) -> nn.Module:
+    network = {"encoder": Encode, "decoder": Decode}[which](SIZES.vae, **of_diptych)
+    network.load_state_dict({k: v for k, v in vae.state_dict().items() if k.startswith(which)})
+    return network.eval().requires_grad_(False)
+
+
+def encoded(vae: AutoencoderKL, canvas: Tensor) -> Tensor:
+    mean = vae.encode(canvas).latent_dist.mean
+    return (mean - vae.config.shift_factor) * vae.config.scaling_factor
+
+
+def decoded(vae: AutoencoderKL, latent: Tensor) -> Tensor:
+    raw = vae.decode(latent / vae.config.scaling_factor + vae.config.shift_factor).sample
+    assert bool((raw < -1).any()) and bool((raw > 1).any()) and bool((raw.abs() < 1).any())  # every case occurs
+    return (raw / 2 + 0.5).clamp(0, 1)
+
+
+# pixels; the latent's tokens are fewer than the chunks of queries, as many, more, and no multiple of them
+PICTURES = pytest.mark.parametrize(
+    "size", [(1, 8, 12), (2, 8, 16), (1, 20, 4), (2, 12, 28), (1, 36, 20), (1, 2, 2)], ids=str
+)
+
+
+@PICTURES
+def test_an_image_is_encoded_as_the_scaled_mean(vae, size):
+    batch, height, width = size
+    image = random(batch, 3, height, width).sigmoid()
+    latent = half(vae, "encoder")(image)
+    assert latent.shape == (batch, CHANNELS, height // SPATIAL, width // SPATIAL)
+    assert distance(latent, encoded(vae, image * 2 - 1)) <= 1e-5
+
+
+@PICTURES
+def test_a_diptych_is_encoded_beside_mid_grey(vae, size):
+    batch, height, width = size
+    image = random(batch, 3, height, width).sigmoid()
+    canvas = torch.zeros(batch, 3, height, 2 * width)
+    canvas[..., :width] = image * 2 - 1
+    assert distance(half(vae, "encoder", diptych=True)(image), encoded(vae, canvas)) <= 1e-5
+
+
+# latents; 3 x 5 and 7 x 11 have odd sides
+SHAPES = [(1, 4, 6), (2, 4, 8), (1, 3, 5), (2, 7, 11), (1, 12, 20)]
+
+
+@pytest.mark.parametrize("size", SHAPES, ids=str)
+def test_a_latent_is_decoded_to_the_unit_interval(vae, size):
+    batch, height, width = size
+    latent = random(batch, CHANNELS, height, width)
+    image = half(vae, "decoder")(latent)
+    assert image.shape == (batch, 3, height * SPATIAL, width * SPATIAL)
+    torch.testing.assert_close(image, decoded(vae, latent), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("margin", [None, 0, 2, 3, 100])
+@pytest.mark.parametrize("size", [(1, 4, 8), (2, 6, 12), (1, 5, 14), (1, 8, 6)], ids=str)
+def test_of_a_diptych_the_right_panel_is_decoded_from_its_columns_and_the_margins(vae, size, margin):
+    batch, height, width = size
+    latent = random(batch, CHANNELS, height, width)
+    image = half(vae, "decoder", diptych=True, margin=margin)(latent)
+    assert image.shape == (batch, 3, height * SPATIAL, width // 2 * SPATIAL)
+    first = 0 if margin is None else max(width // 2 - margin, 0)
+    expected = decoded(vae, latent[..., first:])[..., -(width // 2) * SPATIAL :]
+    torch.testing.assert_close(image, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("margin", [4, 5, 16])
+def test_a_margin_of_a_panel_or_more_is_the_whole_canvas(vae, margin):
+    latent = random(2, CHANNELS, 6, 8)
+    whole = half(vae, "decoder", diptych=True)(latent)
+    assert torch.equal(half(vae, "decoder", diptych=True, margin=margin)(latent), whole)
+    cut = half(vae, "decoder", diptych=True, margin=1)(latent)
+    assert 1e-4 < float((cut - whole).abs().mean()) < 0.1  # less than a panel is another picture, not much another
+
+
+# 32 chunks: tokens below, at, above and far above, multiples or not
+@pytest.mark.parametrize("grid", [(1, 1), (1, 31), (4, 8), (3, 11), (6, 6), (5, 13), (8, 12), (17, 19)], ids=str)
+@pytest.mark.parametrize("which", ["encoder", "decoder"])
+def test_chunked_attention_is_the_librarys_and_holds_no_full_score_matrix(vae, monkeypatch, which, grid):
+    height, width = grid
+    attention = half(vae, which).get_submodule(f"{which}.mid_block.attentions.0")
+    theirs = getattr(vae, which).mid_block.attentions[0]
+    theirs.set_processor(AttnProcessor2_0())
+    x = random(2, SIZES.vae["block_out_channels"][-1], height, width)
+    expected = theirs(x)
+    lengths = []
+    attend = F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        F,
+        "scaled_dot_product_attention",
+        lambda q, k, v, **kw: lengths.append((q.shape[-2], k.shape[-2], v.shape[-2])) or attend(q, k, v, **kw),
+    )
+    ours = attention(x)
+    tokens = height * width
+    part = math.ceil(tokens / flux.QUERY_CHUNKS)
+    assert max(queries for queries, _, _ in lengths) == part
+    assert sum(queries for queries, _, _ in lengths) >= tokens
+    assert {(keys, values) for _, keys, values in lengths} == {(tokens, tokens)}
+    assert distance(ours - x, expected - x) <= 1e-5
+
+
+# the graphs
+
+
+class Opened(NamedTuple):
+    """A traced network: as a graph, as it runs, and as PyTorch runs it."""
+
+    source: Source
+    model: ir.Model
+    engine: OrtEngine
+    eager: nn.Module
+
+
+def opened(source: Source, folder: Path) -> Opened:
+    model, network = trace(source), network_on_meta(source)
+    weights = {n: torch.empty(p.shape) for n, p in network.named_parameters()}
+    filled = made(nn.ParameterDict({n.replace(".", "/"): t for n, t in weights.items()}), seed=7)
+    save_file({n.replace("/", "."): p.data for n, p in filled.items()}, folder / "weights.safetensors")
+    network.load_state_dict({n.replace("/", "."): p.data for n, p in filled.items()}, assign=True)
+    found = find(folder)
+    for name, value in model.graph.initializers.items():
+        if isinstance(value.const_value, ir.ExternalTensor):
+            r = found.tensors[name]
+            value.const_value = ir.ExternalTensor(
+                r.file, r.offset, r.length, ir.DataType.FLOAT, shape=ir.Shape(r.shape), name=name
+            )
+    ir.save(model, folder / "traced.onnx")
+    return Opened(source, model, open_graph(folder / "traced.onnx", folder, threads=1), network.requires_grad_(False))
+
+
+BRANCHED = [
+    "x_embedder",
+    "norm_out.linear",
+    "time_text_embed.timestep_embedder.linear_1",
+    "transformer_blocks.0.norm1.linear",
+    "transformer_blocks.0.attn.to_q",
+    "transformer_blocks.0.attn.to_out.0",
+    "transformer_blocks.0.ff.net.2",
+    "single_transformer_blocks.0.norm.linear",
+    "single_transformer_blocks.0.proj_out",
+]
+
+
+def sources(preset: str) -> dict[str, Source]:
+    of_in_token, of_vicr = in_token.settings(preset, {}, {}), vicr.settings(preset, {"margin_columns": 3}, {})
+    one, diptych = in_token.components(preset, **of_in_token), vicr.components(preset, **of_vicr)
+    branches = {module: [2, 0.5 + i / 4] for i, module in enumerate(BRANCHED)}
+    whole = in_token.components(preset, **of_in_token | {"split": False, "mask": 1.0, "exact": False})
+    branched = vicr.components(preset, **of_vicr | {"branches": branches})
+    return {
+        "step": one["step"],
+        "whole step": whole["step"],
+        "diptych step with branches": branched["step"],
+        "modulate": one["modulate"],
+        "modulate with branches": branched["modulate"],
+        "encode": one["encode"],
+        "diptych encode": diptych["encode"],
+        "decode": one["decode"],
+        "diptych decode": diptych["decode"],
+    }
+
+
+GRAPHS = list(sources("tiny"))
+
+
+@pytest.fixture(scope="module")
+def graphs(tmp_path_factory) -> dict[str, Opened]:
+    """Every network, traced once; to save time with fewer chunks of queries, and all but three with fewer blocks."""
+    with pytest.MonkeyPatch.context() as patch:
+        for preset, layers in (("single", 0), ("shallow", 1)):
+            config = CONFIG | {"num_layers": layers, "num_single_layers": 1}
+            vae = SIZES.vae | {"block_out_channels": (8, 8), "layers_per_block": 0}
+            patch.setitem(PRESETS, preset, replace(SIZES, transformer=config, vae=vae))
+        patch.setattr(flux, "QUERY_CHUNKS", 3)
+        taken = sources("shallow") | {"whole step": sources("single")["whole step"]}
+        taken |= {name: sources("tiny")[name] for name in ("step", "encode", "decode")}
+        return {name: opened(source, tmp_path_factory.mktemp("graph")) for name, source in taken.items()}
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_the_graph_needs_each_parameter_and_has_plain_operators(graphs, name):
+    model, eager = graphs[name].model, graphs[name].eager
+    outside = {n for n, v in model.graph.initializers.items() if isinstance(v.const_value, ir.ExternalTensor)}
+    assert outside == {n for n, _ in eager.named_parameters()}
+    assert {node.domain for node in model.graph.all_nodes()} == {""}
+    assert [value.name for value in model.graph.inputs] == list(graphs[name].source.inputs)
+
+
+# none is the example's own size, and two have a batch of 2
+@pytest.mark.parametrize("units", [(2, 3, 2, 3), (2, 1, 5, 1), (1, 6, 1, 4)], ids=str)
+@pytest.mark.parametrize("name", GRAPHS)
+def test_the_graph_runs_as_eager_pytorch_does(graphs, name, units):
+    graph = graphs[name]
+    batch, tall, wide, steps = units
+    sizes = {"batch": batch, "h": tall, "w": wide, "w2": wide, "height": tall, "width": wide, "steps": steps}
+    scalars = {"sigma": 0.9884, "sigma_next": 0.9762, "guidance": 30.0, "lora_scale": 0.7}
+    inputs = {}
+    for i, (key, spec) in enumerate(graph.source.inputs.items()):
+        shape = [d if isinstance(d, int) else sizes[d] * graph.source.multiples.get(d, 1) for d in spec.shape]
+        inputs[key] = torch.tensor(scalars[key]) if key in scalars else random(*shape, seed=i)
+    if "sigmas" in inputs:
+        inputs["sigmas"] = torch.linspace(1, 0.01, steps)
+    expected = graph.eager(**inputs)
+    (wanted,) = graph.source.outputs
+    ours = graph.engine.run({key: value.numpy() for key, value in inputs.items()}, [wanted])[wanted]
+    if "step" in name:  # in what the step changed
+        ours, expected = ours - inputs["z"].numpy(), expected - inputs["z"]
+    assert float(expected.std()) > 1e-3
+    assert distance(torch.from_numpy(np.asarray(ours)), expected) <= (1e-6 if name == "modulate" else 1e-5)
+
+
+def test_in_onnx_runtime_the_modulation_keeps_the_last_bit_of_guidance(graphs):
+    """Whose sinusoid is evaluated at 30,000, where neighbouring numbers of float32 are 0.002 apart."""
+    graph, pooled, sigmas = graphs["modulate"], random(1, 16, seed=5), torch.linspace(1, 0.04, 28)
+    for guidance in (30.0, 29.99, 3.5):
+        inputs = {"pooled": pooled, "guidance": torch.tensor(guidance), "sigmas": sigmas}
+        ours = graph.engine.run({key: value.numpy() for key, value in inputs.items()}, ["modulation"])["modulation"]
+        expected = graph.eager(**inputs)
+        for row in range(expected.shape[1]):
+            assert distance(torch.from_numpy(ours[:, row]), expected[:, row]) <= 1e-6

@@ -1,0 +1,283 @@
+"""VICR end to end, against a pipeline of diffusers' and transformers' own parts."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from safetensors.numpy import load_file as load_numpy
+from safetensors.numpy import save_file
+from safetensors.torch import load_file
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    T5Config,
+    T5EncoderModel,
+)
+
+from tilewright.export.build import build
+from tilewright.export.networks.vision import ClipVision
+from tilewright.export.request import Request
+from tilewright.export.systems.flux_sizes import PRESETS
+from tilewright.export.verify import sample_photo
+from tilewright.runtime import load
+from tilewright.runtime.bundle import read
+from tilewright.runtime.errors import InputError, UsageError
+from tilewright.runtime.noise import normal
+from tilewright.runtime.scheduler import Job, run
+from tilewright.runtime.text import encode
+
+SIZES = PRESETS["tiny"]
+SPATIAL, CHANNELS = SIZES.spatial, SIZES.channels
+WORDS = "a stone bridge"
+
+
+class Whole:
+    """A canvas as it is."""
+
+    def __init__(self, planes: np.ndarray) -> None:
+        self.planes, self.shape = planes, planes.shape
+
+    def crop(self, top: int, left: int, height: int, width: int) -> np.ndarray:
+        return np.ascontiguousarray(self.planes[:, top : top + height, left : left + width])
+
+
+class Counting:
+    """An engine that counts its calls and keeps what it gives."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine, self.made = engine, []
+
+    def run(self, inputs: Any, wanted: Any) -> Any:
+        outputs = self.engine.run(inputs, wanted)
+        self.made.append(outputs)
+        return outputs
+
+    def close(self) -> None:
+        """It is somebody else's."""
+
+
+def counted(restorer: Any) -> dict[str, Counting]:
+    return {name: Counting(restorer.engines[name]) for name in restorer.engines}
+
+
+def held(bundle: Path, name: str) -> dict[str, torch.Tensor]:
+    return load_file(bundle / "weights" / name / f"{name}.safetensors")
+
+
+def packed(latent: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.pixel_unshuffle(latent, 2).flatten(2).transpose(1, 2)
+
+
+def texts(bundle: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Context and pooled vector by transformers' own classes, of the ids that the bundle's tokenizers give."""
+    t5 = T5EncoderModel(T5Config(**SIZES.t5)).eval()
+    weights = held(bundle, "text_encoder_2")
+    t5.load_state_dict(weights | {"encoder.embed_tokens.weight": weights["shared.weight"]}, strict=True)
+    clip = CLIPTextModel(CLIPTextConfig(**SIZES.clip_text | {"eos_token_id": 2})).eval()
+    clip.load_state_dict({k.removeprefix("text_model."): t for k, t in held(bundle, "text_encoder").items()})
+    ids = (
+        torch.from_numpy(encode(bundle / "tokenizers" / file, WORDS, n))
+        for file, n in (("t5.json", SIZES.words), ("clip.json", SIZES.clip_words))
+    )
+    return t5(next(ids)).last_hidden_state, clip(next(ids)).pooler_output
+
+
+@torch.no_grad()
+def eager(bundle: Path, parts: tuple[Any, Any], image: np.ndarray, seed: int, steps: int) -> tuple[list[Any], Any]:
+    """Every step's latent and the right panel, as FluxFillPipeline would make them of a diptych."""
+    transformer, vae = parts
+    height, width = image.shape[1:]
+    clip = CLIPVisionModelWithProjection(CLIPVisionConfig(**SIZES.clip_vision)).eval()
+    clip.load_state_dict(held(bundle, "image_encoder"), strict=True)
+    pixels = ClipVision(SIZES.clip_vision).pixels(torch.from_numpy(image)[None])
+    embeds = clip(pixels).image_embeds
+    vcb = held(bundle, "lora")
+    normed = torch.nn.functional.layer_norm(embeds, embeds.shape[1:], vcb["vcb.norm.weight"], vcb["vcb.norm.bias"])
+    inner = torch.nn.functional.gelu(normed @ vcb["vcb.fc1.weight"].T + vcb["vcb.fc1.bias"])
+    context, pooled = texts(bundle)
+    pooled = pooled + vcb["vcb.scale"] * (inner @ vcb["vcb.fc2.weight"].T + vcb["vcb.fc2.bias"])
+
+    canvas = torch.cat((torch.from_numpy(image)[None] * 2 - 1, torch.zeros(1, 3, height, width)), 3)
+    mask = torch.cat((torch.zeros(1, 1, height, width), torch.ones(1, 1, height, width)), 3)
+    masked = vae.encode(canvas * (1 - mask)).latent_dist.mean
+    y = (masked - vae.config.shift_factor) * vae.config.scaling_factor
+    mask_tokens = packed(torch.nn.functional.pixel_unshuffle(mask, SPATIAL))
+    rows, columns = height // SPATIAL // 2, 2 * width // SPATIAL // 2
+    ids = torch.stack(torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"), -1).reshape(-1, 2)
+
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
+    mu = 0.5 + (rows * columns - 256) * (1.15 - 0.5) / (4096 - 256)
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
+    # a private value's noise is its tile's own: region 1 is the first tile
+    noise = normal(seed, region=1, stream=0, channels=CHANNELS, top=0, left=0, height=2 * rows, width=2 * columns)
+    z, path = torch.from_numpy(noise)[None], []
+    for sigma, following in zip(scheduler.sigmas[:-1], scheduler.sigmas[1:], strict=True):
+        v = transformer(
+            hidden_states=torch.cat((packed(z), packed(y), mask_tokens), 2),
+            encoder_hidden_states=context,
+            pooled_projections=pooled,
+            timestep=sigma[None],
+            guidance=torch.tensor([30.0]),
+            img_ids=torch.cat((torch.zeros(len(ids), 1), ids.float()), 1),
+            txt_ids=torch.zeros(context.shape[1], 3),
+        ).sample
+        z = z + (following - sigma) * torch.nn.functional.pixel_shuffle(
+            v.transpose(1, 2).unflatten(2, (rows, columns)), 2
+        )
+        path.append(z.numpy())
+    whole = vae.decode(z / vae.config.scaling_factor + vae.config.shift_factor).sample
+    return path, ((whole.clamp(-1, 1) + 1) / 2)[0, :, :, width:].numpy()
+
+
+def psnr(one: np.ndarray, other: np.ndarray) -> float:
+    return 10 * np.log10(1 / np.mean((one.astype(np.float64) - other) ** 2))
+
+
+@pytest.mark.parametrize(("width", "height"), [(32, 32), (36, 52)])
+def test_the_whole_trajectory_and_the_picture_are_those_of_upstream_parts(
+    vicr_tiny: Path, upstream: Callable[[Path], tuple[Any, Any]], width: int, height: int
+) -> None:
+    image = sample_photo(width, height, 1).transpose(2, 0, 1).astype(np.float32) / 255
+    path, expected = eager(vicr_tiny, upstream(vicr_tiny), image, 5, 30)
+    with load(vicr_tiny) as restorer:
+        engines = counted(restorer)
+        ids = {
+            name: encode(vicr_tiny / "tokenizers" / file, WORDS, n)
+            for name, file, n in (("t5_ids", "t5.json", SIZES.words), ("clip_ids", "clip.json", SIZES.clip_words))
+        }
+        ours = run(restorer.bundle.program, engines, restorer.constants, Job(Whole(image), seed=5, inputs=ids))
+    assert len(engines["step"].made) == 30
+    for outputs, latent in zip(engines["step"].made, path, strict=True):
+        difference = np.linalg.norm(outputs["z_next"] - latent) / np.linalg.norm(latent)
+        assert difference <= 1e-4
+    assert psnr(ours, expected) >= 60
+    assert ours.std() > 0.05
+
+
+def test_rounds_repeat_only_what_the_words_decide(vicr_tiny: Path) -> None:
+    picture = sample_photo(40, 24, 1)
+    with load(vicr_tiny) as restorer:
+        engines = counted(restorer)
+        sitting = restorer.sitting(picture, scale=1, steps=3, seed=4)
+        sitting.walk.engines = engines
+        one, two, again = (sitting(prompt=words) for words in (WORDS, "an old map", WORDS))
+        calls = {name: len(engine.made) for name, engine in engines.items()}
+        fresh = restorer(picture, scale=1, steps=3, seed=4, inputs={"prompt": "an old map"})
+    assert calls == {"encode": 1, "see": 1, "bridge": 1, "t5": 3, "clip": 3, "modulate": 3, "step": 9, "decode": 3}
+    assert np.array_equal(one, again) and np.array_equal(two, fresh)
+    assert not np.array_equal(one, two)
+
+
+def test_embeddings_stand_for_words(vicr_tiny: Path, tmp_path: Path) -> None:
+    with torch.no_grad():
+        context, pooled = texts(vicr_tiny)
+    save_file({"prompt_embeds": context.numpy(), "pooled_prompt_embeds": pooled.numpy()}, tmp_path / "p.safetensors")
+    picture = sample_photo(40, 24, 1)
+    with load(vicr_tiny) as restorer:
+        by_words = restorer(picture, scale=1, steps=3, inputs={"prompt": WORDS})
+        engines = counted(restorer)
+        sitting = restorer.sitting(picture, scale=1, steps=3)
+        sitting.walk.engines = engines
+        by_embeds = sitting(prompt_embeds=tmp_path / "p.safetensors")
+        assert not engines["t5"].made and not engines["clip"].made
+        with pytest.raises(UsageError, match="'prompt' has no default"):
+            restorer(picture)
+        save_file({"prompt_embeds": np.zeros((1, 3, 32), np.float32)}, tmp_path / "half.safetensors")
+        with pytest.raises(InputError, match="lacks the tensor 'pooled_prompt_embeds'"):
+            restorer(picture, inputs={"prompt_embeds": tmp_path / "half.safetensors"})
+        short = {"prompt_embeds": np.zeros((1, 3, 32), np.float32), "pooled_prompt_embeds": pooled.numpy()}
+        save_file(short, tmp_path / "short.safetensors")
+        with pytest.raises(InputError, match=r"shape \[1, 3, 32\]"):
+            restorer(picture, inputs={"prompt_embeds": tmp_path / "short.safetensors"})
+    assert np.abs(by_words.astype(int) - by_embeds).max() <= 1
+
+
+def built(tmp_path: Path, **given: Any) -> Path:
+    build(Request("vicr", "tiny", tmp_path / "b", seed=0, verify="never", given=given))
+    return tmp_path / "b"
+
+
+def test_a_margin_of_columns_is_decoded_instead_of_the_canvas(vicr_tiny: Path, tmp_path: Path) -> None:
+    narrow, wide = built(tmp_path / "narrow", margin_columns=4), built(tmp_path / "wide", margin_columns=500)
+    picture, made = sample_photo(64, 40, 1), {}
+    for name, bundle in {"canvas": vicr_tiny, "narrow": narrow, "wide": wide}.items():
+        with load(bundle) as restorer:
+            made[name] = restorer(picture, scale=1, steps=3, inputs={"prompt": WORDS}).astype(int)
+    assert np.abs(made["wide"] - made["canvas"]).max() <= 1
+    differ = np.abs(made["narrow"] - made["canvas"])
+    assert differ.max() > 0 and np.median(differ) <= 8  # the VAE's norms and attention see fewer columns
+
+
+def test_without_text_encoders_only_embeddings_are_taken(tmp_path: Path, vicr_tiny: Path) -> None:
+    bundle = built(tmp_path, no_text=True)
+    assert not read(bundle).manifest.components.keys() & {"t5", "clip"}
+    assert not (bundle / "tokenizers").exists()
+    with torch.no_grad():
+        context, pooled = texts(vicr_tiny)
+    save_file({"prompt_embeds": context.numpy(), "pooled_prompt_embeds": pooled.numpy()}, tmp_path / "p.safetensors")
+    picture = sample_photo(40, 24, 1)
+    with load(bundle) as restorer, load(vicr_tiny) as other:
+        ours = restorer(picture, scale=1, steps=3, inputs={"prompt_embeds": tmp_path / "p.safetensors"})
+        theirs = other(picture, scale=1, steps=3, inputs={"prompt": WORDS})
+        assert np.abs(ours.astype(int) - theirs).max() <= 1
+        with pytest.raises(UsageError, match="'prompt' is not one of"):
+            restorer(picture, inputs={"prompt": WORDS})
+
+
+def test_the_whole_modulation_in_the_step_gives_the_same_picture(vicr_tiny: Path, tmp_path: Path) -> None:
+    bundle, picture = built(tmp_path, no_split_modulation=True), sample_photo(40, 24, 1)
+    with load(bundle) as restorer, load(vicr_tiny) as other:
+        ours, theirs = (r(picture, scale=1, steps=3, inputs={"prompt": WORDS}) for r in (restorer, other))
+    assert np.abs(ours.astype(int) - theirs).max() <= 1
+
+
+def lora(path: Path, seed: int = 1) -> Path:
+    """A LoRA on what VICR's reaches, beside the bridge of the random weights."""
+    generator = np.random.Generator(np.random.Philox(key=seed))
+    dim = SIZES.dim
+    shapes = {
+        "x_embedder": (dim, SIZES.transformer["in_channels"]),
+        "transformer_blocks.0.norm1.linear": (6 * dim, dim),
+        "transformer_blocks.1.attn.to_q": (dim, dim),
+        "transformer_blocks.1.ff.net.0.proj": (4 * dim, dim),
+        "single_transformer_blocks.0.norm.linear": (3 * dim, dim),
+        "single_transformer_blocks.1.proj_out": (dim, 5 * dim),
+        "norm_out.linear": (2 * dim, dim),
+    }
+    tensors = {}
+    for module, (rows, columns) in shapes.items():
+        tensors[f"transformer.{module}.lora_A.weight"] = generator.normal(0, 0.3, (4, columns)).astype(np.float32)
+        tensors[f"transformer.{module}.lora_B.weight"] = generator.normal(0, 0.3, (rows, 4)).astype(np.float32)
+        tensors[f"transformer.{module}.alpha"] = np.array(8, np.float32)
+    save_file(tensors, path)
+    return path
+
+
+def test_a_lora_beside_the_weights_equals_one_merged_into_them(vicr_tiny: Path, tmp_path: Path) -> None:
+    bridge = load_numpy(vicr_tiny / "weights" / "lora" / "lora.safetensors")
+    lora(tmp_path / "pairs.safetensors")
+    save_file(load_numpy(tmp_path / "pairs.safetensors") | bridge, tmp_path / "vicr.safetensors")
+    given = {"lora": f"{tmp_path / 'vicr.safetensors'}:0.5"}
+    branch, merged = built(tmp_path / "branch", **given), built(tmp_path / "merge", **given, lora_mode="merge")
+    picture, made = sample_photo(40, 24, 1), {}
+    for name, bundle, inputs in [
+        ("base", vicr_tiny, {}),
+        ("off", branch, {"lora_scale": 0.0}),
+        ("branch", branch, {}),
+        ("merged", merged, {}),
+    ]:
+        with load(bundle) as restorer:
+            options = {"prompt": WORDS, **inputs}
+            made[name] = restorer(picture, scale=1, steps=3, inputs=options).astype(int)
+    assert np.abs(made["off"] - made["base"]).max() <= 1
+    assert np.abs(made["branch"] - made["merged"]).max() <= 1
+    assert np.abs(made["branch"] - made["base"]).mean() > 2
+    weights = read(merged).weights
+    assert {r.folder for r in weights.tensors["step"].values()} == {None, "merged"}
+    assert "merged" not in {r.folder for r in read(branch).weights.tensors["step"].values()}

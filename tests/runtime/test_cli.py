@@ -1,0 +1,118 @@
+"""A bundle's own arguments on the command line, from the words a shell passes to the pixels of a file."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import save_file
+
+from tilewright.export.cli import main
+from tilewright.runtime import load
+
+IMAGE = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def restored(tinted, tmp_path, capsys):
+    """Restore a picture with these words after the usual ones; the pixels, or the line of the refusal."""
+    Image.fromarray(IMAGE).save(tmp_path / "in.png")
+
+    def restore(*words: str) -> np.ndarray:
+        out = tmp_path / "out.png"
+        code = main(["runtime", "restore", str(tmp_path / "in.png"), str(out), "--bundle", str(tinted), *words])
+        said = capsys.readouterr()
+        assert code == 0, said.err
+        return np.asarray(Image.open(out))
+
+    return restore
+
+
+@pytest.fixture
+def refused(tinted, tmp_path, capsys):
+    """The one line and the exit code that these words end in."""
+    Image.fromarray(IMAGE).save(tmp_path / "in.png")
+
+    def restore(*words: str) -> tuple[str, int]:
+        out = tmp_path / "out.png"
+        code = main(["runtime", "restore", str(tmp_path / "in.png"), str(out), "--bundle", str(tinted), *words])
+        said = capsys.readouterr()
+        assert said.out == "" and said.err.count("\n") == 1 and not out.exists()
+        return said.err.removeprefix("tilewright: ").rstrip("\n"), code
+
+    return restore
+
+
+@pytest.mark.parametrize(
+    ("words", "inputs"),
+    [
+        ([], {}),
+        (["--prompt", "dim warm red"], {"prompt": "dim warm red"}),
+        (["--prompt=dim warm red"], {"prompt": "dim warm red"}),
+        (["--prompt="], {"prompt": ""}),
+        (["--prompt=--x"], {"prompt": "--x"}),
+        (["--prompt=--x red", "--gain=0.5"], {"prompt": "--x red", "gain": 0.5}),
+        (["--prompt=--tile"], {"prompt": "--tile"}),
+        (["--gain", "2", "--prompt", "dim = red"], {"prompt": "dim = red", "gain": 2}),
+        (["--gain", "-2", "--prompt", "red"], {"prompt": "red", "gain": -2}),
+        (["--tile", "16", "--overlap", "0", "--prompt", "red", "--seed", "1"], {"prompt": "red"}),
+    ],
+)
+def test_words_on_the_command_line_are_the_inputs_of_the_library(restored, tinted, words, inputs):
+    tiles = {"tile": 16, "overlap": 0} if "--tile" in words else {}
+    with load(tinted) as restorer:
+        expected = restorer(IMAGE, inputs=inputs, **tiles)
+    np.testing.assert_array_equal(restored(*words), expected)
+
+
+def test_a_file_is_given_by_its_path(restored, tinted, tmp_path):
+    path = tmp_path / "a look=1.safetensors"
+    save_file({"look.tint": np.float32([[0.5, 0.25, 1]])}, path)
+    with load(tinted) as restorer:
+        expected = restorer(IMAGE, inputs={"look": path})
+    for words in (["--look", str(path)], [f"--look={path}"]):
+        np.testing.assert_array_equal(restored(*words), expected)
+
+
+def test_a_scale_is_told_by_the_sizes(tinted, tmp_path, capsys):
+    Image.fromarray(IMAGE).save(tmp_path / "in.png")
+    words = ["runtime", "restore", str(tmp_path / "in.png"), str(tmp_path / "out.png"), "--bundle", str(tinted)]
+    assert main([*words, "--scale", "3", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["input_width"], told["input_height"], told["width"], told["height"]) == (30, 20, 90, 60)
+    assert Image.open(tmp_path / "out.png").size == (90, 60)
+
+
+OWN = "this bundle's own arguments: --gain VALUE, --prompt VALUE, --look VALUE"
+
+
+@pytest.mark.parametrize(
+    ("words", "message", "code"),
+    [
+        (["--prompt"], f"unknown argument '--prompt'; {OWN}", 2),
+        (["--prompt", "dim", "red"], f"unknown argument 'red'; {OWN}", 2),
+        (["--pro", "dim"], f"unknown argument '--pro'; {OWN}", 2),  # no abbreviations
+        (["--ids", "3"], f"unknown argument '--ids'; {OWN}", 2),
+        (["--gain", "high"], "--gain 'high' is not a number; see the bundle's program.json", 2),
+        (["--scale", "17"], "scale=17 is none that this bundle can enlarge by; use 1 to 16", 2),
+        (["--prompt", "red " * 6], "the text 'red red red red red red ' has 7 tokens, the network takes 6;", 2),
+        (["--look", "nowhere"], "nowhere: No such file or directory; give a safetensors file with look.tint", 8),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_in_one_line(refused, words, message, code):
+    said, found = refused(*words)
+    assert said.startswith(message)
+    assert found == code
+
+
+def test_a_prompt_that_is_no_unicode_is_refused(refused):
+    said, code = refused("--prompt", b"caf\xe9".decode(errors="surrogateescape"))
+    assert (said, code) == (r"the text 'caf\udce9' is not valid Unicode; write it in UTF-8", 2)
+
+
+def test_a_file_of_another_shape_is_refused_by_its_path(refused, tmp_path: Path):
+    save_file({"look.tint": np.ones((1, 4), np.float32)}, tmp_path / "look.safetensors")
+    said, code = refused("--look", str(tmp_path / "look.safetensors"))
+    assert said.endswith("'look.tint' has shape [1, 4], this bundle takes [1, 3]; use its own")
+    assert code == 8

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -128,14 +129,15 @@ class Opened(NamedTuple):
 
 def opened(module: Callable[[], nn.Module], ids: tuple[int | str, int], output: tuple, folder: Path) -> Opened:
     inputs, outputs = {"ids": TensorSpec("int64", ids)}, {"output": TensorSpec("float32", output)}
-    source = Source(module, inputs, outputs, "text", {})
+    source = Source(module, inputs, outputs)
     model, network = trace(source), network_on_meta(source)
     assert {p.device.type for p in network.parameters()} == {"meta"}
     initializers = model.graph.initializers
     needed = [name for name, value in initializers.items() if isinstance(value.const_value, ir.ExternalTensor)]
     shapes = {"it": {name: tuple(initializers[name].shape.numpy()) for name in needed}}
     random_weights(shapes["it"], 7, folder / "weights.safetensors")
-    references = attach(shapes, find(folder), lambda _, name: (name,), lambda _: False)["it"]
+    plain = SimpleNamespace(origin=lambda *_: "it", keys=lambda _, name: (name,), ignored=lambda *_: False)
+    references = attach(shapes, {"it": find(folder)}, plain)["it"]
     for name, r in references.items():
         initializers[name].const_value = ir.ExternalTensor(
             r.file, r.offset, r.length, ir.DataType.FLOAT, shape=ir.Shape(r.shape), name=name

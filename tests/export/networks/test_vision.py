@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -226,7 +227,8 @@ def opened(source: Source, folder: Path) -> Opened:
     needed = [name for name, value in initializers.items() if isinstance(value.const_value, ir.ExternalTensor)]
     shapes = {"it": {name: tuple(initializers[name].shape.numpy()) for name in needed}}
     random_weights(shapes["it"], 7, folder / "weights.safetensors")
-    references = attach(shapes, find(folder), lambda _, name: (name,), lambda _: False)["it"]
+    plain = SimpleNamespace(origin=lambda *_: "it", keys=lambda _, name: (name,), ignored=lambda *_: False)
+    references = attach(shapes, {"it": find(folder)}, plain)["it"]
     for name, r in references.items():
         initializers[name].const_value = ir.ExternalTensor(
             r.file, r.offset, r.length, ir.DataType.FLOAT, shape=ir.Shape(r.shape), name=name
@@ -255,7 +257,7 @@ SOURCES = {
 def networks(tmp_path_factory) -> dict[str, Opened]:
     """Every network, traced once."""
     return {
-        name: opened(Source(module, inputs, outputs, name, {}, multiples), tmp_path_factory.mktemp("network"))
+        name: opened(Source(module, inputs, outputs, {}, multiples), tmp_path_factory.mktemp("network"))
         for name, (module, inputs, outputs, multiples) in SOURCES.items()
     }
 

@@ -1,38 +1,58 @@
-"""What exporting HiTokSR full costs: peak memory, seconds, bytes of graphs, bytes of weights written. Prints JSON."""
+"""What exporting a system in full size costs: CPU and wall seconds, peak memory, bytes of graphs and weights written.
+
+Weights are given as a folder; without one, stand-ins of the published files are made first. Prints JSON.
+"""
 
 import argparse
 import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--weights", type=Path, required=True, help="a folder with the weights")
-    parser.add_argument("--out", type=Path, required=True, help="the bundle to make; must not exist")
-    arguments = parser.parse_args()
-    words = ["export", "build", "hitoksr", "--preset", "full", "--weights", str(arguments.weights)]
-    command = [sys.executable, "-m", "tilewright.export.cli", *words, "-o", str(arguments.out), "--verify", "never"]
-    cache = arguments.out.with_suffix(".cache")
+
+def cost(system: str, weights: Path, work: Path) -> dict[str, Any]:
+    """Build from an empty cache in a process of its own."""
+    out, cache = work / f"{system}-bundle", work / f"{system}-cache"
+    words = ["export", "build", system, "--preset", "full", "--weights", str(weights), "-o", str(out)]
+    command = [sys.executable, "-m", "tilewright.export.cli", *words, "--verify", "never"]
     start = time.perf_counter()
-    process = subprocess.Popen(
-        command, env={**os.environ, "TILEWRIGHT_CACHE_DIR": str(cache)}, stdout=subprocess.DEVNULL
-    )
+    environment = {**os.environ, "TILEWRIGHT_CACHE_DIR": str(cache)}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
     _, status, used = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - start
     if status:
         sys.exit(f"the build failed with status {status}")
-    files = [f for f in arguments.out.rglob("*") if f.is_file()]
-    found = {
-        "what": "export build hitoksr --preset full --weights DIR --verify never, from an empty cache",
-        "seconds": seconds,
+    files = [f for f in out.rglob("*") if f.is_file()]
+    written = [f for root in (out, cache) for f in root.rglob("*.safetensors") if f.name != "constants.safetensors"]
+    return {
+        "what": f"export build {system} --preset full --weights DIR --verify never, from an empty cache",
+        "wall_seconds": seconds,
+        "cpu_seconds": used.ru_utime + used.ru_stime,
         "peak_rss_bytes": used.ru_maxrss * 1024,
-        "graph_bytes": sum(f.stat().st_size for f in files if f.suffix == ".onnx"),
+        "graph_bytes": {f.parent.name + "/" + f.name: f.stat().st_size for f in files if f.suffix == ".onnx"},
         "bundle_bytes": sum(f.stat().st_size for f in files),
-        "weight_bytes_written": sum(
-            f.stat().st_size for root in (arguments.out, cache) for f in root.rglob("*.safetensors")
-        ),
+        "weight_bytes_written": sum(f.stat().st_size for f in written),
+        "tensors": json.loads((out / "reports" / "weights.json").read_text()),
     }
-    print(json.dumps(found, indent=1))
+
+
+def main(system: str, weights: Path | None) -> None:
+    with tempfile.TemporaryDirectory() as temporary:
+        work = Path(temporary)
+        if weights is None:
+            weights = work / "stand-in"
+            command = [sys.executable, "-m", "tilewright.export.cli", "export", "stand-in", system, "-o", str(weights)]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        print(json.dumps(cost(system, weights, work), indent=1))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("system")
+    parser.add_argument("--weights", type=Path, help="a folder with the weights")
+    arguments = parser.parse_args()
+    main(arguments.system, arguments.weights)

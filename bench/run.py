@@ -1,34 +1,36 @@
 """Run every benchmark and store its JSON, with hardware and versions beside, under bench/results/.
 
-Needs about 5 GB of disk in --work and an otherwise idle machine.
+Needs about 15 GB of disk in --work, 8 GB of memory and an otherwise idle machine.
 """
 
 import argparse
 import importlib.metadata
 import json
-import shutil
 import subprocess
 import sys
 import tempfile
 from datetime import datetime, timezone
 from pathlib import Path
 
+import numpy as np
+from safetensors.numpy import save_file
+
 from tilewright.runtime.profile import hardware
 
 HERE = Path(__file__).parent
-PACKAGES = ("torch", "onnxruntime", "onnx", "onnxscript", "onnx-ir", "transformers", "numpy", "pillow")
+PACKAGES = ("torch", "diffusers", "onnxruntime", "onnx", "onnxscript", "onnx-ir", "transformers", "numpy", "pillow")
 
 
 def tilewright(*words: object) -> None:
     subprocess.run([sys.executable, "-m", "tilewright.export.cli", *map(str, words)], check=True, stdout=sys.stderr)
 
 
-def bench(name: str, *words: object) -> None:
-    print(f"{name} ...", file=sys.stderr, flush=True)
+def bench(name: str, *words: object, stored: str | None = None) -> None:
+    print(f"{stored or name} ...", file=sys.stderr, flush=True)
     printed = subprocess.run(
         [sys.executable, HERE / f"{name}.py", *map(str, words)], check=True, stdout=subprocess.PIPE
     )
-    store(name, json.loads(printed.stdout))
+    store(stored or name, json.loads(printed.stdout))
 
 
 def store(name: str, found: object) -> None:
@@ -47,20 +49,38 @@ def accuracy(bundle: Path, size: int) -> dict[str, object]:
     return report
 
 
-def main(work: Path) -> None:
-    tiny, full, again = work / "tiny", work / "full", work / "again"
+def hitoksr(work: Path) -> None:
+    tiny, full = work / "tiny", work / "full"
     tilewright("export", "build", "hitoksr", "--preset", "tiny", "--random-weights", 0, "-o", tiny)
     tilewright("export", "build", "hitoksr", "--preset", "full", "--random-weights", 0, "-o", full)
     bench("imports")
     bench("overhead", "--bundle", tiny)
-    shutil.rmtree(again, ignore_errors=True)
-    shutil.rmtree(again.with_suffix(".cache"), ignore_errors=True)
-    bench("export_cost", "--weights", full / "weights", "--out", again)
+    bench("export_cost", "hitoksr", "--weights", full / "weights", stored="export_cost_hitoksr")
     store("accuracy", {"tiny at 512x512": accuracy(tiny, 512), "full at 512x512": accuracy(full, 512)})
     bench("latency", "--bundle", full, "--work", work)
 
 
+def flux(work: Path) -> None:
+    for system in ("in-token", "vicr"):
+        bench("export_cost", system, stored=f"export_cost_{system.replace('-', '_')}")
+    embeds, mid = work / "prompt.safetensors", work / "mid"
+    random = np.random.Generator(np.random.Philox(key=0))
+    shapes = {"prompt_embeds": (1, 512, 4096), "pooled_prompt_embeds": (1, 768)}
+    work.mkdir(parents=True, exist_ok=True)
+    save_file({name: random.standard_normal(shape, np.float32) for name, shape in shapes.items()}, embeds)
+    words = ("--preset", "mid", "--random-weights", 0, "--prompt-embeds", embeds, "--verify", "never")
+    tilewright("export", "build", "in-token", *words, "-o", mid)
+    bench("flux_step", "--bundle", mid)
+
+
+SYSTEMS = {"hitoksr": hitoksr, "flux": flux}
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "systems", nargs="*", default=list(SYSTEMS), help=f"some of {', '.join(SYSTEMS)} (default: all)"
+    )
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "tilewright-bench")
-    main(parser.parse_args().work)
+    arguments = parser.parse_args()
+    for name in arguments.systems:
+        SYSTEMS[name](arguments.work)

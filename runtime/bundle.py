@@ -179,10 +179,16 @@ class Bundle:
         candidates = [self.root / "weights" / name]
         candidates += [weights_dir / name, weights_dir, *sorted(weights_dir.glob(f"*/{name}"))] if weights_dir else []
         candidates += [Path(folder.path)] if folder.path else []
+        wrong: BundleError | None = None
         for candidate in candidates:
             if all(_is_file(candidate / file) for file in folder.files):
-                _check_files(candidate, folder.files, "give the folder this bundle was built from")
-                return candidate
+                try:
+                    _check_files(candidate, folder.files, "give the folder this bundle was built from")
+                    return candidate
+                except BundleError as error:  # files of the same names may be another folder's
+                    wrong = wrong or error
+        if wrong is not None:
+            raise wrong
         wanted = one_line(", ".join(sorted(folder.files)[:3]))
         searched = ", ".join(one_line(str(candidate)) for candidate in candidates)
         raise BundleError(

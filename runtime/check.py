@@ -220,6 +220,10 @@ class _Scope:
         ]
         if any(spec != sized[0] for spec in sized):
             raise BundleError(f"{where}: the tables of tile sizes differ in type or shape; rebuild the bundle")
+        sides = self.now.tiles.fixed_px if self.now.tiles else ()
+        of_sides = {f"{name}.{px * px // self.now.steps.px_per_token}" for px in sides}
+        if sized and (not sides or of_sides - self.constants.keys()):
+            raise BundleError(f"{where}: a table of tile sizes needs fixed_px, and one for each of {list(sides)}")
         known = self.constants | ({name: sized[0]} if sized else {}) | self.job | self.tile
         whole = _found(known, name, f"{where}: no table, value or constant has that name")
         axis = 1 if name in self.tile else 0  # what lives with a tile has the batch first

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from tilewright.runtime.bundle import Bundle, safetensors_header
-from tilewright.runtime.errors import BundleError, InputError, UsageError
-from tilewright.runtime.program import Program
+from tilewright.runtime.errors import BundleError, InputError, TilewrightError, UsageError
+from tilewright.runtime.program import Program, TensorSpec
 from tilewright.runtime.text import encode
 
 __all__ = ["from_words", "gather", "read_tensors", "tensors_of", "value_of"]
@@ -53,25 +53,38 @@ def gather(bundle: Bundle, given: Mapping[str, Any]) -> dict[str, Any]:
         stood_for = values or text.ids.keys() & given.keys()  # by tensors from a file, or by ids
         if words is not None and (name in given or not stood_for):
             made |= {i: encode(bundle.path(t), words, program.inputs[i].shape[1]) for i, t in text.ids.items()}
+    specs = _specs(bundle)
+    made = {n: _fitting(f"input {n!r}", v, specs[n], UsageError) if n in specs else v for n, v in made.items()}
+    specs |= {name: TensorSpec(i.dtype, i.shape) for name, i in program.inputs.items()}
     for file in given.keys() & program.files.keys():
-        made |= _of_file(bundle, Path(given[file]), program.files[file])
+        held = tensors_of(Path(given[file]), tuple(program.files[file]))
+        for tensor, name in program.files[file].items():
+            made[name] = _fitting(f"{given[file]}: {tensor!r}", held[tensor], specs[name], InputError)
     return made
 
 
-def _of_file(bundle: Bundle, path: Path, wanted: Mapping[str, str]) -> dict[str, Any]:
-    held = tensors_of(path, tuple(wanted))
-    shapes: dict[str, tuple[int | str, ...]] = {name: i.shape for name, i in bundle.program.inputs.items()}
-    for p in bundle.program.passes:
-        for *_, call in p.calls():
-            outputs = bundle.manifest.components[call.run].outputs
-            shapes |= {target: outputs[name].shape for name, target in call.outputs.items()}
-    for tensor, name in wanted.items():
-        given, shape = held[tensor].shape, shapes[name]
-        if len(given) != len(shape) or any(isinstance(d, int) and d != g for g, d in zip(given, shape, strict=True)):
-            raise InputError(
-                f"{path}: {tensor!r} has shape {list(given)}, this bundle takes {list(shape)}; use its own"
-            )
-    return {name: np.asarray(held[tensor], np.float32) for tensor, name in wanted.items()}
+def _specs(bundle: Bundle) -> dict[str, TensorSpec]:
+    """The values that a caller may give instead of a pass without tiles."""
+    return {
+        target: bundle.manifest.components[call.run].outputs[name]
+        for p in bundle.program.passes
+        if p.tiles is None
+        for *_, call in p.calls()
+        for name, target in call.outputs.items()
+    }
+
+
+def _fitting(where: str, given: Any, spec: TensorSpec, error: type[TilewrightError]) -> Any:
+    """A tensor as its place takes it, or a refusal."""
+    try:
+        array = np.asarray(given, np.dtype(spec.dtype))
+    except (TypeError, ValueError):
+        raise error(f"{where} is no tensor of {spec.dtype}; use this bundle's own") from None
+    sizes = zip(array.shape, spec.shape, strict=False)
+    if array.ndim != len(spec.shape) or any(isinstance(d, int) and d != size for size, d in sizes):
+        there = list(array.shape)
+        raise error(f"{where} has shape {there}, this bundle takes {list(spec.shape)}; use its own")
+    return array
 
 
 def tensors_of(path: Path, names: Sequence[str]) -> dict[str, Any]:
@@ -105,8 +118,10 @@ def read_tensors(path: Path) -> dict[str, Any]:
 def from_words(program: Program, words: Sequence[str]) -> dict[str, Any]:
     """A program's inputs, texts and files from `--name value` or `--name=value`."""
     given: dict[str, Any] = {}
-    left = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
-    for flag, value in zip(left[::2], [*left[1::2], None], strict=False):
+    left = list(words)
+    while left:
+        flag, equals, after = left.pop(0).partition("=")
+        value = after if equals else left.pop(0) if left and not left[0].startswith("--") else None
         name = flag.removeprefix("--").replace("-", "_")
         typed = {n for n, wanted in program.inputs.items() if not wanted.shape}
         if (

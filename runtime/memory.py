@@ -78,14 +78,14 @@ def weights_bytes(bundle: Bundle, components: Iterable[str], memory: str) -> int
 
 
 def _kept_cells(bundle: Bundle, p: Pass, plan: Plan) -> int:
-    """Numbers that live with the tiles of a pass, as far as their shapes are known."""
-    sizes = {"batch": 1, "steps": p.steps.count if p.steps else 1}
+    """Numbers that live with the job or with the tiles of a pass, as far as their shapes are known."""
+    sizes = {"batch": len(plan.tiles), "steps": p.steps.count if p.steps else 1}
     cells = 0
     for *_, call in p.calls():
         shapes = [bundle.manifest.components[call.run].outputs[name].shape for name in call.outputs]
         known = [s for s in shapes if all(isinstance(d, int) or d in sizes for d in s)]
         cells += sum(math.prod(d if isinstance(d, int) else sizes[d] for d in shape) for shape in known)
-    return cells * (len(plan.tiles) if p.tiles else 1)
+    return cells
 
 
 def _pass_bytes(bundle: Bundle, p: Pass, plan: Plan) -> float:

@@ -222,10 +222,17 @@ class Walk:
         return self.grids["result"]
 
     def _with_other_writers(self, again: set[str]) -> set[str]:
-        """A grid that is written anew is written by all who write it."""
-        grids = self.program.grids.keys()
-        written = {name for p in self.program.passes if p.name in again for name in p.writes() & grids}
-        return again | {p.name for p in self.program.passes if p.writes() & written}
+        """What is written anew is written by all who write it, and so is what is read and then written over."""
+        passes = self.program.passes
+        while True:
+            names = {name for p in passes if p.name in again for name in p.writes()}
+            for i, p in enumerate(passes):
+                if p.name in again:
+                    names |= {name for later in passes[i + 1 :] for name in later.writes() & p.reads()}
+            more = again | {p.name for p in passes if p.writes() & names}
+            if more == again:
+                return again
+            again = more
 
     def _take(self, inputs: Mapping[str, Any], passes: Sequence[Pass]) -> None:
         """Check the caller's inputs before any work; only what the passes read must be there."""

@@ -1,6 +1,6 @@
 """The sizes of FLUX.1-Fill and of the encoders around it: as published, and tiny ones of the same form."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 __all__ = ["CLIP_VOCABULARY", "PRESETS", "Sizes"]
@@ -175,3 +175,6 @@ PRESETS: dict[str, Sizes] = {
         whole_px=(320, 180),
     ),
 }
+# few blocks at full width: what a machine without a GPU can measure
+_FEW = FULL_TRANSFORMER | {"num_layers": 1, "num_single_layers": 2}
+PRESETS["mid"] = replace(PRESETS["full"], transformer=_FEW)

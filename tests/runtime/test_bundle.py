@@ -440,6 +440,20 @@ def test_weights_are_searched_in_the_bundle_then_in_the_given_folder_then_where_
     )
 
 
+def test_files_of_the_same_names_that_are_another_folders_do_not_end_the_search(build, tmp_path):
+    whole, right = read(build()), tmp_path / "models" / "sharpen"
+    for place in ("given", "given/sharpen", "given/a/sharpen"):
+        (tmp_path / place).mkdir(parents=True, exist_ok=True)
+        overwrite(tmp_path / place / "sharpen.safetensors", b"another's")
+        assert whole.weights_folder("sharpen", tmp_path / "given") == right
+    (tmp_path / "given" / "b").mkdir()
+    right.rename(tmp_path / "given" / "b" / "sharpen")
+    assert whole.weights_folder("sharpen", tmp_path / "given") == tmp_path / "given" / "b" / "sharpen"
+    (tmp_path / "given" / "b" / "sharpen" / "sharpen.safetensors").unlink()
+    said = refusal(whole.weights_folder, "sharpen", tmp_path / "given")
+    assert said.startswith(f"{tmp_path / 'given' / 'sharpen' / 'sharpen.safetensors'}: 9 bytes, sealed with ")
+
+
 def test_without_a_given_folder_weights_are_searched_in_the_bundle_and_where_they_were(bundle, weights_dir):
     (weights_dir / "sharpen.safetensors").unlink()
     text = refusal(read(bundle).weights_folder, "sharpen")

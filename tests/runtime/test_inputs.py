@@ -191,6 +191,30 @@ def test_an_empty_file_of_tensors_lacks_them(bundle, tmp_path):
     assert "holds nothing" in refusal(InputError, gather, bundle, {"look": path})
 
 
+# Values given as they are
+
+
+@pytest.mark.parametrize("value", [TINT, TINT.astype(np.float64), TINT.tolist(), TINT.astype(np.float16)])
+def test_a_value_given_as_it_is_becomes_one_of_its_components_type(bundle, value):
+    made = gather(bundle, {"tint": value})["tint"]
+    assert (made.dtype, made.tolist()) == (np.float32, TINT.tolist())
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (TINT[0], "input 'tint' has shape [3], this bundle takes [1, 3]; use its own"),
+        (TINT[:, :2], "input 'tint' has shape [1, 2], this bundle takes [1, 3]; use its own"),
+        (2.0, "input 'tint' has shape [], this bundle takes [1, 3]; use its own"),
+        ("warm", "input 'tint' is no tensor of float32; use this bundle's own"),
+        ([[1, 2], [3]], "input 'tint' is no tensor of float32; use this bundle's own"),
+        ({}, "input 'tint' is no tensor of float32; use this bundle's own"),
+    ],
+)
+def test_a_value_of_another_form_is_refused_before_any_work(bundle, value, message):
+    assert refusal(UsageError, gather, bundle, {"tint": value}) == message
+
+
 # Tensors
 
 
@@ -326,6 +350,10 @@ OWN = "this bundle's own arguments: --gain VALUE, --mode VALUE, --prompt VALUE, 
         (["-prompt", "red"], f"unknown argument '-prompt'; {OWN}"),
         (["--prompt", "two", "words"], f"unknown argument 'words'; {OWN}"),
         (["--", "red"], f"unknown argument '--'; {OWN}"),
+        (["--prompt", "--x"], f"unknown argument '--prompt'; {OWN}"),  # a value that begins so needs the equals sign
+        (["--prompt", "--gain", "3"], f"unknown argument '--prompt'; {OWN}"),
+        (["--prompt", "--gain=3"], f"unknown argument '--prompt'; {OWN}"),
+        (["--prompt", "--gain", "--mode", "off"], f"unknown argument '--prompt'; {OWN}"),
         (["--=red"], f"unknown argument '--'; {OWN}"),
         (["---prompt", "red"], f"unknown argument '---prompt'; {OWN}"),
         (["--gain", "high"], "--gain 'high' is not a number; see the bundle's program.json"),

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tilewright.export import systems
 from tilewright.runtime.check import check
 from tilewright.runtime.errors import BundleError
 from tilewright.runtime.program import (
@@ -114,6 +115,22 @@ def meaning(tree):
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_every_systems_program_is_read_and_could_run(system):
     checked(system)
+
+
+@pytest.mark.parametrize(
+    ("name", "system", "asked"),
+    [
+        ("in-token", "in-token", {}),
+        ("in-token-fixed", "in-token", {"fixed_tile": [1024, 512]}),
+        ("vicr", "vicr", {}),
+    ],
+)
+def test_the_programs_here_are_those_that_builds_make(name, system, asked):
+    module = systems.system(system)
+    settings_of = module.settings("full", asked, {})
+    made = {n: Signature(c.inputs, c.outputs) for n, c in module.components("full", **settings_of).items()}
+    assert parsed(document(name)) == module.program("full", **settings_of)
+    assert surroundings(name).components == made
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
@@ -335,6 +352,21 @@ SOURCES = {
         "in-token-fixed",
         {"passes.2.each.0.inputs.modulation": "@context"},
         "'@context': has 1 rows for 28 steps",
+    ),
+    "a size of tile without its constant": (
+        "in-token-fixed",
+        {f"passes.{i}.tiles.fixed_px": [1024, 512, 256] for i in range(4)},
+        "'@modulation': a table of tile sizes needs fixed_px, and one for each of [1024, 512, 256]",
+    ),
+    "constants of tile sizes where tiles may have any": (
+        "in-token-fixed",
+        {f"passes.{i}.tiles": {"px": 1024, "overlap_px": 256} for i in range(4)},
+        "'@modulation': a table of tile sizes needs fixed_px, and one for each of []",
+    ),
+    "constants of tile sizes where nothing is tiled": (
+        "in-token-fixed",
+        {"passes.1.tiles": GONE, "passes.2.tiles": GONE},
+        "'@modulation': a table of tile sizes needs fixed_px, and one for each of []",
     ),
     "a constant of tile sizes without its rows": (
         "in-token-fixed",

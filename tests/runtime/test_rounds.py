@@ -240,6 +240,36 @@ def test_a_grid_that_is_written_anew_is_written_by_all_who_write_it():
     assert (rounds.counts["start"], "encode" in rounds.counts) == (4, False)
 
 
+NUDGE = Call("decode", {"z": "v", "bright": "$bright"}, {"image": "v"})
+KEEP_W = Call("encode", {"image": "image"}, {"latent": "w"})
+TANGLES = {
+    "a pass writes anew what a third one wrote over": (
+        Pass("both", TILES, once=(KEEP_W, Call("see", {"image": "image"}, {"seen": "result"}))),
+        Pass("w", TILES, once=(Call("decode", {"z": "image", "bright": "$bright"}, {"image": "w"}),)),
+        Pass("show", TILES, once=(Call("decode", {"z": "image", "bright": "$gain"}, {"image": "result"}),)),
+    ),
+    "a later pass renews a tile's value of an earlier one": (
+        Pass("value", TILES, once=(Call("see", {"image": "image"}, {"seen": "v"}),)),
+        Pass("renew", TILES, STEPS, each=(NUDGE,)),
+        Pass("show", TILES, once=(Call("decode", {"z": "v", "bright": "$gain"}, {"image": "result"}),)),
+    ),
+    "a later pass writes over the grid that one read": (
+        Pass("first", TILES, once=(Call("decode", {"z": "n", "bright": "$bright"}, {"image": "w"}),)),
+        Pass("over", TILES, once=(Call("see", {"image": "image"}, {"seen": "n"}),)),
+        Pass("show", TILES, once=(Call("start", {"latent": "w", "noise": "n"}, {"z": "result"}),)),
+    ),
+}
+
+
+@pytest.mark.parametrize("passes", TANGLES.values(), ids=TANGLES)
+def test_what_a_pass_reads_is_what_it_read_at_first_whatever_was_written_over_it_since(passes):
+    program = Program(1, 8, GRIDS | {"w": Grid(1, 3), "n": Grid(1, 3, "noise")}, passes, ASKED)
+    check(program, {n: SIGNATURES[n] for n in program.components()}, {"usual_ids": IDS})
+    rounds = Rounds(program)
+    for inputs in ({}, {"bright": 0.5}, {"gain": 2.0}, {"bright": 0.25}, {}):
+        assert rounds(inputs) == fresh(program, inputs)
+
+
 def test_a_joined_grid_starts_from_its_noise_in_every_round():
     rounds = Rounds("joined")
     noise = normal(SEED, region=0, stream=0, channels=3, top=0, left=0, height=24, width=24)

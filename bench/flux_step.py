@@ -1,0 +1,145 @@
+"""One FLUX.1-Fill step, 1 + 2 blocks at full width: our engine in both memory modes against eager diffusers.
+
+Every contender lives in a process of its own and they run in turn. Prints JSON; `bench/run.py` stores it.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+THREADS = 2
+ROUNDS = 5
+
+
+def inputs(bundle: Path, side: int) -> dict[str, Any]:
+    """What a step of a square picture reads, seeded."""
+    from tilewright.runtime.bundle import read
+
+    random = np.random.Generator(np.random.Philox(key=0))
+    sizes = {"batch": 1, "h": side // 8, "w": side // 8}
+    specs = read(bundle).manifest.components["step"].inputs
+    made = {n: random.standard_normal([sizes.get(str(d), d) for d in s.shape], np.float32) for n, s in specs.items()}
+    return made | {"sigma": np.array(0.7, np.float32), "sigma_next": np.array(0.6, np.float32)}
+
+
+def engine(memory: str) -> Callable[[Path, int], Callable[[], Any]]:
+    def ready(bundle: Path, side: int) -> Callable[[], Any]:
+        from tilewright.runtime.bundle import read
+        from tilewright.runtime.engines.ort import open_engine
+
+        step = open_engine(read(bundle), "step", memory=memory, threads=THREADS)
+        feed = inputs(bundle, side)
+        return lambda: step.run(feed, ["z_next"])["z_next"]
+
+    return ready
+
+
+def eager(bundle: Path, side: int) -> Callable[[], Any]:
+    """The upstream class as its pipeline calls it: all 384 channels, modulation computed from sigma and text."""
+    import torch
+    from diffusers import FluxTransformer2DModel
+    from safetensors.torch import load_file
+
+    from tilewright.export.systems.flux_sizes import PRESETS
+
+    torch.set_num_threads(THREADS)
+    with torch.device("meta"):
+        network = FluxTransformer2DModel(**PRESETS["mid"].transformer).eval()
+    weights = load_file(bundle / "weights" / "transformer" / "transformer.safetensors")
+    network.load_state_dict(weights, strict=True, assign=True)
+    feed = {name: torch.from_numpy(array) for name, array in inputs(bundle, side).items()}
+    rows = columns = side // 16
+
+    def packed(latent: Any) -> Any:
+        return torch.nn.functional.pixel_unshuffle(latent, 2).flatten(2).transpose(1, 2)
+
+    words = torch.cat((feed["context"], feed["seen"]), 1)
+    ids = torch.zeros(rows, columns, 3)
+    ids[..., 1], ids[..., 2] = torch.arange(rows)[:, None], torch.arange(columns)
+
+    def run() -> Any:
+        with torch.inference_mode():
+            tokens = torch.cat((packed(feed["z"]), packed(feed["y"]), torch.zeros(1, rows * columns, 256)), 2)
+            v = network(
+                hidden_states=tokens,
+                encoder_hidden_states=words,
+                pooled_projections=torch.zeros(1, 768),
+                timestep=feed["sigma"][None],
+                guidance=torch.tensor([30.0]),
+                img_ids=ids.reshape(-1, 3),
+                txt_ids=torch.zeros(words.shape[1], 3),
+            ).sample
+            v = torch.nn.functional.pixel_shuffle(v.transpose(1, 2).unflatten(2, (rows, columns)), 2)
+            return (feed["z"] + (feed["sigma_next"] - feed["sigma"]) * v).numpy()
+
+    return run
+
+
+CONTENDERS = {"tilewright fast": engine("fast"), "tilewright low": engine("low"), "diffusers eager fp32": eager}
+PEER = "diffusers eager fp32"
+
+
+def contend(name: str, bundle: Path, side: int, pipe: Connection) -> None:
+    run = CONTENDERS[name](bundle, side)
+    pipe.send(None)
+    while pipe.recv():
+        start = time.perf_counter()
+        made = run()
+        pipe.send((time.perf_counter() - start, float(made.std()), memory_of_its_own()))
+
+
+def memory_of_its_own() -> int:
+    """Bytes that are no mapped file."""
+    lines = Path(f"/proc/{os.getpid()}/smaps_rollup").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith("Anonymous:")).split()[1])
+
+
+def measure(bundle: Path, side: int, rounds: int) -> dict[str, Any]:
+    start = multiprocessing.get_context("spawn")
+    pipes: dict[str, Connection] = {}
+    processes = []
+    for name in CONTENDERS:
+        pipes[name], theirs = start.Pipe()
+        processes.append(start.Process(target=contend, args=(name, bundle, side, theirs), daemon=True))
+        processes[-1].start()
+        theirs.close()
+        pipes[name].recv()
+    seen: dict[str, list[tuple[float, float, int]]] = {name: [] for name in CONTENDERS}
+    for _ in range(rounds + 1):
+        for name, pipe in pipes.items():
+            pipe.send(True)
+            seen[name].append(pipe.recv())
+    for process in processes:
+        process.kill()
+    rows = {
+        name: {
+            "median_s": statistics.median(s for s, *_ in runs[1:]),
+            "ratio_to_eager": statistics.median(a[0] / b[0] for a, b in zip(runs[1:], seen[PEER][1:], strict=True)),
+            "anonymous_bytes": runs[-1][2],
+        }
+        for name, runs in seen.items()
+    }
+    return {
+        "what": f"one step, 1 + 2 blocks of full width, {side}x{side} px, 1241 text tokens, float32, random weights",
+        "threads": THREADS,
+        "rounds": rounds,
+        "rows": rows,
+    }
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--bundle", type=Path, required=True, help="a bundle of in-token, preset mid, random weights")
+    parser.add_argument("--side", type=int, default=512, help="of the picture, in pixels")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    arguments = parser.parse_args()
+    print(json.dumps(measure(arguments.bundle, arguments.side, arguments.rounds), indent=1))

@@ -216,10 +216,11 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("tilewright").setLevel(logging.DEBUG if verbose else logging.WARNING)
     try:
+        words, own = runtime_cli.split_inputs(words)
         arguments, extra = parser().parse_known_args(words)
-        if extra and not getattr(arguments, "takes_inputs", False):
+        if extra:
             raise UsageError(f"unknown argument {extra[0]!r}; see --help")
-        arguments.extra = extra
+        arguments.extra = own
         arguments.run(arguments)
         return 0
     except BrokenPipeError:  # whoever read our output has gone

@@ -6,7 +6,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,7 +16,7 @@ from tilewright.runtime.bundle import read
 from tilewright.runtime.inputs import from_words
 from tilewright.runtime.restore import MEMORY_MODES, Restorer, estimate, load
 
-__all__ = ["Progress", "add_verbs", "answer", "verb"]
+__all__ = ["Progress", "add_verbs", "answer", "split_inputs", "verb"]
 
 
 def verb(verbs: Any, name: str, summary: str, run: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
@@ -35,25 +35,14 @@ def answer(arguments: argparse.Namespace, value: Any, text: str) -> None:
 
 def add_verbs(verbs: Any) -> None:
     """restore, plan, select, profile."""
-    restore = verb(verbs, "restore", "restore an image", _restore)
-    restore.add_argument("input", type=Path, metavar="IN")
-    restore.add_argument("output", type=Path, metavar="OUT", help="its suffix chooses the format")
-    _bundle_arguments(restore)
-    _engine_arguments(restore)
-    restore.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
-    restore.add_argument("--steps", type=int, help="sampling steps, where the system has any")
-    restore.add_argument("--scale", type=int, help="enlarge by this, where the system leaves it open")
-    restore.add_argument(
-        "--max-pixels", type=int, default=100_000_000, help="refuse larger inputs (default: 100 million)"
-    )
-    restore.epilog = "An input the bundle's program declares is given as --NAME VALUE."
-    restore.set_defaults(takes_inputs=True)
+    _restore_arguments(verb(verbs, "restore", "restore an image", _restore))
 
     plan = verb(verbs, "plan", "tiles and memory for an image size; nothing is run", _plan)
     plan.add_argument("width", type=int, help="of the input image")
     plan.add_argument("height", type=int)
     _bundle_arguments(plan)
     plan.add_argument("--memory", choices=MEMORY_MODES, default="fast", help="as for restore")
+    plan.add_argument("--scale", type=int, help="as for restore")
 
     select = verb(verbs, "select", "the best of several restorations of one image, by scores of quality", _select)
     select.add_argument("candidates", nargs="+", type=Path, metavar="IMAGE", help="in the order of their rounds")
@@ -66,6 +55,41 @@ def add_verbs(verbs: Any) -> None:
         "--resolutions", default="512,1024", help="output sizes: 512 or 2560x1440, with commas (default: 512,1024)"
     )
     profile.add_argument("--runs", type=int, default=5, help="measured runs after a warm-up, at least 5 (default: 5)")
+
+
+def _restore_arguments(restore: argparse.ArgumentParser) -> None:
+    restore.add_argument("input", type=Path, metavar="IN")
+    restore.add_argument("output", type=Path, metavar="OUT", help="its suffix chooses the format")
+    _bundle_arguments(restore)
+    _engine_arguments(restore)
+    restore.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
+    restore.add_argument("--steps", type=int, help="sampling steps, where the system has any")
+    restore.add_argument("--scale", type=int, help="enlarge by this, where the system leaves it open")
+    restore.add_argument(
+        "--max-pixels", type=int, default=100_000_000, help="refuse larger inputs (default: 100 million)"
+    )
+    restore.epilog = "An input the bundle's program declares is given as --NAME VALUE."
+
+
+def split_inputs(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words of a command, and those of a bundle's own inputs, whose values must not be taken for files."""
+    if list(words[:2]) != ["runtime", "restore"]:
+        return list(words), []
+    ours = argparse.ArgumentParser()
+    _restore_arguments(ours)
+    flags = ours.format_usage().replace("[", " ").replace("]", " ").split()
+    kept: list[str] = []
+    own: list[str] = []
+    left = list(words)
+    while left:
+        word = left.pop(0)
+        if not word.startswith("--") or word.partition("=")[0] in {*flags, "--help", "--json", "--verbose"}:
+            kept.append(word)
+            continue
+        own.append(word)
+        if "=" not in word and left and not left[0].startswith("--"):
+            own.append(left.pop(0))
+    return kept, own
 
 
 def _bundle_arguments(parser: argparse.ArgumentParser) -> None:
@@ -152,6 +176,7 @@ def _plan(arguments: argparse.Namespace) -> None:
         tile=arguments.tile,
         overlap=arguments.overlap,
         memory=arguments.memory,
+        scale=arguments.scale,
     )
     passes = [
         {

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -70,8 +70,9 @@ def estimate(
     overlap: int | None = None,
     memory: str = "fast",
     scale: int | None = None,
+    opened: Collection[str] = (),
 ) -> Estimate:
-    """Plan an input image of that size; nothing is run."""
+    """Plan an input image of that size; nothing is run. The memory of engines already `opened` is theirs to use."""
     program = bundle.program
     if width < 1 or height < 1:
         raise UsageError(f"{width}x{height} is no image size; use 1x1 or more")
@@ -79,8 +80,10 @@ def estimate(
     least = least_px(program, tile)
     wide, high = (images.padded(side * scale, program.multiple_px, least) for side in (width, height))
     passes = [(p, plan_of(program, p, high, wide, tile, overlap)) for p in program.passes]
-    needed = needed_bytes(bundle, passes, high, wide, memory, all_open=_all_open(bundle, memory))
-    return Estimate(width * scale, height * scale, scale, passes, needed, available_bytes())
+    there = available_bytes()
+    there = None if there is None else there + weights_bytes(bundle, opened, memory)
+    needed = needed_bytes(bundle, passes, high, wide, memory, all_open=_all_open(bundle, memory, there))
+    return Estimate(width * scale, height * scale, scale, passes, needed, there)
 
 
 def _scale(program: Program, asked: int | None) -> int:
@@ -92,9 +95,8 @@ def _scale(program: Program, asked: int | None) -> int:
     return asked
 
 
-def _all_open(bundle: Bundle, memory: str) -> bool:
+def _all_open(bundle: Bundle, memory: str, there: int | None) -> bool:
     """Whether all engines are held open at once: in `low` memory, or where they do not fit, one pass's at a time."""
-    there = available_bytes()
     fits = there is None or weights_bytes(bundle, bundle.program.components(), memory) < OPEN_SHARE * there
     return memory == "fast" and fits
 
@@ -172,7 +174,10 @@ class Restorer:
         clock = _Clock()
         picture = images.read(image, max_pixels=max_pixels)
         height, width = picture.rgb.shape[:2]
-        plans = estimate(self.bundle, width, height, tile=tile, overlap=overlap, memory=self.memory, scale=scale)
+        opened = self.engines.opened if isinstance(self.engines, _Engines) else ()
+        plans = estimate(
+            self.bundle, width, height, tile=tile, overlap=overlap, memory=self.memory, scale=scale, opened=opened
+        )
         plans.require()
         clock.lap("read")
         program = self.bundle.program
@@ -249,7 +254,7 @@ def load(
 
     engines = _Engines(bundle.program.components(), open_engine)
     constants = read_tensors(bundle.path(bundle.manifest.constants)) if bundle.manifest.constants else {}
-    if not _all_open(bundle, memory):
+    if not _all_open(bundle, memory, available_bytes()):
         return Restorer(bundle, engines, constants, memory, workers, engines.close)
     for name in engines:
         engines[name]

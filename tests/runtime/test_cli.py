@@ -10,6 +10,7 @@ from safetensors.numpy import save_file
 
 from tilewright.export.cli import main
 from tilewright.runtime import load
+from tilewright.runtime.cli import split_inputs
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
 
@@ -116,3 +117,26 @@ def test_a_file_of_another_shape_is_refused_by_its_path(refused, tmp_path: Path)
     said, code = refused("--look", str(tmp_path / "look.safetensors"))
     assert said.endswith("'look.tint' has shape [1, 4], this bundle takes [1, 3]; use its own")
     assert code == 8
+
+
+@pytest.mark.parametrize(
+    ("line", "own"),
+    [
+        ("in.png out.png --bundle b", ""),
+        ("--prompt in.png in.png out.png --bundle b", "--prompt in.png"),
+        ("in.png --lora-scale 0.5 out.png --bundle b --seed 7", "--lora-scale 0.5"),
+        ("in.png out.png --prompt=--x --bundle b --tile=64 --memory low", "--prompt=--x"),
+        ("in.png out.png --prompt --bundle b", "--prompt"),
+        ("in.png out.png --bundle b --json --steps 3 --prompt a", "--prompt a"),
+    ],
+)
+def test_a_bundles_own_input_is_never_taken_for_a_file(line: str, own: str) -> None:
+    kept, ours = split_inputs(["runtime", "restore", *line.split()])
+    assert ours == own.split()
+    assert sorted(kept + ours) == sorted(["runtime", "restore", *line.split()])
+    assert [word for word in kept if word.endswith(".png")] == ["in.png", "out.png"]
+
+
+def test_other_commands_keep_all_their_words() -> None:
+    words = ["runtime", "plan", "3", "4", "--odd", "x"]
+    assert split_inputs(words) == (words, [])

@@ -6,6 +6,7 @@ a repeated build does nothing, a killed one loses only the stage it was in, and 
 
 import json
 import logging
+import math
 import os
 import shutil
 import time
@@ -35,7 +36,7 @@ def build(
     plan = stages(request)
     if up_to_date(request, plan):
         return {}
-    skipped = unverifiable(request)
+    skipped = unverifiable(request, plan)
     _require_room(request, forecast(request, plan))
     cost: dict[str, dict[str, float]] = {}
     for stage in plan:
@@ -64,27 +65,39 @@ def build(
     return cost
 
 
-def unverifiable(request: Request) -> str | None:
+def unverifiable(request: Request, plan: list[Stage]) -> str | None:
     """Why engines are not compared with eager PyTorch though nobody forbade it; none when they are."""
     if request.verify != "auto":
         return None
     if request.stand_in:
         return "the weights are stand-ins"
-    needed, there = _verify_bytes(request), available_bytes()
+    needed, there = _verify_bytes(request, plan), available_bytes()
     if there is not None and needed > there:
         return f"it needs about {needed / 2**30:.0f} GiB of memory, {there / 2**30:.0f} GiB are free"
     return None
 
 
-def _verify_bytes(request: Request) -> int:
-    return VERIFY_COPIES * 4 * parameter_count(request) + TRACE_BYTES
+def _verify_bytes(request: Request, plan: list[Stage]) -> int:
+    return VERIFY_COPIES * 4 * _parameters(request, plan) + TRACE_BYTES
+
+
+def _parameters(request: Request, plan: list[Stage]) -> int:
+    """How many there are: as traced, or counted on networks without storage, which takes seconds."""
+    try:
+        shapes = json.loads((plan[0].directory / "parameters.json").read_text())
+    except OSError:
+        return parameter_count(request)
+    return sum(math.prod(shape) for of in shapes.values() for shape in of.values())
 
 
 def up_to_date(request: Request, plan: list[Stage]) -> bool:
     """Whether the bundle in place is what this plan would make, and whole."""
     try:
         made = json.loads(_note(request.out).read_text())
-        return bool(made == {s.name: s.inputs for s in plan}) and bool(read(request.out))
+        if made != {s.name: s.inputs for s in plan} or not read(request.out):
+            return False
+        verified = (request.out / "reports" / "accuracy.json").is_file() or request.verify == "never"
+        return verified or unverifiable(request, plan) is not None
     except (OSError, ValueError, BundleError):
         return False
 
@@ -113,13 +126,13 @@ def forecast(request: Request, plan: list[Stage]) -> dict[str, Any]:
     """Which stages would run, and the disk and memory they would take."""
     run = [s.name for s in plan if s.name == "seal" or not s.directory.is_dir()]
     run = [] if up_to_date(request, plan) else run
-    if unverifiable(request) and "verify" in run:
+    if "verify" in run and unverifiable(request, plan):
         run.remove("verify")
     given = sum(r.length for tensors in request.found.values() for r in tensors.tensors.values())
-    random = 4 * parameter_count(request) if request.seed is not None and "attach" in run else 0
+    random = 4 * _parameters(request, plan) if request.seed is not None and "attach" in run else 0
     copied = (given if request.pack or request.settings.get("merged") else 0) + random
     disk = (GRAPH_BYTES + copied) * len({"attach", "optimise", "seal"} & set(run))
-    peaks = {"trace": TRACE_BYTES, "verify": _verify_bytes(request) if "verify" in run else 0}
+    peaks = {"trace": TRACE_BYTES, "verify": _verify_bytes(request, plan) if "verify" in run else 0}
     memory = max(peaks.get(stage, 0) for stage in [*run, ""])
     return {"stages": run, "disk_bytes": disk, "peak_memory_bytes": memory}
 

@@ -21,7 +21,7 @@ from tilewright.runtime.strict import one_line
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Adapter", "as_parameters", "merge", "parameters_of", "read"]
+__all__ = ["Adapter", "as_parameters", "merge", "parameters_of", "path_and_strength", "read"]
 
 FLOATS = ("float32", "float16", "bfloat16")
 ROLES = {
@@ -200,6 +200,15 @@ def parameters_of(
                 )
             )
     return {f"{module}.weight": adapter for module, adapter in adapters.items()}
+
+
+def path_and_strength(given: str) -> tuple[Path, float]:
+    """A LoRA's file and strength from `file.safetensors:0.8`."""
+    path, colon, strength = given.rpartition(":")
+    try:
+        return (Path(path), float(strength)) if colon else (Path(given), 1.0)
+    except ValueError:
+        return Path(given), 1.0
 
 
 def as_parameters(found: Tensors) -> Tensors:

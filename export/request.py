@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from tilewright.export.lora import path_and_strength
 from tilewright.export.systems import Source, system
 from tilewright.export.weights import Tensors, find, locate
 from tilewright.runtime.errors import UsageError
@@ -57,7 +58,7 @@ class Request:
     def found(self) -> dict[str, Tensors]:
         """The weights of each origin that files are given for, as they lie."""
         module = system(self.system)
-        paths = {name: _path(value) for name, value in self.options.items() if isinstance(value, str)}
+        paths = {name: path_and_strength(v)[0] for name, v in self.options.items() if isinstance(v, str)}
         paths |= {"weights": self.weights} if self.weights else {}
         located = {name: locate(origin, paths, required=self.seed is None) for name, origin in module.ORIGINS.items()}
         return {name: find(path) for name, path in located.items() if path}
@@ -92,12 +93,6 @@ class Request:
     def stand_in(self) -> bool:
         """Whether some weights are zeros in the place of real ones."""
         return any(tensors.stand_in for tensors in self.found.values())
-
-
-def _path(value: str) -> Path:
-    """A file's path, without the strength that may follow a LoRA's."""
-    path, colon, strength = value.rpartition(":")
-    return Path(path) if colon and strength.replace(".", "", 1).isdigit() else Path(value)
 
 
 def parameter_count(request: Request) -> int:

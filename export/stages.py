@@ -178,12 +178,12 @@ def _parameters(model: Any) -> dict[str, list[int]]:
 
 def _constants(request: Request, attached: Path, directory: Path) -> None:
     """What the program reads but no engine gives; tokenizers."""
-    from tilewright.export.streamed import run_streamed
-
     module, weights = system(request.system), _read_weights(attached)
     folders = {n: attached / "weights" / n if f.path is None else Path(f.path) for n, f in weights.folders.items()}
 
     def run(component: str, **inputs: Any) -> dict[str, Any]:
+        from tilewright.export.streamed import run_streamed  # PyTorch, where there is something to run
+
         own = weights.folder_of[component]
         refs = {n: (folders[r.folder or own], r) for n, r in weights.tensors[component].items()}
         return run_streamed(request.build_time[component], refs, inputs)

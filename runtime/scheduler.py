@@ -23,6 +23,7 @@ from tilewright.runtime.errors import UsageError
 from tilewright.runtime.inputs import value_of
 from tilewright.runtime.noise import normal
 from tilewright.runtime.program import Call, Pass, Program, Tiles, state_shape
+from tilewright.runtime.rounds import reached, skipped_passes, untiled_values, with_other_writers
 from tilewright.runtime.schedules import SCHEDULES
 from tilewright.runtime.tiles import Plan, Tile, plan, weights
 
@@ -90,34 +91,6 @@ def of_tokens(p: Pass, name: str, px: int, constants: Collection[str]) -> str | 
     """The constant `name.TOKENS` for tiles of that many pixels, where there is one."""
     table = f"{name}.{px // p.steps.px_per_token}" if p.steps else name
     return table if table in constants else None
-
-
-def reached(program: Program) -> dict[str, set[str]]:
-    """Pass -> the caller's inputs and values that what it makes depends on."""
-    of: dict[str, set[str]] = {name: {name} for name in untiled_values(program)}
-    reach = {}
-    for p in program.passes:
-        direct = {s[1:] for *_, c in p.calls() for s in c.inputs.values() if s[0] == "$"}
-        reach[p.name] = direct.union(*(of.get(name, set()) for name in p.reads()))
-        for name in p.writes():
-            of[name] = of.get(name, set()) | reach[p.name]
-    return reach
-
-
-def untiled_values(program: Program) -> set[str]:
-    """The values that passes without tiles make, which a caller may give instead."""
-    return {name for p in program.passes if p.tiles is None for name in p.writes() - program.grids.keys()}
-
-
-def skipped_passes(program: Program, given: Collection[str]) -> set[str]:
-    """The passes without tiles whose values are all given."""
-    skipped = set()
-    for p in program.passes:
-        if p.tiles is None and (there := p.writes() & set(given)):
-            if missing := sorted(p.writes() - there):
-                raise UsageError(f"input {sorted(there)[0]!r} is given without {missing[0]!r}; give all or none")
-            skipped.add(p.name)
-    return skipped
 
 
 def in_order(tasks: Sequence[Callable[[], T]], workers: int) -> Iterator[T]:
@@ -205,7 +178,7 @@ class Walk:
         changed = (before.keys() | now.keys()) - same
         again = {p.name for p in self.program.passes if self.reached[p.name] & changed} - skipped
         again |= {p.name for p in self.program.passes} - self.finished - skipped
-        again = self._with_other_writers(again)
+        again = with_other_writers(self.program, again)
         passes = [p for p in self.program.passes if p.name in again]
         self._take(inputs, passes)
         self.finished = self.finished - again - skipped if keep else set()  # what may be built on, should a pass fail
@@ -220,19 +193,6 @@ class Walk:
         if not self.told:
             self.job.on_final(0, 0, self.grids["result"])
         return self.grids["result"]
-
-    def _with_other_writers(self, again: set[str]) -> set[str]:
-        """What is written anew is written by all who write it, and so is what is read and then written over."""
-        passes = self.program.passes
-        while True:
-            names = {name for p in passes if p.name in again for name in p.writes()}
-            for i, p in enumerate(passes):
-                if p.name in again:
-                    names |= {name for later in passes[i + 1 :] for name in later.writes() & p.reads()}
-            more = again | {p.name for p in passes if p.writes() & names}
-            if more == again:
-                return again
-            again = more
 
     def _take(self, inputs: Mapping[str, Any], passes: Sequence[Pass]) -> None:
         """Check the caller's inputs before any work; only what the passes read must be there."""

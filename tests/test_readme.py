@@ -33,6 +33,7 @@ def test_every_make_target_named_exists() -> None:
 
 def test_the_commands_and_the_snippet_run_in_an_empty_directory(tmp_path: Path) -> None:
     shutil.copy(ROOT / "docs" / "sample.png", tmp_path / "photo.png")
+    (tmp_path / "scores.csv").write_text("image,liqe,musiq\nround1.png,3.1,60\nround2.png,3.3,58\n")
     lines = [command for command in commands() if command.startswith("tilewright ")]
     assert len(lines) >= 7 and all(command.startswith(("tilewright ", "make ")) for command in commands())
     for line in lines:

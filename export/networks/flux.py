@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 from torch import Tensor, nn
 
-__all__ = ["Branches", "Decode", "Encode", "Modulate", "Step", "modulation_rows"]
+__all__ = ["Branches", "Decode", "Encode", "Modulate", "Step"]
 
 Branches = Mapping[str, Sequence[float]]  # path of a linear -> rank of its low-rank addition, and the file's scale
 ROPE_THETA = 10_000
@@ -112,11 +112,6 @@ def _scalars(sigmas: Tensor, guidance: Tensor, exact: bool) -> tuple[Tensor, Ten
         return x.to(torch.bfloat16).float()
 
     return rounded(rounded(rounded(rounded(sigmas * 1000) / 1000)) * 1000), rounded(rounded(guidance) * 1000)
-
-
-def modulation_rows(config: Mapping[str, Any]) -> int:
-    """How many vectors modulate one step."""
-    return 12 * int(config["num_layers"]) + 3 * int(config["num_single_layers"]) + 2
 
 
 class Modulate(_Flux):

@@ -86,7 +86,7 @@ def base_settings(
     if not 1 <= count <= 1000:
         raise UsageError(f"--steps {count} must lie in 1..1000")
     _check_fill(sizes, origins.get("transformer"))
-    _, strength = lora_file(given.get("lora"))
+    _, strength = lora.path_and_strength(given.get("lora", ""))
     return {
         "steps": count,
         "max_mu": given.get("max_mu"),
@@ -111,17 +111,6 @@ def _check_fill(sizes: Sizes, found: Tensors | None) -> None:
             f"weights {found.folder / found.tensors[key].file}: {key!r} takes {columns} channels, FLUX.1-Fill takes"
             f" {wanted}: this is another FLUX, without mask channels; give FLUX.1-Fill-dev"
         )
-
-
-def lora_file(given: str | None) -> tuple[Path | None, float]:
-    """A LoRA's file and strength from `file.safetensors:0.8`."""
-    if given is None:
-        return None, 1.0
-    path, colon, strength = given.rpartition(":")
-    try:
-        return (Path(path), float(strength)) if colon else (Path(given), 1.0)
-    except ValueError:
-        return Path(given), 1.0
 
 
 def _branches(preset: str, origins: Mapping[str, Tensors | None]) -> dict[str, list[float]]:
@@ -172,7 +161,6 @@ def step_source(preset: str, settings: Mapping[str, Any], *, diptych: bool = Fal
     inputs |= {"sigma": TensorSpec(FLOAT, ()), "sigma_next": TensorSpec(FLOAT, ())}
     if _branching(settings):
         inputs["lora_scale"] = TensorSpec(FLOAT, ())
-
     arguments = {
         "config": sizes.transformer,
         "diptych": diptych,
@@ -192,7 +180,6 @@ def modulate_source(preset: str, settings: Mapping[str, Any], *, one_text: bool)
     inputs = _pooled(sizes, bridge=not one_text) | {"sigmas": TensorSpec(FLOAT, ("steps",))}
     if _modulated(settings):
         inputs["lora_scale"] = TensorSpec(FLOAT, ())
-
     outputs = {"modulation": TensorSpec(FLOAT, rows if one_text else ("batch", *rows))}
     arguments = {"config": sizes.transformer, "exact": settings["exact"], "one_text": one_text}
     return Source("flux.Modulate", inputs, outputs, arguments=arguments | {"branches": _in_graph(settings)})
@@ -235,7 +222,6 @@ def _px(sizes: Sizes) -> dict[str, int]:
 def text_sources(preset: str) -> dict[str, Source]:
     """Words' ids to what the transformer reads of them."""
     sizes = PRESETS[preset]
-
     ids, clip_ids = (TensorSpec("int64", (1, n)) for n in (sizes.words, sizes.clip_words))
     context = {"context": TensorSpec(FLOAT, (1, sizes.words, sizes.t5["d_model"]))}
     pooled = {"pooled": TensorSpec(FLOAT, (1, sizes.clip_text["hidden_size"]))}
@@ -290,19 +276,14 @@ def prompt_constants(
     """context and pooled of the fixed prompt: given as tensors, or of words by the text encoders."""
     sizes = PRESETS[preset]
     if words is not None:
-        lengths = {"t5": sizes.words, "clip": sizes.clip_words}
-        made: dict[str, Any] = {}
-        with tempfile.TemporaryDirectory() as temporary:
-            for (name, text), (component, length) in zip(
-                tokenizer_texts(preset, folder).items(), lengths.items(), strict=True
-            ):
-                path = Path(temporary) / Path(name).name
-                path.write_text(text, encoding="utf-8")
-                made |= run(component, ids=encode(path, words, length))
-        return made
+        t5, clip = tokenizer_texts(preset, folder).values()
+        context = run("t5", ids=_ids(t5, words, sizes.words))
+        return context | run("clip", ids=_ids(clip, words, sizes.clip_words))
     path = Path(given["prompt_embeds"])
-    shapes: dict[str, tuple[int, ...]] = {"prompt_embeds": (1, sizes.words, sizes.t5["d_model"])}
-    shapes["pooled_prompt_embeds"] = (1, sizes.clip_text["hidden_size"])
+    shapes: dict[str, tuple[int, ...]] = {
+        "prompt_embeds": (1, sizes.words, sizes.t5["d_model"]),
+        "pooled_prompt_embeds": (1, sizes.clip_text["hidden_size"]),
+    }
     held = tensors_of(path, tuple(shapes))
     for name, shape in shapes.items():
         if held[name].shape != shape:
@@ -310,6 +291,13 @@ def prompt_constants(
             raise InputError(f"{path}: {name!r} has shape {there}, not {list(shape)}; save what the text encoders give")
     context, pooled = (np.asarray(held[name], np.float32) for name in shapes)
     return {"context": context, "pooled": pooled}
+
+
+def _ids(tokenizer: str, words: str, length: int) -> Any:
+    with tempfile.NamedTemporaryFile("w", suffix=".json", encoding="utf-8") as file:
+        file.write(tokenizer)
+        file.flush()
+        return encode(Path(file.name), words, length)
 
 
 def modulation_tables(preset: str, run: Callable[..., Any], settings: Mapping[str, Any], pooled: Any) -> dict[str, Any]:
@@ -321,6 +309,8 @@ def modulation_tables(preset: str, run: Callable[..., Any], settings: Mapping[st
         sigmas = flow_shift(settings["steps"], tokens, max_mu=settings["max_mu"])["sigma"]
         made = run("modulate", pooled=pooled, guidance=np.float32(settings["guidance"]), sigmas=sigmas, **scale)
         tables["modulation" if len(settings["fixed"]) == 1 else f"modulation.{tokens}"] = made["modulation"]
+    if settings["fixed"] and _modulated(settings):
+        tables["lora_scale"] = np.array(settings["lora_scale"], np.float32)  # the table holds it already
     return tables
 
 

@@ -92,7 +92,7 @@ def program(preset: str, **settings: Any) -> Program:
     tiles = flux.tiles(preset, settings)
     steps = Steps("flow_shift", settings["steps"], sizes.multiple**2, flux.schedule_options(settings))
     inputs = {name: f"${name}" for name in flux.caller_inputs(settings)}
-    conditions = {"context": "#context", "seen": "seen"}
+    conditions = {"context": "#context", "seen": "seen", "lora_scale": "#lora_scale"}  # if no input of that name is
     conditions |= {"modulation": "@modulation"} if settings["split"] else {"pooled": "#pooled"}
     step = {"z": "z", "y": "y", "sigma": "@sigma", "sigma_next": "@sigma_next"} | conditions
     taken = components(preset, **settings)

@@ -92,7 +92,7 @@ OWN = "this bundle's own arguments: --gain VALUE, --prompt VALUE, --look VALUE"
     ("words", "message", "code"),
     [
         (["--prompt"], f"unknown argument '--prompt'; {OWN}", 2),
-        (["--prompt", "dim", "red"], f"unknown argument 'red'; {OWN}", 2),
+        (["--prompt", "dim", "red"], "unknown argument 'red'; see --help", 2),
         (["--pro", "dim"], f"unknown argument '--pro'; {OWN}", 2),  # no abbreviations
         (["--ids", "3"], f"unknown argument '--ids'; {OWN}", 2),
         (["--gain", "high"], "--gain 'high' is not a number; see the bundle's program.json", 2),

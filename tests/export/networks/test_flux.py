@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tilewright.export.networks import flux
-from tilewright.export.networks.flux import Branches, Decode, Encode, Modulate, Step, modulation_rows
+from tilewright.export.networks.flux import Branches, Decode, Encode, Modulate, Step
 from tilewright.export.systems import Source, in_token, vicr
 from tilewright.export.systems.flux_sizes import PRESETS
 from tilewright.export.trace import network_on_meta, trace
@@ -276,12 +276,12 @@ def test_each_condition_counts(plain):
     assert min(distance(a, b) for a, b in ((zero, one), (zero, half), (one, half))) > 1e-4
 
 
-TABLE = (modulation_rows(CONFIG), SIZES.dim)
+TABLE = (SIZES.rows, SIZES.dim)
 
 
 def test_the_full_transformer_has_344_vectors_a_step():
-    assert modulation_rows(PRESETS["full"].transformer) == PRESETS["full"].rows == 344
-    assert modulation_rows(CONFIG) == SIZES.rows == 12 * 2 + 3 * 2 + 2
+    assert PRESETS["full"].rows == 344
+    assert SIZES.rows == 12 * 2 + 3 * 2 + 2
 
 
 def test_the_table_is_each_norms_own_linear_in_the_order_of_use(plain):
@@ -424,7 +424,7 @@ def test_positions_turn_as_in_diffusers_and_text_does_not_turn(monkeypatch):
     monkeypatch.setattr(
         torch.onnx.ops, "rotary_embedding", lambda x, *tables, **k: turn.append(tables) or rotate(x, *tables, **k)
     )
-    table = random(modulation_rows(config), 128)
+    table = random(replace(PRESETS["full"], transformer=config).rows, 128)
     worst = 0.0
     for height, width in ((160, 1), (1, 160), (13, 9)):
         turn.clear()

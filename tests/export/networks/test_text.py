@@ -2,24 +2,17 @@
 
 import math
 from collections.abc import Callable
-from pathlib import Path
-from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from tilewright.export.networks.text import T5, ClipText
-from tilewright.export.rewrites.fold import fold
 from tilewright.export.systems import Source
-from tilewright.export.trace import network_on_meta, trace
-from tilewright.export.weights import attach, find, random_weights
-from tilewright.runtime.engines.ort import OrtEngine, open_graph
 from tilewright.runtime.program import TensorSpec
 
 # the library takes the logarithm of a distance of 0 and discards it, which NumPy remarks on when it is folded
@@ -119,53 +112,27 @@ def test_clip_does_not_look_past_the_end():
     assert (network(ids) - network(before)).abs().max() > 0.1
 
 
-class Opened(NamedTuple):
-    """A traced network: as folded, as it runs before and after folding, and as PyTorch runs it."""
-
-    model: ir.Model
-    engines: list[OrtEngine]
-    eager: nn.Module
-
-
-def opened(module: Callable[[], nn.Module], ids: tuple[int | str, int], output: tuple, folder: Path) -> Opened:
-    inputs, outputs = {"ids": TensorSpec("int64", ids)}, {"output": TensorSpec("float32", output)}
-    source = Source(module, inputs, outputs)
-    model, network = trace(source), network_on_meta(source)
-    assert {p.device.type for p in network.parameters()} == {"meta"}
-    initializers = model.graph.initializers
-    needed = [name for name, value in initializers.items() if isinstance(value.const_value, ir.ExternalTensor)]
-    shapes = {"it": {name: tuple(initializers[name].shape.numpy()) for name in needed}}
-    random_weights(shapes["it"], 7, folder / "weights.safetensors")
-    plain = SimpleNamespace(origin=lambda *_: "it", keys=lambda _, name: (name,), ignored=lambda *_: False)
-    references = attach(shapes, {"it": find(folder)}, plain)["it"]
-    for name, r in references.items():
-        initializers[name].const_value = ir.ExternalTensor(
-            r.file, r.offset, r.length, ir.DataType.FLOAT, shape=ir.Shape(r.shape), name=name
-        )
-    ir.save(model, folder / "traced.onnx")
-    fold(model)
-    ir.save(model, folder / "folded.onnx")
-    network.load_state_dict(load_file(folder / "weights.safetensors"), assign=True)
-    engines = [open_graph(folder / f"{form}.onnx", folder) for form in ("traced", "folded")]
-    return Opened(model, engines, network.requires_grad_(False))
+def ids_source(module: Callable[[], nn.Module], ids: tuple[int | str, int], output: tuple) -> Source:
+    return Source(module, {"ids": TensorSpec("int64", ids)}, {"output": TensorSpec("float32", output)})
 
 
 @pytest.fixture(scope="module")
-def t5s(tmp_path_factory) -> dict[int, Opened]:
+def t5s(tmp_path_factory, opened) -> dict[int, Any]:
     """T5 for each length of its ids."""
     return {
-        length: opened(lambda: T5(T5_TINY), (1, length), (1, length, 32), tmp_path_factory.mktemp("t5"))
+        length: opened(ids_source(lambda: T5(T5_TINY), (1, length), (1, length, 32)), tmp_path_factory.mktemp("t5"))
         for length in LENGTHS
     }
 
 
 @pytest.fixture(scope="module")
-def clip(tmp_path_factory) -> Opened:
+def clip(tmp_path_factory, opened) -> Any:
     """CLIP for any number of texts."""
-    return opened(lambda: ClipText(CLIP_TINY), ("batch", 16), ("batch", 16), tmp_path_factory.mktemp("clip"))
+    source = ids_source(lambda: ClipText(CLIP_TINY), ("batch", 16), ("batch", 16))
+    return opened(source, tmp_path_factory.mktemp("clip"))
 
 
-def assert_needs_each_parameter(network: Opened) -> None:
+def assert_needs_each_parameter(network: Any) -> None:
     graph = network.model.graph
     outside = {n for n, v in graph.initializers.items() if isinstance(v.const_value, ir.ExternalTensor)}
     assert outside == {n for n, _ in network.eager.named_parameters()}
@@ -174,7 +141,7 @@ def assert_needs_each_parameter(network: Opened) -> None:
     assert [node.op_type for node in nodes].count("Attention") == 2
 
 
-def assert_runs_as_eager(network: Opened, ids: torch.Tensor) -> None:
+def assert_runs_as_eager(network: Any, ids: torch.Tensor) -> None:
     expected = network.eager(ids).double().numpy()
     assert expected.std() > 0.1
     for engine in network.engines:

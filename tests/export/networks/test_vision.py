@@ -1,9 +1,7 @@
 """Vision encoders against Pillow, the published processors and the bare library classes; their graphs against eager."""
 
 import math
-from pathlib import Path
-from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -11,7 +9,6 @@ import pytest
 import torch
 from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
 from PIL import Image
-from safetensors.torch import load_file
 from torch import nn
 from transformers import (
     CLIPImageProcessorPil,
@@ -23,11 +20,7 @@ from transformers import (
 )
 
 from tilewright.export.networks.vision import Bridge, ClipVision, Redux, Siglip, resize_matrix, resized
-from tilewright.export.rewrites.fold import fold
 from tilewright.export.systems import Source
-from tilewright.export.trace import network_on_meta, trace
-from tilewright.export.weights import attach, find, random_weights
-from tilewright.runtime.engines.ort import OrtEngine, open_graph
 from tilewright.runtime.program import TensorSpec
 
 SIDE = 28
@@ -212,35 +205,6 @@ def test_the_bridge_is_that_of_the_formula():
     np.testing.assert_allclose(network(torch.from_numpy(embeds)), expected, rtol=0, atol=1e-12)
 
 
-class Opened(NamedTuple):
-    """A traced network: as folded, as it runs before and after folding, and as PyTorch runs it."""
-
-    model: ir.Model
-    engines: list[OrtEngine]
-    eager: nn.Module
-
-
-def opened(source: Source, folder: Path) -> Opened:
-    model, network = trace(source), network_on_meta(source)
-    assert {p.device.type for p in network.parameters()} == {"meta"}
-    initializers = model.graph.initializers
-    needed = [name for name, value in initializers.items() if isinstance(value.const_value, ir.ExternalTensor)]
-    shapes = {"it": {name: tuple(initializers[name].shape.numpy()) for name in needed}}
-    random_weights(shapes["it"], 7, folder / "weights.safetensors")
-    plain = SimpleNamespace(origin=lambda *_: "it", keys=lambda _, name: (name,), ignored=lambda *_: False)
-    references = attach(shapes, {"it": find(folder)}, plain)["it"]
-    for name, r in references.items():
-        initializers[name].const_value = ir.ExternalTensor(
-            r.file, r.offset, r.length, ir.DataType.FLOAT, shape=ir.Shape(r.shape), name=name
-        )
-    ir.save(model, folder / "traced.onnx")
-    fold(model)
-    ir.save(model, folder / "folded.onnx")
-    network.load_state_dict(load_file(folder / "weights.safetensors"), assign=True)
-    engines = [open_graph(folder / f"{form}.onnx", folder) for form in ("traced", "folded")]
-    return Opened(model, engines, network.requires_grad_(False))
-
-
 IMAGE = {"image": TensorSpec("float32", ("batch", 3, "height", "width"))}
 EMBEDS = {"embeds": TensorSpec("float32", ("batch", 16))}
 FEATURES = {"features": TensorSpec("float32", ("batch", "tokens", 32))}
@@ -254,7 +218,7 @@ SOURCES = {
 
 
 @pytest.fixture(scope="module")
-def networks(tmp_path_factory) -> dict[str, Opened]:
+def networks(tmp_path_factory, opened) -> dict[str, Any]:
     """Every network, traced once."""
     return {
         name: opened(Source(module, inputs, outputs, {}, multiples), tmp_path_factory.mktemp("network"))
@@ -274,7 +238,7 @@ def test_the_graph_needs_each_parameter_and_has_plain_operators(networks, name):
     assert types.count("Attention") == (2 if name in ("siglip", "clip", "clip of tiles") else 0)
 
 
-def assert_runs_as_eager(network: Opened, name: str, array: np.ndarray) -> None:
+def assert_runs_as_eager(network: Any, name: str, array: np.ndarray) -> None:
     expected = network.eager(torch.from_numpy(array)).double().numpy()
     assert expected.std() > 0.1
     for engine in network.engines:

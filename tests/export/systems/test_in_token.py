@@ -303,6 +303,23 @@ def test_fixed_tiles_need_no_modulation_weights_and_give_the_same_picture(tmp_pa
         assert ours(sample_photo(20, 12, 1), scale=1, tile=64).shape == (12, 20, 3)  # padded up to a tile
 
 
+def test_a_lora_on_the_modulation_is_in_the_table_of_fixed_tiles(tmp_path: Path, in_token_tiny: Path) -> None:
+    random = np.random.Generator(np.random.Philox(key=8))
+    pairs = {}
+    for module, rows in (("transformer_blocks.0.norm1.linear", 192), ("single_transformer_blocks.1.proj_mlp", 128)):
+        pairs[f"transformer.{module}.lora_A.weight"] = random.normal(0, 0.5, (3, 32)).astype(np.float32)
+        pairs[f"transformer.{module}.lora_B.weight"] = random.normal(0, 0.5, (rows, 3)).astype(np.float32)
+    save_file(pairs, tmp_path / "lora.safetensors")
+    given = {"lora": f"{tmp_path / 'lora.safetensors'}:0.5", "steps": 6}
+    free, fixed = built(tmp_path / "free", **given), built(tmp_path / "fixed", **given, fixed_tile=[64])
+    assert "lora_scale" in read(free).program.inputs and "lora_scale" not in read(fixed).program.inputs
+    options = {"scale": 2, "tile": 64, "overlap": 16}
+    ours, theirs = (restored(bundle, **options) for bundle in (fixed, free))
+    without = restored(in_token_tiny, **options, steps=6)
+    assert np.abs(ours.astype(int) - theirs).max() <= 1
+    assert np.abs(ours.astype(int) - without).mean() > 1
+
+
 def test_embeddings_given_as_a_file_are_the_prompt(tmp_path: Path, in_token_tiny: Path, usual: np.ndarray) -> None:
     held = load_numpy(in_token_tiny / "constants.safetensors")
     named = {"prompt_embeds": held["context"], "pooled_prompt_embeds": held["pooled"]}

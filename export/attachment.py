@@ -25,7 +25,7 @@ def attach_weights(request: Request, traced: Path, directory: Path) -> None:
     shapes = json.loads((traced / "parameters.json").read_text())
     wanted = {c: {name: tuple(shape) for name, shape in s.items()} for c, s in shapes.items()}
     packed = directory / "weights"
-    found = {name: module.ORIGINS[name].read(tensors) for name, tensors in request.found.items()}
+    found = {name: module.ORIGINS[name].read(tensors) for name, tensors in request.used.items()}
     for origin, named in _lacking(module, wanted, found).items():
         if request.seed is None:
             needs = module.ORIGINS[origin]

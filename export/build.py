@@ -128,7 +128,7 @@ def forecast(request: Request, plan: list[Stage]) -> dict[str, Any]:
     run = [] if up_to_date(request, plan) else run
     if "verify" in run and unverifiable(request, plan):
         run.remove("verify")
-    given = sum(r.length for tensors in request.found.values() for r in tensors.tensors.values())
+    given = sum(r.length for tensors in request.used.values() for r in tensors.tensors.values())
     random = 4 * _parameters(request, plan) if request.seed is not None and "attach" in run else 0
     copied = (given if request.pack or request.settings.get("merged") else 0) + random
     disk = (GRAPH_BYTES + copied) * len({"attach", "optimise", "seal"} & set(run))

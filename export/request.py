@@ -70,6 +70,17 @@ class Request:
         return made
 
     @cached_property
+    def used(self) -> dict[str, Tensors]:
+        """Of what was found, all but what may be absent and no network reads: text encoders beside given embeddings."""
+        module = system(self.system)
+        read = {module.origin(component, "") for component in self.components | self.build_time}
+        return {
+            name: tensors
+            for name, tensors in self.found.items()
+            if name in read or module.ORIGINS[name].needed or module.ORIGINS[name].argument != "weights"
+        }
+
+    @cached_property
     def components(self) -> dict[str, Source]:
         """Those that become graphs."""
         made: dict[str, Source] = system(self.system).components(self.preset, **self.settings)
@@ -92,7 +103,7 @@ class Request:
     @property
     def stand_in(self) -> bool:
         """Whether some weights are zeros in the place of real ones."""
-        return any(tensors.stand_in for tensors in self.found.values())
+        return any(tensors.stand_in for tensors in self.used.values())
 
 
 def parameter_count(request: Request) -> int:

@@ -74,7 +74,7 @@ def stages(request: Request) -> list[Stage]:
     trace = Stage("trace", asked | systems | _code(*TRACED) | _versions(*TRACERS), lambda d: _trace(request, d))
     random = "none" if request.seed is None else f"random, seed {request.seed}"
     given = {"weights": random, "packed": str(request.pack)}
-    for name, tensors in request.found.items():
+    for name, tensors in request.used.items():
         given[f"folder {name}"] = str(tensors.folder)
         given |= {f"weights {name}/{file}": sha256_of_file(tensors.folder / file) for file in tensors.sources}
     attached = Stage(
@@ -279,9 +279,12 @@ class _Parts:
             )
             for name, source in request.components.items()
         }
-        random = f"random, seed {request.seed}"
-        weights = random if not request.found else "stand-in, zeros" if request.stand_in else "given"
-        packed = "yes" if request.pack or not request.found else "no"
+        folders = self.weights().folders
+        random = folders.keys() - request.used.keys() - {"merged"}
+        but = f", but for {', '.join(sorted(folders.keys() - random))}" if folders.keys() - random else ""
+        given = "stand-in, zeros" if request.stand_in else "given"
+        weights = f"random, seed {request.seed}{but}" if random else given
+        packed = "yes" if all(folder.path is None for folder in folders.values()) else "no"
         settings = json.dumps(request.settings, sort_keys=True)
         return Manifest(
             SCHEMA_VERSION,

@@ -123,8 +123,10 @@ def _restore(arguments: argparse.Namespace) -> None:
     images.check_writable(arguments.output)
     bundle = read(arguments.bundle)
     inputs = from_words(bundle.program, arguments.extra)
-    if bundle.manifest.options.get("weights", "").startswith("random"):
-        print("note: this bundle holds random weights; the picture proves plumbing, not restoration", file=sys.stderr)
+    weights = bundle.manifest.options.get("weights", "")
+    if weights.startswith(("random", "stand-in")):
+        kind = weights.partition(",")[0]
+        print(f"note: this bundle holds {kind} weights; the picture proves plumbing, not restoration", file=sys.stderr)
     start = time.perf_counter()
     with _open(arguments) as restorer:
         opened = time.perf_counter() - start

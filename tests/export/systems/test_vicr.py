@@ -281,3 +281,12 @@ def test_a_lora_beside_the_weights_equals_one_merged_into_them(vicr_tiny: Path, 
     weights = read(merged).weights
     assert {r.folder for r in weights.tensors["step"].values()} == {None, "merged"}
     assert "merged" not in {r.folder for r in read(branch).weights.tensors["step"].values()}
+
+
+def test_a_bundle_says_which_of_its_weights_are_random(vicr_tiny: Path, tmp_path: Path) -> None:
+    assert read(vicr_tiny).manifest.options["weights"] == "random, seed 0"
+    bridge = load_numpy(vicr_tiny / "weights" / "lora" / "lora.safetensors")
+    lora(tmp_path / "pairs.safetensors")
+    save_file(load_numpy(tmp_path / "pairs.safetensors") | bridge, tmp_path / "vicr.safetensors")
+    options = read(built(tmp_path, lora=str(tmp_path / "vicr.safetensors"))).manifest.options
+    assert options["weights"] == "random, seed 0, but for lora" and options["packed"] == "no"

@@ -19,6 +19,9 @@ from tilewright.runtime.restore import MEMORY_MODES, Restorer, estimate, load
 __all__ = ["Progress", "add_verbs", "answer", "split_inputs", "verb"]
 
 
+OWN_INPUTS = "An input the bundle's program declares is given as --NAME VALUE."
+
+
 def verb(verbs: Any, name: str, summary: str, run: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
     """Add a verb with what every verb has."""
     made: argparse.ArgumentParser = verbs.add_parser(name, help=summary, description=summary)
@@ -48,13 +51,7 @@ def add_verbs(verbs: Any) -> None:
     select.add_argument("candidates", nargs="+", type=Path, metavar="IMAGE", help="in the order of their rounds")
     select.add_argument("--scores", type=Path, required=True, metavar="CSV", help="image,METRIC,...; higher is better")
 
-    profile = verb(verbs, "profile", "measure latency and memory per resolution", _profile)
-    _bundle_arguments(profile)
-    _engine_arguments(profile)
-    profile.add_argument(
-        "--resolutions", default="512,1024", help="output sizes: 512 or 2560x1440, with commas (default: 512,1024)"
-    )
-    profile.add_argument("--runs", type=int, default=5, help="measured runs after a warm-up, at least 5 (default: 5)")
+    _profile_arguments(verb(verbs, "profile", "measure latency and memory per resolution", _profile))
 
 
 def _restore_arguments(restore: argparse.ArgumentParser) -> None:
@@ -68,15 +65,27 @@ def _restore_arguments(restore: argparse.ArgumentParser) -> None:
     restore.add_argument(
         "--max-pixels", type=int, default=100_000_000, help="refuse larger inputs (default: 100 million)"
     )
-    restore.epilog = "An input the bundle's program declares is given as --NAME VALUE."
+    restore.epilog = OWN_INPUTS
+
+
+def _profile_arguments(profile: argparse.ArgumentParser) -> None:
+    _bundle_arguments(profile)
+    _engine_arguments(profile)
+    profile.add_argument(
+        "--resolutions", default="512,1024", help="output sizes: 512 or 2560x1440, with commas (default: 512,1024)"
+    )
+    profile.add_argument("--runs", type=int, default=5, help="measured runs after a warm-up, at least 5 (default: 5)")
+    profile.add_argument("--steps", type=int, help="as for restore")
+    profile.epilog = OWN_INPUTS
 
 
 def split_inputs(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """The words of a command, and those of a bundle's own inputs, whose values must not be taken for files."""
-    if list(words[:2]) != ["runtime", "restore"]:
+    takers = {"restore": _restore_arguments, "profile": _profile_arguments}
+    if len(words) < 2 or words[0] != "runtime" or words[1] not in takers:
         return list(words), []
     ours = argparse.ArgumentParser()
-    _restore_arguments(ours)
+    takers[words[1]](ours)
     flags = ours.format_usage().replace("[", " ").replace("]", " ").split()
     kept: list[str] = []
     own: list[str] = []
@@ -232,6 +241,8 @@ def _profile(arguments: argparse.Namespace) -> None:
             runs=arguments.runs,
             tile=arguments.tile,
             overlap=arguments.overlap,
+            steps=arguments.steps,
+            inputs=from_words(restorer.bundle.program, arguments.extra),
             on_progress=progress.tiles,
         )
     answer(arguments, measured, table(measured))

@@ -2,7 +2,7 @@
 
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,8 @@ def profile(
     runs: int = 5,
     tile: int | None = None,
     overlap: int | None = None,
+    steps: int | None = None,
+    inputs: Mapping[str, Any] | None = None,
     on_progress: Callable[[str, int, int], None] = lambda name, done, total: None,
 ) -> dict[str, Any]:
     """Measure each output size; seconds, megapixels of output a second, peak memory, tiles."""
@@ -56,7 +58,8 @@ def profile(
         measured = []
         reset_peak()
         for i in range(runs + 1):
-            made = restorer.restore(_picture(restorer, width, height), tile=tile, overlap=overlap)
+            picture = _picture(restorer, width, height)
+            made = restorer.restore(picture, tile=tile, overlap=overlap, steps=steps, inputs=inputs)
             measured.append(made)
             on_progress(name, i + 1, runs + 1)
         rows.append(_row([m.seconds for m in measured[1:]], made.image.shape, made.tiles))

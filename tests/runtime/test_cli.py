@@ -137,6 +137,12 @@ def test_a_bundles_own_input_is_never_taken_for_a_file(line: str, own: str) -> N
     assert [word for word in kept if word.endswith(".png")] == ["in.png", "out.png"]
 
 
+def test_profile_takes_a_bundles_own_inputs_too() -> None:
+    words = ["runtime", "profile", "--bundle", "b", "--prompt", "two words", "--runs", "5", "--json"]
+    kept, own = split_inputs(words)
+    assert own == ["--prompt", "two words"] and kept == [w for w in words if w not in own]
+
+
 def test_other_commands_keep_all_their_words() -> None:
     words = ["runtime", "plan", "3", "4", "--odd", "x"]
     assert split_inputs(words) == (words, [])

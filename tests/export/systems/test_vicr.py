@@ -1,5 +1,6 @@
 """VICR end to end, against a pipeline of diffusers' and transformers' own parts."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from transformers import (
 )
 
 from tilewright.export.build import build
+from tilewright.export.cli import main
 from tilewright.export.networks.vision import ClipVision
 from tilewright.export.request import Request
 from tilewright.export.systems.flux_sizes import PRESETS
@@ -290,3 +292,12 @@ def test_a_bundle_says_which_of_its_weights_are_random(vicr_tiny: Path, tmp_path
     save_file(load_numpy(tmp_path / "pairs.safetensors") | bridge, tmp_path / "vicr.safetensors")
     options = read(built(tmp_path, lora=str(tmp_path / "vicr.safetensors"))).manifest.options
     assert options["weights"] == "random, seed 0, but for lora" and options["packed"] == "no"
+
+
+def test_a_profile_takes_words(vicr_tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["runtime", "profile", "--bundle", str(vicr_tiny), "--resolutions", "32", "--steps", "2", "--json"]
+    assert main([*words, "--prompt", WORDS]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["resolutions"]
+    assert (row["width"], row["height"]) == (32, 32) and {"t5", "step", "decode"} <= row["phases"].keys()
+    assert main(words) == 2
+    assert "'prompt' has no default" in capsys.readouterr().err

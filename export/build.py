@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tilewright.export.request import Request, parameter_count
+from tilewright.export.request import VERIFY_COPIES, Request, parameter_count
 from tilewright.export.stages import Stage, stages, staging, write
 from tilewright.runtime.bundle import read
 from tilewright.runtime.digests import cache_dir, sha256_of_bytes
@@ -25,7 +25,6 @@ __all__ = ["build", "changes", "clean", "forecast", "up_to_date"]
 
 log = logging.getLogger("tilewright")
 GRAPH_BYTES = 5_000_000  # all graphs of a system, at most
-VERIFY_COPIES = 6  # of float32 weights: mapped, re-packed by the engine, eager, and float64 eager, which is two
 TRACE_BYTES = 1_200_000_000  # what tracing holds at its peak, with room; 0.6 GB was measured on hitoksr full
 
 

@@ -11,8 +11,9 @@ from tilewright.export.systems import Source, system
 from tilewright.export.weights import Tensors, find, locate
 from tilewright.runtime.errors import UsageError
 
-__all__ = ["VERIFY_MODES", "Request", "parameter_count"]
+__all__ = ["VERIFY_COPIES", "VERIFY_MODES", "Request", "parameter_count"]
 
+VERIFY_COPIES = 6  # of float32 weights: mapped, re-packed by the engine, eager, and float64 eager, which is two
 VERIFY_MODES = ("auto", "always", "never")
 
 

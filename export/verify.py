@@ -6,6 +6,7 @@ rounding of the scores it was made from. Where choices differ, what follows from
 
 import copy
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,15 +16,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from tilewright.export.request import VERIFY_COPIES
 from tilewright.export.seams import PICTURES, seam_excess
 from tilewright.export.systems import Source, system
 from tilewright.export.trace import network_on_meta
 from tilewright.export.weights import open_reference
 from tilewright.runtime.bundle import Bundle, Reference
 from tilewright.runtime.engines import Engine, backend
-from tilewright.runtime.errors import AccuracyError
+from tilewright.runtime.errors import AccuracyError, ResourceError
 from tilewright.runtime.images import Enlarged
 from tilewright.runtime.inputs import gather
+from tilewright.runtime.memory import available_bytes
 from tilewright.runtime.program import Program
 from tilewright.runtime.restore import Restorer, load
 from tilewright.runtime.scheduler import Job, least_px, plan_of, run
@@ -45,6 +48,7 @@ def verify(root: Path, *, weights_dir: Path | None = None, size_px: int | None =
     """
     with load(root, weights_dir=weights_dir) as restorer:
         bundle, program = restorer.bundle, restorer.bundle.program
+        _require_memory(bundle)
         eager = {n: eager_network(bundle, n, weights_dir) for n in sorted(program.components())}
         pairs = {n: _Paired(restorer.engines[n], e) for n, e in eager.items()}
         job = _job(program, size_px)
@@ -63,6 +67,17 @@ def verify(root: Path, *, weights_dir: Path | None = None, size_px: int | None =
         "seams": seams,
         "gate": {"relative_l2": RELATIVE_L2_GATE, "seam_excess": SEAM_GATE},
     }
+
+
+def _require_memory(bundle: Bundle) -> None:
+    """Refuse, before it is tried, what would end in the system's killing us."""
+    weights = sum(math.prod(r.shape) for of in bundle.weights.tensors.values() for r in of.values())
+    needed, there = 4 * VERIFY_COPIES * weights, available_bytes()
+    if there is not None and needed > there:
+        raise ResourceError(
+            f"{bundle.root}: verifying needs about {needed / 2**30:.0f} GiB of memory, {there / 2**30:.0f} GiB are"
+            " free; use a larger machine"
+        )
 
 
 def _seam(restorer: Restorer, job: Job, make: Callable[[int, int], Pixels]) -> float:

@@ -205,3 +205,13 @@ def test_a_network_that_cannot_be_traced_is_one_line_and_exit_6(
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("tilewright:")]
     assert len(said) == 1 and "hitoksr.generate" in said[0] and "a data-dependent branch" in said[0]
     assert not (tmp_path / "b").exists() and not list((tmp_path / "cache" / "build").glob("*/*"))
+
+
+def test_a_bundle_too_large_to_verify_is_refused_before_it_is_tried(
+    hitoksr_tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tilewright.export.verify import verify
+
+    monkeypatch.setattr("tilewright.export.verify.available_bytes", lambda: 1_000_000)
+    with pytest.raises(ResourceError, match="verifying needs about"):
+        verify(hitoksr_tiny)

@@ -83,7 +83,7 @@ def _orphaned(bundle: Bundle) -> int:
                 (r.offset, r.offset + r.length)
                 for component, tensors in bundle.weights.tensors.items()
                 for r in tensors.values()
-                if (r.folder or bundle.weights.folder_of[component]) == name and r.file == relative
+                if bundle.weights.folder_name(component, r) == name and r.file == relative
             }
             data = end = min((start for start, _ in read_by), default=0)
             orphaned += file.stat().st_size - data

@@ -11,15 +11,12 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from tilewright.export.weights import Tensors, open_reference
+from tilewright.export.weights import Tensors, mapped_tensor
 from tilewright.runtime.bundle import Reference
 from tilewright.runtime.errors import InputError
 from tilewright.runtime.strict import one_line
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["Adapter", "as_parameters", "merge", "parameters_of", "path_and_strength", "read"]
 
@@ -153,7 +150,7 @@ def _alpha(found: Tensors, key: str) -> float:
     reference = found.tensors[key]
     if reference.shape not in ((), (1,)):
         raise _refusal(found, [key], f"{key!r} has shape {list(reference.shape)}, not one number; export it again")
-    return float(_tensor(found.folder, reference).item())
+    return float(mapped_tensor(found.folder, reference).item())
 
 
 def _noted(found: Tensors, file: str, prefixes: Sequence[str]) -> _Noted:
@@ -233,7 +230,7 @@ def merge(base_folder: Path, weight: Reference, lora_folder: Path, adapter: Adap
     import torch
 
     whole, up, down = (
-        _tensor(folder, reference).flatten(1).float()
+        mapped_tensor(folder, reference).flatten(1).float()
         for folder, reference in ((base_folder, weight), (lora_folder, adapter.up), (lora_folder, adapter.down))
     )
     factor = torch.tensor(strength * adapter.scale, dtype=torch.float32)  # as a number, torch refuses it beyond float32
@@ -241,13 +238,6 @@ def merge(base_folder: Path, weight: Reference, lora_folder: Path, adapter: Adap
     if not merged.isfinite().all():
         raise InputError(f"LoRA {file}: at strength {strength} {weight.dtype} weights are not finite; lower it")
     return merged.view(torch.uint8).numpy().tobytes()
-
-
-def _tensor(folder: Path, reference: Reference) -> "torch.Tensor":
-    import torch  # late, as files are read before a network is built
-
-    data = torch.from_numpy(open_reference(folder, reference, "c"))  # torch asks for writable memory
-    return data.view(getattr(torch, reference.dtype)).reshape(reference.shape)
 
 
 def _some(names: Sequence[str]) -> str:

@@ -184,8 +184,7 @@ def _constants(request: Request, attached: Path, directory: Path) -> None:
     def run(component: str, **inputs: Any) -> dict[str, Any]:
         from tilewright.export.streamed import run_streamed  # PyTorch, where there is something to run
 
-        own = weights.folder_of[component]
-        refs = {n: (folders[r.folder or own], r) for n, r in weights.tensors[component].items()}
+        refs = {n: (folders[weights.folder_name(component, r)], r) for n, r in weights.tensors[component].items()}
         return run_streamed(request.build_time[component], refs, inputs)
 
     made = module.constants(request.preset, run, request.options, request.folder, **request.settings)
@@ -256,7 +255,7 @@ class _Parts:
         """What the bundle's graphs refer to: not what ran at build only."""
         every = _read_weights(self.attached)
         tensors = {name: refs for name, refs in every.tensors.items() if name in self.request.components}
-        used = {r.folder or every.folder_of[name] for name, refs in tensors.items() for r in refs.values()}
+        used = {every.folder_name(name, r) for name, refs in tensors.items() for r in refs.values()}
         folders = {name: folder for name, folder in every.folders.items() if name in used}
         return Weights(folders, {name: every.folder_of[name] for name in tensors}, tensors)
 

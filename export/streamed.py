@@ -10,7 +10,7 @@ from torch import nn
 
 from tilewright.export.systems import Source
 from tilewright.export.trace import network_on_meta
-from tilewright.export.weights import open_reference
+from tilewright.export.weights import mapped_tensor
 from tilewright.runtime.bundle import Reference
 
 __all__ = ["run_streamed"]
@@ -35,9 +35,7 @@ def run_streamed(
 
 def _load(module: nn.Module, own: Mapping[str, tuple[Path, Reference]]) -> None:
     for name, (folder, reference) in own.items():
-        data = torch.from_numpy(open_reference(folder, reference, "c"))
-        tensor = data.view(getattr(torch, reference.dtype)).reshape(reference.shape).float()
-        module._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+        module._parameters[name] = nn.Parameter(mapped_tensor(folder, reference).float(), requires_grad=False)
 
 
 def _unload(module: nn.Module) -> None:

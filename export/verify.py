@@ -20,8 +20,8 @@ from tilewright.export.request import VERIFY_COPIES
 from tilewright.export.seams import PICTURES, seam_excess
 from tilewright.export.systems import Source, system
 from tilewright.export.trace import network_on_meta
-from tilewright.export.weights import open_reference
-from tilewright.runtime.bundle import Bundle, Reference
+from tilewright.export.weights import mapped_tensor
+from tilewright.runtime.bundle import Bundle
 from tilewright.runtime.engines import Engine, backend
 from tilewright.runtime.errors import AccuracyError, ResourceError
 from tilewright.runtime.images import Enlarged
@@ -163,16 +163,13 @@ def eager_network(bundle: Bundle, component: str, weights_dir: Path | None) -> "
     source: Source = system(bundle.manifest.system).components(bundle.manifest.preset, **settings)[component]
     network = network_on_meta(source)
     references = bundle.weights.tensors.get(component, {})
-    own = bundle.weights.folder_of.get(component)
-    folders = {name: bundle.folder(name, weights_dir) for name in {r.folder or str(own) for r in references.values()}}
-    tensors = {n: _tensor(folders[r.folder or str(own)], r).float() for n, r in references.items()}
+    names = {bundle.weights.folder_name(component, r) for r in references.values()}
+    folders = {name: bundle.folder(name, weights_dir) for name in names}
+    tensors = {
+        n: mapped_tensor(folders[bundle.weights.folder_name(component, r)], r).float() for n, r in references.items()
+    }
     network.load_state_dict(tensors, strict=False, assign=True)
     return Eager(network, tuple(source.outputs))
-
-
-def _tensor(folder: Path, reference: Reference) -> torch.Tensor:
-    data = torch.from_numpy(open_reference(folder, reference, "c"))  # torch asks for writable memory
-    return data.view(getattr(torch, reference.dtype)).reshape(reference.shape)
 
 
 @dataclass

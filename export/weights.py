@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,9 @@ from tilewright.runtime.digests import writing
 from tilewright.runtime.errors import BundleError, InputError, UsageError
 from tilewright.runtime.program import TensorSpec
 
+if TYPE_CHECKING:
+    import torch
+
 __all__ = [
     "STAND_IN",
     "Tensors",
@@ -29,6 +32,7 @@ __all__ = [
     "copy_tensors",
     "find",
     "locate",
+    "mapped_tensor",
     "open_reference",
     "random_weights",
     "resolve",
@@ -174,6 +178,14 @@ def attach(wanted: Mapping[str, Shapes], found: Mapping[str, Tensors], system: A
 def open_reference(folder: Path, reference: Reference, mode: Literal["r", "c"] = "r") -> npt.NDArray[np.uint8]:
     """The bytes of a tensor, mapped read-only or, for `c`, copied when written to; the file stays as it is."""
     return np.memmap(folder / reference.file, np.uint8, mode, reference.offset, (reference.length,))
+
+
+def mapped_tensor(folder: Path, reference: Reference) -> "torch.Tensor":
+    """The tensor for PyTorch, which is loaded here: over the mapped bytes, copied when written to."""
+    import torch
+
+    data = torch.from_numpy(open_reference(folder, reference, "c"))  # torch asks for writable memory
+    return data.view(getattr(torch, reference.dtype)).reshape(reference.shape)
 
 
 def random_weights(shapes: Shapes, seed: int, path: Path) -> None:

@@ -149,6 +149,10 @@ class Weights:
     folder_of: dict[str, str]  # component -> the folder of most of its weights
     tensors: dict[str, dict[str, Reference]]  # component -> initializer -> bytes
 
+    def folder_name(self, component: str, reference: Reference) -> str:
+        """The folder that a component's initializer lies in."""
+        return self.folder_of.get(component, "") if reference.folder is None else reference.folder
+
 
 @dataclass(frozen=True)
 class Bundle:
@@ -274,8 +278,7 @@ def _check_weights(weights: Weights, manifest: Manifest, root: Path) -> None:
         if component not in manifest.components:
             raise BundleError(f"{where}: weights of {component!r}, which is no component; rebuild the bundle")
         for name, reference in references.items():
-            own = weights.folder_of.get(component, "")
-            folder = weights.folders.get(own if reference.folder is None else reference.folder)
+            folder = weights.folders.get(weights.folder_name(component, reference))
             file = folder.files.get(reference.file) if folder else None
             if file is None:
                 raise BundleError(f"{where}: {component}.{name} lies in {reference.file!r}, which is not listed")

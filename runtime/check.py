@@ -17,6 +17,7 @@ from tilewright.runtime.program import (
     TensorSpec,
     Tiles,
 )
+from tilewright.runtime.rounds import untiled_values
 from tilewright.runtime.strict import one_line
 
 __all__ = ["check"]
@@ -43,16 +44,14 @@ def _check(program: Program, components: Mapping[str, Signature], constants: Map
         for section, position, call in p.calls():
             scope.call(section, f"pass {p.name!r}, {section}[{position}] runs {call.run!r}", call)
         scope.leave()
-    untiled = {name for p in program.passes if p.tiles is None for name in p.writes()}  # may be given instead
+    known = dict.fromkeys(
+        [*program.inputs, *(untiled_values(program) & scope.job.keys())]
+    )  # which may be given instead of made
     for argument, tensors in program.files.items():
         if argument in program.inputs or argument in program.texts:
             raise BundleError(f"program: file {argument!r}: the name is taken; give every argument its own")
         for name in tensors.values():
-            _found(
-                dict.fromkeys([*program.inputs, *(scope.job.keys() & untiled)]),
-                name,
-                f"program: file {argument!r}: no input or value {name!r}",
-            )
+            _found(known, name, f"program: file {argument!r}: no input or value {name!r}")
     if "result" not in scope.written:
         raise BundleError("program: no pass writes the grid 'result'; add the call that makes it")
 
@@ -131,7 +130,7 @@ class _Scope:
             )
         self.seen.add(p.name)
         self.now, self.fresh = p, set[str]()
-        self.joined = any(target in self.program.grids for call in p.each for target in call.outputs.values())
+        self.joined = bool(p.writes("each") & self.program.grids.keys())
         self.tile = dict(self.kept.get(p.tiles, {})) if p.tiles else {}
         for name, state in p.state.items():
             self._check_state(where, name, state)

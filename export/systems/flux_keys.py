@@ -8,7 +8,7 @@ import re
 
 from tilewright.export.systems import Rows
 
-__all__ = ["OF_COMPONENT", "ignored", "keys"]
+__all__ = ["OF_COMPONENT", "ignored", "keys", "origin"]
 
 OF_COMPONENT = {
     "step": "transformer",
@@ -17,13 +17,23 @@ OF_COMPONENT = {
     "decode": "vae",
     "t5": "text_encoder_2",
     "clip": "text_encoder",
+    "see": "image_encoder",
+    "redux": "image_embedder",
+    "bridge": "lora",
 }
+
+
+def origin(component: str, parameter: str) -> str:
+    """Low-rank pairs come from the LoRA, all else from its component's folder."""
+    return "lora" if ".lora_" in parameter else OF_COMPONENT[component]
 
 
 def keys(component: str, parameter: str) -> tuple[str | Rows, ...]:
     """A parameter as diffusers or transformers name it in files, then as the models' own authors do."""
     if component in ("step", "modulate"):
         return _transformer_keys(parameter.removeprefix("transformer."))
+    if component == "bridge":
+        return (f"vcb.{parameter}",)
     if component in ("encode", "decode"):
         return (parameter, _vae_key(parameter))
     name = parameter.removeprefix("model.")

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from tilewright.export.lora import as_parameters
-from tilewright.export.systems import Option, Origin, Rows, Source, flux_files, flux_keys
+from tilewright.export.systems import Option, Origin, Source, flux_files
 from tilewright.export.systems import flux_fill as flux
+from tilewright.export.systems.flux_keys import ignored, keys, origin
 from tilewright.export.systems.flux_sizes import PRESETS
 from tilewright.runtime.program import Call, Grid, Pass, Program, Steps, TensorSpec
 
@@ -46,7 +47,6 @@ ORIGINS = flux.BASE_ORIGINS | {
     "image_embedder": Origin("redux", ("image_embedder", "flux1-redux-dev.safetensors"), "FLUX.1-Redux-dev"),
     "lora": Origin("lora", (".",), "the system's LoRA", needed=False, read=as_parameters),
 }
-OF_COMPONENT = flux_keys.OF_COMPONENT | {"see": "image_encoder", "redux": "image_embedder"}
 
 
 def settings(preset: str, given: Mapping[str, Any], origins: Mapping[str, Any]) -> dict[str, Any]:
@@ -135,21 +135,6 @@ def constants(
 def tokenizers(preset: str, folder: Path | None, **settings: Any) -> dict[str, str]:
     """None at run time: the prompt is fixed."""
     return {}
-
-
-def origin(component: str, parameter: str) -> str:
-    """Low-rank pairs come from the LoRA, all else from its component's folder."""
-    return "lora" if ".lora_" in parameter else OF_COMPONENT[component]
-
-
-def keys(component: str, parameter: str) -> tuple[str | Rows, ...]:
-    """Names in published files, best first."""
-    return flux_keys.keys(component, parameter)
-
-
-def ignored(origin: str, key: str) -> bool:
-    """What published files hold beside what is read."""
-    return flux_keys.ignored(origin, key)
 
 
 def stand_in(preset: str) -> dict[str, Any]:

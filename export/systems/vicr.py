@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from tilewright.export.lora import as_parameters
-from tilewright.export.systems import Option, Origin, Rows, Source, flux_files, flux_keys
+from tilewright.export.systems import Option, Origin, Source, flux_files
 from tilewright.export.systems import flux_fill as flux
+from tilewright.export.systems.flux_keys import ignored, keys, origin
 from tilewright.export.systems.flux_sizes import PRESETS
 from tilewright.runtime.errors import UsageError
 from tilewright.runtime.program import Call, Grid, Input, Pass, Program, State, Steps, TensorSpec, Text
@@ -48,7 +49,6 @@ ORIGINS = flux.BASE_ORIGINS | {
     "image_encoder": Origin("clip", (".",), "CLIP ViT-L/14's image tower"),
     "lora": Origin("lora", (".",), "VICR's LoRA and bridge", read=as_parameters),
 }
-OF_COMPONENT = flux_keys.OF_COMPONENT | {"see": "image_encoder", "bridge": "lora"}
 WORDS = ("t5_ids", "clip_ids")
 
 
@@ -144,21 +144,6 @@ def constants(
 def tokenizers(preset: str, folder: Path | None, **settings: Any) -> dict[str, str]:
     """For the words of each image."""
     return flux.tokenizer_texts(preset, folder) if settings["text"] else {}
-
-
-def origin(component: str, parameter: str) -> str:
-    """Low-rank pairs come from the LoRA, all else from its component's folder."""
-    return "lora" if ".lora_" in parameter else OF_COMPONENT[component]
-
-
-def keys(component: str, parameter: str) -> tuple[str | Rows, ...]:
-    """Names in published files, best first."""
-    return (f"vcb.{parameter}",) if component == "bridge" else flux_keys.keys(component, parameter)
-
-
-def ignored(origin: str, key: str) -> bool:
-    """What published files hold beside what is read."""
-    return flux_keys.ignored(origin, key)
 
 
 def stand_in(preset: str) -> dict[str, Any]:

@@ -111,16 +111,19 @@ def _merge(
     from tilewright.export import lora
 
     module, pairs = system(request.system), found["lora"]
-    scales = {(a.down.file, a.down.offset): a.scale for a in lora.read(request.found["lora"])[0].values()}
     touched: dict[str, tuple[Reference, lora.Adapter]] = {}
+    merging: dict[str, set[str]] = {}
     for component, refs in references.items():
         for name, reference in refs.items():
             stem = name.removesuffix("weight")
             if stem == name or module.origin(component, f"{stem}lora_A") != "lora":
                 continue
-            down, up = (resolve(pairs, module.keys(component, f"{stem}{kind}")) for kind in ("lora_A", "lora_B"))
+            halves = [module.keys(component, f"{stem}{kind}") for kind in ("lora_A", "lora_B")]
+            down, up = (resolve(pairs, names) for names in halves)
             if down and up:
-                touched[name] = (reference, lora.Adapter(down, up, scales[down.file, down.offset]))
+                _, scale = request.settings["branches"][halves[0][0].removesuffix(".lora_A")]
+                touched[name] = (reference, lora.Adapter(down, up, scale))
+                merging.setdefault(component, set()).add(name)
     specs = {name: TensorSpec(r.dtype, r.shape) for name, (r, _) in sorted(touched.items())}
     strength = float(request.settings["lora_scale"])
     merged = (
@@ -129,8 +132,8 @@ def _merge(
     )
     write_tensors(path, specs, merged, "merged by tilewright")
     made = find(path.parent)
-    for refs in references.values():
-        refs |= {name: replace(made.tensors[name], folder="merged") for name in refs.keys() & touched.keys()}
+    for component, names in merging.items():
+        references[component] |= {name: replace(made.tensors[name], folder="merged") for name in names}
     return made
 
 

@@ -87,14 +87,15 @@ def _export_verbs(verbs: Any) -> None:
 def _system_options(build: argparse.ArgumentParser) -> None:
     from tilewright.export.systems import SYSTEMS, system
 
-    options = {
-        name: (o, [s for s in SYSTEMS if name in system(s).OPTIONS])
-        for s in SYSTEMS
-        for name, o in system(s).OPTIONS.items()
-    }
+    takers: dict[str, dict[str, list[str]]] = {}  # option -> what it does -> systems
+    options = {}
+    for s in SYSTEMS:
+        for name, option in system(s).OPTIONS.items():
+            options[name] = option
+            takers.setdefault(name, {}).setdefault(option.help, []).append(s)
     group = build.add_argument_group("options of some systems")
-    for name, (option, takers) in options.items():
-        help_text = f"{option.help} ({', '.join(takers)})"
+    for name, option in options.items():
+        help_text = "; ".join(f"{text} ({', '.join(of)})" for text, of in takers[name].items())
         flag = f"--{name.replace('_', '-')}"
         if option.flag:
             group.add_argument(flag, action="store_const", const=True, help=help_text)

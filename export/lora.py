@@ -208,9 +208,11 @@ def path_and_strength(given: str) -> tuple[Path, float]:
         return Path(given), 1.0
 
 
-def as_parameters(found: Tensors) -> Tensors:
+def as_parameters(
+    found: Tensors, prefixes: Sequence[str] = ("transformer.",), default_alpha: float | None = None
+) -> Tensors:
     """The file's tensors under the names that a network's branches give them: `<module>.lora_A`, `<module>.lora_B`."""
-    adapters, rest = read(found)
+    adapters, rest = read(found, prefixes, default_alpha)
     tensors = {key: found.tensors[key] for key in rest}
     for module, adapter in adapters.items():
         tensors |= {f"{module}.lora_A": adapter.down, f"{module}.lora_B": adapter.up}

@@ -36,8 +36,10 @@ class Request:
             raise UsageError(f"preset {self.preset!r} of {self.system} is not one of {', '.join(module.PRESETS)}")
         if self.verify not in VERIFY_MODES:
             raise UsageError(f"verify={self.verify!r} is not one of {', '.join(VERIFY_MODES)}")
-        if self.weights is None and self.seed is None:
-            raise UsageError("neither --weights DIR nor --random-weights SEED is given; give the system's weights")
+        wanted = next((o.argument for o in module.ORIGINS.values() if o.needed), "weights")
+        if self.weights is None and self.seed is None and wanted not in self.given:
+            flag = "--weights DIR" if wanted == "weights" else f"--{wanted.replace('_', '-')} PATH"
+            raise UsageError(f"neither {flag} nor --random-weights SEED is given; give the system's weights")
         if unknown := sorted(self.given.keys() - module.OPTIONS.keys()):
             takes = ", ".join(f"--{name.replace('_', '-')}" for name in module.OPTIONS) or "none of its own"
             raise UsageError(f"{self.system} takes no --{unknown[0].replace('_', '-')}; it takes {takes}")
@@ -47,9 +49,9 @@ class Request:
         """The system's options, with the files that lie under --weights by their usual names."""
         options = dict(self.given)
         for name, option in system(self.system).OPTIONS.items():
-            usual = self.weights / option.name if self.weights and option.name else None
-            if name not in options and usual and usual.exists() and not self._instead(name):
-                options[name] = str(usual)
+            usual = [self.weights / place for place in option.names if self.weights and (self.weights / place).exists()]
+            if name not in options and usual and not self._instead(name):
+                options[name] = str(usual[0])
         return options
 
     def _instead(self, name: str) -> bool:
@@ -62,7 +64,8 @@ class Request:
         paths = {name: path_and_strength(v)[0] for name, v in self.options.items() if isinstance(v, str)}
         paths |= {"weights": self.weights} if self.weights else {}
         located = {name: locate(origin, paths, required=self.seed is None) for name, origin in module.ORIGINS.items()}
-        return {name: find(path) for name, path in located.items() if path}
+        variant = self.given.get("variant", "")
+        return {name: find(path, variant) for name, path in located.items() if path}
 
     @cached_property
     def settings(self) -> dict[str, Any]:
@@ -74,7 +77,7 @@ class Request:
     def used(self) -> dict[str, Tensors]:
         """Of what was found, all but what may be absent and no network reads: text encoders beside given embeddings."""
         module = system(self.system)
-        read = {module.origin(component, "") for component in self.components | self.build_time}
+        read = {origin for component in self.components | self.build_time for origin in module.origins(component)}
         return {
             name: tensors
             for name, tensors in self.found.items()

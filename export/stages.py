@@ -19,7 +19,7 @@ from typing import Any
 
 from tilewright.export.attachment import attach_weights
 from tilewright.export.request import Request
-from tilewright.export.systems import Source, system
+from tilewright.export.systems import Source, part_of, system
 from tilewright.export.targets import TARGETS
 from tilewright.export.weights import write_tensors
 from tilewright.runtime.bundle import (
@@ -41,6 +41,7 @@ from tilewright.runtime.strict import encode, from_json, to_json
 __all__ = ["Stage", "stages", "staging", "write"]
 
 HOUSE = Path(__file__).parent.parent  # export/, kernels/ and runtime/ lie here, installed or not
+TOKENIZER_FILES = ("vocab.json", "merges.txt", "*token*.json")  # beside a text encoder
 TRACERS = ("torch", "diffusers", "transformers", "onnxscript", "onnx-ir", "onnx")
 TRACED = ("export/networks/*.py", "kernels/*.py", "export/trace.py")
 STORED = {"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16", "int64": "INT64", "int32": "INT32"}
@@ -70,7 +71,8 @@ def stages(request: Request) -> list[Stage]:
     module = f"export/systems/{request.system.replace('-', '_')}.py"
     settings = json.dumps(request.settings, sort_keys=True)
     asked = {"system": request.system, "preset": request.preset, "settings": settings}
-    systems = _code(module, "export/systems/__init__.py", "export/systems/flux_*.py")
+    parts = getattr(system(request.system), "PARTS", ())
+    systems = _code(module, "export/systems/__init__.py", *(f"export/systems/{part}" for part in parts))
     trace = Stage("trace", asked | systems | _code(*TRACED) | _versions(*TRACERS), lambda d: _trace(request, d))
     random = "none" if request.seed is None else f"random, seed {request.seed}"
     given = {"weights": random, "packed": str(request.pack)}
@@ -85,12 +87,16 @@ def stages(request: Request) -> list[Stage]:
         | _code("export/attachment.py", "export/weights.py", "export/lora.py", "runtime/bundle.py"),
         lambda d: attach_weights(request, trace.directory, d),
     )
-    files = {f"file {name}": sha256_of_file(Path(value)) for name, value in request.options.items() if _is_file(value)}
+    files = {
+        f"file {name}": sha256_of_file(Path(value))
+        for name, value in request.options.items()
+        if _is(Path.is_file, value)
+    }
     made = Stage(
         "constants",
         {"attach": attached.key, "options": json.dumps(request.options, sort_keys=True)}
         | files
-        | _tokenizer_files(request.folder)
+        | _tokenizer_files(request)
         | _code("export/streamed.py", "export/tokenizers.py", "runtime/schedules.py"),
         lambda d: _constants(request, attached.directory, d),
     )
@@ -119,15 +125,17 @@ def stages(request: Request) -> list[Stage]:
     return results
 
 
-def _is_file(value: Any) -> bool:
+def _is(kind: Callable[[Path], bool], value: Any) -> bool:
     try:
-        return isinstance(value, str) and Path(value).is_file()
+        return isinstance(value, str) and kind(Path(value))
     except OSError:  # words too long for a name
         return False
 
 
-def _tokenizer_files(folder: Path | None) -> dict[str, str]:
-    files = sorted(folder.glob("tokenizer*/*")) if folder else []
+def _tokenizer_files(request: Request) -> dict[str, str]:
+    files = sorted(request.folder.glob("tokenizer*/*")) if request.folder else []
+    given = (Path(value) for value in request.options.values() if _is(Path.is_dir, value))
+    files += [file for folder in given for name in TOKENIZER_FILES for file in sorted(folder.glob(name))]
     return {f"tokenizer {file.parent.name}/{file.name}": sha256_of_file(file) for file in files if file.is_file()}
 
 
@@ -191,7 +199,7 @@ def _constants(request: Request, attached: Path, directory: Path) -> None:
     if made:
         specs = {name: TensorSpec(str(array.dtype), array.shape) for name, array in sorted(made.items())}
         write_tensors(directory / "constants.safetensors", specs, (made[n].tobytes() for n in specs), "made at build")
-    for name, text in module.tokenizers(request.preset, request.folder, **request.settings).items():
+    for name, text in module.tokenizers(request.preset, request.options, request.folder, **request.settings).items():
         write(directory / name, text)
 
 
@@ -238,8 +246,9 @@ def _sizes(source: Source, side: int) -> dict[str, int]:
     """The free sizes of a component for a square of that many output pixels."""
     specs = (*source.inputs.values(), *source.outputs.values())
     named = {d for spec in specs for d in spec.shape if isinstance(d, str)}
-    sizes = {name: side // source.px[name] if name in source.px else 1 for name in named}
-    return sizes | {f"{name}_units": sizes[name] // multiple for name, multiple in source.multiples.items()}
+    wholes = {whole: side // source.px[whole] if whole in source.px else 1 for whole, _ in map(part_of, named)}
+    sizes = {name: wholes[part_of(name)[0]] // part_of(name)[1] for name in named}
+    return sizes | {f"{name}_units": wholes[name] // multiple for name, multiple in source.multiples.items()}
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ tokens where the real ones are, so that a network's table of embeddings has a ro
 
 import json
 import string
+from collections.abc import Mapping
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ from tilewright.runtime.strict import one_line
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["clip", "stand_in_clip", "stand_in_t5", "t5"]
+__all__ = ["clip", "put", "stand_in_clip", "stand_in_t5", "t5"]
 
 WORDS = ["the", "of", "and", "a", "in", "with", "photo", "image", "sharp", "clean", "detailed", "high", "quality"]
 CLIP_TOKENS = {
@@ -59,8 +60,8 @@ def _read_t5(folder: Path) -> "Tokenizer":
     return made
 
 
-def clip(folder: Path, length: int) -> str:
-    """The JSON of a CLIP tokenizer that cuts to `length`, keeping EOS, and pads with what its folder says."""
+def clip(folder: Path, length: int, pad_id: int | None = None) -> str:
+    """The JSON of a CLIP tokenizer that cuts to `length`, keeping EOS, and pads with an id, or as its folder says."""
     from transformers import CLIPTokenizer
 
     _check_least("length", length, 2)
@@ -72,7 +73,8 @@ def clip(folder: Path, length: int) -> str:
     tokenizer: Tokenizer = made.backend_tokenizer
     ids = _special_ids(folder, tokenizer, made.bos_token, made.eos_token, made.pad_token)
     tokenizer.enable_truncation(length)
-    tokenizer.enable_padding(length=length, pad_id=ids[made.pad_token], pad_token=made.pad_token)
+    pad = made.pad_token if pad_id is None else str(tokenizer.id_to_token(pad_id))
+    tokenizer.enable_padding(length=length, pad_id=ids[pad] if pad_id is None else pad_id, pad_token=pad)
     return tokenizer.to_str()
 
 
@@ -120,7 +122,15 @@ def stand_in_t5(vocab: int) -> str:
     return tokenizer.to_str()
 
 
-def stand_in_clip(vocab: int) -> dict[str, str]:
+def put(folder: Path, files: Mapping[str, str]) -> Path:
+    """The folder, with these files in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    return folder
+
+
+def stand_in_clip(vocab: int, *, pads_with_first: bool = False) -> dict[str, str]:
     """The files of a CLIP tokenizer of `vocab` ids that knows all bytes, or at least letters; EOS is the largest id."""
     from tokenizers.pre_tokenizers import ByteLevel
 
@@ -134,11 +144,12 @@ def stand_in_clip(vocab: int) -> dict[str, str]:
     others = sorted(set(ByteLevel.alphabet()) - {*letters})
     known = [*symbols, *map("".join, merges), *others, *(symbol + "</w>" for symbol in others)]
     tokens = [*known, *_unused(len(known), room)][:room] + special
+    named = CLIP_TOKENS | ({"pad_token": tokens[0]} if pads_with_first else {})  # SDXL's second pads with id 0
     return {
         "vocab.json": json.dumps({token: i for i, token in enumerate(tokens)}, ensure_ascii=False),
         "merges.txt": "\n".join(["#version: 0.2", *map(" ".join, merges), ""]),
-        "tokenizer_config.json": json.dumps({**CLIP_TOKENS, "model_max_length": 77}, indent=2),
-        "special_tokens_map.json": json.dumps(CLIP_TOKENS, indent=2),
+        "tokenizer_config.json": json.dumps({**named, "model_max_length": 77}, indent=2),
+        "special_tokens_map.json": json.dumps(named, indent=2),
     }
 
 

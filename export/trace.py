@@ -18,13 +18,13 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-from tilewright.export.systems import Source
+from tilewright.export.systems import Source, part_of
 from tilewright.runtime.program import TensorSpec
 
 __all__ = ["OPSET", "UNRESOLVED", "network_on_meta", "parameter_specs", "trace"]
 
 OPSET = 23  # the first with Attention and RMSNormalization, which every target fuses
-BATCH = 32  # tiles in a call, at most; upstream classes treat batches of 64 in another way
+BATCH = 31  # tiles in a call, at most; with guidance they count twice, and upstream classes treat 64 in another way
 UNRESOLVED = "unresolved"  # the file of a weight that is not attached yet
 FACTORIES = {torch.empty, torch.zeros, torch.ones, torch.full, torch.randn, torch.rand}
 
@@ -87,22 +87,30 @@ def _fake_parameters(network: nn.Module, fake: FakeTensorMode) -> None:
 
 
 def _sizes(source: Source) -> list[str]:
-    """The free sizes of the inputs, in order."""
-    return list(dict.fromkeys(d for spec in source.inputs.values() for d in spec.shape if isinstance(d, str)))
+    """The free sizes of the inputs, in order; `h/2` is no other than `h`."""
+    named = (d for spec in source.inputs.values() for d in spec.shape if isinstance(d, str))
+    return list(dict.fromkeys(part_of(d)[0] for d in named))
 
 
 def _example(source: Source, spec: TensorSpec) -> torch.Tensor:
     # different sizes for different names, and none of 1, so that no two are taken for the same or for a constant
     chosen = {name: (2 + i) * source.multiples.get(name, 1) for i, name in enumerate(_sizes(source))}
-    return torch.zeros([d if isinstance(d, int) else chosen[d] for d in spec.shape], dtype=getattr(torch, spec.dtype))
+    parts = [(d, 1) if isinstance(d, int) else part_of(d) for d in spec.shape]
+    shape = [(d if isinstance(d, int) else chosen[d]) // part for d, part in parts]
+    return torch.zeros(shape, dtype=getattr(torch, spec.dtype))
 
 
 def _dynamic(source: Source) -> dict[str, dict[int, Any]]:
     most = {"batch": BATCH}
     units = {n: torch.export.Dim(f"{n}_units", min=1, max=most.get(n, 4096)) for n in _sizes(source)}
-    free = {name: source.multiples[name] * unit if name in source.multiples else unit for name, unit in units.items()}
+
+    def free(named: str) -> Any:
+        name, part = part_of(named)
+        multiple = source.multiples.get(name, 1) // part
+        return units[name] if multiple == 1 else multiple * units[name]
+
     return {
-        name: {axis: free[d] for axis, d in enumerate(spec.shape) if isinstance(d, str)}
+        name: {axis: free(d) for axis, d in enumerate(spec.shape) if isinstance(d, str)}
         for name, spec in source.inputs.items()
     }
 
@@ -115,7 +123,8 @@ def _name_sizes(model: ir.Model, source: Source) -> None:
         for dim, name in zip(value.shape, source.inputs[value.name].shape, strict=True):
             if isinstance(name, str):
                 symbol = re.search(r"[a-z]\d+", str(dim.value))[0]  # type: ignore[index]
-                renamed[symbol] = f"{name}_units" if name in source.multiples else name
+                whole = part_of(name)[0]
+                renamed[symbol] = f"{whole}_units" if whole in source.multiples else whole
     pattern = re.compile(rf"\b({'|'.join(renamed)})\b")
     for value in [*model.graph.inputs, *(output for node in model.graph for output in node.outputs)]:
         if value.shape is not None:

@@ -35,6 +35,7 @@ __all__ = ["RELATIVE_L2_GATE", "require", "sample_photo", "verify"]
 
 RELATIVE_L2_GATE = 1e-4  # of a component's float outputs, float32 against float32; measured are 1e-6 to 1e-5
 WORDS = "a stone bridge over a river"
+FEW_STEPS = 8
 SEAM_GATE = 0.15  # of `seam_excess`; blended tiles of random networks reach 0.09, unblended ones of VICR 0.3
 UNDECIDED = 4.0  # a choice won by less than this many roundings of its scores may fall either way
 Floats = npt.NDArray[np.floating[Any]]
@@ -51,7 +52,7 @@ def verify(root: Path, *, weights_dir: Path | None = None, size_px: int | None =
         _require_memory(bundle)
         eager = {n: eager_network(bundle, n, weights_dir) for n in sorted(program.components())}
         pairs = {n: _Paired(restorer.engines[n], e) for n, e in eager.items()}
-        job = _job(program, size_px)
+        job = _job(restorer, size_px)
         job.inputs = gather(bundle, example_inputs(program))
         engine_image = run(program, pairs, restorer.constants, job)
         eager_image = run(program, eager, restorer.constants, job)
@@ -62,6 +63,7 @@ def verify(root: Path, *, weights_dir: Path | None = None, size_px: int | None =
         "engine": f"{backend(first.backend).version()}, {first.precision}",
         "reference": f"torch {torch.__version__} eager, float32",
         "image": f"{job.image.shape[2]}x{job.image.shape[1]} px in tiles of {job.tile_px or 'the program'}",
+        "steps": job.steps or max(p.steps.count if p.steps else 1 for p in program.passes),
         "components": {name: pair.report() for name, pair in sorted(pairs.items())},
         "restore": _difference(engine_image, eager_image) | {"deviation": float(engine_image.std())},
         "seams": seams,
@@ -81,16 +83,16 @@ def _require_memory(bundle: Bundle) -> None:
 
 
 def _seam(restorer: Restorer, job: Job, make: Callable[[int, int], Pixels]) -> float:
-    """The seams of a picture of three by three tiles that share a third."""
+    """The seams of a picture of three by three tiles that share a third, after a few steps where they may be few."""
     program = restorer.bundle.program
     fixed = job.tile_px is not None and least_px(program, job.tile_px) == job.tile_px
-    tile = job.tile_px if fixed and job.tile_px else 12 * program.multiple_px
+    usual = min(p.tiles.px for p in program.passes if p.tiles)
+    tile = job.tile_px if fixed and job.tile_px else min(12 * program.multiple_px, usual)
     overlap = tile // 3 // program.multiple_px * program.multiple_px
     side = -(-(3 * tile - 2 * overlap) // program.scale)
     enlarged = Enlarged(make(side, side), program.scale, program.multiple_px, least_px(program, tile))
-    image = run(
-        program, restorer.engines, restorer.constants, replace(job, image=enlarged, tile_px=tile, overlap_px=overlap)
-    )
+    tiled = replace(job, image=enlarged, tile_px=tile, overlap_px=overlap, steps=_few_steps(restorer))
+    image = run(program, restorer.engines, restorer.constants, tiled)
     last = [p for p in program.passes if "result" in p.writes()][-1]
     plan = plan_of(program, last, image.shape[1], image.shape[2], tile, overlap)
     return seam_excess(image, plan, program.multiple_px)
@@ -100,13 +102,21 @@ def _photo(width: int, height: int) -> Pixels:
     return sample_photo(width, height, 1)
 
 
-def _job(program: Program, size_px: int | None) -> Job:
+def _few_steps(restorer: Restorer) -> int | None:
+    """Steps that show what all of them would, if the program's number is not bound to a table in the bundle."""
+    calls = [c for p in restorer.bundle.program.passes for *_, c in p.calls()]
+    tables = {source[1:] for c in calls for source in c.inputs.values() if source[0] == "@"}
+    return None if any(name.partition(".")[0] in tables for name in restorer.constants) else FEW_STEPS
+
+
+def _job(restorer: Restorer, size_px: int | None) -> Job:
+    program = restorer.bundle.program
     multiple = program.multiple_px
     fixed = min((px for p in program.passes if p.tiles for px in p.tiles.fixed_px), default=None)
     tile, overlap = (fixed, None) if fixed else (6 * multiple, 2 * multiple)
     width, height = (size_px, size_px) if size_px else (tile + 4 * multiple, tile + multiple)
     image = Enlarged(sample_photo(width, height, program.scale), program.scale, multiple, fixed or 1)
-    return Job(image) if size_px else Job(image, tile_px=tile, overlap_px=overlap)
+    return Job(image) if size_px else Job(image, tile_px=tile, overlap_px=overlap, steps=_few_steps(restorer))
 
 
 def require(report: Mapping[str, Any]) -> None:
@@ -244,5 +254,5 @@ def _difference(ours: Floats, reference: Floats) -> dict[str, float]:
     return {
         "max_abs": float(np.abs(error).max()),
         "relative_l2": float(np.linalg.norm(error)) / max(norm, 1e-30),
-        "psnr_db": min(200.0, 10 * float(np.log10(max(peak, 1e-30) ** 2 / max(mean_square, 1e-30)))),
+        "psnr_db": min(200.0, 10 * float(np.log10(max(peak, 1e-15) ** 2 / max(mean_square, 1e-60)))),
     }

@@ -6,6 +6,7 @@ Nothing is read but headers. Random weights, which have no file yet, are written
 import json
 import math
 import os
+import re
 import struct
 import zlib
 from collections.abc import Iterable, Mapping
@@ -39,6 +40,7 @@ __all__ = [
     "write_tensors",
 ]
 
+VARIANT = re.compile(r"\.(fp16|bf16|fp32|non_ema)(?=\.[a-z]+$)")
 STAND_IN = "stand-in: zeros in the place of weights"
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -53,14 +55,14 @@ class Tensors:
     stand_in: bool = False  # zeros in the place of weights
 
 
-def find(folder: Path) -> Tensors:
-    """Index every safetensors file under a folder (or one file), links followed to where the bytes are."""
+def find(folder: Path, variant: str = "") -> Tensors:
+    """Index every weight file under a folder (or one file), links followed to where the bytes are."""
     if not folder.exists():
         raise InputError(f"weights {folder}: no such file or folder; give the folder with the .safetensors files")
-    named = [folder] if folder.is_file() else _indexed(folder) or sorted(folder.rglob("*.safetensors"))
+    named = [folder] if folder.is_file() else _indexed(folder, variant) or _listed(folder, variant)
     if not named:
-        raise InputError(f"weights {folder}: holds no .safetensors file; convert the weights to safetensors first")
-    real = [file.resolve() for file in named]
+        raise InputError(f"weights {folder}: holds no .safetensors file, and no .bin; give the folder that does")
+    real = [_readable(file).resolve() for file in named]
     root = Path(os.path.commonpath([file.parent for file in real]))
     tensors: dict[str, Reference] = {}
     sources: dict[str, str] = {}
@@ -87,9 +89,30 @@ def _note(file: Path) -> str | None:
         return note
 
 
-def _indexed(folder: Path) -> list[Path]:
-    """The shards that an index in the folder names; of several indices, the one without a variant's name."""
-    indices = sorted(folder.glob("*.safetensors.index.json"), key=lambda path: len(path.name))
+def _readable(file: Path) -> Path:
+    """The file, or what a pickle was converted to."""
+    from tilewright.export.pickled import SUFFIXES, as_safetensors
+
+    return as_safetensors(file) if file.suffix in SUFFIXES else file
+
+
+def _listed(folder: Path, variant: str) -> list[Path]:
+    """The weight files under a folder; of those that come in several variants, one."""
+    files = sorted(folder.rglob("*.safetensors")) or sorted(folder.rglob("*.bin"))
+    there = {file: VARIANT.sub("", file.name) for file in files}
+    kept = []
+    for file, plain in there.items():
+        rivals = [other for other, name in there.items() if name == plain and other.parent == file.parent]
+        asked = [other for other in rivals if variant and f".{variant}." in other.name]
+        if file in (asked or [other for other in rivals if other.name == plain] or rivals):
+            kept.append(file)
+    return kept
+
+
+def _indexed(folder: Path, variant: str) -> list[Path]:
+    """The shards that an index in the folder names; of several indices, the variant's, or the one without a variant."""
+    indices = sorted(folder.glob("*.safetensors.index*.json"), key=lambda path: len(path.name))
+    indices = [path for path in indices if variant and f".{variant}." in path.name] or indices
     if not indices:
         return []
     try:

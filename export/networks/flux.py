@@ -1,50 +1,25 @@
-"""FLUX.1-Fill for restoration: one sampling step, the modulation that time and text decide, and the two VAE halves.
+"""FLUX.1-Fill for restoration: one sampling step, and the modulation that time and text decide.
 
 The step has no matrix that acts on the timestep or the pooled text: those give 344 vectors a step (at full size), which
 `Modulate` computes for all steps at once. What conditions the picture enters by channels, not by tokens, and the mask
 channels, being constant, are a bias.
 """
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, FluxTransformer2DModel
+from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
-__all__ = ["Branches", "Decode", "Encode", "Modulate", "Step"]
+from tilewright.export.networks.low_rank import Branches, LowRank, Strength, add_branches
+from tilewright.export.networks.sinusoid import Sinusoid
 
-Branches = Mapping[str, Sequence[float]]  # path of a linear -> rank of its low-rank addition, and the file's scale
+__all__ = ["Modulate", "Step"]
+
 ROPE_THETA = 10_000
 SINUSOID = 256  # width of a timestep's embedding
-QUERY_CHUNKS = 32  # of the VAE's attention: the scores of 57,600 tokens shrink from 13 GB to 0.4 GB
-
-
-@dataclass
-class _Strength:
-    """The caller's LoRA scale while a forward runs; no module, so that tracing may set it."""
-
-    value: Tensor | float = 1.0
-
-
-class _LowRank(nn.Linear):
-    """W x + b + s B(A x): the base weight stays as it lies in its file."""
-
-    def __init__(self, base: nn.Linear, rank: int, scale: float, strength: _Strength) -> None:
-        super().__init__(base.in_features, base.out_features, base.bias is not None)
-        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features))
-        self.lora_B = nn.Parameter(torch.empty(base.out_features, rank))
-        self.scale, self.strength = scale, strength
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + self.low_rank(x, self.lora_A)
-
-    def low_rank(self, x: Tensor, down: Tensor) -> Tensor:
-        """The branch for these rows of A's input."""
-        return F.linear(F.linear(x, down) * (self.scale * self.strength.value), self.lora_B)
 
 
 class _Halves(nn.Module):
@@ -58,21 +33,6 @@ class _Halves(nn.Module):
         return torch.cat((self.scale(x), self.shift(x)), -1)
 
 
-class _Sinusoid(nn.Module):
-    """A number to cosines and sines, whose frequencies no backend computes anew: at 30,000 their last bit is seen."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        half = SINUSOID // 2
-        exponents = -math.log(10_000) * torch.arange(half, dtype=torch.float32) / half
-        self.frequencies: Tensor
-        self.register_buffer("frequencies", exponents.exp(), persistent=False)
-
-    def forward(self, t: Tensor) -> Tensor:
-        angles = t[:, None] * self.frequencies
-        return torch.cat((angles.cos(), angles.sin()), 1)
-
-
 class _Flux(nn.Module):
     """The transformer as diffusers builds it, with the low-rank branches in their places."""
 
@@ -81,14 +41,10 @@ class _Flux(nn.Module):
         transformer: Any = FluxTransformer2DModel(**config)
         dim = transformer.inner_dim
         transformer.norm_out.linear = _Halves(dim)
-        transformer.time_text_embed.time_proj = _Sinusoid()
+        transformer.time_text_embed.time_proj = Sinusoid(SINUSOID)
         self.transformer: Any = transformer
-        self.strength = _Strength()
-        for path, (rank, scale) in (branches or {}).items():
-            for name in [f"{path}.scale", f"{path}.shift"] if path == "norm_out.linear" else [path]:
-                parent, _, child = name.rpartition(".")
-                base = transformer.get_submodule(name)
-                setattr(transformer.get_submodule(parent), child, _LowRank(base, int(rank), scale, self.strength))
+        self.strength = Strength()
+        add_branches(transformer, branches or {}, self.strength, _halves)
 
     def modulation(self, sigmas: Tensor, guidance: Tensor, pooled: Tensor, *, exact: bool) -> Tensor:
         """All modulation vectors [B, S, rows, dim] for S sigmas and B pooled texts."""
@@ -101,6 +57,10 @@ class _Flux(nn.Module):
         double = [linear for b in model.transformer_blocks for linear in (b.norm1.linear, b.norm1_context.linear)]
         linears = [*double, *(b.norm.linear for b in model.single_transformer_blocks), model.norm_out.linear]
         return torch.cat([linear(temb).reshape(batch, steps, -1, temb.shape[-1]) for linear in linears], 2)
+
+
+def _halves(path: str) -> list[str]:
+    return [f"{path}.scale", f"{path}.shift"] if path == "norm_out.linear" else [path]
 
 
 def _scalars(sigmas: Tensor, guidance: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
@@ -229,7 +189,7 @@ class Step(_Flux):
         joined = 2 * self.latent
         x = F.linear(tokens, linear.weight[:, :joined], linear.bias)
         mask = linear.weight[:, joined:].sum(1)
-        if isinstance(linear, _LowRank):
+        if isinstance(linear, LowRank):
             x = x + linear.low_rank(tokens, linear.lora_A[:, :joined])
             mask = mask + linear.low_rank(linear.lora_A.new_ones(1), linear.lora_A[:, joined:].sum(1, keepdim=True))
         if self.diptych:
@@ -281,61 +241,3 @@ class Step(_Flux):
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
         query, key = (torch.onnx.ops.rotary_embedding(q, *turn, interleaved=True) for q in (query, key))
         return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
-
-
-class _Chunked:
-    """The VAE's one attention over all pixels, a part of the queries at a time, so that no full score matrix exists."""
-
-    def __call__(self, attn: Any, x: Tensor, temb: Tensor | None = None, **unused: None) -> Tensor:
-        batch, channels, height, width = x.shape
-        tokens = height * width
-        part = (tokens + QUERY_CHUNKS - 1) // QUERY_CHUNKS
-        normed = attn.group_norm(x).flatten(2).transpose(1, 2)
-        query, key, value = attn.to_q(normed), attn.to_k(normed), attn.to_v(normed)
-        padded = F.pad(query, (0, 0, 0, part * QUERY_CHUNKS - tokens)).reshape(batch, QUERY_CHUNKS, 1, part, channels)
-        seen = [F.scaled_dot_product_attention(q, key[:, None], value[:, None]) for q in padded.unbind(1)]
-        out = torch.cat(seen, 2)[:, 0, :tokens]
-        return x + attn.to_out[0](out).transpose(1, 2).unflatten(2, (height, width))
-
-
-class _Vae(nn.Module):
-    """One half of diffusers' AutoencoderKL."""
-
-    def __init__(self, config: Mapping[str, Any], half: str) -> None:
-        super().__init__()
-        self.encoder: Any
-        self.decoder: Any
-        vae: Any = AutoencoderKL(**config)
-        self.scaling, self.shift = float(config["scaling_factor"]), float(config["shift_factor"])
-        self.spatial = 2 ** (len(config["block_out_channels"]) - 1)
-        self.add_module(half, getattr(vae, half))
-        getattr(self, half).mid_block.attentions[0].set_processor(_Chunked())
-
-
-class Encode(_Vae):
-    """Image [B, 3, H, W] in [0, 1] to the scaled mean latent; of a diptych, the image on the left of mid grey."""
-
-    def __init__(self, config: Mapping[str, Any], *, diptych: bool = False) -> None:
-        super().__init__(config, "encoder")
-        self.diptych = diptych
-
-    def forward(self, image: Tensor) -> Tensor:
-        x = 2 * image - 1
-        x = torch.cat((x, torch.zeros_like(x)), 3) if self.diptych else x
-        mean = self.encoder(x).chunk(2, 1)[0]
-        return (mean - self.shift) * self.scaling
-
-
-class Decode(_Vae):
-    """A latent to the image in [0, 1]; of a diptych, the right panel, from all columns or from it and a margin."""
-
-    def __init__(self, config: Mapping[str, Any], *, diptych: bool = False, margin: int | None = None) -> None:
-        super().__init__(config, "decoder")
-        self.diptych, self.margin = diptych, margin
-
-    def forward(self, latent: Tensor) -> Tensor:
-        panel = latent.shape[3] // 2
-        if self.diptych and self.margin is not None:
-            latent = latent[:, :, :, torch.sym_max(panel - self.margin, 0) :]
-        image = (self.decoder(latent / self.scaling + self.shift).clamp(-1, 1) + 1) / 2
-        return image[:, :, :, image.shape[3] - panel * self.spatial :] if self.diptych else image

@@ -9,10 +9,28 @@ from typing import Any
 import torch
 from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
 from torch import Tensor, nn
-from torch.nn.functional import gelu
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, SiglipVisionConfig, SiglipVisionModel
+from torch.nn.functional import gelu, interpolate
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    Dinov2Config,
+    Dinov2Model,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
-__all__ = ["Bridge", "ClipVision", "Redux", "Siglip", "resize_matrix", "resized"]
+__all__ = [
+    "Bridge",
+    "ClipVision",
+    "Dino",
+    "DinoOfNothing",
+    "DinoPositions",
+    "Redux",
+    "Siglip",
+    "cropped",
+    "resize_matrix",
+    "resized",
+]
 
 
 def resize_matrix(length: int, size: int, start: int, count: int, device: torch.device) -> Tensor:
@@ -32,6 +50,18 @@ def resized(image: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Image [B, C, H, W] in [0, 1] by matrices [h, H] and [w, W]; each pass is clamped, as 8 bits would be."""
     # the order matters where a pass overshoots; Pillow had this one for every size until version 13
     return (rows @ (image @ columns.T).clamp(0, 1)).clamp(0, 1)
+
+
+def cropped(image: Tensor, short: int, side: int) -> Tensor:
+    """The shortest side of an image resized to `short`, and the central square of `side` cut out."""
+    shortest = torch.sym_min(image.shape[2], image.shape[3])
+    # the longer side is rounded down, and so is the crop's offset
+    sizes = [short * length // shortest for length in image.shape[2:]]
+    rows, columns = (
+        resize_matrix(length, size, (size - side) // 2, side, image.device)
+        for length, size in zip(image.shape[2:], sizes, strict=True)
+    )
+    return resized(image, rows, columns)
 
 
 class Siglip(nn.Module):
@@ -77,14 +107,66 @@ class ClipVision(nn.Module):
 
     def pixels(self, image: Tensor) -> Tensor:
         """What the published processor makes of an image: the shortest side resized, the centre cut out."""
-        short = torch.sym_min(image.shape[2], image.shape[3])
-        # the longer side is rounded down, and so is the crop's offset
-        sizes = [self.side * length // short for length in image.shape[2:]]
-        rows, columns = (
-            resize_matrix(length, size, (size - self.side) // 2, self.side, image.device)
-            for length, size in zip(image.shape[2:], sizes, strict=True)
-        )
-        return (resized(image, rows, columns) - self.mean) / self.deviation
+        return (cropped(image, self.side, self.side) - self.mean) / self.deviation
+
+
+class DinoPositions(nn.Module):
+    """DINOv2's table of positions, resized to the grid of a smaller image [1, 1 + rows * columns, D]."""
+
+    def __init__(self, config: dict[str, Any], side: int, *, release: bool) -> None:
+        super().__init__()
+        model = Dinov2Model(Dinov2Config(**config))
+        self.position_embeddings = model.embeddings.position_embeddings
+        self.stored, self.cells = (length // int(config["patch_size"]) for length in (config["image_size"], side))
+        self.release = release
+
+    def forward(self) -> Tensor:
+        """As transformers 4.36 did, where a tenth of a cell moves them all, or as it does now."""
+        first, rest = self.position_embeddings.split((1, self.stored**2), 1)
+        grid = rest.unflatten(1, (self.stored, self.stored)).permute(0, 3, 1, 2)
+        factor = (self.cells + 0.1) / self.stored
+        size: dict[str, Any] = {"scale_factor": (factor, factor)} if self.release else {"size": (self.cells,) * 2}
+        resized = interpolate(grid, mode="bicubic", align_corners=False, **size)
+        return torch.cat((first, resized.flatten(2).transpose(1, 2)), 1)
+
+
+class _Tokens(nn.Module):
+    """DINOv2's embeddings before their positions."""
+
+    def __init__(self, embeddings: Any) -> None:
+        super().__init__()
+        self.patch_embeddings, self.cls_token = embeddings.patch_embeddings, embeddings.cls_token
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        patches = self.patch_embeddings(pixels)
+        return torch.cat((self.cls_token.expand(patches.shape[0], -1, -1), patches), 1)
+
+
+class Dino(nn.Module):
+    """The central square of an image [B, 3, H, W] in [0, 1] to DINOv2's features [B, 1 + patches, D]."""
+
+    def __init__(self, config: dict[str, Any], side: int, short: int) -> None:
+        super().__init__()
+        self.model: Any = Dinov2Model(Dinov2Config(**config))
+        self.model.add_module("embeddings", _Tokens(self.model.embeddings))
+        self.side, self.short = side, short
+        self.mean = nn.Buffer(torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)
+        self.deviation = nn.Buffer(torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
+
+    def forward(self, image: Tensor, positions: Tensor) -> Tensor:
+        return self.features((cropped(image, self.short, self.side) - self.mean) / self.deviation, positions)
+
+    def features(self, pixels: Tensor, positions: Tensor) -> Tensor:
+        """Of normalised pixels."""
+        model = self.model
+        return model.layernorm(model.encoder(model.embeddings(pixels) + positions).last_hidden_state)
+
+
+class DinoOfNothing(Dino):
+    """DINOv2's features of the mean colour, which guidance sets against those of the image."""
+
+    def forward(self, positions: Tensor) -> Tensor:  # type: ignore[override]
+        return self.features(torch.zeros(1, 3, self.side, self.side), positions)
 
 
 class Bridge(nn.Module):

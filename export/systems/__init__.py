@@ -11,7 +11,9 @@ A system's file has these names; `settings` are what `settings()` returns, plain
     build_time(preset, **settings)          component -> Source, those that run once, at build
     program(preset, **settings)             the Program that drives them
     constants(preset, run, given, **settings)  tensors that the program reads; `run(component, **inputs)` runs one now
-    tokenizers(preset, folder, **settings)  file in the bundle -> its text
+    tokenizers(preset, given, folder, **settings)  file in the bundle -> its text
+    PARTS                                   other files of the system, as patterns; may be left out
+    origins(component)                      where a component's weights may be found, all of them
     origin(component, parameter)            where a parameter's weights are found
     keys(component, parameter)              names under which weight files may hold it, best first
     ignored(origin, key)                    whether a weight file may hold this key without it being read
@@ -20,6 +22,7 @@ A system's file has these names; `settings` are what `settings()` returns, plain
 
 import importlib
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -28,12 +31,14 @@ from typing import Any
 from tilewright.runtime.errors import UsageError
 from tilewright.runtime.program import TensorSpec
 
-__all__ = ["SYSTEMS", "Option", "Origin", "Rows", "Source", "system"]
+__all__ = ["SYSTEMS", "Option", "Origin", "Rows", "Source", "finite", "part_of", "system"]
 
 SYSTEMS = {
-    "hitoksr": "tilewright.export.systems.hitoksr",
     "in-token": "tilewright.export.systems.in_token",
+    "hitoksr": "tilewright.export.systems.hitoksr",
     "vicr": "tilewright.export.systems.vicr",
+    "instantir": "tilewright.export.systems.instantir",
+    "toksr": "tilewright.export.systems.toksr",
 }
 
 
@@ -42,7 +47,7 @@ class Source:
     """A component before it is traced."""
 
     network: str | Callable[..., Any]  # makes the torch.nn.Module; named as FILE.NAME in export/networks
-    inputs: dict[str, TensorSpec]  # a named size is free, up to its multiple
+    inputs: dict[str, TensorSpec]  # a named size is free, up to its multiple; "h/2" is half of "h"
     outputs: dict[str, TensorSpec]
     px: dict[str, int] = field(default_factory=dict)  # named size -> output pixels behind one unit of it
     multiples: dict[str, int] = field(default_factory=dict)  # named size -> what it is a multiple of
@@ -60,6 +65,19 @@ class Source:
         """All that its graph depends on besides code."""
         said = [str(self.network), self.inputs, self.outputs, self.multiples, self.arguments]
         return json.dumps(said, sort_keys=True, default=str)
+
+
+def finite(text: str) -> float:
+    """A number that JSON knows."""
+    if not math.isfinite(number := float(text)):
+        raise ValueError(text)
+    return number
+
+
+def part_of(size: str) -> tuple[str, int]:
+    """A size's name, and what it is divided by: `h/2` is half of `h`."""
+    name, _, part = size.partition("/")
+    return name, int(part or 1)
 
 
 @dataclass(frozen=True)
@@ -90,7 +108,7 @@ class Option:
     help: str
     kind: Callable[[str], Any] = str
     choices: tuple[str, ...] = ()
-    name: str = ""  # the file or folder it is looked for as under --weights, when it is not given
+    names: tuple[str, ...] = ()  # of the file or folder it is looked for under --weights, when it is not given
     flag: bool = False
 
 

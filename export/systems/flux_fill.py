@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tilewright.export import lora
-from tilewright.export.systems import Option, Origin, Source
+from tilewright.export.systems import Option, Origin, Source, finite
 from tilewright.export.systems.flux_keys import keys
 from tilewright.export.systems.flux_sizes import CLIP_VOCABULARY, PRESETS, Sizes
 from tilewright.export.weights import Tensors, resolve
@@ -62,10 +62,10 @@ BASE_OPTIONS = {
         "a branch beside weights that stay where they are, or merged copies", choices=("branch", "merge")
     ),
     "prompt": Option("words; needs the text encoders in the folder of weights"),
-    "prompt_embeds": Option("safetensors with prompt_embeds and pooled_prompt_embeds", name="prompt.safetensors"),
+    "prompt_embeds": Option("safetensors with prompt_embeds and pooled_prompt_embeds", names=("prompt.safetensors",)),
     "steps": Option("sampling steps of the program", kind=int),
-    "max_mu": Option("bound of the schedule's shift on large tiles (default: none)", kind=float),
-    "guidance": Option("guidance that the model was distilled for (default: 30)", kind=float),
+    "max_mu": Option("bound of the schedule's shift on large tiles (default: none)", kind=finite),
+    "guidance": Option("guidance that the model was distilled for (default: 30)", kind=finite),
     "fixed_tile": Option("only these tile sizes: their modulation is computed now", kind=_tiles),
     "exact_scalars": Option("sigma and guidance as they are, or rounded as in bfloat16", choices=("on", "off")),
     "no_split_modulation": Option("keep the modulation's weights in the step", flag=True),
@@ -198,7 +198,7 @@ def encode_source(preset: str, *, diptych: bool = False) -> Source:
     image, latent = _pictures(sizes, diptych)
     multiples = dict.fromkeys(("height", "width"), sizes.multiple)
     arguments = {"config": sizes.vae, "diptych": diptych}
-    return Source("flux.Encode", {"image": image}, {"latent": latent}, _px(sizes), multiples, arguments)
+    return Source("vae.Encode", {"image": image}, {"latent": latent}, _px(sizes), multiples, arguments)
 
 
 def decode_source(preset: str, *, diptych: bool = False, margin: int | None = None) -> Source:
@@ -207,7 +207,7 @@ def decode_source(preset: str, *, diptych: bool = False, margin: int | None = No
     image, latent = _pictures(sizes, diptych)
     multiples = {"h": 2, "w2" if diptych else "w": 4 if diptych else 2}
     arguments = {"config": sizes.vae, "diptych": diptych, "margin": margin}
-    return Source("flux.Decode", {"latent": latent}, {"image": image}, _px(sizes), multiples, arguments)
+    return Source("vae.Decode", {"latent": latent}, {"image": image}, _px(sizes), multiples, arguments)
 
 
 def _pictures(sizes: Sizes, diptych: bool) -> tuple[TensorSpec, TensorSpec]:
@@ -258,12 +258,10 @@ def tokenizer_texts(preset: str, folder: Path | None) -> dict[str, str]:
     with tempfile.TemporaryDirectory() as temporary:
         if folder is None:
             folder = Path(temporary)
-            synthetic = {"tokenizer_2/tokenizer.json": tokenizers.stand_in_t5(sizes.t5["vocab_size"])}
             vocabulary = sizes.clip_text.get("vocab_size", CLIP_VOCABULARY)
-            synthetic |= {f"tokenizer/{n}": text for n, text in tokenizers.stand_in_clip(vocabulary).items()}
-            for name, text in synthetic.items():
-                (folder / name).parent.mkdir(exist_ok=True)
-                (folder / name).write_text(text, encoding="utf-8")
+            tokenizers.put(folder / "tokenizer", tokenizers.stand_in_clip(vocabulary))
+            t5 = tokenizers.stand_in_t5(sizes.t5["vocab_size"])
+            tokenizers.put(folder / "tokenizer_2", {"tokenizer.json": t5})
         return {
             "tokenizers/t5.json": tokenizers.t5(folder / "tokenizer_2", sizes.words),
             "tokenizers/clip.json": tokenizers.clip(folder / "tokenizer", sizes.clip_words),

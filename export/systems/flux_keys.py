@@ -8,7 +8,7 @@ import re
 
 from tilewright.export.systems import Rows
 
-__all__ = ["OF_COMPONENT", "ignored", "keys", "origin"]
+__all__ = ["OF_COMPONENT", "ignored", "keys", "origin", "origins"]
 
 OF_COMPONENT = {
     "step": "transformer",
@@ -21,6 +21,11 @@ OF_COMPONENT = {
     "redux": "image_embedder",
     "bridge": "lora",
 }
+
+
+def origins(component: str) -> set[str]:
+    """Its component's folder, and the LoRA of the transformer."""
+    return {OF_COMPONENT[component]} | ({"lora"} if OF_COMPONENT[component] == "transformer" else set())
 
 
 def origin(component: str, parameter: str) -> str:

@@ -99,9 +99,14 @@ def constants(preset: str, run: Callable[..., Any], given: Mapping[str, Any], fo
     return {}
 
 
-def tokenizers(preset: str, folder: Path | None) -> dict[str, str]:
+def tokenizers(preset: str, given: Mapping[str, Any], folder: Path | None) -> dict[str, str]:
     """It takes no words."""
     return {}
+
+
+def origins(component: str) -> set[str]:
+    """One folder holds them all."""
+    return {"hitoksr"}
 
 
 def origin(component: str, parameter: str) -> str:

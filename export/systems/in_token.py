@@ -11,7 +11,7 @@ from typing import Any
 from tilewright.export.lora import as_parameters
 from tilewright.export.systems import Option, Origin, Source, flux_files
 from tilewright.export.systems import flux_fill as flux
-from tilewright.export.systems.flux_keys import ignored, keys, origin
+from tilewright.export.systems.flux_keys import ignored, keys, origin, origins
 from tilewright.export.systems.flux_sizes import PRESETS
 from tilewright.runtime.program import Call, Grid, Pass, Program, Steps, TensorSpec
 
@@ -19,6 +19,7 @@ __all__ = [
     "LICENCE",
     "OPTIONS",
     "ORIGINS",
+    "PARTS",
     "PRESETS",
     "TITLE",
     "build_time",
@@ -27,6 +28,7 @@ __all__ = [
     "ignored",
     "keys",
     "origin",
+    "origins",
     "program",
     "settings",
     "stand_in",
@@ -35,11 +37,12 @@ __all__ = [
 
 TITLE = "In-Token Learning, FLUX.1-Fill by channels, SigLIP and Redux, 28 steps"
 LICENCE = f"{flux.LICENCE}, FLUX.1-Redux-dev (the same); the system's own weights are the user's"
+PARTS = ("flux_*.py",)
 STEPS = 28
 PROMPT = "A sharp, clean photograph with natural detail."
 OPTIONS = flux.BASE_OPTIONS | {
-    "redux": Option("folder of FLUX.1-Redux-dev", name="FLUX.1-Redux-dev"),
-    "lora": Option(flux.BASE_OPTIONS["lora"].help, name="in-token.safetensors"),
+    "redux": Option("folder of FLUX.1-Redux-dev", names=("FLUX.1-Redux-dev",)),
+    "lora": Option(flux.BASE_OPTIONS["lora"].help, names=("in-token.safetensors",)),
     "mask": Option("what the mask channels hold: nothing, or everything to be made", choices=("0", "1")),
 }
 ORIGINS = flux.BASE_ORIGINS | {
@@ -132,7 +135,7 @@ def constants(
     return made | flux.modulation_tables(preset, run, settings, made["pooled"])
 
 
-def tokenizers(preset: str, folder: Path | None, **settings: Any) -> dict[str, str]:
+def tokenizers(preset: str, given: Mapping[str, Any], folder: Path | None, **settings: Any) -> dict[str, str]:
     """None at run time: the prompt is fixed."""
     return {}
 

@@ -11,7 +11,7 @@ from typing import Any
 from tilewright.export.lora import as_parameters
 from tilewright.export.systems import Option, Origin, Source, flux_files
 from tilewright.export.systems import flux_fill as flux
-from tilewright.export.systems.flux_keys import ignored, keys, origin
+from tilewright.export.systems.flux_keys import ignored, keys, origin, origins
 from tilewright.export.systems.flux_sizes import PRESETS
 from tilewright.runtime.errors import UsageError
 from tilewright.runtime.program import Call, Grid, Input, Pass, Program, State, Steps, TensorSpec, Text
@@ -20,6 +20,7 @@ __all__ = [
     "LICENCE",
     "OPTIONS",
     "ORIGINS",
+    "PARTS",
     "PRESETS",
     "TITLE",
     "build_time",
@@ -28,6 +29,7 @@ __all__ = [
     "ignored",
     "keys",
     "origin",
+    "origins",
     "program",
     "settings",
     "stand_in",
@@ -36,12 +38,13 @@ __all__ = [
 
 TITLE = "VICR, FLUX.1-Fill as a diptych, words and CLIP through a bridge, 30 steps"
 LICENCE = f"{flux.LICENCE}; CLIP ViT-L/14 (MIT); the system's own weights are the user's"
+PARTS = ("flux_*.py",)
 STEPS = 30
 OPTIONS = {
     name: option for name, option in flux.BASE_OPTIONS.items() if name not in ("prompt", "prompt_embeds", "fixed_tile")
 } | {
-    "clip": Option("folder of clip-vit-large-patch14", name="clip-vit-large-patch14"),
-    "lora": Option("file with the LoRA and the bridge (vcb.*); its strength behind a colon", name="vicr.safetensors"),
+    "clip": Option("folder of clip-vit-large-patch14", names=("clip-vit-large-patch14",)),
+    "lora": Option("file with LoRA and bridge (vcb.*); its strength behind a colon", names=("vicr.safetensors",)),
     "margin_columns": Option("decode the right panel and so many latent columns, not the canvas", kind=int),
     "no_text": Option("leave the text encoders out: embeddings are given at run time", flag=True),
 }
@@ -141,7 +144,7 @@ def constants(
     return {}
 
 
-def tokenizers(preset: str, folder: Path | None, **settings: Any) -> dict[str, str]:
+def tokenizers(preset: str, given: Mapping[str, Any], folder: Path | None, **settings: Any) -> dict[str, str]:
     """For the words of each image."""
     return flux.tokenizer_texts(preset, folder) if settings["text"] else {}
 

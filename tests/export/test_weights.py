@@ -169,9 +169,9 @@ def test_a_key_in_two_files_is_refused(tmp_path):
 
 
 def test_a_folder_without_weights_is_refused(tmp_path):
-    (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
+    (tmp_path / "flax_model.msgpack").write_bytes(b"flax")
     text = refusal(find, tmp_path)
-    assert text == f"weights {tmp_path}: holds no .safetensors file; convert the weights to safetensors first"
+    assert text == f"weights {tmp_path}: holds no .safetensors file, and no .bin; give the folder that does"
 
 
 @pytest.mark.parametrize("name", ["gone", "gone.safetensors"])

@@ -20,8 +20,10 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tilewright.export.networks import flux
-from tilewright.export.networks.flux import Branches, Decode, Encode, Modulate, Step
+from tilewright.export.networks import vae as vae_networks
+from tilewright.export.networks.flux import Modulate, Step
+from tilewright.export.networks.low_rank import Branches
+from tilewright.export.networks.vae import Decode, Encode
 from tilewright.export.systems import Source, in_token, vicr
 from tilewright.export.systems.flux_sizes import PRESETS
 from tilewright.export.trace import network_on_meta, trace
@@ -556,7 +558,7 @@ def test_chunked_attention_is_the_librarys_and_holds_no_full_score_matrix(vae, m
     )
     ours = attention(x)
     tokens = height * width
-    part = math.ceil(tokens / flux.QUERY_CHUNKS)
+    part = math.ceil(tokens / vae_networks.QUERY_CHUNKS)
     assert max(queries for queries, _, _ in lengths) == part
     assert sum(queries for queries, _, _ in lengths) >= tokens
     assert {(keys, values) for _, keys, values in lengths} == {(tokens, tokens)}
@@ -635,7 +637,7 @@ def graphs(tmp_path_factory) -> dict[str, Opened]:
             config = CONFIG | {"num_layers": layers, "num_single_layers": 1}
             vae = SIZES.vae | {"block_out_channels": (8, 8), "layers_per_block": 0}
             patch.setitem(PRESETS, preset, replace(SIZES, transformer=config, vae=vae))
-        patch.setattr(flux, "QUERY_CHUNKS", 3)
+        patch.setattr(vae_networks, "QUERY_CHUNKS", 3)
         taken = sources("shallow") | {"whole step": sources("single")["whole step"]}
         taken |= {name: sources("tiny")[name] for name in ("step", "encode", "decode")}
         return {name: opened(source, tmp_path_factory.mktemp("graph")) for name, source in taken.items()}

@@ -1,0 +1,79 @@
+"""Low-rank additions beside weights that stay as they lie in their files: linears and convolutions of a LoRA."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tilewright.runtime.errors import InputError
+from tilewright.runtime.strict import one_line
+
+__all__ = ["Branches", "LowRank", "LowRankConv", "Strength", "add_branches"]
+
+Branches = Mapping[str, Sequence[float]]  # path of a module -> rank of its low-rank addition, and the file's scale
+
+
+@dataclass
+class Strength:
+    """The caller's LoRA scale while a forward runs; no module, so that tracing may set it."""
+
+    value: Tensor | float = 1.0
+
+
+class LowRank(nn.Linear):
+    """W x + b + s B(A x)."""
+
+    def __init__(self, base: nn.Linear, rank: int, scale: float, strength: Strength) -> None:
+        super().__init__(base.in_features, base.out_features, base.bias is not None)
+        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features))
+        self.lora_B = nn.Parameter(torch.empty(base.out_features, rank))
+        self.scale, self.strength = scale, strength
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.low_rank(x, self.lora_A)
+
+    def low_rank(self, x: Tensor, down: Tensor) -> Tensor:
+        """The branch for these rows of A's input."""
+        return F.linear(F.linear(x, down) * (self.scale * self.strength.value), self.lora_B)
+
+
+class LowRankConv(nn.Conv2d):
+    """A convolution and its low-rank addition: the same kernel to a few channels, then 1x1."""
+
+    def __init__(self, base: nn.Conv2d, rank: int, scale: float, strength: Strength) -> None:
+        size, stride, padding = (base.kernel_size[0], base.stride[0], base.padding[0])
+        super().__init__(base.in_channels, base.out_channels, size, stride, padding, bias=base.bias is not None)
+        self.lora_A = nn.Parameter(torch.empty(rank, base.in_channels, size, size))
+        self.lora_B = nn.Parameter(torch.empty(base.out_channels, rank, 1, 1))
+        self.scale, self.strength = scale, strength
+
+    def forward(self, x: Tensor) -> Tensor:
+        down = F.conv2d(x, self.lora_A, None, self.stride, self.padding)
+        return super().forward(x) + F.conv2d(down * (self.scale * self.strength.value), self.lora_B)
+
+
+def add_branches(
+    root: nn.Module, branches: Branches, strength: Strength, place: Callable[[str], Sequence[str]] = lambda path: [path]
+) -> None:
+    """Put each branch at its place, or places where a published module is several of ours."""
+    unknown = []
+    for path, (rank, scale) in branches.items():
+        for name in place(path):
+            parent, _, child = name.rpartition(".")
+            try:
+                base = root.get_submodule(name)
+            except AttributeError:
+                unknown.append(path)
+                continue
+            kind = LowRankConv if isinstance(base, nn.Conv2d) else LowRank
+            setattr(root.get_submodule(parent), child, kind(base, int(rank), scale, strength))  # type: ignore[arg-type]
+    if unknown:
+        some = f"{', '.join(unknown[:3])}{', ...' if len(unknown) > 3 else ''}"
+        raise InputError(
+            one_line(
+                f"the LoRA adapts {len(unknown)} modules that the network does not have: {some};"
+                " give the LoRA of this system and preset"
+            )
+        )

@@ -1,0 +1,295 @@
+"""TokSR: the text encoder, the tokenizer's two halves, and one sampling step over the tokens between them.
+
+The tokenizer's parameters have the names that TA-TiTok is published with. Text and timestep belong to the whole image:
+what comes of them alone is computed once for all tiles.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tilewright.export.networks.hitoksr import unpatch
+from tilewright.export.networks.text import ClipText
+
+__all__ = ["Detokenise", "Step", "Text", "Tokenise"]
+
+SINUSOID = 256  # width of a timestep's embedding
+ALL = slice(None)
+
+
+class Text(nn.Module):
+    """Ids [1, N] to words [1, N, D], normed, and to that of the highest id, which ends the text, [1, D]."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__()
+        self.model = ClipText(config).model
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        out = self.model(ids)
+        return out.last_hidden_state, out.pooler_output
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
+    q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (query, key, value))  # [B, heads, rows, width]
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+class _Attention(nn.Module):
+    """Self-attention with the parameters of torch.nn.MultiheadAttention; answers only the rows that are kept."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.empty(3 * width))
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, kept: slice) -> Tensor:
+        query, key, value = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, 2)
+        return self.out_proj(_attend(query[:, kept], key, value, self.heads))
+
+
+class _Mlp(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.c_fc, self.c_proj = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(F.gelu(self.c_fc(x)))
+
+
+class _Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.ln_1, self.attn = nn.LayerNorm(width), _Attention(width, heads)
+        self.ln_2, self.mlp = nn.LayerNorm(width), _Mlp(width)
+
+    def forward(self, x: Tensor, kept: slice) -> Tensor:
+        x = x[:, kept] + self.attn(self.ln_1(x), kept)
+        return x + self.mlp(self.ln_2(x))
+
+
+class _Half(nn.Module):
+    """What the tokenizer's halves have in common: the sequence is [class, patches, latents, text]."""
+
+    def __init__(self, sizes: Mapping[str, Any], half: Mapping[str, Any], *, text: bool) -> None:
+        super().__init__()
+        width, self.grid = half["width"], sizes["image"] // sizes["patch"]
+        self.class_embedding = nn.Parameter(torch.empty(1, width))
+        self.positional_embedding = nn.Parameter(torch.empty(1 + self.grid**2, width))
+        self.latent_token_positional_embedding = nn.Parameter(torch.empty(sizes["latents"], width))
+        if text:
+            self.text_guidance_proj = nn.Linear(sizes["text_width"], width)
+            self.text_guidance_positional_embedding = nn.Parameter(torch.empty(sizes["words"], width))
+        self.ln_pre = nn.LayerNorm(width)
+        self.transformer = nn.ModuleList(_Block(width, half["heads"]) for _ in range(half["layers"]))
+        self.ln_post = nn.LayerNorm(width)
+
+    def guidance(self, words: Tensor) -> Tensor:
+        """The text's part of the sequence."""
+        return self.text_guidance_proj(words) + self.text_guidance_positional_embedding
+
+    def transformed(self, before: Tensor, tile: Tensor, after: Tensor, kept: slice) -> Tensor:
+        """Rows of a tile [B, n, D] among those of all tiles, [1, n, D]; only the kept ones come out."""
+        before, after = (part.expand(tile.shape[0], -1, -1) for part in (before, after))
+        x = self.ln_pre(torch.cat((before, tile, after), 1))
+        *blocks, last = self.transformer
+        for block in blocks:
+            x = block(x, ALL)
+        return self.ln_post(last(x, kept))
+
+
+class _Encoder(_Half):
+    """Image and learned latent tokens to rows of mean and log variance, [B, latents, 2 * token]."""
+
+    def __init__(self, sizes: Mapping[str, Any]) -> None:
+        half = sizes["encoder"]
+        super().__init__(sizes, half, text=half["text"])
+        self.patch_embed = nn.Conv2d(3, half["width"], sizes["patch"], sizes["patch"])
+        self.conv_out = nn.Conv2d(half["width"], 2 * sizes["token"], 1)
+
+    def forward(self, image: Tensor, latent_tokens: Tensor, words: Tensor | None) -> Tensor:
+        patches = self.patch_embed(image).flatten(2).transpose(1, 2) + self.positional_embedding[1:]
+        latents = (latent_tokens + self.latent_token_positional_embedding)[None]
+        after = latents if words is None else torch.cat((latents, self.guidance(words)), 1)
+        start = 1 + self.grid**2
+        kept = slice(start, start + latents.shape[1])
+        x = self.transformed((self.class_embedding + self.positional_embedding[:1])[None], patches, after, kept)
+        return F.linear(x, self.conv_out.weight.flatten(1), self.conv_out.bias)
+
+
+class _Decoder(_Half):
+    """Latents [B, latents, token] to an image [B, 3, S, S]."""
+
+    def __init__(self, sizes: Mapping[str, Any]) -> None:
+        half = sizes["decoder"]
+        super().__init__(sizes, half, text=True)
+        self.patch = sizes["patch"]
+        self.mask_token = nn.Parameter(torch.empty(1, 1, half["width"]))
+        self.decoder_embed = nn.Linear(sizes["token"], half["width"])
+        self.ffn = nn.Sequential(nn.Conv2d(half["width"], 3 * self.patch**2, 1))
+        self.conv_out = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, latents: Tensor, words: Tensor) -> Tensor:
+        patches = self.mask_token[0].expand(self.grid**2, -1)
+        before = torch.cat((self.class_embedding, patches)) + self.positional_embedding
+        tile = self.decoder_embed(latents) + self.latent_token_positional_embedding
+        x = self.transformed(before[None], tile, self.guidance(words), slice(1, 1 + self.grid**2))
+        pixels: Any = self.ffn[0]
+        x = F.linear(x, pixels.weight.flatten(1), pixels.bias)
+        return self.conv_out(unpatch(x, self.grid, self.grid, self.patch))
+
+
+class Tokenise(nn.Module):
+    """Image [B, 3, S, S] in [0, 1] to its scaled mean [B, token, 1, latents]; TexTok's encoder reads words too."""
+
+    def __init__(self, sizes: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.token, self.scale = sizes["token"], sizes["scale"]
+        self.latent_tokens = nn.Parameter(torch.empty(sizes["latents"], sizes["encoder"]["width"]))
+        self.encoder = _Encoder(sizes)
+
+    def forward(self, image: Tensor, words: Tensor | None = None) -> Tensor:
+        mean = self.encoder(image, self.latent_tokens, words)[:, :, : self.token]
+        return (self.scale * mean).transpose(1, 2).unsqueeze(2)
+
+
+class Detokenise(nn.Module):
+    """Scaled tokens [B, token, 1, latents] and words [1, N, D] to the image [B, 3, S, S] in [0, 1]."""
+
+    def __init__(self, sizes: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.scale = sizes["scale"]
+        self.decoder = _Decoder(sizes)
+
+    def forward(self, tokens: Tensor, words: Tensor) -> Tensor:
+        return self.decoder(tokens.squeeze(2).transpose(1, 2) / self.scale, words).clamp(0, 1)
+
+
+def _out(width: int, wanted: bool) -> nn.Module:
+    return nn.Linear(width, width) if wanted else nn.Identity()
+
+
+class _Self(nn.Module):
+    """Self-attention of the denoiser; answers only the rows that are kept."""
+
+    def __init__(self, width: int, heads: int, projected: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), _out(width, projected)
+
+    def forward(self, x: Tensor, kept: slice) -> Tensor:
+        query, key, value = self.qkv(x).chunk(3, 2)
+        return self.out(_attend(query[:, kept], key, value, self.heads))
+
+
+class _Cross(nn.Module):
+    """Attention of rows [B, n, D] to a few tokens [C, T, D], where B is a multiple of C."""
+
+    def __init__(self, width: int, heads: int, projected: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q, self.kv = nn.Linear(width, width, bias=False), nn.Linear(width, 2 * width, bias=False)
+        self.out = _out(width, projected)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        key, value = self.kv(condition).chunk(2, 2)
+        # all tiles ask the same tokens, so their rows are one sequence and nothing is repeated
+        query = self.q(x).reshape(condition.shape[0], -1, x.shape[2])
+        return self.out(_attend(query, key, value, self.heads).reshape(x.shape))
+
+
+class _DitBlock(nn.Module):
+    """Self-attention, cross-attention and MLP, each behind a norm and beside a residual."""
+
+    def __init__(self, width: int, heads: int, projected: bool) -> None:
+        super().__init__()
+        self.ln_1, self.attn = nn.LayerNorm(width), _Self(width, heads, projected)
+        self.ln_2, self.cross = nn.LayerNorm(width), _Cross(width, heads, projected)
+        self.ln_3, self.mlp = nn.LayerNorm(width), _Mlp(width)
+
+    def forward(self, x: Tensor, condition: Tensor, kept: slice) -> Tensor:
+        x = x[:, kept] + self.attn(self.ln_1(x), kept)
+        x = x + self.cross(self.ln_2(x), condition)
+        return x + self.mlp(self.ln_3(x))
+
+
+class _Dit(nn.Module):
+    """The denoiser: noisy and conditioning tokens as one sequence, timestep and label by cross-attention."""
+
+    def __init__(self, sizes: Mapping[str, Any], dit: Mapping[str, Any]) -> None:
+        super().__init__()
+        width, self.latents = dit["width"], sizes["latents"]
+        exponents = -math.log(10_000) * torch.arange(SINUSOID // 2, dtype=torch.float64) / (SINUSOID // 2)
+        # a buffer, so that no backend computes them anew: at 999 their last bit is seen
+        self.frequencies = nn.Buffer(exponents.exp().float(), persistent=False)
+        self.embed = nn.Linear(sizes["token"], width)
+        self.positions = nn.Embedding(self.latents, width)
+        self.time = nn.Sequential(nn.Linear(SINUSOID, width), nn.SiLU(), nn.Linear(width, width))
+        self.label = nn.Linear(sizes["text_width"], width)
+        self.condition_norm = nn.LayerNorm(width)
+        blocks = (_DitBlock(width, dit["heads"], dit["output_projection"]) for _ in range(dit["layers"]))
+        self.blocks = nn.ModuleList(blocks)
+        self.out = nn.Linear(width, sizes["token"])
+
+    def condition(self, t: Tensor, labels: Tensor) -> Tensor:
+        """What the blocks attend to, [C, 1 + T, D], of C sets of labels."""
+        angles = t * self.frequencies
+        time = self.time(torch.cat((angles.cos(), angles.sin()))).expand(labels.shape[0], 1, -1)
+        return self.condition_norm(torch.cat((time, self.label(labels)), 1))
+
+    def forward(self, noisy: Tensor, given: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        """The answer [C * B, token, 1, latents] for tokens of that shape, set of labels by set of labels."""
+        x = self.embed(torch.cat((noisy, given), 3).squeeze(2).transpose(1, 2))
+        x = (x.unflatten(1, (2, self.latents)) + self.positions.weight).flatten(1, 2)
+        x = x if labels.shape[0] == 1 else torch.cat([x] * labels.shape[0])
+        condition = self.condition(t, labels)
+        *blocks, last = self.blocks
+        for block in blocks:
+            x = block(x, condition, ALL)
+        # the last block need not answer for the tokens that were given
+        x = last(x, condition, slice(self.latents))
+        return self.out(x).transpose(1, 2).unsqueeze(2)
+
+
+class Step(nn.Module):
+    """One deterministic DDIM step in float32, from (alpha, beta) to (alpha_next, beta_next)."""
+
+    def __init__(self, sizes: Mapping[str, Any], dit: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.predicts_x0 = {"eps": False, "x0": True}[dit["prediction"]]
+        self.dit = _Dit(sizes, dit)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        condition: Tensor,
+        t: Tensor,
+        alpha: Tensor,
+        beta: Tensor,
+        alpha_next: Tensor,
+        beta_next: Tensor,
+        pooled: Tensor | None = None,
+        words: Tensor | None = None,
+        guidance: Tensor | None = None,
+    ) -> Tensor:
+        """The next tokens; the label is the pooled text or all words, and with guidance also none, which is zeros."""
+        label = words if pooled is None else pooled[:, None]
+        assert label is not None
+        if guidance is None:
+            answer = self.dit(tokens, condition, t, label)
+        else:
+            both = self.dit(tokens, condition, t, torch.cat((torch.zeros_like(label), label)))
+            without, answer = both[: tokens.shape[0]], both[tokens.shape[0] :]
+            answer = without + guidance * (answer - without)
+        if self.predicts_x0:
+            x0, noise = answer, (tokens - alpha * answer) / beta
+        else:
+            x0, noise = (tokens - beta * answer) / alpha, answer
+        return alpha_next * x0 + beta_next * noise

@@ -1,0 +1,468 @@
+"""InstantIR: SDXL restores, steered at every step by a preview that the same UNet makes with a low-rank branch.
+
+What words and image decide for all steps is computed once; a step is preview, aggregate, predict, update. Images within
+1024 px are taken whole. Larger ones are tiled: joined after every step, or each tile by itself up to its pixels.
+"""
+
+import logging
+import re
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tilewright.export.lora import path_and_strength
+from tilewright.export.systems import Option, Source, finite
+from tilewright.export.systems.instantir_keys import (
+    ORIGINS,
+    branches_of,
+    ignored,
+    keys,
+    lora_targets,
+    named,
+    origin,
+    origins,
+)
+from tilewright.export.systems.instantir_sizes import PRESETS, Sizes
+from tilewright.export.weights import Tensors
+from tilewright.runtime.errors import InputError, UsageError
+from tilewright.runtime.program import Call, Grid, Input, Pass, Program, State, Steps, TensorSpec, Text, Tiles
+
+__all__ = [
+    "LICENCE",
+    "OPTIONS",
+    "ORIGINS",
+    "PARTS",
+    "PRESETS",
+    "TITLE",
+    "build_time",
+    "components",
+    "constants",
+    "ignored",
+    "keys",
+    "origin",
+    "origins",
+    "program",
+    "settings",
+    "stand_in",
+    "tokenizers",
+]
+
+log = logging.getLogger("tilewright")
+TITLE = "InstantIR, SDXL with DINOv2's image tokens and a previewer, 30 steps"
+LICENCE = "CreativeML Open RAIL++-M (SDXL); Apache-2.0 (DINOv2, InstantIR)"
+PARTS = ("instantir_*.py",)
+FLOAT = "float32"
+STEPS, GUIDANCE, OFFSET = 30, 7.0, 1
+SCHEDULE: dict[str, int | float | str] = {
+    "betas": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "spacing_offset": OFFSET,
+    "final_alpha": "first",
+}
+HEAD_WIDTH = 64  # of the resampler, whose file does not tell
+PREVIEWER = "previewer_lora_weights"
+OPTIONS = {
+    "dino": Option("folder of dinov2-large", names=("dinov2-large",)),
+    "adapter": Option("adapter.pt", names=("adapter.pt", "models/adapter.pt", "adapter.safetensors")),
+    "aggregator": Option("aggregator.pt", names=("aggregator.pt", "models/aggregator.pt", "aggregator.safetensors")),
+    "previewer": Option(
+        "previewer_lora_weights.bin; its strength behind a colon if it is not 1",
+        names=(f"{PREVIEWER}.bin", f"models/{PREVIEWER}.bin", f"{PREVIEWER}.safetensors"),
+    ),
+    "lora_mode": Option(
+        "a branch beside weights that stay where they are, or merged copies", choices=("branch", "merge")
+    ),
+    "prompt": Option("words; needs the text encoders in the folder of weights"),
+    "negative_prompt": Option("words to keep away from"),
+    "steps": Option("sampling steps of the program", kind=int),
+    "guidance": Option("default strength of classifier-free guidance (default: 7)", kind=finite),
+    "dino_positions": Option(
+        "DINOv2's position table as the release resized it (default), or as transformers does now",
+        choices=("release", "current"),
+    ),
+    "join": Option("of tiles: their latents after every step, or their pixels", choices=("steps", "pixels")),
+    "variant": Option("of weight files that come in several, as in model.fp16.safetensors"),
+    "no_text": Option("leave the text encoders out: embeddings are given at run time", flag=True),
+}
+VOCABULARY = 49408
+WORDS = ("ids", "ids_2")
+TOKENIZERS = ("tokenizers/clip.json", "tokenizers/clip_2.json")
+GATES = ("control_start", "control_end", "preview_start", "preview_end")
+
+
+def settings(preset: str, given: Mapping[str, Any], found: Mapping[str, Tensors]) -> dict[str, Any]:
+    """The choices of a build, and what the files say of InstantIR's own modules."""
+    sizes = PRESETS[preset]
+    count, strength = given.get("steps", STEPS), path_and_strength(given.get("previewer", ""))[1]
+    if not 1 <= count < 1000:
+        raise UsageError(f"--steps {count} must lie in 1..999")
+    there = all(name in found for name in ("text_encoder", "text_encoder_2"))
+    text = (there or "unet" not in found) and not given.get("no_text")
+    if not text and (given.get("prompt") or given.get("negative_prompt")):
+        raise UsageError("--prompt needs the text encoders; add them under --weights, or leave --no-text out")
+    adapter = _adapter(sizes, named(found["adapter"])) if "adapter" in found else {}
+    if "lora" in found:
+        branches = branches_of(found["lora"])
+    else:
+        depth = adapter.get("resampler", sizes.resampler)["depth"]
+        branches = {name: [sizes.rank, 1 / sizes.rank] for name in lora_targets(sizes.unet, depth)}
+    return {
+        "steps": count,
+        "guidance": given.get("guidance", GUIDANCE),
+        "prompt": given.get("prompt", ""),
+        "negative_prompt": given.get("negative_prompt", ""),
+        "text": text,
+        "joined": given.get("join", "steps") == "steps",
+        "release": given.get("dino_positions", "release") == "release",
+        "resampler": sizes.resampler,
+        "adaptive": True,
+        "hidden": _hidden(found["aggregator"]) if "aggregator" in found else sizes.hidden,
+        "lora_scale": strength,
+        "merged": given.get("lora_mode") == "merge",
+        "branches": branches,
+    } | adapter
+
+
+def _adapter(sizes: Sizes, found: Tensors) -> dict[str, Any]:
+    """The resampler's sizes, and whether the image attention follows the time."""
+    file = found.folder / min(found.sources)
+    shapes = {key: r.shape for key, r in found.tensors.items()}
+    seen = next((shape for key, shape in shapes.items() if key.endswith(".to_k_ip.weight")), None)
+    if seen is None or "image_proj.latents" not in shapes:
+        raise InputError(f"adapter {file}: holds no image keys with a resampler; give InstantIR's adapter.pt")
+    if seen[-1] != sizes.context:
+        raise InputError(
+            f"adapter {file}: its image keys read {seen[-1]} numbers, SDXL's context has {sizes.context}: it is of"
+            " another base model; give InstantIR's adapter.pt"
+        )
+    adaptive = any(".ln_k_ip." in key for key in shapes)
+    if not adaptive:
+        log.warning("adapter %s: has no ln_k_ip and ln_v_ip; its norms are taken as plain, without the time", file)
+    inner, dim = shapes["image_proj.layers.0.0.to_q.weight"]
+    head = HEAD_WIDTH if inner % HEAD_WIDTH == 0 else sizes.resampler["head_width"]
+    resampler = {
+        "dim": dim,
+        "depth": len({key.split(".")[2] for key in shapes if key.startswith("image_proj.layers.")}),
+        "heads": inner // head,
+        "head_width": head,
+        "queries": shapes["image_proj.latents"][1],
+        "width_in": shapes["image_proj.proj_in.weight"][1],
+        "width_out": shapes["image_proj.proj_out.weight"][0],
+        "multiple": shapes["image_proj.layers.0.1.1.weight"][0] // dim,
+    }
+    return {"resampler": resampler, "adaptive": adaptive}
+
+
+def _hidden(found: Tensors) -> int:
+    """The width of the aggregator's heads."""
+    file = found.folder / min(found.sources)
+    if words := sorted(key for key in found.tensors if ".attn2." in key):
+        raise InputError(
+            f"aggregator {file}: was saved with text attention ({words[0]!r}), which InstantIR's has not;"
+            " give aggregator.pt of InstantX/InstantIR"
+        )
+    key = "controlnet_mid_block.0.mlp_shared.0.weight"
+    if key not in found.tensors:
+        raise InputError(f"aggregator {file}: lacks {key!r}; give aggregator.pt of InstantX/InstantIR")
+    return found.tensors[key].shape[0]
+
+
+def _of_tokens(module: str) -> bool:
+    """Whether a module makes keys and values of image tokens, once an image."""
+    return module.startswith("encoder_hid_proj.") or bool(re.search(r"\.to_[kv]_ip$", module))
+
+
+def components(preset: str, **settings: Any) -> dict[str, Source]:
+    """text, words, see, look, encode, gates, unet, aggregate, step, decode; merged, the roles are networks apart."""
+    sizes = PRESETS[preset]
+    keys_of_all = 2 * _width_of_layers(sizes)
+    image, latent = TensorSpec(FLOAT, ("batch", 3, "height", "width")), TensorSpec(FLOAT, ("batch", 4, "h", "w"))
+    encoded = TensorSpec(FLOAT, ("batch", 4, f"height/{sizes.spatial}", f"width/{sizes.spatial}"))
+    both, number = TensorSpec(FLOAT, ("batch", 2, 4, "h", "w")), TensorSpec(FLOAT, ())
+    gate = TensorSpec(FLOAT, (1,))
+    choice, single = TensorSpec("int64", ()), TensorSpec(FLOAT, ("batch", 1))
+    table, features = TensorSpec(FLOAT, ("steps",)), _features(sizes)
+    px = {"height": 1, "width": 1, "h": sizes.spatial, "w": sizes.spatial}
+    pixels = dict.fromkeys(("height", "width"), sizes.multiple)
+    cells = dict.fromkeys(("h", "w"), sizes.multiple // sizes.spatial)
+    config, dino = {"config": sizes.unet}, _dino_arguments(sizes)
+    context = TensorSpec(FLOAT, (1, sizes.words, sizes.context))
+    pooled = {name: TensorSpec(FLOAT, (1, sizes.pooled)) for name in ("pooled", "negative_pooled")}
+    words = TensorSpec(FLOAT, (2, sizes.words, keys_of_all))
+    seen = TensorSpec(FLOAT, ("batch", 2, settings["resampler"]["queries"], keys_of_all))
+    branches: dict[str, Any] = settings["branches"]
+    of_look = {m: rank for m, rank in branches.items() if _of_tokens(m)}
+    of_unet = {m: rank for m, rank in branches.items() if not _of_tokens(m)}
+    residuals = {
+        name: TensorSpec(FLOAT, ("batch", 2, width, *(("h", "w") if size == 1 else (f"h/{size}", f"w/{size}"))))
+        for name, (width, size) in sizes.residuals.items()
+    }
+    time = dict.fromkeys(("t", "alpha", "beta"), number)
+
+    def look(mine: dict[str, Any], *, branch: bool) -> Source:
+        inputs = {"features": features, "nothing": TensorSpec(FLOAT, (1, *features.shape[1:]))}
+        inputs |= {"lora_scale": number} if branch else {}
+        arguments = config | {"resampler": settings["resampler"], "branches": mine}
+        return Source("instantir.Look", inputs, {"seen": seen}, arguments=arguments)
+
+    def unet(mine: dict[str, Any], *, branch: bool, steered: bool) -> Source:
+        inputs = {"z": latent, "words": words, "seen": seen} | pooled | {"t": number}
+        inputs |= {"lora_scale": number} if branch else {}
+        inputs |= {"control": single} | residuals if steered else {}
+        arguments = config | {"spatial": sizes.spatial, "adaptive": settings["adaptive"], "branches": mine}
+        return Source("instantir.Unet", inputs, {"predicted": both}, px, cells, arguments)
+
+    sources = {
+        "words": Source(
+            "instantir.Words", {"context": context, "negative_context": context}, {"words": words}, arguments=config
+        ),
+        "see": Source(
+            "vision.Dino",
+            {"image": image, "positions": TensorSpec(FLOAT, (1, *features.shape[1:]))},
+            {"features": features},
+            px,
+            arguments=dino,
+        ),
+        "encode": Source(
+            "instantir.Encode",
+            {"image": image, "noise": encoded, "alpha": table, "beta": table, "start": choice},
+            {"latent": encoded, "z": encoded},
+            px,
+            pixels,
+            {"config": sizes.vae},
+        ),
+        "gates": Source(
+            "instantir.Gates",
+            {"t": table} | dict.fromkeys(GATES, number),
+            dict.fromkeys(("control_on", "preview_on"), TensorSpec(FLOAT, ("steps", 1))),
+        ),
+        "aggregate": Source(
+            "instantir.Aggregate",
+            {"z": latent, "y": latent, "noise": both, "preview": latent, "delta": single}
+            | pooled
+            | time
+            | {"adares": choice, "control_scale": number, "control_on": gate, "preview_on": gate},
+            {"shown": latent, "control": single, "mid": residuals["mid"]} | residuals,
+            px,
+            cells,
+            config | {"spatial": sizes.spatial, "hidden": settings["hidden"]},
+        ),
+        "step": Source(
+            "instantir.Step",
+            {"z": latent, "predicted": both, "preview": latent, "shown": latent, "noise": latent, "guidance": number}
+            | {"sampler": choice}
+            | time
+            | {"alpha_next": number, "beta_next": number},
+            {"z_next": latent, "delta": single},
+            px,
+            cells,
+            {"offset": OFFSET},
+        ),
+        "decode": Source("vae.Decode", {"latent": latent}, {"image": image}, px, cells, {"config": sizes.vae}),
+    }
+    if settings["merged"]:
+        sources |= {"look_base": look({}, branch=False), "look_preview": look({}, branch=False)}
+        sources |= {
+            "base": unet({}, branch=False, steered=True),
+            "preview": unet({}, branch=False, steered=False),
+        }
+    else:
+        sources |= {"look": look(of_look, branch=True), "unet": unet(of_unet, branch=True, steered=True)}
+    if settings["text"]:
+        ids = TensorSpec("int64", (1, sizes.words))
+        arguments = {"text": sizes.text, "text_2": sizes.text_2}
+        outputs = {"context": context, "pooled": pooled["pooled"]}
+        sources["text"] = Source("instantir.Text", dict.fromkeys(WORDS, ids), outputs, arguments=arguments)
+    return sources
+
+
+def _width_of_layers(sizes: Sizes) -> int:
+    """Channels of all cross-attentions together."""
+    widths, layers = sizes.unet["block_out_channels"], int(sizes.unet["layers_per_block"])
+    lengths = sizes.unet["transformer_layers_per_block"]
+    kinds = zip(sizes.unet["down_block_types"], reversed(sizes.unet["up_block_types"]), widths, lengths, strict=True)
+    total = widths[-1] * lengths[-1]  # of the middle
+    for down, up, width, length in kinds:
+        total += width * length * (layers * down.startswith("CrossAttn") + (layers + 1) * up.startswith("CrossAttn"))
+    return int(total)
+
+
+def _features(sizes: Sizes) -> TensorSpec:
+    return TensorSpec(FLOAT, ("batch", sizes.seen, sizes.dino["hidden_size"]))
+
+
+def _dino_arguments(sizes: Sizes) -> dict[str, Any]:
+    return {"config": sizes.dino, "side": sizes.side, "short": sizes.short}
+
+
+def build_time(preset: str, **settings: Any) -> dict[str, Source]:
+    """DINOv2's table of positions at its size here, and what it sees in nothing."""
+    sizes = PRESETS[preset]
+    table = {"positions": TensorSpec(FLOAT, (1, *_features(sizes).shape[1:]))}
+    arguments = {"config": sizes.dino, "side": sizes.side, "release": settings["release"]}
+    nothing = {"nothing": table["positions"]}
+    return {
+        "positions": Source("vision.DinoPositions", {}, table, arguments=arguments),
+        "nothing": Source("vision.DinoOfNothing", table, nothing, arguments=_dino_arguments(sizes)),
+    }
+
+
+def constants(
+    preset: str, run: Callable[..., Any], given: Mapping[str, Any], folder: Path | None, **settings: Any
+) -> dict[str, Any]:
+    """positions, nothing, and the strength of the previewer's branch in the base role."""
+    made: dict[str, Any] = run("positions")
+    made |= run("nothing", positions=made["positions"])
+    return made if settings["merged"] else made | {"none": np.zeros((), np.float32)}
+
+
+def program(preset: str, **settings: Any) -> Program:
+    """text, words, encode, see, sample, decode."""
+    sizes, taken = PRESETS[preset], components(preset, **settings)
+    tiles = Tiles(sizes.tile_px, sizes.overlap_px, (sizes.tile_px, sizes.tile_px))
+    steps = Steps("ddim", settings["steps"], options=SCHEDULE)
+    inputs = _inputs(sizes, settings)
+    passes, texts, text = [], {}, "$"
+    if settings["text"]:
+        texts = {
+            f"{prefix}prompt": Text(
+                {f"{prefix}{name}": file for name, file in zip(WORDS, TOKENIZERS, strict=True)},
+                settings[f"{prefix}prompt"],
+            )
+            for prefix in ("", "negative_")
+        }
+        calls = [
+            Call(
+                "text",
+                {name: f"${prefix}{name}" for name in WORDS},
+                {"context": f"{prefix}context", "pooled": f"{prefix}pooled"},
+            )
+            for prefix in ("", "negative_")
+        ]
+        passes, text = [Pass("text", once=tuple(calls))], ""
+    pooled = {name: f"{text}{name}" for name in ("pooled", "negative_pooled")}
+    contexts = {name: f"{text}{name}" for name in ("context", "negative_context")}
+    roles = (("look_base", "unet_seen", ""), ("look_preview", "preview_seen", ""))
+    if not settings["merged"]:
+        roles = (("look", "unet_seen", "#none"), ("look", "preview_seen", "$preview_strength"))
+    looks = [
+        Call(
+            name,
+            {"features": "features", "nothing": "#nothing"} | ({"lora_scale": scale} if scale else {}),
+            {"seen": seen},
+        )
+        for name, seen, scale in roles
+    ]
+    start = {"image": "image", "noise": "~noise", "alpha": "@alpha", "beta": "@beta", "start": "$start"}
+    passes += [
+        Pass("words", once=(Call("words", contexts, {"words": "words"}),)),
+        Pass("encode", tiles, steps, once=(Call("encode", start, {"latent": "y", "z": "z"}),)),
+        Pass(
+            "see",
+            tiles,
+            once=(Call("see", {"image": "image", "positions": "#positions"}, {"features": "features"}), *looks),
+        ),
+    ]
+    names = list(sizes.residuals)
+    known = {name: name for name in ("z", "y", "words", "preview", "delta", "shown", "control", "predicted", *names)}
+    known |= pooled | {name: f"@{name}" for name in ("t", "alpha", "beta", "alpha_next", "beta_next")}
+    known |= {name: f"@{name}" for name in ("control_on", "preview_on")}
+    known |= {name: f"${name}" for name in ("adares", "control_scale", "guidance", "sampler")}
+
+    def call(component: str, outputs: dict[str, str], **sources: str) -> Call:
+        wanted = taken[component].inputs
+        return Call(component, {name: (known | sources)[name] for name in wanted}, outputs)
+
+    base, preview = ("base", "preview") if settings["merged"] else ("unet", "unet")
+    strength = "$preview_strength"
+    given = {"control": "control", "mid": "mid", "shown": "shown"} | {name: name for name in names}
+    each = (
+        call(preview, {"predicted": "preview_noise"}, seen="preview_seen", lora_scale=strength, control="off"),
+        call("aggregate", given, noise="preview_noise"),
+        call(base, {"predicted": "predicted"}, seen="unet_seen", lora_scale="#none"),
+        call("step", {"z_next": "z", "delta": "delta"}, noise="~noise"),
+    )
+    passes.append(Pass("sample", tiles, steps, _state(sizes, settings), once=(_gates(),), each=each))
+    passes.append(Pass("decode", tiles, once=(Call("decode", {"latent": "z"}, {"image": "result"}),)))
+    grids = {"image": Grid(1, 3, "input"), "noise": Grid(sizes.spatial, 4), "result": Grid(1, 3)}
+    if settings["joined"]:
+        grids |= {"y": Grid(sizes.spatial, 4), "z": Grid(sizes.spatial, 4)}
+    files = {
+        "prompt_embeds": {
+            f"{prefix}{tensor}_embeds": f"{prefix}{value}"
+            for prefix in ("", "negative_")
+            for tensor, value in (("prompt", "context"), ("pooled_prompt", "pooled"))
+        }
+    }
+    return Program(4, sizes.multiple, grids, tuple(passes), inputs, texts, files, any_scale=True)
+
+
+def _inputs(sizes: Sizes, settings: Mapping[str, Any]) -> dict[str, Input]:
+    """What the caller may choose."""
+    inputs = {
+        "guidance": Input(FLOAT, default=settings["guidance"]),
+        "control_scale": Input(FLOAT, default=1.0),
+        "sampler": Input("int64", default=0, choices={"ddim": 0, "ddpm": 1}),
+        "adares": Input("int64", default=0, choices={"off": 0, "paper": 1, "code": 2}),
+        "start": Input("int64", default=0, choices={"image": 0, "noise": 1}),
+    }
+    inputs |= {name: Input(FLOAT, default=float(name.endswith("end"))) for name in GATES}
+    if not settings["merged"]:
+        inputs["preview_strength"] = Input(FLOAT, default=settings["lora_scale"])
+    for prefix in ("", "negative_"):
+        if settings["text"]:
+            inputs |= {f"{prefix}{name}": Input("int64", (1, sizes.words)) for name in WORDS}
+        else:
+            inputs[f"{prefix}context"] = Input(FLOAT, (1, sizes.words, sizes.context))
+            inputs[f"{prefix}pooled"] = Input(FLOAT, (1, sizes.pooled))
+    return inputs
+
+
+def _gates() -> Call:
+    inputs = {"t": "@t"} | {name: f"${name}" for name in GATES}
+    return Call("gates", inputs, {"control_on": "control_on", "preview_on": "preview_on"})
+
+
+def _state(sizes: Sizes, settings: Mapping[str, Any]) -> dict[str, State]:
+    """What a tile keeps from step to step."""
+    state = {
+        "preview": State((4, f"h/{sizes.spatial}", f"w/{sizes.spatial}")),
+        "delta": State((1,), "ones"),
+    }
+    if settings["merged"]:
+        return state
+    residuals = {
+        name: State((2, width, *(f"{axis}/{sizes.spatial * size}" for axis in "hw")))
+        for name, (width, size) in sizes.residuals.items()
+    }
+    return state | {"off": State((1,))} | residuals  # the previewer's role takes the last step's, times zero
+
+
+def tokenizers(preset: str, given: Mapping[str, Any], folder: Path | None, **settings: Any) -> dict[str, str]:
+    """Of both text encoders, each with its own padding."""
+    if not settings["text"]:
+        return {}
+    from tilewright.export import tokenizers
+
+    sizes = PRESETS[preset]
+    with tempfile.TemporaryDirectory() as temporary:
+        if folder is None:
+            folder, vocabulary = Path(temporary), sizes.text.get("vocab_size", VOCABULARY)
+            tokenizers.put(folder / "tokenizer", tokenizers.stand_in_clip(vocabulary))
+            tokenizers.put(folder / "tokenizer_2", tokenizers.stand_in_clip(vocabulary, pads_with_first=True))
+        return {
+            file: tokenizers.clip(folder / name, sizes.words)
+            for file, name in zip(TOKENIZERS, ("tokenizer", "tokenizer_2"), strict=True)
+        }
+
+
+def stand_in(preset: str) -> dict[str, Any]:
+    """The published files of SDXL, DINOv2 and InstantIR."""
+    from tilewright.export.systems import instantir_files
+
+    chosen = settings("full", {}, {})
+    return instantir_files.published(components("full", **chosen) | build_time("full", **chosen))

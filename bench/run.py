@@ -14,7 +14,10 @@ from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import save_file
+from safetensors.torch import load_file
+from safetensors.torch import save_file as save_torch
 
+from tilewright.export.tokenizers import put, stand_in_clip
 from tilewright.runtime.profile import hardware
 
 HERE = Path(__file__).parent
@@ -73,7 +76,28 @@ def flux(work: Path) -> None:
     bench("flux_step", "--bundle", mid)
 
 
-SYSTEMS = {"hitoksr": hitoksr, "flux": flux}
+def instantir(work: Path) -> None:
+    bench("export_cost", "instantir", stored="export_cost_instantir")
+
+
+def toksr(work: Path) -> None:
+    bench("export_cost", "toksr", stored="export_cost_toksr")
+    single, files = work / "toksr-float32", work / "toksr-bfloat16"
+    tilewright(
+        "export", "build", "toksr", "--preset", "textok", "--random-weights", 0, "--verify", "never", "-o", single
+    )
+    for name in ("tokenizer", "text_encoder", "dit"):
+        tensors = load_file(single / "weights" / name / f"{name}.safetensors")
+        (files / name).mkdir(parents=True, exist_ok=True)
+        save_torch({key: tensor.bfloat16() for key, tensor in tensors.items()}, files / name / "model.safetensors")
+    put(files / "text_encoder", stand_in_clip(49408))
+    given = ("--tokenizer", files / "tokenizer", "--clip", files / "text_encoder", "--dit", files / "dit")
+    half = work / "toksr"
+    tilewright("export", "build", "toksr", "--preset", "textok", *given, "--verify", "never", "-o", half)
+    bench("batching", "--bundle", half)
+
+
+SYSTEMS = {"hitoksr": hitoksr, "flux": flux, "instantir": instantir, "toksr": toksr}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)

@@ -113,6 +113,7 @@ def _merge(
     module, pairs = system(request.system), found["lora"]
     touched: dict[str, tuple[Reference, lora.Adapter]] = {}
     merging: dict[str, set[str]] = {}
+    used: set[str] = set()
     for component, refs in references.items():
         for name, reference in refs.items():
             stem = name.removesuffix("weight")
@@ -121,9 +122,14 @@ def _merge(
             halves = [module.keys(component, f"{stem}{kind}") for kind in ("lora_A", "lora_B")]
             down, up = (resolve(pairs, names) for names in halves)
             if down and up:
-                _, scale = request.settings["branches"][halves[0][0].removesuffix(".lora_A")]
-                touched[name] = (reference, lora.Adapter(down, up, scale))
+                used.add(branch := halves[0][0].removesuffix(".lora_A"))
+                touched[name] = (reference, lora.Adapter(down, up, request.settings["branches"][branch][1]))
                 merging.setdefault(component, set()).add(name)
+    if unknown := sorted(request.settings["branches"].keys() - used):
+        raise InputError(
+            f"LoRA {', '.join(pairs.sources.values())}: adapts {len(unknown)} modules that the network does not have:"
+            f" {', '.join(unknown[:3])}; give the LoRA of this system and preset"
+        )
     specs = {name: TensorSpec(r.dtype, r.shape) for name, (r, _) in sorted(touched.items())}
     strength = float(request.settings["lora_scale"])
     merged = (

@@ -15,7 +15,7 @@ from typing import Any
 
 from tilewright.export.weights import Tensors, mapped_tensor
 from tilewright.runtime.bundle import Reference
-from tilewright.runtime.errors import InputError
+from tilewright.runtime.errors import InputError, UsageError
 from tilewright.runtime.strict import one_line
 
 __all__ = ["Adapter", "as_parameters", "merge", "parameters_of", "path_and_strength", "read"]
@@ -203,9 +203,12 @@ def path_and_strength(given: str) -> tuple[Path, float]:
     """A LoRA's file and strength from `file.safetensors:0.8`."""
     path, colon, strength = given.rpartition(":")
     try:
-        return (Path(path), float(strength)) if colon else (Path(given), 1.0)
+        number = float(strength) if colon else 1.0
     except ValueError:
         return Path(given), 1.0
+    if not math.isfinite(number):
+        raise UsageError(f"LoRA strength {strength!r} of {path} is not a finite number; use 1, or leave it out")
+    return Path(path if colon else given), number
 
 
 def as_parameters(

@@ -182,7 +182,7 @@ def attach(wanted: Mapping[str, Shapes], found: Mapping[str, Tensors], system: A
             used[origin].add(next(name for name in named if name in found[origin].tensors))
             if [d for d in reference.shape if d != 1] != [d for d in shape if d != 1]:  # a 1x1 convolution is a matrix
                 raise InputError(
-                    f"weights {found[origin].folder / reference.file}: {named[0]!r} has shape"
+                    f"weights {found[origin].sources[reference.file]}: {named[0]!r} has shape"
                     f" {list(reference.shape)}, the network needs {list(shape)}; is this the right preset?"
                 )
             references[component][parameter] = replace(reference, shape=shape, folder=origin)
@@ -191,7 +191,7 @@ def attach(wanted: Mapping[str, Shapes], found: Mapping[str, Tensors], system: A
         for what, names_of in (("lacks", sorted(missing[origin])), ("holds unexpected", sorted(unexpected))):
             if names_of:
                 raise InputError(
-                    f"weights {tensors.folder} ({', '.join(sorted(tensors.sources)[:2])}): {what} {len(names_of)}"
+                    f"weights {', '.join(sorted(tensors.sources.values())[:2])}: {what} {len(names_of)}"
                     f" tensors: {', '.join(names_of[:3])}{', ...' if len(names_of) > 3 else ''};"
                     f" give {system.ORIGINS[origin].what}"
                 )

@@ -18,11 +18,10 @@ from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from tilewright.export.networks import vae
-from tilewright.export.networks.low_rank import Branches, Strength, add_branches
+from tilewright.export.networks.low_rank import Branches, Strength, Zero, add_branches
 from tilewright.export.networks.sinusoid import Sinusoid
 
-__all__ = ["Aggregate", "Encode", "Gates", "Look", "Resampler", "Step", "Text", "Unet", "Words"]
+__all__ = ["Aggregate", "Gates", "Look", "Resampler", "Start", "Step", "Text", "Unet", "Words"]
 
 SIGMA_DATA, TIME_SCALE = 0.5, 10.0  # of the consistency model that the previewer is
 LEAST_STRENGTH = 0.1  # residuals weaker than this are left out
@@ -47,15 +46,12 @@ class Text(nn.Module):
         return torch.cat((one, other.hidden_states[-2]), 2), other.text_embeds
 
 
-class Encode(vae.Encode):
-    """Image to its latent, and to the latent that sampling starts from."""
+class Start(nn.Module):
+    """The latent that sampling starts from."""
 
-    def forward(  # type: ignore[override]
-        self, image: Tensor, noise: Tensor, alpha: Tensor, beta: Tensor, start: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """`alpha` and `beta` of all steps; `start`: 0 is the noised latent, 1 is noise."""
-        latent = super().forward(image)
-        return latent, torch.where(start == 0, alpha[0] * latent + beta[0] * noise, noise)
+    def forward(self, latent: Tensor, noise: Tensor, alpha: Tensor, beta: Tensor, start: Tensor) -> Tensor:
+        """`alpha` and `beta` of all steps; `start`: 0 is the noised latent of the image, 1 is noise."""
+        return torch.where(start == 0, alpha[0] * latent + beta[0] * noise, noise)
 
 
 def _blocks(unet: Any) -> dict[int, tuple[str, Any]]:
@@ -212,9 +208,9 @@ class _Given:
 class _AdaptiveNorm(nn.Module):
     """Shift and scale of what was normed before."""
 
-    def __init__(self, time_width: int, width: int) -> None:
+    def __init__(self, time_width: int, width: int, *, adaptive: bool) -> None:
         super().__init__()
-        self.linear = nn.Linear(time_width, 2 * width)
+        self.linear = nn.Linear(time_width, 2 * width) if adaptive else Zero(time_width, 2 * width)
 
     def forward(self, normed: Tensor, active: Tensor) -> Tensor:
         shift, scale = self.linear(active)[:, None].chunk(2, 2)
@@ -224,23 +220,23 @@ class _AdaptiveNorm(nn.Module):
 class _TimeAware(nn.Module):
     """Cross-attention to the words, plus one to image tokens whose keys and values follow the time."""
 
-    def __init__(self, attn: Any, number: int, position: int, time_width: int | None, given: _Given) -> None:
+    def __init__(
+        self, attn: Any, number: int, position: int, time_width: int, given: _Given, *, adaptive: bool
+    ) -> None:
         super().__init__()
         width = attn.to_q.out_features
         self.heads, self.position, self.number, self.given = attn.heads, 2 * position, number, given
         self.to_q, self.to_out = attn.to_q, attn.to_out
-        if time_width is not None:
-            norms = {name: _AdaptiveNorm(time_width, width) for name in ("ln_k_ip", "ln_v_ip")}
-            self.add_module(f"processor_{number}", nn.ModuleDict(norms))
+        norms = {name: _AdaptiveNorm(time_width, width, adaptive=adaptive) for name in ("ln_k_ip", "ln_v_ip")}
+        self.add_module(f"processor_{number}", nn.ModuleDict(norms))
 
     def forward(self, x: Tensor, encoder_hidden_states: None = None, attention_mask: None = None) -> Tensor:
         given, at = self.given, self.position
         query = self.to_q(x)
         text = _attend(query, given.words[at], given.words[at + 1], self.heads)
         key, value = given.seen[at], given.seen[at + 1]
-        norms: Any = getattr(self, f"processor_{self.number}", None)
-        if norms is not None:
-            key, value = norms["ln_k_ip"](key, given.active), norms["ln_v_ip"](value, given.active)
+        norms: Any = self.get_submodule(f"processor_{self.number}")
+        key, value = norms["ln_k_ip"](key, given.active), norms["ln_v_ip"](value, given.active)
         return self.to_out[0](text + _attend(query, key, value, self.heads))
 
 
@@ -278,12 +274,12 @@ class Unet(nn.Module):
         unet: Any = UNet2DConditionModel(**config)
         self.unet, self.spatial, self.given, self.strength = unet, spatial, _Given(), Strength()
         _set_sinusoids(unet, config)
-        time_width = unet.time_embedding.linear_2.out_features if adaptive else None
+        width = unet.time_embedding.linear_2.out_features
         placing = _placing(unet)
         self.sizes = []
         for position, (number, (_, block)) in enumerate(_blocks(unet).items()):
             self.sizes += 2 * [block.attn2.to_q.out_features]
-            block.attn2 = _TimeAware(block.attn2, number, position, time_width, self.given)
+            block.attn2 = _TimeAware(block.attn2, number, position, width, self.given, adaptive=adaptive)
         add_branches(unet, branches or {}, self.strength, placing)
 
     def forward(
@@ -412,7 +408,8 @@ class Aggregate(nn.Module):
         on = strength > LEAST_STRENGTH
         middle, skips = self.residuals(latent, seen + mix * (latent - seen), t, pooled, negative_pooled)
         shown = torch.where(on[:, :, None, None], seen[:, 1], preview)
-        return shown, torch.where(on, strength, 0 * one), middle, *skips
+        moved = (shown - preview).square().sum((1, 2, 3))[:, None]
+        return shown, moved, torch.where(on, strength, 0 * one), middle, *skips
 
     def residuals(
         self, latent: Tensor, reference: Tensor, t: Tensor, pooled: Tensor, negative_pooled: Tensor
@@ -460,7 +457,7 @@ class Step(nn.Module):
         z: Tensor,
         predicted: Tensor,
         preview: Tensor,
-        shown: Tensor,
+        moved: Tensor,
         noise: Tensor,
         guidance: Tensor,
         sampler: Tensor,
@@ -482,5 +479,5 @@ class Step(nn.Module):
         risen = risen / (clean * clean)
         ancestral = clean * risen / (beta * beta) * x0 + alpha / clean * (noisy / beta) * (noisy / beta) * z
         ancestral = ancestral + noisy / beta * risen.sqrt() * noise
-        off, moved = ((a - b).square().sum((1, 2, 3)) for a, b in ((shown, x0), (shown, preview)))
-        return torch.where(sampler == 0, deterministic, ancestral), (off / moved.clamp(min=LEAST_CHANGE))[:, None]
+        off = (preview - x0).square().sum((1, 2, 3))[:, None]
+        return torch.where(sampler == 0, deterministic, ancestral), off / moved.clamp(min=LEAST_CHANGE)

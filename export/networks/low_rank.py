@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from tilewright.runtime.errors import InputError
 from tilewright.runtime.strict import one_line
 
-__all__ = ["Branches", "LowRank", "LowRankConv", "Strength", "add_branches"]
+__all__ = ["Branches", "LowRank", "LowRankConv", "LowRankOnly", "Strength", "Zero", "add_branches"]
 
 Branches = Mapping[str, Sequence[float]]  # path of a module -> rank of its low-rank addition, and the file's scale
 
@@ -54,6 +55,33 @@ class LowRankConv(nn.Conv2d):
         return super().forward(x) + F.conv2d(down * (self.scale * self.strength.value), self.lora_B)
 
 
+class Zero(nn.Module):
+    """A linear whose weights a file has left out: it adds nothing, but for what a LoRA adds."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.new_zeros(*x.shape[:-1], self.out_features)
+
+
+class LowRankOnly(nn.Module):
+    """s B(A x), beside nothing."""
+
+    def __init__(self, base: Zero, rank: int, scale: float, strength: Strength) -> None:
+        super().__init__()
+        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features))
+        self.lora_B = nn.Parameter(torch.empty(base.out_features, rank))
+        self.scale, self.strength = scale, strength
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.linear(x, self.lora_A) * (self.scale * self.strength.value), self.lora_B)
+
+
+KINDS: dict[type[nn.Module], Any] = {nn.Conv2d: LowRankConv, nn.Linear: LowRank, Zero: LowRankOnly}
+
+
 def add_branches(
     root: nn.Module, branches: Branches, strength: Strength, place: Callable[[str], Sequence[str]] = lambda path: [path]
 ) -> None:
@@ -67,8 +95,8 @@ def add_branches(
             except AttributeError:
                 unknown.append(path)
                 continue
-            kind = LowRankConv if isinstance(base, nn.Conv2d) else LowRank
-            setattr(root.get_submodule(parent), child, kind(base, int(rank), scale, strength))  # type: ignore[arg-type]
+            kind: Any = next(KINDS[of] for of in KINDS if isinstance(base, of))
+            setattr(root.get_submodule(parent), child, kind(base, int(rank), scale, strength))
     if unknown:
         some = f"{', '.join(unknown[:3])}{', ...' if len(unknown) > 3 else ''}"
         raise InputError(

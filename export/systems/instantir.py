@@ -105,6 +105,9 @@ def settings(preset: str, given: Mapping[str, Any], found: Mapping[str, Tensors]
     if not text and (given.get("prompt") or given.get("negative_prompt")):
         raise UsageError("--prompt needs the text encoders; add them under --weights, or leave --no-text out")
     adapter = _adapter(sizes, named(found["adapter"])) if "adapter" in found else {}
+    merged = given.get("lora_mode") == "merge"
+    if merged and "lora" not in found:
+        raise UsageError("--lora-mode merge needs a LoRA to merge; give --previewer FILE")
     if "lora" in found:
         branches = branches_of(found["lora"])
     else:
@@ -122,14 +125,14 @@ def settings(preset: str, given: Mapping[str, Any], found: Mapping[str, Tensors]
         "adaptive": True,
         "hidden": _hidden(found["aggregator"]) if "aggregator" in found else sizes.hidden,
         "lora_scale": strength,
-        "merged": given.get("lora_mode") == "merge",
+        "merged": merged,
         "branches": branches,
     } | adapter
 
 
 def _adapter(sizes: Sizes, found: Tensors) -> dict[str, Any]:
     """The resampler's sizes, and whether the image attention follows the time."""
-    file = found.folder / min(found.sources)
+    file = found.sources[min(found.sources)]
     shapes = {key: r.shape for key, r in found.tensors.items()}
     seen = next((shape for key, shape in shapes.items() if key.endswith(".to_k_ip.weight")), None)
     if seen is None or "image_proj.latents" not in shapes:
@@ -142,31 +145,42 @@ def _adapter(sizes: Sizes, found: Tensors) -> dict[str, Any]:
     adaptive = any(".ln_k_ip." in key for key in shapes)
     if not adaptive:
         log.warning("adapter %s: has no ln_k_ip and ln_v_ip; its norms are taken as plain, without the time", file)
+    try:
+        return {"resampler": _resampler(sizes, shapes), "adaptive": adaptive}
+    except (LookupError, ValueError, ZeroDivisionError) as error:
+        raise InputError(
+            f"adapter {file}: its resampler cannot be read ({error}); give InstantIR's adapter.pt"
+        ) from None
+
+
+def _resampler(sizes: Sizes, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
     inner, dim = shapes["image_proj.layers.0.0.to_q.weight"]
     head = HEAD_WIDTH if inner % HEAD_WIDTH == 0 else sizes.resampler["head_width"]
-    resampler = {
+    (width_out, _), (_, width_in) = shapes["image_proj.proj_out.weight"], shapes["image_proj.proj_in.weight"]
+    if (width_in, width_out) != (sizes.dino["hidden_size"], sizes.context):
+        raise ValueError(f"it makes {width_out} numbers of {width_in}, not {sizes.context} of DINOv2's")
+    return {
         "dim": dim,
         "depth": len({key.split(".")[2] for key in shapes if key.startswith("image_proj.layers.")}),
-        "heads": inner // head,
+        "heads": max(1, inner // head),
         "head_width": head,
         "queries": shapes["image_proj.latents"][1],
-        "width_in": shapes["image_proj.proj_in.weight"][1],
-        "width_out": shapes["image_proj.proj_out.weight"][0],
+        "width_in": width_in,
+        "width_out": width_out,
         "multiple": shapes["image_proj.layers.0.1.1.weight"][0] // dim,
     }
-    return {"resampler": resampler, "adaptive": adaptive}
 
 
 def _hidden(found: Tensors) -> int:
     """The width of the aggregator's heads."""
-    file = found.folder / min(found.sources)
+    file = found.sources[min(found.sources)]
     if words := sorted(key for key in found.tensors if ".attn2." in key):
         raise InputError(
             f"aggregator {file}: was saved with text attention ({words[0]!r}), which InstantIR's has not;"
             " give aggregator.pt of InstantX/InstantIR"
         )
     key = "controlnet_mid_block.0.mlp_shared.0.weight"
-    if key not in found.tensors:
+    if key not in found.tensors or not found.tensors[key].shape:
         raise InputError(f"aggregator {file}: lacks {key!r}; give aggregator.pt of InstantX/InstantIR")
     return found.tensors[key].shape[0]
 
@@ -177,7 +191,7 @@ def _of_tokens(module: str) -> bool:
 
 
 def components(preset: str, **settings: Any) -> dict[str, Source]:
-    """text, words, see, look, encode, gates, unet, aggregate, step, decode; merged, the roles are networks apart."""
+    """text, words, encode, start, see, look, gates, unet, aggregate, step, decode; merged, each role has networks."""
     sizes = PRESETS[preset]
     keys_of_all = 2 * _width_of_layers(sizes)
     image, latent = TensorSpec(FLOAT, ("batch", 3, "height", "width")), TensorSpec(FLOAT, ("batch", 4, "h", "w"))
@@ -227,13 +241,13 @@ def components(preset: str, **settings: Any) -> dict[str, Source]:
             px,
             arguments=dino,
         ),
-        "encode": Source(
-            "instantir.Encode",
-            {"image": image, "noise": encoded, "alpha": table, "beta": table, "start": choice},
-            {"latent": encoded, "z": encoded},
+        "encode": Source("vae.Encode", {"image": image}, {"latent": encoded}, px, pixels, {"config": sizes.vae}),
+        "start": Source(
+            "instantir.Start",
+            {"latent": latent, "noise": latent, "alpha": table, "beta": table, "start": choice},
+            {"z": latent},
             px,
-            pixels,
-            {"config": sizes.vae},
+            cells,
         ),
         "gates": Source(
             "instantir.Gates",
@@ -246,14 +260,14 @@ def components(preset: str, **settings: Any) -> dict[str, Source]:
             | pooled
             | time
             | {"adares": choice, "control_scale": number, "control_on": gate, "preview_on": gate},
-            {"shown": latent, "control": single, "mid": residuals["mid"]} | residuals,
+            {"shown": latent, "moved": single, "control": single, "mid": residuals["mid"]} | residuals,
             px,
             cells,
             config | {"spatial": sizes.spatial, "hidden": settings["hidden"]},
         ),
         "step": Source(
             "instantir.Step",
-            {"z": latent, "predicted": both, "preview": latent, "shown": latent, "noise": latent, "guidance": number}
+            {"z": latent, "predicted": both, "preview": latent, "moved": single, "noise": latent, "guidance": number}
             | {"sampler": choice}
             | time
             | {"alpha_next": number, "beta_next": number},
@@ -321,7 +335,7 @@ def constants(
 
 
 def program(preset: str, **settings: Any) -> Program:
-    """text, words, encode, see, sample, decode."""
+    """text, words, encode, start, see, sample, decode."""
     sizes, taken = PRESETS[preset], components(preset, **settings)
     tiles = Tiles(sizes.tile_px, sizes.overlap_px, (sizes.tile_px, sizes.tile_px))
     steps = Steps("ddim", settings["steps"], options=SCHEDULE)
@@ -357,10 +371,11 @@ def program(preset: str, **settings: Any) -> Program:
         )
         for name, seen, scale in roles
     ]
-    start = {"image": "image", "noise": "~noise", "alpha": "@alpha", "beta": "@beta", "start": "$start"}
+    start = {"latent": "y", "noise": "~noise", "alpha": "@alpha", "beta": "@beta", "start": "$start"}
     passes += [
         Pass("words", once=(Call("words", contexts, {"words": "words"}),)),
-        Pass("encode", tiles, steps, once=(Call("encode", start, {"latent": "y", "z": "z"}),)),
+        Pass("encode", tiles, once=(Call("encode", {"image": "image"}, {"latent": "y"}),)),
+        Pass("start", tiles, steps, once=(Call("start", start, {"z": "z"}),)),
         Pass(
             "see",
             tiles,
@@ -368,7 +383,7 @@ def program(preset: str, **settings: Any) -> Program:
         ),
     ]
     names = list(sizes.residuals)
-    known = {name: name for name in ("z", "y", "words", "preview", "delta", "shown", "control", "predicted", *names)}
+    known = {name: name for name in ("z", "y", "words", "preview", "delta", "moved", "control", "predicted", *names)}
     known |= pooled | {name: f"@{name}" for name in ("t", "alpha", "beta", "alpha_next", "beta_next")}
     known |= {name: f"@{name}" for name in ("control_on", "preview_on")}
     known |= {name: f"${name}" for name in ("adares", "control_scale", "guidance", "sampler")}
@@ -379,7 +394,7 @@ def program(preset: str, **settings: Any) -> Program:
 
     base, preview = ("base", "preview") if settings["merged"] else ("unet", "unet")
     strength = "$preview_strength"
-    given = {"control": "control", "mid": "mid", "shown": "shown"} | {name: name for name in names}
+    given = {"control": "control", "mid": "mid", "shown": "preview", "moved": "moved"} | {name: name for name in names}
     each = (
         call(preview, {"predicted": "preview_noise"}, seen="preview_seen", lora_scale=strength, control="off"),
         call("aggregate", given, noise="preview_noise"),

@@ -37,7 +37,7 @@ OF_COMPONENT = {
     "encode": "vae",
     "decode": "vae",
 }  # gates and step have no weights
-WITHOUT_LORA = ("base", "look_base", "words")
+WITH_LORA = ("unet", "preview", "look", "look_preview")
 
 
 def named(found: Tensors) -> Tensors:
@@ -54,9 +54,8 @@ def branches_of(found: Tensors) -> dict[str, list[float]]:
     """Module -> rank and scale of every pair of a previewer's file, which says nothing of alpha: it is 1."""
     adapters, rest = read_lora(found, (LORA_PREFIX,), default_alpha=1.0)
     if rest:
-        raise InputError(
-            f"previewer {found.folder}: holds {min(rest)!r}, which is of no LoRA; give previewer_lora_weights.bin"
-        )
+        file = found.sources[found.tensors[min(rest)].file]
+        raise InputError(f"previewer {file}: holds {min(rest)!r}, which is of no LoRA; give previewer_lora_weights.bin")
     return {module: [a.rank, a.scale] for module, a in sorted(adapters.items())}
 
 
@@ -86,7 +85,7 @@ def origins(component: str) -> set[str]:
 
 def origin(component: str, parameter: str) -> str:
     """Low-rank pairs come from the previewer, image attention from the adapter, all else from the base."""
-    if ".lora_" in parameter and component not in WITHOUT_LORA:
+    if ".lora_" in parameter and component in WITH_LORA:
         return "lora"
     if PROCESSOR.search(parameter):
         return "adapter"
@@ -130,12 +129,15 @@ def _deprecated(name: str) -> str:
 
 
 def ignored(origin: str, key: str) -> bool:
-    """Counters, and what lies behind the last hidden states that are read."""
+    """Counters, other towers, and what lies behind the last hidden states that are read."""
     if key.endswith("position_ids"):
         return True
     if origin == "text_encoder":  # its last layer, whichever number that has
-        return bool(re.match(r"(text_model\.)?(encoder\.layers\.\d+|final_layer_norm)\.|text_projection\.|logit_", key))
-    return (origin == "dino" and key.endswith(("mask_token",))) or key.startswith("classifier.")
+        beside = "text_projection.", "vision_model.", "visual_projection.", "logit_"
+        return key.startswith(beside) or bool(
+            re.match(r"(text_model\.)?(encoder\.layers\.\d+|final_layer_norm)\.", key)
+        )
+    return origin == "dino" and (key.endswith("mask_token") or key.startswith("classifier."))
 
 
 def lora_targets(config: Mapping[str, Any], depth: int) -> list[str]:

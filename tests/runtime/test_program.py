@@ -32,7 +32,8 @@ from tilewright.runtime.schedules import SCHEDULES
 from tilewright.runtime.strict import from_json, schema, to_json
 
 PROGRAMS = Path(__file__).parents[1] / "programs"
-SYSTEMS = ("hitoksr", "in-token", "in-token-fixed", "instantir", "toksr", "vicr")
+# those of the systems, and two that say more: a start, a state and joined latents; once, each and last
+SYSTEMS = ("hitoksr", "in-token", "in-token-fixed", "vicr", "instantir", "toksr", "steered", "private")
 SCHEMA = jsonschema.Draft202012Validator(schema(Program, "program.json"))
 GONE = object()
 
@@ -123,6 +124,8 @@ def test_every_systems_program_is_read_and_could_run(system):
         ("in-token", "in-token", {}),
         ("in-token-fixed", "in-token", {"fixed_tile": [1024, 512]}),
         ("vicr", "vicr", {}),
+        ("instantir", "instantir", {}),
+        ("toksr", "toksr", {}),
     ],
 )
 def test_the_programs_here_are_those_that_builds_make(name, system, asked):
@@ -182,7 +185,7 @@ def run_of(component, **inputs):
 
 DECODE_Z = run_of("decode", latent="z") | {"outputs": {"image": "result"}}
 DETOKENISE = run_of("detokenise", tokens="tokens", words="words") | {"outputs": {"image": "result"}}
-EACH = "passes.3.each.0"  # In-Token's and VICR's step, InstantIR's preview
+EACH = "passes.3.each.0"  # In-Token's and VICR's step, the steered one's preview
 CALLS = {
     "an unknown component": (
         "in-token",
@@ -213,7 +216,7 @@ CALLS = {
         "bridge -> y: the name is taken; give every value its own",
     ),
     "an output to a value of the job": (
-        "toksr",
+        "private",
         {"passes.1.once.0.outputs.tokens": "words"},
         "tokens -> words: the name is taken; give every value its own",
     ),
@@ -271,8 +274,8 @@ SOURCES = {
         "'modulation': nothing of that name is known here; there are context, pooled, y",
     ),
     "an earlier untiled pass's state": (
-        "toksr",
-        {"passes": [*document("toksr")["passes"], {"name": "again", "once": [DETOKENISE]}], "passes.1.tiles": GONE},
+        "private",
+        {"passes": [*document("private")["passes"], {"name": "again", "once": [DETOKENISE]}], "passes.1.tiles": GONE},
         "'tokens': nothing of that name is known here",
     ),
     "a grid before it is written": (
@@ -305,12 +308,12 @@ SOURCES = {
         "'@sigmas': no table, value or constant has that name; there are context, features, modulation, pooled, seen",
     ),
     "another schedule's table": (
-        "toksr",
+        "private",
         {"passes.1.each.0.inputs.t": "@sigma"},
         "'@sigma': no table, value or constant",
     ),
     "a number as a table": (
-        "instantir",
+        "steered",
         {"passes.3.each.0.inputs.t": "@start_alpha"},
         "'@start_alpha': a single number has no rows",
     ),
@@ -396,17 +399,17 @@ SOURCES = {
         "'$prompt': the program has no such input; there are clip_ids, guidance, t5_ids",
     ),
     "noise of nothing": (
-        "instantir",
+        "steered",
         {"passes.3.each.2.inputs.noise": "~q"},
         "'~q': noise needs a grid or a state of this pass; there are delta, preview",
     ),
     "noise of another pass's state": (
-        "instantir",
+        "steered",
         {"passes.2.once.0.inputs.noise": "~preview"},
         "'~preview': noise needs a grid or a state of this pass; there are none",
     ),
     "noise of a state that is no field": (
-        "instantir",
+        "steered",
         {"passes.3.each.2.inputs.noise": "~delta"},
         "'~delta': noise needs a shape of channels, rows, columns, not [1]",
     ),
@@ -447,7 +450,7 @@ SHAPES = {
         "modulation = @modulation: float32 [344, 3072] does not fit float32 ['batch', 344, 3072]",
     ),
     "noise of another grid": (
-        "instantir",
+        "steered",
         {"passes.3.each.2.inputs.noise": "~image"},
         "noise = ~image: float32 ['batch', 3, 'h/1', 'w/1'] does not fit float32 ['batch', 4, 'h', 'w']",
     ),
@@ -464,7 +467,7 @@ SHAPES = {
         "image -> result: float16",
     ),
     "an output that is not its state's": (
-        "toksr",
+        "private",
         {},
         {"components.step.outputs.tokens.shape.3": 64},
         "tokens -> tokens: float32 ['batch', 16, 1, 64] does not fit float32 ['batch', 16, 1, 32]",
@@ -497,12 +500,12 @@ PASSES = {
         "pass 'sample': makes no call; remove it",
     ),
     "tiles that are no multiple": (
-        "instantir",
+        "steered",
         {"passes.1.tiles.px": 1040},
         "pass 'encode': tiles of 1040 px overlapping by 256 px must be multiples of multiple_px 64",
     ),
     "an overlap that is no multiple": (
-        "toksr",
+        "private",
         {"passes.1.tiles.overlap_px": 24},
         "pass 'restore': tiles of 256 px overlapping by 24 px must be multiples of multiple_px 16",
     ),
@@ -560,37 +563,37 @@ GRIDS_AND_INPUTS = {
         "input 't5_ids': dtype 'int128' is not one of float64, float32, float16, bfloat16, float8_e4m3fn",
     ),
     "a default that is no constant": (
-        "toksr",
+        "private",
         {"inputs.ids.default": "#ids"},
         "input 'ids': default '#ids' is no constant of that type and shape",
     ),
     "a default with another mark": (
-        "toksr",
+        "private",
         {"inputs.ids.default": "$empty_ids"},
         "input 'ids': default '$empty_ids' is no constant of that type and shape",
     ),
     "a default of another shape": (
-        "toksr",
+        "private",
         {"inputs.ids.shape": [1, 76]},
         "input 'ids': default '#empty_ids' is no constant of that type and shape",
     ),
     "a number for a tensor": (
-        "toksr",
+        "private",
         {"inputs.ids.default": 0},
         "input 'ids': the number 0 cannot fill [1, 77]; name a #constant",
     ),
     "a fraction for a whole number": (
-        "instantir",
+        "steered",
         {"inputs.adares.default": 0.5},
         "input 'adares': default 0.5 is no int64",
     ),
     "a default that is no choice": (
-        "instantir",
+        "steered",
         {"inputs.adares.default": 3},
         "input 'adares': default 3 is not among {'off': 0, 'paper': 1, 'code': 2}",
     ),
     "the name of a choice for its number": (
-        "instantir",
+        "steered",
         {"inputs.adares.default": "off"},
         "input 'adares': default 'off' is no constant of that type and shape",
     ),
@@ -669,7 +672,7 @@ def test_a_value_of_once_may_be_renewed_in_each():
 
 # Values that mean nothing
 
-TILES, STEPS, TOKSR_STEPS = "passes.3.tiles", "passes.3.steps", "passes.1.steps"  # In-Token's, and TokSR's
+TILES, STEPS, OWN_STEPS = "passes.3.tiles", "passes.3.steps", "passes.1.steps"  # In-Token's, and the private one's
 MEANINGLESS = {
     "an unknown schedule": (
         "in-token",
@@ -681,10 +684,14 @@ MEANINGLESS = {
         {f"{STEPS}.options": {"shift": 3.0}},
         "schedule 'flow_shift' has no option 'shift'",
     ),
-    "a missing option": ("toksr", {f"{TOKSR_STEPS}.options.betas": GONE}, "schedule 'ddim' needs the option 'betas'"),
+    "a missing option": (
+        "private",
+        {f"{OWN_STEPS}.options.betas": GONE},
+        "schedule 'ddim' needs the option 'betas'",
+    ),
     "a number for a name": (
-        "toksr",
-        {f"{TOKSR_STEPS}.options.betas": 1},
+        "private",
+        {f"{OWN_STEPS}.options.betas": 1},
         "schedule 'ddim': option 'betas' is no str: 1",
     ),
     "a name for a number": (
@@ -693,8 +700,8 @@ MEANINGLESS = {
         "schedule 'flow_shift': option 'max_mu' is no float: '1.15'",
     ),
     "a fraction of an offset": (
-        "toksr",
-        {f"{TOKSR_STEPS}.options.spacing_offset": 0.5},
+        "private",
+        {f"{OWN_STEPS}.options.spacing_offset": 0.5},
         "schedule 'ddim': option 'spacing_offset' is no int: 0.5",
     ),
     "no step": ("in-token", {f"{STEPS}.count": 0}, "count 0 must lie in 1..1000"),
@@ -715,7 +722,7 @@ MEANINGLESS = {
         {f"{TILES}.overlap_px": -16},
         "overlap_px -16 must lie between 0 and half of px 1024",
     ),
-    "a batch of none": ("toksr", {"passes.1.tiles.batch": 0}, "batch 0 must be at least 1"),
+    "a batch of none": ("private", {"passes.1.tiles.batch": 0}, "batch 0 must be at least 1"),
     "an unknown start of a grid": (
         "in-token",
         {"grids.z.init": "ones"},
@@ -724,16 +731,16 @@ MEANINGLESS = {
     "a grid of no pixel": ("in-token", {"grids.z.px": 0}, "px 0 and channels 16 must be at least 1"),
     "a grid of no channel": ("in-token", {"grids.z.channels": 0}, "px 8 and channels 0 must be at least 1"),
     "an unknown start of a state": (
-        "toksr",
+        "private",
         {"passes.1.state.tokens.init": "input"},
         "program.json.passes[1].state.tokens: init 'input' is not one of zeros, ones, noise",
     ),
     "noise that is no field": (
-        "toksr",
+        "private",
         {"passes.1.state.tokens.shape": [16, 32]},
         "noise needs a shape of channels, rows, columns, not [16, 32]",
     ),
-    "a state of no size": ("instantir", {"passes.3.state.delta.shape": [0]}, "0 is neither a size nor like 'h/8'"),
+    "a state of no size": ("steered", {"passes.3.state.delta.shape": [0]}, "0 is neither a size nor like 'h/8'"),
     "a state over nothing": ("vicr", {"passes.3.state.z.shape.1": "h/0"}, "'h/0' is neither a size nor like 'h/8'"),
     "a state of depth": ("vicr", {"passes.3.state.z.shape.1": "d/8"}, "'d/8' is neither a size nor like 'h/8'"),
     "an input of no size": ("vicr", {"inputs.t5_ids.shape": [1, 0]}, "shape [1, 0] holds a size below 1"),
@@ -862,7 +869,7 @@ def test_a_whole_number_with_a_decimal_point_is_refused_though_a_schema_cannot_s
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e400"])
 @pytest.mark.parametrize("place", ["passes.1.steps.options.beta_start", "passes.1.steps.count", "scale"])
 def test_a_number_that_is_not_finite_is_refused(place, number):
-    text = json.dumps(changed(document("toksr"), {place: "HERE"})).replace('"HERE"', number)
+    text = json.dumps(changed(document("private"), {place: "HERE"})).replace('"HERE"', number)
     assert "found " in refusal(lambda: from_json(Program, text, "program.json"))
 
 
@@ -942,8 +949,8 @@ def test_a_long_complaint_keeps_where_and_what_to_do():
 
 OPTIONS = {
     "flow_shift": {"max_mu": 1.15},
-    "ddim": document("toksr")["passes"][1]["steps"]["options"],
-    "ddpm": document("instantir")["passes"][3]["steps"]["options"],
+    "ddim": document("private")["passes"][1]["steps"]["options"],
+    "ddpm": document("steered")["passes"][3]["steps"]["options"],
 }
 
 

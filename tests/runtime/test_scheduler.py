@@ -544,9 +544,9 @@ def test_outside_each_a_table_comes_whole():
         np.testing.assert_array_equal(feed["sigmas"], flow(30, 48 * 1024 // 128)[0])
 
 
-# InstantIR: a start from noise, joined latents beside private values, three calls a step, fresh noise, inputs
+# The steered program: a start from noise, joined latents beside private values, three calls a step, fresh noise, inputs
 
-INSTANTIR_CONSTANTS = {
+STEERED_CONSTANTS = {
     "clip_ids": np.arange(154).reshape(2, 77),
     "bigg_ids": np.arange(154).reshape(2, 77) % 7,
     "start_alpha": np.float32(0.086803),
@@ -555,12 +555,12 @@ INSTANTIR_CONSTANTS = {
 RESIDUALS = [*(f"r{i}" for i in range(9)), "mid"]
 
 
-def instantir_aggregate(y, previews, pooled, t, delta, adares, control_scale):
+def steered_aggregate(y, previews, pooled, t, delta, adares, control_scale):
     difference = (y - previews[:, 1]) * delta[:, :, None, None] * control_scale * (1 + adares) + pooled.mean() + t / 1e4
     return {name: difference * (i + 1) / 200 for i, name in enumerate(RESIDUALS)}
 
 
-def instantir_denoise(z, tokens, context, pooled, previews, preview, guidance, sampler, noise, t, **rest):
+def steered_denoise(z, tokens, context, pooled, previews, preview, guidance, sampler, noise, t, **rest):
     residual = sum(rest[name] for name in RESIDUALS)
     x0 = 0.3 * blurred(z) + tokens + context.mean() + pooled.mean() / guidance + residual + t / 1e4
     eps = (z - rest["alpha"] * x0) / rest["beta"]
@@ -569,7 +569,7 @@ def instantir_denoise(z, tokens, context, pooled, previews, preview, guidance, s
     return {"z": moved, "preview": previews[:, 1], "delta": (change / (change + whole))[:, None]}
 
 
-INSTANTIR = {
+STEERED = {
     "text": lambda clip_ids, bigg_ids: {"context": np.float32(clip_ids.mean() / 100), "pooled": np.float32(bigg_ids)},
     "encode": lambda image: {"latent": shrunk(image, 8, 4)},
     "start": lambda latent, noise, alpha, beta: {"z": alpha * latent + beta * noise},
@@ -577,18 +577,18 @@ INSTANTIR = {
     "preview": lambda z, tokens, context, pooled, t, alpha, beta: {
         "previews": np.stack([z, blurred(z) * alpha + tokens * beta - t / 1e4 + context - pooled.mean()], 1)
     },
-    "aggregate": instantir_aggregate,
-    "denoise": instantir_denoise,
+    "aggregate": steered_aggregate,
+    "denoise": steered_denoise,
     "decode": lambda latent: {"image": grown(latent, 8)},
 }
 
 
-def instantir_reference(image, tile_px, overlap, guidance=7.0, adares=0, sampler=0, steps=30):
+def steered_reference(image, tile_px, overlap, guidance=7.0, adares=0, sampler=0, steps=30):
     height, width = image.shape[1:]
     tiles = boxes(height, width, tile_px, overlap)
     h, w = height // 8, width // 8
-    context = np.float64(np.float32(INSTANTIR_CONSTANTS["clip_ids"].mean() / 100))
-    pooled = INSTANTIR_CONSTANTS["bigg_ids"].astype(np.float64)
+    context = np.float64(np.float32(STEERED_CONSTANTS["clip_ids"].mean() / 100))
+    pooled = STEERED_CONSTANTS["bigg_ids"].astype(np.float64)
     y = shrunk(image[None], 8, 4)[0]
     z = 0.086803 * y + 0.996226 * field(0, 0, 4, h, w).astype(np.float64)
     seen = [mean_of(under(image, box)) for box in tiles]
@@ -600,13 +600,13 @@ def instantir_reference(image, tile_px, overlap, guidance=7.0, adares=0, sampler
         moved = []
         for k, box in enumerate(tiles):
             crop = under(z, box, 8)
-            previews = INSTANTIR["preview"](crop, seen[k] * 2, context, pooled, t, alpha, beta)["previews"]
-            residuals = instantir_aggregate(under(y, box, 8), previews, pooled, t, deltas[k], adares, 1.0)
+            previews = STEERED["preview"](crop, seen[k] * 2, context, pooled, t, alpha, beta)["previews"]
+            residuals = steered_aggregate(under(y, box, 8), previews, pooled, t, deltas[k], adares, 1.0)
             levels = {"alpha": alpha, "beta": beta, "alpha_next": alpha_next, "beta_next": beta_next}
             asked = {"guidance": guidance, "sampler": sampler, "noise": under(noise, box, 8)}
             job = {"context": context, "pooled": pooled, "t": t}
             tile = {"z": crop, "tokens": seen[k], "previews": previews, "preview": before[k]}
-            after = instantir_denoise(**tile, **job, **asked, **levels, **residuals)
+            after = steered_denoise(**tile, **job, **asked, **levels, **residuals)
             moved.append(after["z"])
             before[k], deltas[k] = after["preview"], after["delta"]
         z = joined(moved, tiles, overlap, height, width, 8)
@@ -624,9 +624,9 @@ def instantir_reference(image, tile_px, overlap, guidance=7.0, adares=0, sampler
 def test_private_values_beside_a_joined_latent_are_a_plain_loop(height, width, tile, overlap, inputs):
     image = canvas(height, width)
     job = Job(image, SEED, tile_px=tile, overlap_px=overlap, inputs=inputs)
-    result = run(program_of("instantir"), toys(INSTANTIR), INSTANTIR_CONSTANTS, job)
+    result = run(program_of("steered"), toys(STEERED), STEERED_CONSTANTS, job)
     numbers = {"paper": 1, "ddpm": 1}
-    expected = instantir_reference(
+    expected = steered_reference(
         image.astype(np.float64),
         tile or 1024,
         256 if overlap is None else overlap,
@@ -636,8 +636,8 @@ def test_private_values_beside_a_joined_latent_are_a_plain_loop(height, width, t
 
 
 def test_a_grids_noise_is_one_field_under_all_tiles_and_another_every_step():
-    engines = toys(INSTANTIR)
-    run(program_of("instantir"), engines, INSTANTIR_CONSTANTS, Job(canvas(64, 1856), SEED, steps=3))
+    engines = toys(STEERED)
+    run(program_of("steered"), engines, STEERED_CONSTANTS, Job(canvas(64, 1856), SEED, steps=3))
     noises = [feed["noise"] for feed in engines["denoise"].feeds]
     assert len(noises) == 3 * 3
     fields = [field(0, stream, 4, 8, 232) for stream in range(4)]
@@ -654,10 +654,10 @@ def same_arrays(found, expected):
     return Counter((a.shape, a.tobytes()) for a in found) == Counter((a.shape, a.tobytes()) for a in expected)
 
 
-# TokSR: batches of tiles, private noise
+# The private program: batches of tiles, private noise
 
 
-def toksr(height, width):
+def private(height, width):
     """Engines for tiles of that size: tokens say nothing of it."""
 
     def detokenise(tokens, words):
@@ -669,31 +669,31 @@ def toksr(height, width):
         "tokenise": lambda image, words: {
             "tokens": np.broadcast_to(image[:, :1, :1, :32], (len(image), 16, 1, 32)) * words[0, 1]
         },
-        "step": toksr_step,
+        "step": private_step,
         "detokenise": detokenise,
     }
 
 
-def toksr_step(tokens, condition, pooled, guidance, t, alpha, beta, alpha_next, beta_next):
+def private_step(tokens, condition, pooled, guidance, t, alpha, beta, alpha_next, beta_next):
     x0 = 0.4 * tokens + 0.3 * condition * guidance + pooled.max() + t / 1e4
     return {"tokens": alpha_next * x0 + beta_next * (tokens - alpha * x0) / beta}
 
 
-TOKSR_CONSTANTS = {"empty_ids": np.arange(77)[None] % 5}
+PRIVATE_CONSTANTS = {"empty_ids": np.arange(77)[None] % 5}
 
 
-def toksr_reference(image, tile, overlap, guidance=1.0, steps=25):
+def private_reference(image, tile, overlap, guidance=1.0, steps=25):
     height, width = image.shape[1:]
     tiles = boxes(height, width, tile, overlap)
-    engines = toksr(*tiles[0][2:])
-    ids = TOKSR_CONSTANTS["empty_ids"].astype(np.float64)
+    engines = private(*tiles[0][2:])
+    ids = PRIVATE_CONSTANTS["empty_ids"].astype(np.float64)
     words, pooled = ids / 10, ids[:, :2] / 10
     parts = []
     for index, box in enumerate(tiles):
         tokens = field(1 + index, 0, 16, 1, 32).astype(np.float64)[None]
         condition = engines["tokenise"](under(image, box), words)["tokens"]
         for row in diffusion(steps, 1, 1e-4, 2e-2, 0, "one").astype(np.float64):
-            tokens = toksr_step(tokens, condition, pooled, guidance, *row)["tokens"]
+            tokens = private_step(tokens, condition, pooled, guidance, *row)["tokens"]
         parts.append(engines["detokenise"](tokens, words)["image"])
     return joined(parts, tiles, overlap, height, width)
 
@@ -707,25 +707,25 @@ def toksr_reference(image, tile, overlap, guidance=1.0, steps=25):
 )
 def test_batches_of_tiles_with_private_tokens_are_a_plain_loop(height, width, tile, overlap):
     image = canvas(height, width)
-    engines = toys(toksr(min(height, tile or 256), min(width, tile or 256)))
+    engines = toys(private(min(height, tile or 256), min(width, tile or 256)))
     job = Job(image, SEED, tile_px=tile, overlap_px=overlap, inputs={"guidance": 1.5})
-    result = run(program_of("toksr"), engines, TOKSR_CONSTANTS, job)
-    expected = toksr_reference(image.astype(np.float64), tile or 256, 32 if overlap is None else overlap, 1.5)
+    result = run(program_of("private"), engines, PRIVATE_CONSTANTS, job)
+    expected = private_reference(image.astype(np.float64), tile or 256, 32 if overlap is None else overlap, 1.5)
     np.testing.assert_allclose(result, expected, atol=1e-5)
 
 
 def test_batches_hold_as_many_tiles_as_asked_and_the_last_the_rest():
-    engines = toys(toksr(48, 256))
-    run(program_of("toksr"), engines, TOKSR_CONSTANTS, Job(canvas(48, 2272)))
+    engines = toys(private(48, 256))
+    run(program_of("private"), engines, PRIVATE_CONSTANTS, Job(canvas(48, 2272)))
     assert Counter(len(feed["image"]) for feed in engines["tokenise"].feeds) == {8: 1, 2: 1}
     assert Counter(len(feed["tokens"]) for feed in engines["step"].feeds) == {8: 25, 2: 25}
     assert Counter(len(feed["tokens"]) for feed in engines["detokenise"].feeds) == {8: 1, 2: 1}
 
 
 def test_every_tile_of_a_batch_has_its_own_state():
-    program = with_pass(program_of("instantir"), "sample", tiles=Tiles(64, 0, batch=4))
-    engines = toys(INSTANTIR)
-    run(program, engines, INSTANTIR_CONSTANTS, Job(canvas(128, 128), SEED, steps=1))
+    program = with_pass(program_of("steered"), "sample", tiles=Tiles(64, 0, batch=4))
+    engines = toys(STEERED)
+    run(program, engines, STEERED_CONSTANTS, Job(canvas(128, 128), SEED, steps=1))
     assert [feed["preview"].shape for feed in engines["denoise"].feeds] == [(4, 4, 8, 8)]
     np.testing.assert_array_equal(engines["aggregate"].feeds[0]["delta"], np.ones((4, 1), np.float32))
 
@@ -734,8 +734,8 @@ def test_every_tile_of_a_batch_has_its_own_state():
 def test_a_batch_gives_the_bytes_of_single_tiles(batch):
     results = []
     for size in (1, batch):
-        program = with_pass(program_of("toksr"), "restore", tiles=Tiles(256, 32, batch=size))
-        results.append(run(program, toys(toksr(48, 256)), TOKSR_CONSTANTS, Job(canvas(48, 2272), SEED)))
+        program = with_pass(program_of("private"), "restore", tiles=Tiles(256, 32, batch=size))
+        results.append(run(program, toys(private(48, 256)), PRIVATE_CONSTANTS, Job(canvas(48, 2272), SEED)))
     assert results[0].tobytes() == results[1].tobytes()
 
 
@@ -761,12 +761,12 @@ def test_a_row_of_a_tiles_value_is_taken_from_every_tile_of_a_batch():
 
 
 def test_a_states_noise_is_each_tiles_own_and_another_in_every_section():
-    (text, restore) = program_of("toksr").passes
+    (text, restore) = program_of("private").passes
     calls = [replace(c, inputs=c.inputs | {"noise": "~tokens"}) for c in (*restore.once, *restore.each, *restore.last)]
     stepped = replace(restore, once=calls[:1], each=calls[1:2], last=calls[2:])
-    engines = {name: Toy(without_noise(function)) for name, function in toksr(48, 256).items()}
-    program = replace(program_of("toksr"), passes=(text, stepped))
-    run(program, engines, TOKSR_CONSTANTS, Job(canvas(48, 2272), SEED, steps=4))
+    engines = {name: Toy(without_noise(function)) for name, function in private(48, 256).items()}
+    program = replace(program_of("private"), passes=(text, stepped))
+    run(program, engines, PRIVATE_CONSTANTS, Job(canvas(48, 2272), SEED, steps=4))
     feeds = [feed for name in ("tokenise", "step", "detokenise") for feed in engines[name].feeds]
     for tiles in (range(8), range(8, 10)):  # the second batch goes on counting
         batch = [feed for feed in feeds if len(feed["noise"]) == len(tiles)]
@@ -785,8 +785,8 @@ def without_noise(function):
 SYSTEMS = {
     "hitoksr": (HITOKSR, {}, {}),
     "in-token": (IN_TOKEN, IN_TOKEN_CONSTANTS, {}),
-    "instantir": (INSTANTIR, INSTANTIR_CONSTANTS, {}),
-    "toksr": (toksr(64, 64), TOKSR_CONSTANTS, {}),
+    "steered": (STEERED, STEERED_CONSTANTS, {}),
+    "private": (private(64, 64), PRIVATE_CONSTANTS, {}),
     "vicr": (VICR, {}, VICR_INPUTS),
 }
 
@@ -796,9 +796,9 @@ SYSTEMS = {
 def test_any_order_of_completion_gives_the_same_bytes(system, workers):
     functions, constants, inputs = SYSTEMS[system]
     program = program_of(system)
-    if system == "toksr":
+    if system == "private":
         program = with_pass(program, "restore", tiles=Tiles(64, 0, batch=2))
-    job = Job(canvas(128, 192), SEED, tile_px=64, overlap_px=0 if system == "instantir" else 16, steps=3, inputs=inputs)
+    job = Job(canvas(128, 192), SEED, tile_px=64, overlap_px=0 if system == "steered" else 16, steps=3, inputs=inputs)
     prompt = run(program, toys(functions), constants, job)
     late = run(program, toys(functions, Late), constants, replace(job, workers=workers))
     assert prompt.tobytes() == late.tobytes()
@@ -1039,13 +1039,13 @@ def test_more_steps_than_a_tiles_table_has_rows_are_refused():
 
 
 def test_a_jobs_value_is_read_row_by_row():
-    text, restore = program_of("toksr").passes
+    text, restore = program_of("private").passes
     calls = [replace(restore.each[0], inputs=restore.each[0].inputs | {"pooled": "@pooled"})]
-    program = replace(program_of("toksr"), passes=(text, replace(restore, each=calls)))
+    program = replace(program_of("private"), passes=(text, replace(restore, each=calls)))
     rows = np.random.default_rng(0).random((25, 2), np.float32)
-    functions = toksr(48, 64) | {"text": lambda ids: {"words": np.ones((1, 77), np.float32), "pooled": rows}}
+    functions = private(48, 64) | {"text": lambda ids: {"words": np.ones((1, 77), np.float32), "pooled": rows}}
     engines = toys(functions)
-    run(program, engines, TOKSR_CONSTANTS, Job(canvas(48, 64)))
+    run(program, engines, PRIVATE_CONSTANTS, Job(canvas(48, 64)))
     np.testing.assert_array_equal([feed["pooled"] for feed in engines["step"].feeds], rows)
 
 
@@ -1054,8 +1054,8 @@ def test_a_jobs_value_is_read_row_by_row():
     [
         ("in-token", 0, "count=0 is no number of steps; use 1 or more"),
         ("in-token", -1, "count=-1 is no number of steps"),
-        ("toksr", 1001, "count=1001 is no number of steps; use 1 to 1000"),
-        ("instantir", 1000, "spacing_offset=1 with 1000 steps leaves the schedule"),
+        ("private", 1001, "count=1001 is no number of steps; use 1 to 1000"),
+        ("steered", 1000, "spacing_offset=1 with 1000 steps leaves the schedule"),
     ],
 )
 def test_steps_that_cannot_be_meant_are_refused(system, steps, message):
@@ -1172,7 +1172,7 @@ def test_the_final_parts_are_the_result_each_cell_told_once(system, workers):
         assert there.shape == part.shape and np.isnan(there).all()
         there[...] = part
 
-    overlap = 0 if system == "instantir" else 16
+    overlap = 0 if system == "steered" else 16
     job = Job(canvas(128, 192), SEED, tile_px=64, overlap_px=overlap, steps=3, inputs=inputs, workers=workers)
     result = run(program_of(system), toys(functions), constants, replace(job, on_final=place))
     assert result.tobytes() == pieces.tobytes()
@@ -1211,7 +1211,7 @@ class Forgetful(Toy):
 def test_a_tile_that_is_done_gives_its_values_back():
     """21 tiles; what a tile kept to itself is gone when it is joined, so that memory does not grow with the image."""
     alive, most = [], 0
-    functions = toksr(64, 64)
+    functions = private(64, 64)
 
     def tokenise(image, words):
         nonlocal most
@@ -1220,9 +1220,9 @@ def test_a_tile_that_is_done_gives_its_values_back():
         most = max(most, sum(r() is not None for r in alive))
         return {"tokens": tokens}
 
-    program = with_pass(program_of("toksr"), "restore", tiles=Tiles(64, 16))
+    program = with_pass(program_of("private"), "restore", tiles=Tiles(64, 16))
     engines = toys(functions | {"tokenise": tokenise}, Forgetful)
-    run(program, engines, TOKSR_CONSTANTS, Job(canvas(64, 1024), steps=2))
+    run(program, engines, PRIVATE_CONSTANTS, Job(canvas(64, 1024), steps=2))
     assert len(alive) == 21
     assert most <= 3  # one runs, one is prepared, one waits for its turn
 

@@ -1,4 +1,4 @@
-"""The commands and the snippet of docs/flux.md run, on tiny files that lie as the published ones do."""
+"""The commands and snippets of the systems' pages run, on tiny files that lie as the published ones do."""
 
 import re
 import shlex
@@ -6,15 +6,22 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 from safetensors.numpy import load_file, save_file
 
+from tilewright.export.build import build
 from tilewright.export.cli import main
+from tilewright.export.request import Request
+from tilewright.export.systems import system
+from tilewright.export.tokenizers import put, stand_in_clip
 
 ROOT = Path(__file__).parents[3]
-PAGE = (ROOT / "docs" / "flux.md").read_text()
+FLUX, INSTANTIR, TOKSR = ((ROOT / "docs" / f"{name}.md").read_text() for name in ("flux", "instantir", "toksr"))
 PUBLISHED = {
     "FLUX.1-Fill-dev/transformer/diffusion_pytorch_model.safetensors": ("vicr", "transformer"),
     "FLUX.1-Fill-dev/vae/diffusion_pytorch_model.safetensors": ("vicr", "vae"),
@@ -26,17 +33,29 @@ PUBLISHED = {
 }
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page, re.DOTALL)
+
+
+def run_commands(page: str, *more: str) -> int:
+    """Run the page's commands at tiny size, restorations with more arguments; how many they are."""
+    lines = [line for block in blocks(page, "sh") for line in block.replace("\\\n", " ").splitlines() if line.strip()]
+    for line in lines:
+        words = [{"full": "tiny"}.get(word, word) for word in shlex.split(line)[1:]]
+        words += ["--preset", "tiny"] if words[:2] == ["export", "build"] and "--preset" not in words else []
+        words += ["--verify", "never"] if words[:2] == ["export", "build"] and page != FLUX else []
+        words += more if words[:2] == ["runtime", "restore"] else []
+        assert main(words) == 0, line
+    return len(lines)
 
 
 @pytest.fixture
 def files(in_token_tiny: Path, vicr_tiny: Path, tmp_path: Path) -> Path:
     """A folder with everything the page names."""
     bundles = {"in-token": in_token_tiny, "vicr": vicr_tiny}
-    for file, (system, name) in PUBLISHED.items():
+    for file, (origin, name) in PUBLISHED.items():
         (tmp_path / file).parent.mkdir(parents=True)
-        shutil.copyfile(bundles[system] / "weights" / name / f"{name}.safetensors", tmp_path / file)
+        shutil.copyfile(bundles[origin] / "weights" / name / f"{name}.safetensors", tmp_path / file)
     from tilewright.export.tokenizers import stand_in_clip, stand_in_t5
 
     for name, text in {"tokenizer_2/tokenizer.json": stand_in_t5(64)}.items() | {
@@ -58,26 +77,56 @@ def files(in_token_tiny: Path, vicr_tiny: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_pages_commands_and_snippet_run(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_flux_pages_commands_and_snippet_run(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(files)
-    lines = [line for block in blocks("sh") for line in block.replace("\\\n", " ").splitlines() if line.strip()]
-    assert len(lines) >= 4
-    for line in lines:
-        words = [{"full": "tiny"}.get(word, word) for word in shlex.split(line)[1:]]
-        if words[:2] == ["runtime", "restore"]:
-            words += ["--tile", "64"]
-        assert main(words) == 0, line
-    (snippet,) = blocks("python")
+    assert run_commands(FLUX, "--tile", "64") >= 4
+    (snippet,) = blocks(FLUX, "python")
     code = f"{snippet}\nassert len(rounds) == 2 and rounds[0].shape == (512, 512, 3)"
     subprocess.run([sys.executable, "-c", code], cwd=files, check=True)
 
 
-def test_every_option_the_page_names_exists(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_instantir_pages_commands_run(
+    instantir_files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for item in instantir_files.iterdir():
+        (tmp_path / item.name).symlink_to(item)
+    (tmp_path / "stable-diffusion-xl-base-1.0").symlink_to(instantir_files)
+    image = Image.open(ROOT / "docs" / "sample.png").resize((24, 16))
+    image.save(tmp_path / "in.png")
+    monkeypatch.chdir(tmp_path)
+    assert run_commands(INSTANTIR, "--steps", "2") == 3
+
+
+def test_the_toksr_pages_commands_run(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    made = tmp_path_factory.mktemp("toksr") / "bundle"
+    build(Request("toksr", "tiny", made, seed=0, verify="never"))
+    held = load_file(made / "weights" / "tokenizer" / "tokenizer.safetensors")
+    torch.save({name: torch.from_numpy(array) for name, array in held.items()}, tmp_path / "tatitok_bl32_vae.bin")
+    put(tmp_path / "clip-vit-large-patch14-336", stand_in_clip(64))
+    encoder = made / "weights" / "text_encoder" / "text_encoder.safetensors"
+    shutil.copyfile(encoder, tmp_path / "clip-vit-large-patch14-336" / "model.safetensors")
+    shutil.copyfile(made / "weights" / "dit" / "dit.safetensors", tmp_path / "dit.safetensors")
+    shutil.copy(ROOT / "docs" / "sample.png", tmp_path / "in.png")
+    monkeypatch.chdir(tmp_path)
+    assert run_commands(TOKSR) == 2
+
+
+@pytest.mark.parametrize("page", [FLUX, INSTANTIR, TOKSR], ids=["flux", "instantir", "toksr"])
+def test_every_option_the_page_names_exists(page: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["export", "build", "--help"])
     helped = capsys.readouterr().out
     with pytest.raises(SystemExit):
         main(["runtime", "restore", "--help"])
-    helped += capsys.readouterr().out + "--scores --prompt --lora-scale"
-    for flag in sorted(set(re.findall(r"--[a-z][a-z-]+", PAGE))):
+    helped += capsys.readouterr().out + "--scores --prompt --lora-scale --batch"
+    helped += " ".join(f"--{name.replace('_', '-')}" for name in _inputs(system("instantir")))
+    for flag in sorted(set(re.findall(r"--[a-z][a-z-]+", page))):
         assert flag in helped, flag
+
+
+def _inputs(module: Any) -> list[str]:
+    """A program's own arguments, which `restore --help` cannot list."""
+    program = module.program("tiny", **module.settings("tiny", {}, {}))
+    return [*program.inputs, *program.texts, *program.files]

@@ -1,0 +1,101 @@
+"""TokSR at full width: many tiles in a call against tile by tile, on the same threads. Prints JSON.
+
+A single step of the denoiser for growing batches, beside the network in eager PyTorch: contenders take turns, medians
+of five rounds. And the whole restoration of 64 tiles, once each way.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tilewright.export.verify import eager_network
+from tilewright.runtime import load
+from tilewright.runtime.images import Enlarged
+from tilewright.runtime.inputs import gather
+from tilewright.runtime.program import Program
+from tilewright.runtime.scheduler import Job, run
+
+THREADS, ROUNDS, TILES = 2, 5, 64
+BATCHES = (1, 4, 16, 31)
+
+
+def batched(program: Program, batch: int) -> Program:
+    """The same program with so many tiles in a call."""
+    tiles = {p.tiles: replace(p.tiles, batch=batch) for p in program.passes if p.tiles}
+    return replace(program, passes=tuple(replace(p, tiles=tiles[p.tiles]) if p.tiles else p for p in program.passes))
+
+
+def medians(contenders: dict[str, Callable[[], Any]]) -> dict[str, float]:
+    """Seconds of each, interleaved, after a round that is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(ROUNDS + 1):
+        for name, contender in contenders.items():
+            start = time.perf_counter()
+            contender()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(spent[1:]) for name, spent in seconds.items()}
+
+
+def steps(engine: Any, eager: Any, bundle: Any) -> dict[str, dict[str, float]]:
+    """One step by batch, in seconds a tile."""
+    spec = bundle.manifest.components["step"].inputs
+    random = np.random.Generator(np.random.Philox(key=0))
+
+    def feed(batch: int) -> dict[str, Any]:
+        shapes = {name: [batch if d == "batch" else d for d in s.shape] for name, s in spec.items()}
+        return {name: np.asarray(random.random(shape), np.float32) for name, shape in shapes.items()}
+
+    def call(network: Any, batch: int) -> Callable[[], Any]:
+        fed = feed(batch)
+        return lambda: network.run(fed, ("tokens_next",))
+
+    contenders = {f"engine, {batch} a call": call(engine, batch) for batch in BATCHES}
+    contenders |= {f"eager PyTorch, {batch} a call": call(eager, batch) for batch in (1, 16)}
+    found = {name: seconds / int(name.split()[-3]) for name, seconds in medians(contenders).items()}
+    base = found["engine, 1 a call"]
+    return {name: {"seconds_a_tile": s, "throughput_ratio": base / s} for name, s in found.items()}
+
+
+def restorations(restorer: Any, tile: int, overlap: int) -> dict[str, dict[str, float]]:
+    """A picture of 64 tiles in one plan, and tile by tile, each a picture of its own; once each, after one tile."""
+    program, scale = restorer.bundle.program, restorer.bundle.program.scale
+    inputs = gather(restorer.bundle, {})
+
+    def seconds(tiles_a_side: int, batch: int, times: int) -> float:
+        side = (tile + (tiles_a_side - 1) * (tile - overlap)) // scale
+        rgb = np.random.Generator(np.random.Philox(key=1)).integers(0, 256, (side, side, 3), np.uint8)
+        start = time.perf_counter()
+        for _ in range(times):
+            job = Job(Enlarged(rgb, scale, program.multiple_px, tile), inputs=inputs)
+            run(batched(program, batch), restorer.engines, restorer.constants, job)
+        return time.perf_counter() - start
+
+    seconds(1, 1, 1)
+    spent = {"one plan, 16 a call": seconds(8, 16, 1), "a restoration a tile": seconds(1, 1, TILES)}
+    base = spent["a restoration a tile"]
+    return {name: {"seconds": s, "throughput_ratio": base / s} for name, s in spent.items()}
+
+
+def main(path: Path) -> None:
+    torch.set_num_threads(THREADS)
+    found: dict[str, Any] = {"threads": THREADS, "tiles": TILES}
+    for memory in ("fast", "low"):
+        with load(path, memory=memory, threads=THREADS) as restorer, torch.no_grad():
+            eager = eager_network(restorer.bundle, "step", None)
+            found[f"one step, memory {memory}"] = steps(restorer.engines["step"], eager, restorer.bundle)
+            found[f"whole restoration, memory {memory}"] = restorations(restorer, 256, 32)
+    print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--bundle", type=Path, required=True, help="a bundle of toksr with full sizes")
+    main(parser.parse_args().bundle)

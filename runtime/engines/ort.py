@@ -90,7 +90,7 @@ def open_graph(
         # folding, pre-packing and the arena each make a copy of what is mapped
         options.add_session_config_entry("session.disable_prepacking", "1")
         options.enable_cpu_mem_arena = False
-        disabled = ["ConstantFolding"]
+        disabled = ["ConstantFolding", "FuseFp16InitializerToFp32NodeTransformer"]
     initializers = {name: _mapped(path, reference) for name, (path, reference) in (mapped or {}).items()}
     if initializers:  # ONNX Runtime takes one folder a session
         options.add_external_initializers(list(initializers), list(initializers.values()))

@@ -2,12 +2,16 @@
 
 import importlib.util
 import struct
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
+from onnx import TensorProto, helper
 
 from tilewright.runtime import load
 from tilewright.runtime.bundle import read
@@ -65,6 +69,35 @@ def test_low_and_fast_memory_give_equal_answers(bundle):
     image = noise(3, 3, 40, 56)
     one, other = (engine.run({"image": image}, ["sharp"])["sharp"] for engine in (low, fast))
     np.testing.assert_allclose(one, other, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [TensorProto.FLOAT16, TensorProto.BFLOAT16], ids=["float16", "bfloat16"])
+def test_low_memory_holds_no_copy_of_half_precision_weights(tmp_path, kind):
+    side = 4096
+    (tmp_path / "weights.bin").write_bytes(bytes(2 * side * side))
+    weight = TensorProto(name="w", data_type=kind, dims=[side, side], data_location=TensorProto.EXTERNAL)
+    for key, value in {"location": "weights.bin", "offset": "0", "length": str(2 * side * side)}.items():
+        weight.external_data.add(key=key, value=value)
+    nodes = [helper.make_node("Cast", ["w"], ["wide"], to=TensorProto.FLOAT)]
+    nodes.append(helper.make_node("MatMul", ["x", "wide"], ["y"]))
+    ends = ([helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, side])] for name in "xy")
+    graph = helper.make_graph(nodes, "cast", *ends, [weight])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    onnx.save(model, tmp_path / "model.onnx")
+    code = f"""
+from pathlib import Path
+from tilewright.runtime.engines.ort import open_graph
+def held():
+    return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("RssAnon"))
+import onnxruntime
+before = held()
+engine = open_graph(Path({str(tmp_path / "model.onnx")!r}), Path({str(tmp_path)!r}), memory="low", threads=1)
+print(held() - before)
+"""
+    if not Path("/proc/self/status").exists():
+        pytest.skip("only Linux tells what a process holds of its own")
+    printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert int(printed) < side * side * 2 / 1024 / 2  # as float32 they would be four times that
 
 
 def test_low_memory_turns_off_what_copies_the_weights(bundle):

@@ -107,7 +107,8 @@ def text(found: dict[str, Any]) -> str:
         lines.append(f"{name}: {c['nodes']} nodes; {', '.join(c['engines'])}")
         lines.append(f"    in  {', '.join(f'{k} {v}' for k, v in c['inputs'].items())}")
         lines.append(f"    out {', '.join(f'{k} {v}' for k, v in c['outputs'].items())}")
-        lines.append(f"    {c['referenced_bytes']:,} bytes referenced in {c['weights']}")
+        if c["weights"]:
+            lines.append(f"    {c['referenced_bytes']:,} bytes referenced in {c['weights']}")
         lines.append(f"    {c['materialised_bytes']:,} bytes in the graph")
     for origin, a in found["tensors"].items():
         lines.append(

@@ -190,108 +190,103 @@ def _of_tokens(module: str) -> bool:
     return module.startswith("encoder_hid_proj.") or bool(re.search(r"\.to_[kv]_ip$", module))
 
 
+NUMBER, CHOICE = TensorSpec(FLOAT, ()), TensorSpec("int64", ())
+TABLE, GATE, OF_TILE = TensorSpec(FLOAT, ("steps",)), TensorSpec(FLOAT, (1,)), TensorSpec(FLOAT, ("batch", 1))
+IMAGE, LATENT = TensorSpec(FLOAT, ("batch", 3, "height", "width")), TensorSpec(FLOAT, ("batch", 4, "h", "w"))
+PREDICTED = TensorSpec(FLOAT, ("batch", 2, 4, "h", "w"))  # without and with the words
+TIME = dict.fromkeys(("t", "alpha", "beta"), NUMBER)
+
+
+class _Specs:
+    """The tensors between components that depend on a preset and its files."""
+
+    def __init__(self, sizes: Sizes, settings: Mapping[str, Any]) -> None:
+        cells = f"height/{sizes.spatial}", f"width/{sizes.spatial}"
+        self.encoded = TensorSpec(FLOAT, ("batch", 4, *cells))
+        self.features = TensorSpec(FLOAT, ("batch", sizes.seen, sizes.dino["hidden_size"]))
+        self.table = TensorSpec(FLOAT, (1, *self.features.shape[1:]))  # of positions, and features of nothing
+        self.context = TensorSpec(FLOAT, (1, sizes.words, sizes.context))
+        self.pooled = dict.fromkeys(("pooled", "negative_pooled"), TensorSpec(FLOAT, (1, sizes.pooled)))
+        width = 2 * _width_of_layers(sizes)
+        self.words = TensorSpec(FLOAT, (2, sizes.words, width))
+        self.seen = TensorSpec(FLOAT, ("batch", 2, settings["resampler"]["queries"], width))
+        self.residuals = {
+            name: TensorSpec(FLOAT, ("batch", 2, channels, *(f"{axis}/{part}" if part > 1 else axis for axis in "hw")))
+            for name, (channels, part) in sizes.residuals.items()
+        }
+        self.px = {"height": 1, "width": 1, "h": sizes.spatial, "w": sizes.spatial}
+        self.cells = dict.fromkeys(("h", "w"), sizes.multiple // sizes.spatial)
+
+
 def components(preset: str, **settings: Any) -> dict[str, Source]:
     """text, words, encode, start, see, look, gates, unet, aggregate, step, decode; merged, each role has networks."""
     sizes = PRESETS[preset]
-    keys_of_all = 2 * _width_of_layers(sizes)
-    image, latent = TensorSpec(FLOAT, ("batch", 3, "height", "width")), TensorSpec(FLOAT, ("batch", 4, "h", "w"))
-    encoded = TensorSpec(FLOAT, ("batch", 4, f"height/{sizes.spatial}", f"width/{sizes.spatial}"))
-    both, number = TensorSpec(FLOAT, ("batch", 2, 4, "h", "w")), TensorSpec(FLOAT, ())
-    gate = TensorSpec(FLOAT, (1,))
-    choice, single = TensorSpec("int64", ()), TensorSpec(FLOAT, ("batch", 1))
-    table, features = TensorSpec(FLOAT, ("steps",)), _features(sizes)
-    px = {"height": 1, "width": 1, "h": sizes.spatial, "w": sizes.spatial}
-    pixels = dict.fromkeys(("height", "width"), sizes.multiple)
-    cells = dict.fromkeys(("h", "w"), sizes.multiple // sizes.spatial)
-    config, dino = {"config": sizes.unet}, _dino_arguments(sizes)
-    context = TensorSpec(FLOAT, (1, sizes.words, sizes.context))
-    pooled = {name: TensorSpec(FLOAT, (1, sizes.pooled)) for name in ("pooled", "negative_pooled")}
-    words = TensorSpec(FLOAT, (2, sizes.words, keys_of_all))
-    seen = TensorSpec(FLOAT, ("batch", 2, settings["resampler"]["queries"], keys_of_all))
-    branches: dict[str, Any] = settings["branches"]
-    of_look = {m: rank for m, rank in branches.items() if _of_tokens(m)}
-    of_unet = {m: rank for m, rank in branches.items() if not _of_tokens(m)}
-    residuals = {
-        name: TensorSpec(FLOAT, ("batch", 2, width, *(("h", "w") if size == 1 else (f"h/{size}", f"w/{size}"))))
-        for name, (width, size) in sizes.residuals.items()
-    }
-    time = dict.fromkeys(("t", "alpha", "beta"), number)
-
-    def look(mine: dict[str, Any], *, branch: bool) -> Source:
-        inputs = {"features": features, "nothing": TensorSpec(FLOAT, (1, *features.shape[1:]))}
-        inputs |= {"lora_scale": number} if branch else {}
-        arguments = config | {"resampler": settings["resampler"], "branches": mine}
-        return Source("instantir.Look", inputs, {"seen": seen}, arguments=arguments)
-
-    def unet(mine: dict[str, Any], *, branch: bool, steered: bool) -> Source:
-        inputs = {"z": latent, "words": words, "seen": seen} | pooled | {"t": number}
-        inputs |= {"lora_scale": number} if branch else {}
-        inputs |= {"control": single} | residuals if steered else {}
-        arguments = config | {"spatial": sizes.spatial, "adaptive": settings["adaptive"], "branches": mine}
-        return Source("instantir.Unet", inputs, {"predicted": both}, px, cells, arguments)
-
-    sources = {
-        "words": Source(
-            "instantir.Words", {"context": context, "negative_context": context}, {"words": words}, arguments=config
-        ),
-        "see": Source(
-            "vision.Dino",
-            {"image": image, "positions": TensorSpec(FLOAT, (1, *features.shape[1:]))},
-            {"features": features},
-            px,
-            arguments=dino,
-        ),
-        "encode": Source("vae.Encode", {"image": image}, {"latent": encoded}, px, pixels, {"config": sizes.vae}),
-        "start": Source(
-            "instantir.Start",
-            {"latent": latent, "noise": latent, "alpha": table, "beta": table, "start": choice},
-            {"z": latent},
-            px,
-            cells,
-        ),
-        "gates": Source(
-            "instantir.Gates",
-            {"t": table} | dict.fromkeys(GATES, number),
-            dict.fromkeys(("control_on", "preview_on"), TensorSpec(FLOAT, ("steps", 1))),
-        ),
-        "aggregate": Source(
-            "instantir.Aggregate",
-            {"z": latent, "y": latent, "noise": both, "preview": latent, "delta": single}
-            | pooled
-            | time
-            | {"adares": choice, "control_scale": number, "control_on": gate, "preview_on": gate},
-            {"shown": latent, "moved": single, "control": single, "mid": residuals["mid"]} | residuals,
-            px,
-            cells,
-            config | {"spatial": sizes.spatial, "hidden": settings["hidden"]},
-        ),
-        "step": Source(
-            "instantir.Step",
-            {"z": latent, "predicted": both, "preview": latent, "moved": single, "noise": latent, "guidance": number}
-            | {"sampler": choice}
-            | time
-            | {"alpha_next": number, "beta_next": number},
-            {"z_next": latent, "delta": single},
-            px,
-            cells,
-            {"offset": OFFSET},
-        ),
-        "decode": Source("vae.Decode", {"latent": latent}, {"image": image}, px, cells, {"config": sizes.vae}),
-    }
-    if settings["merged"]:
-        sources |= {"look_base": look({}, branch=False), "look_preview": look({}, branch=False)}
-        sources |= {
-            "base": unet({}, branch=False, steered=True),
-            "preview": unet({}, branch=False, steered=False),
-        }
-    else:
-        sources |= {"look": look(of_look, branch=True), "unet": unet(of_unet, branch=True, steered=True)}
+    specs = _Specs(sizes, settings)
+    sources = _conditions(sizes, specs) | _sampler(sizes, specs, settings) | _roles(sizes, specs, settings)
     if settings["text"]:
-        ids = TensorSpec("int64", (1, sizes.words))
+        ids, outputs = (
+            TensorSpec("int64", (1, sizes.words)),
+            {"context": specs.context, "pooled": specs.pooled["pooled"]},
+        )
         arguments = {"text": sizes.text, "text_2": sizes.text_2}
-        outputs = {"context": context, "pooled": pooled["pooled"]}
         sources["text"] = Source("instantir.Text", dict.fromkeys(WORDS, ids), outputs, arguments=arguments)
     return sources
+
+
+def _conditions(sizes: Sizes, specs: _Specs) -> dict[str, Source]:
+    """What is made once of words and image, and the image at the end."""
+    contexts = dict.fromkeys(("context", "negative_context"), specs.context)
+    looked = {"image": IMAGE, "positions": specs.table}
+    pixels = dict.fromkeys(("height", "width"), sizes.multiple)
+    vae = {"config": sizes.vae}
+    return {
+        "words": Source("instantir.Words", contexts, {"words": specs.words}, arguments={"config": sizes.unet}),
+        "see": Source("vision.Dino", looked, {"features": specs.features}, specs.px, arguments=_dino_arguments(sizes)),
+        "encode": Source("vae.Encode", {"image": IMAGE}, {"latent": specs.encoded}, specs.px, pixels, vae),
+        "decode": Source("vae.Decode", {"latent": LATENT}, {"image": IMAGE}, specs.px, specs.cells, vae),
+    }
+
+
+def _sampler(sizes: Sizes, specs: _Specs, settings: Mapping[str, Any]) -> dict[str, Source]:
+    """What a step is beside its predictions."""
+    begin = {"latent": LATENT, "noise": LATENT, "alpha": TABLE, "beta": TABLE, "start": CHOICE}
+    gates = dict.fromkeys(("control_on", "preview_on"), TensorSpec(FLOAT, ("steps", 1)))
+    judged = {"z": LATENT, "y": LATENT, "noise": PREDICTED, "preview": LATENT, "delta": OF_TILE} | specs.pooled | TIME
+    judged |= {"adares": CHOICE, "control_scale": NUMBER, "control_on": GATE, "preview_on": GATE}
+    found = {"shown": LATENT, "moved": OF_TILE, "control": OF_TILE, "mid": specs.residuals["mid"]} | specs.residuals
+    taken = {"z": LATENT, "predicted": PREDICTED, "preview": LATENT, "moved": OF_TILE, "noise": LATENT}
+    taken |= {"guidance": NUMBER, "sampler": CHOICE} | TIME | dict.fromkeys(("alpha_next", "beta_next"), NUMBER)
+    given = {"z_next": LATENT, "delta": OF_TILE}
+    aggregator = {"config": sizes.unet, "spatial": sizes.spatial, "hidden": settings["hidden"]}
+    return {
+        "start": Source("instantir.Start", begin, {"z": LATENT}, specs.px, specs.cells),
+        "gates": Source("instantir.Gates", {"t": TABLE} | dict.fromkeys(GATES, NUMBER), gates),
+        "aggregate": Source("instantir.Aggregate", judged, found, specs.px, specs.cells, aggregator),
+        "step": Source("instantir.Step", taken, given, specs.px, specs.cells, {"offset": OFFSET}),
+    }
+
+
+def _roles(sizes: Sizes, specs: _Specs, settings: Mapping[str, Any]) -> dict[str, Source]:
+    """The resampler and the UNet: one of each with branches, or one a role."""
+    every: dict[str, Any] = {} if settings["merged"] else settings["branches"]
+    strength = {} if settings["merged"] else {"lora_scale": NUMBER}
+    steered = {"control": OF_TILE} | specs.residuals
+
+    def look() -> Source:
+        mine = {module: branch for module, branch in every.items() if _of_tokens(module)}
+        inputs = {"features": specs.features, "nothing": specs.table} | strength
+        arguments = {"config": sizes.unet, "resampler": settings["resampler"], "branches": mine}
+        return Source("instantir.Look", inputs, {"seen": specs.seen}, arguments=arguments)
+
+    def unet(more: dict[str, TensorSpec]) -> Source:
+        mine = {module: branch for module, branch in every.items() if not _of_tokens(module)}
+        inputs = {"z": LATENT, "words": specs.words, "seen": specs.seen} | specs.pooled | {"t": NUMBER} | strength
+        arguments = {"config": sizes.unet, "spatial": sizes.spatial, "adaptive": settings["adaptive"], "branches": mine}
+        return Source("instantir.Unet", inputs | more, {"predicted": PREDICTED}, specs.px, specs.cells, arguments)
+
+    if settings["merged"]:
+        return {"look_base": look(), "look_preview": look(), "base": unet(steered), "preview": unet({})}
+    return {"look": look(), "unet": unet(steered)}
 
 
 def _width_of_layers(sizes: Sizes) -> int:
@@ -305,10 +300,6 @@ def _width_of_layers(sizes: Sizes) -> int:
     return int(total)
 
 
-def _features(sizes: Sizes) -> TensorSpec:
-    return TensorSpec(FLOAT, ("batch", sizes.seen, sizes.dino["hidden_size"]))
-
-
 def _dino_arguments(sizes: Sizes) -> dict[str, Any]:
     return {"config": sizes.dino, "side": sizes.side, "short": sizes.short}
 
@@ -316,12 +307,11 @@ def _dino_arguments(sizes: Sizes) -> dict[str, Any]:
 def build_time(preset: str, **settings: Any) -> dict[str, Source]:
     """DINOv2's table of positions at its size here, and what it sees in nothing."""
     sizes = PRESETS[preset]
-    table = {"positions": TensorSpec(FLOAT, (1, *_features(sizes).shape[1:]))}
-    arguments = {"config": sizes.dino, "side": sizes.side, "release": settings["release"]}
-    nothing = {"nothing": table["positions"]}
+    table, arguments = _Specs(sizes, settings).table, _dino_arguments(sizes)
+    resized = {"config": sizes.dino, "side": sizes.side, "release": settings["release"]}
     return {
-        "positions": Source("vision.DinoPositions", {}, table, arguments=arguments),
-        "nothing": Source("vision.DinoOfNothing", table, nothing, arguments=_dino_arguments(sizes)),
+        "positions": Source("vision.DinoPositions", {}, {"positions": table}, arguments=resized),
+        "nothing": Source("vision.DinoOfNothing", {"positions": table}, {"nothing": table}, arguments=arguments),
     }
 
 
@@ -336,76 +326,33 @@ def constants(
 
 def program(preset: str, **settings: Any) -> Program:
     """text, words, encode, start, see, sample, decode."""
-    sizes, taken = PRESETS[preset], components(preset, **settings)
+    sizes = PRESETS[preset]
     tiles = Tiles(sizes.tile_px, sizes.overlap_px, (sizes.tile_px, sizes.tile_px))
     steps = Steps("ddim", settings["steps"], options=SCHEDULE)
-    inputs = _inputs(sizes, settings)
-    passes, texts, text = [], {}, "$"
-    if settings["text"]:
-        texts = {
-            f"{prefix}prompt": Text(
-                {f"{prefix}{name}": file for name, file in zip(WORDS, TOKENIZERS, strict=True)},
-                settings[f"{prefix}prompt"],
-            )
-            for prefix in ("", "negative_")
-        }
-        calls = [
-            Call(
-                "text",
-                {name: f"${prefix}{name}" for name in WORDS},
-                {"context": f"{prefix}context", "pooled": f"{prefix}pooled"},
-            )
-            for prefix in ("", "negative_")
-        ]
-        passes, text = [Pass("text", once=tuple(calls))], ""
-    pooled = {name: f"{text}{name}" for name in ("pooled", "negative_pooled")}
+    text = "" if settings["text"] else "$"
     contexts = {name: f"{text}{name}" for name in ("context", "negative_context")}
-    roles = (("look_base", "unet_seen", ""), ("look_preview", "preview_seen", ""))
-    if not settings["merged"]:
-        roles = (("look", "unet_seen", "#none"), ("look", "preview_seen", "$preview_strength"))
-    looks = [
-        Call(
-            name,
-            {"features": "features", "nothing": "#nothing"} | ({"lora_scale": scale} if scale else {}),
-            {"seen": seen},
-        )
-        for name, seen, scale in roles
-    ]
     start = {"latent": "y", "noise": "~noise", "alpha": "@alpha", "beta": "@beta", "start": "$start"}
-    passes += [
+    see = Call("see", {"image": "image", "positions": "#positions"}, {"features": "features"})
+    passes = (
+        *((_text(),) if settings["text"] else ()),
         Pass("words", once=(Call("words", contexts, {"words": "words"}),)),
         Pass("encode", tiles, once=(Call("encode", {"image": "image"}, {"latent": "y"}),)),
         Pass("start", tiles, steps, once=(Call("start", start, {"z": "z"}),)),
-        Pass(
-            "see",
-            tiles,
-            once=(Call("see", {"image": "image", "positions": "#positions"}, {"features": "features"}), *looks),
-        ),
-    ]
-    names = list(sizes.residuals)
-    known = {name: name for name in ("z", "y", "words", "preview", "delta", "moved", "control", "predicted", *names)}
-    known |= pooled | {name: f"@{name}" for name in ("t", "alpha", "beta", "alpha_next", "beta_next")}
-    known |= {name: f"@{name}" for name in ("control_on", "preview_on")}
-    known |= {name: f"${name}" for name in ("adares", "control_scale", "guidance", "sampler")}
-
-    def call(component: str, outputs: dict[str, str], **sources: str) -> Call:
-        wanted = taken[component].inputs
-        return Call(component, {name: (known | sources)[name] for name in wanted}, outputs)
-
-    base, preview = ("base", "preview") if settings["merged"] else ("unet", "unet")
-    strength = "$preview_strength"
-    given = {"control": "control", "mid": "mid", "shown": "preview", "moved": "moved"} | {name: name for name in names}
-    each = (
-        call(preview, {"predicted": "preview_noise"}, seen="preview_seen", lora_scale=strength, control="off"),
-        call("aggregate", given, noise="preview_noise"),
-        call(base, {"predicted": "predicted"}, seen="unet_seen", lora_scale="#none"),
-        call("step", {"z_next": "z", "delta": "delta"}, noise="~noise"),
+        Pass("see", tiles, once=(see, *_looks(settings))),
+        Pass("sample", tiles, steps, _state(sizes, settings), once=(_gates(),), each=_each(preset, settings, text)),
+        Pass("decode", tiles, once=(Call("decode", {"latent": "z"}, {"image": "result"}),)),
     )
-    passes.append(Pass("sample", tiles, steps, _state(sizes, settings), once=(_gates(),), each=each))
-    passes.append(Pass("decode", tiles, once=(Call("decode", {"latent": "z"}, {"image": "result"}),)))
     grids = {"image": Grid(1, 3, "input"), "noise": Grid(sizes.spatial, 4), "result": Grid(1, 3)}
     if settings["joined"]:
         grids |= {"y": Grid(sizes.spatial, 4), "z": Grid(sizes.spatial, 4)}
+    texts = {
+        f"{prefix}prompt": Text(
+            {f"{prefix}{name}": file for name, file in zip(WORDS, TOKENIZERS, strict=True)},
+            settings[f"{prefix}prompt"],
+        )
+        for prefix in ("", "negative_")
+        if settings["text"]
+    }
     files = {
         "prompt_embeds": {
             f"{prefix}{tensor}_embeds": f"{prefix}{value}"
@@ -413,7 +360,53 @@ def program(preset: str, **settings: Any) -> Program:
             for tensor, value in (("prompt", "context"), ("pooled_prompt", "pooled"))
         }
     }
-    return Program(4, sizes.multiple, grids, tuple(passes), inputs, texts, files, any_scale=True)
+    inputs = _inputs(sizes, settings)
+    return Program(4, sizes.multiple, grids, passes, inputs, texts, files, any_scale=True)
+
+
+def _text() -> Pass:
+    """Both texts through both encoders."""
+    calls = (
+        Call(
+            "text",
+            {name: f"${prefix}{name}" for name in WORDS},
+            {name: f"{prefix}{name}" for name in ("context", "pooled")},
+        )
+        for prefix in ("", "negative_")
+    )
+    return Pass("text", once=tuple(calls))
+
+
+def _looks(settings: Mapping[str, Any]) -> tuple[Call, Call]:
+    """The image tokens' keys and values, as each role has them."""
+    inputs = {"features": "features", "nothing": "#nothing"}
+    base, preview = {"seen": "unet_seen"}, {"seen": "preview_seen"}
+    if settings["merged"]:
+        return Call("look_base", inputs, base), Call("look_preview", inputs, preview)
+    strength = {"lora_scale": "$preview_strength"}
+    return Call("look", inputs | {"lora_scale": "#none"}, base), Call("look", inputs | strength, preview)
+
+
+def _each(preset: str, settings: Mapping[str, Any], text: str) -> tuple[Call, ...]:
+    """A step: the previewer's prediction, its judgement, the base's prediction, the update."""
+    taken, names = components(preset, **settings), list(PRESETS[preset].residuals)
+    own = ("z", "y", "words", "preview", "delta", "moved", "control", "predicted", *names)
+    rows = ("t", "alpha", "beta", "alpha_next", "beta_next", "control_on", "preview_on")
+    known = {name: name for name in own} | {name: f"@{name}" for name in rows}
+    known |= {name: f"{text}{name}" for name in ("pooled", "negative_pooled")}
+    known |= {name: f"${name}" for name in ("adares", "control_scale", "guidance", "sampler")}
+
+    def call(component: str, outputs: dict[str, str], **sources: str) -> Call:
+        return Call(component, {name: (known | sources)[name] for name in taken[component].inputs}, outputs)
+
+    base, preview = ("base", "preview") if settings["merged"] else ("unet", "unet")
+    strength, judged = "$preview_strength", {"shown": "preview", "moved": "moved", "control": "control"}
+    return (
+        call(preview, {"predicted": "preview_noise"}, seen="preview_seen", lora_scale=strength, control="off"),
+        call("aggregate", judged | {name: name for name in names}, noise="preview_noise"),
+        call(base, {"predicted": "predicted"}, seen="unet_seen", lora_scale="#none"),
+        call("step", {"z_next": "z", "delta": "delta"}, noise="~noise"),
+    )
 
 
 def _inputs(sizes: Sizes, settings: Mapping[str, Any]) -> dict[str, Input]:

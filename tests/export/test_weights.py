@@ -313,7 +313,7 @@ def test_missing_keys_are_counted_and_the_first_three_named(tmp_path, wanted, co
     found = weights_file(tmp_path / "w.safetensors", {k: s for k, s in own.items() if k not in dropped})
     text = refusal(attach, wanted, {"hitoksr": found}, hitoksr)
     assert text.startswith(
-        f"weights {tmp_path} (w.safetensors): lacks {count} tensors: {', '.join(dropped[:3])}{ending} give"
+        f"weights {tmp_path}/w.safetensors: lacks {count} tensors: {', '.join(dropped[:3])}{ending} give"
     )
 
 
@@ -323,7 +323,7 @@ def test_unexpected_keys_are_counted_and_the_first_three_named(tmp_path, wanted,
     found = weights_file(tmp_path / "w.safetensors", own_keys(wanted) | dict.fromkeys(extra, (2,)))
     text = refusal(attach, wanted, {"hitoksr": found}, hitoksr)
     assert text.startswith(
-        f"weights {tmp_path} (w.safetensors): holds unexpected {count} tensors: {', '.join(extra[:3])}{ending} give"
+        f"weights {tmp_path}/w.safetensors: holds unexpected {count} tensors: {', '.join(extra[:3])}{ending} give"
     )
 
 

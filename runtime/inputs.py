@@ -135,12 +135,14 @@ def from_words(program: Program, words: Sequence[str]) -> dict[str, Any]:
         if name in given:
             raise UsageError(f"argument {flag!r} is given twice; give it once")
         plain = name in program.texts or name in program.files or value in program.inputs[name].choices
-        given[name] = value if plain else _number(name, value)
+        given[name] = value if plain else _number(program, name, value)
     return given
 
 
-def _number(name: str, value: str) -> float:
+def _number(program: Program, name: str, value: str) -> float:
     try:
         return float(value)
     except ValueError:
-        raise UsageError(f"--{name} {value!r} is not a number; see the bundle's program.json") from None
+        choices = ", ".join(program.inputs[name].choices)
+        what = f"is not one of {choices}" if choices else "is not a number; see the bundle's program.json"
+        raise UsageError(f"--{name.replace('_', '-')} {value!r} {what}") from None

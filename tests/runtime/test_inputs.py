@@ -358,7 +358,7 @@ OWN = "this bundle's own arguments: --gain VALUE, --mode VALUE, --prompt VALUE, 
         (["---prompt", "red"], f"unknown argument '---prompt'; {OWN}"),
         (["--gain", "high"], "--gain 'high' is not a number; see the bundle's program.json"),
         (["--gain="], "--gain '' is not a number; see the bundle's program.json"),
-        (["--mode", "code"], "--mode 'code' is not a number; see the bundle's program.json"),
+        (["--mode", "code"], "--mode 'code' is not one of off, paper"),
     ],
 )
 def test_arguments_that_cannot_be_meant_are_refused(words, message):

@@ -394,7 +394,7 @@ class Aggregate(nn.Module):
         control_on: Tensor,
         preview_on: Tensor,
     ) -> tuple[Tensor, ...]:
-        """Preview of the half with words, strength, middle and skips, from the previewer's predicted `noise`."""
+        """Preview of the half with words, how far it moved, strength, middle and skips; `noise` is the previewer's."""
         scaled = TIME_SCALE * t
         spread = scaled * scaled + SIGMA_DATA * SIGMA_DATA
         keep, change = SIGMA_DATA * SIGMA_DATA / spread, scaled / spread.sqrt()

@@ -23,6 +23,10 @@ class Strength:
     value: Tensor | float = 1.0
 
 
+def _pair(x: Tensor, down: Tensor, up: Tensor, factor: Tensor | float) -> Tensor:
+    return F.linear(F.linear(x, down) * factor, up)
+
+
 class LowRank(nn.Linear):
     """W x + b + s B(A x)."""
 
@@ -37,7 +41,7 @@ class LowRank(nn.Linear):
 
     def low_rank(self, x: Tensor, down: Tensor) -> Tensor:
         """The branch for these rows of A's input."""
-        return F.linear(F.linear(x, down) * (self.scale * self.strength.value), self.lora_B)
+        return _pair(x, down, self.lora_B, self.scale * self.strength.value)
 
 
 class LowRankConv(nn.Conv2d):
@@ -76,7 +80,7 @@ class LowRankOnly(nn.Module):
         self.scale, self.strength = scale, strength
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(F.linear(x, self.lora_A) * (self.scale * self.strength.value), self.lora_B)
+        return _pair(x, self.lora_A, self.lora_B, self.scale * self.strength.value)
 
 
 KINDS: dict[type[nn.Module], Any] = {nn.Conv2d: LowRankConv, nn.Linear: LowRank, Zero: LowRankOnly}

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import onnx_ir as ir
 
+from tilewright.kernels.face import DOMAIN
 from tilewright.runtime.bundle import Memory
 
 __all__ = ["footprint", "peak_alive"]
@@ -57,14 +58,28 @@ def peak_alive(model: ir.Model, sizes: Mapping[str, int]) -> int:
     peak = alive
     for i, node in enumerate(nodes):
         alive += sum(_bytes(value, sizes) for value in node.outputs)
-        peak = max(peak, alive)
+        peak = max(peak, alive + _inside(node, sizes))
         ended = {v for v in (*node.inputs, *node.outputs) if v is not None and last_use.get(v, i) == i} - kept
         alive -= sum(_bytes(value, sizes) for value in ended if value.producer() is not None)
     return peak
 
 
+def _inside(node: ir.Node, sizes: Mapping[str, int]) -> int:
+    """What one of our nodes holds while its function runs: as much again as it reads and writes, and all scores."""
+    if node.domain != DOMAIN:
+        return 0
+    again = sum(_bytes(value, sizes) for value in (*node.inputs, *node.outputs) if value is not None)
+    if not node.op_type.startswith("Codebook"):
+        return again
+    chosen, codebook = node.outputs[0], node.inputs[-1]
+    return again + int(np.prod(_shape(chosen, sizes), dtype=np.float64)) * _shape(codebook, sizes)[1] * 4
+
+
 def _scores(node: ir.Node, sizes: Mapping[str, int]) -> int:
     """Bytes of the scores that attention holds while it runs."""
+    if node.domain == DOMAIN and node.op_type == "JointAttention":
+        text, image = (_shape(node.inputs[i], sizes) for i in (0, 3))
+        return 4 * text[0] * text[1] * (text[2] + image[2]) ** 2
     if node.op_type != "Attention":
         return 0
     query, key = (_shape(value, sizes) for value in node.inputs[:2])

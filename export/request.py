@@ -11,10 +11,11 @@ from tilewright.export.systems import Source, system
 from tilewright.export.weights import Tensors, find, locate
 from tilewright.runtime.errors import UsageError
 
-__all__ = ["VERIFY_COPIES", "VERIFY_MODES", "Request", "parameter_count"]
+__all__ = ["OPS", "VERIFY_COPIES", "VERIFY_MODES", "Request", "parameter_count"]
 
 VERIFY_COPIES = 6  # of float32 weights: mapped, re-packed by the engine, eager, and float64 eager, which is two
 VERIFY_MODES = ("auto", "always", "never")
+OPS = ("tilewright", "standard")  # our ops as nodes of our domain with functions, or inlined
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Request:
     seed: int | None = None  # random weights in the place of all that is not given
     pack: bool = False  # copy the weights into the bundle
     verify: str = "auto"
+    ops: str = "tilewright"
     given: Mapping[str, Any] = field(default_factory=dict)  # the system's own options
 
     def __post_init__(self) -> None:
@@ -36,6 +38,8 @@ class Request:
             raise UsageError(f"preset {self.preset!r} of {self.system} is not one of {', '.join(module.PRESETS)}")
         if self.verify not in VERIFY_MODES:
             raise UsageError(f"verify={self.verify!r} is not one of {', '.join(VERIFY_MODES)}")
+        if self.ops not in OPS:
+            raise UsageError(f"ops={self.ops!r} is not one of {', '.join(OPS)}")
         wanted = next((o.argument for o in module.ORIGINS.values() if o.needed), "weights")
         if self.weights is None and self.seed is None and wanted not in self.given:
             flag = "--weights DIR" if wanted == "weights" else f"--{wanted.replace('_', '-')} PATH"

@@ -43,7 +43,8 @@ __all__ = ["Stage", "stages", "staging", "write"]
 HOUSE = Path(__file__).parent.parent  # export/, kernels/ and runtime/ lie here, installed or not
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "*token*.json")  # beside a text encoder
 TRACERS = ("torch", "diffusers", "transformers", "onnxscript", "onnx-ir", "onnx")
-TRACED = ("export/networks/*.py", "kernels/*.py", "export/trace.py")
+OP_FILES = ("codebook*", "concat_project", "face", "*_attention", "qkv_norm_rope")  # what graphs are made of
+TRACED = ("export/networks/*.py", *(f"kernels/{name}.py" for name in OP_FILES), "export/ops.py", "export/trace.py")
 STORED = {"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16", "int64": "INT64", "int32": "INT32"}
 
 
@@ -102,7 +103,7 @@ def stages(request: Request) -> list[Stage]:
     )
     optimised = Stage(
         "optimise",
-        {"attach": attached.key}
+        {"attach": attached.key, "ops": request.ops}
         | _code("export/rewrites/*.py", "export/targets/*.py", "export/footprint.py")
         | _versions("onnxscript", "onnx-ir"),
         lambda d: _optimise(request, trace.directory, attached.directory, d),
@@ -211,6 +212,7 @@ def _optimise(request: Request, traced: Path, attached: Path, directory: Path) -
     import onnx_ir as ir
 
     from tilewright.export.footprint import footprint
+    from tilewright.export.ops import inline
     from tilewright.export.rewrites.cast import cast
     from tilewright.export.rewrites.fold import fold
 
@@ -219,11 +221,14 @@ def _optimise(request: Request, traced: Path, attached: Path, directory: Path) -
     for name, source in request.components.items():
         model = ir.load(traced / f"{name}.onnx")
         fold(model)
+        memory[name] = footprint(model, partial(_sizes, source))
+        if request.ops == "standard":
+            inline(model)
+            fold(model)
         _refer(model, weights.tensors.get(name, {}))
         cast(model)
         (directory / name).mkdir(parents=True)
         ir.save(model, directory / name / "model.onnx")
-        memory[name] = footprint(model, partial(_sizes, source))
         for target, module in TARGETS.items():
             copy = ir.load(directory / name / "model.onnx")
             if importlib.import_module(module).prepare(copy):
@@ -303,7 +308,7 @@ class _Parts:
             components,
             {},
             {package: _version(package) for package in (*TRACERS, "tilewright")},
-            {"weights": weights, "packed": packed, "settings": settings, "verified": verified},
+            {"weights": weights, "packed": packed, "ops": request.ops, "settings": settings, "verified": verified},
             constants="constants.safetensors" if (root / "constants.safetensors").is_file() else None,
             tokenizers=tuple(f"tokenizers/{file.name}" for file in sorted((root / "tokenizers").glob("*.json"))),
         )

@@ -18,6 +18,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
+from tilewright.export.ops import attach, translations
 from tilewright.export.systems import Source, part_of
 from tilewright.runtime.program import TensorSpec
 
@@ -51,7 +52,7 @@ def parameter_specs(source: Source) -> dict[str, TensorSpec]:
 
 
 def trace(source: Source) -> ir.Model:
-    """The component's graph in standard operators; every parameter is an unresolved external tensor."""
+    """The component's graph, our ops one node each; every parameter is an unresolved external tensor."""
     network = network_on_meta(source)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     _fake_parameters(network, fake)
@@ -66,11 +67,13 @@ def trace(source: Source) -> ir.Model:
             output_names=list(source.outputs),
             optimize=False,
             opset_version=OPSET,
+            custom_translation_table=translations(),
             verbose=False,
         )
     assert program is not None
     model = program.model
     RemoveUnusedNodesPass()(model)
+    attach(model)
     _name_sizes(model, source)
     _unresolve(model, {name for name, _ in network.named_parameters()})
     _slim(model)

@@ -1,30 +1,178 @@
 """Codebook lookup from hidden states: head, per-group argmax, gather and concatenation as one operation.
 
-    logits = W h + b                                  h [..., C], W [G*K, C]
-    index_g = argmax over k of logits[g*K + k]        the lowest k on ties
+    logits = W h + b                                                 h [..., C], W [G*K, C]
+    index_g = argmax over k of logits[g*K + k]                       the lowest k on ties
     codes = [codebook_0[index_0], ..., codebook_G-1[index_G-1]]
 
-Codebooks are one tensor [G, K, D], so that all groups are one gather.
+The logits, 16,384 a token in HiTokSR, never leave the chip. 8-bit h and W come with the product of their scales, which
+multiplies W h.
+
+Operations 2 N C G K; bytes N C + G K C + 2 N G D, times the width of the type, and 4 N G.
 """
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding, linear
+from torch.library import triton_op
+from torch.nn.functional import linear
 
-__all__ = ["codebook_from_hidden", "codebook_from_indices"]
+from tilewright.kernels.codebook import GATHER, chosen, sizes, store_winners, winners
+from tilewright.kernels.face import Face
+from tilewright.kernels.jit import Launch, arch_of, ceil_div, contiguous, jit, launches, run, tl
+
+__all__ = ["FACE", "codebook_from_hidden", "codebook_from_hidden_reference", "plan"]
+
+FULL = 256  # programs that keep a GPU busy; fewer share the codes of a group among several
 
 
-def codebook_from_indices(indices: Tensor, codebook: Tensor) -> Tensor:
-    """The codewords of indices [..., G] from codebooks [G, K, D], concatenated to [..., G*D]."""
-    groups, size, width = codebook.shape
-    flat = indices.long() + torch.arange(0, groups * size, size, device=indices.device)
-    return embedding(flat, codebook.reshape(groups * size, width)).flatten(-2)
+def _body(given: frozenset[str]) -> str:
+    bias = "bias" if "bias" in given else '""'
+    return f"""
+        G = Shape<start = 0, end = 1>(codebook)
+        K = Shape<start = 1, end = 2>(codebook)
+        D = Shape<start = 2, end = 3>(codebook)
+        lead = Shape<start = 0, end = -1>(hidden)
+        C = Shape<start = -1>(hidden)
+        any = Constant<value_ints = [-1]>()
+        flat_shape = Concat<axis = 0>(any, C)
+        rows = Reshape(hidden, flat_shape)
+        logits = Gemm<transB = 1>(rows, weight, {bias})
+        by_group = Concat<axis = 0>(any, G, K)
+        grouped = Reshape(logits, by_group)
+        best = ArgMax<axis = 2, keepdims = 0>(grouped)
+        {GATHER}
+    """
 
 
+FACE = Face("CodebookFromHidden", ("hidden", "weight", "bias?", "codebook"), ("indices:int32", "codes"), _body)
+
+
+def codebook_from_hidden_reference(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, codebook: Tensor, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The formula in float32."""
+    logits = hidden.float() @ weight.float().T
+    logits = logits if scale is None else logits * scale
+    logits = logits if bias is None else logits + bias.float()
+    return chosen(logits.unflatten(-1, codebook.shape[:2]).argmax(-1), codebook)
+
+
+@jit
+def _codebook_from_hidden_kernel(
+    hidden_ptr, weight_ptr, bias_ptr, codebook_ptr, scale_ptr, ROWS, indices_ptr, codes_ptr, scores_ptr, places_ptr,
+    C: tl.constexpr, G: tl.constexpr, K: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, SHARE: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    group, part = tl.program_id(1), tl.program_id(2)
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    lane = tl.arange(0, BLOCK_K)
+    # a row past the end reads the first one: what it finds is never stored
+    own = hidden_ptr + tl.where(rows < ROWS, rows, 0).to(tl.int64)[:, None] * C
+    best = tl.full((BLOCK_M, BLOCK_K), float("-inf"), tl.float32)
+    at = tl.full((BLOCK_M, BLOCK_K), 0, tl.int32) + part * SHARE
+    for k0 in tl.range(part * SHARE, part * SHARE + SHARE, BLOCK_K):
+        k = k0 + lane
+        theirs = weight_ptr + (group * K + tl.where(k < K, k, 0)).to(tl.int64)[None, :] * C
+        score = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+        for c0 in tl.range(0, C, BLOCK_C):
+            c = c0 + tl.arange(0, BLOCK_C)
+            h = tl.load(own + c[None, :], mask=(c < C)[None, :], other=0.0)
+            w = tl.load(theirs + c[:, None], mask=(c < C)[:, None], other=0.0)
+            score = tl.dot(h, w, score, input_precision=PRECISION)
+        if scale_ptr is not None:
+            score *= tl.load(scale_ptr)
+        if bias_ptr is not None:
+            score += tl.load(bias_ptr + group * K + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
+        # lane by lane: reducing a row for every block of codes would cost as much as the comparison itself
+        better = (score > best) & (k < K)[None, :]
+        best = tl.where(better, score, best)
+        at = tl.where(better, k0, at)
+    found = tl.minimum(winners(best, at + lane[None, :]), K - 1)
+    if scores_ptr is None:
+        store_winners(found, rows, group, ROWS, codebook_ptr, indices_ptr, codes_ptr, G, K, D, PADDED_D)
+    else:
+        place = (part * ROWS + rows) * G + group
+        tl.store(scores_ptr + place, tl.max(best, 1), mask=rows < ROWS)
+        tl.store(places_ptr + place, found, mask=rows < ROWS)
+
+
+@jit
+def _best_of_shares_kernel(
+    scores_ptr, places_ptr, codebook_ptr, ROWS, indices_ptr, codes_ptr,
+    G: tl.constexpr, K: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, SHARES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    group = tl.program_id(1)
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    place = (tl.arange(0, SHARES)[None, :] * ROWS + rows[:, None]) * G + group
+    score = tl.load(scores_ptr + place, mask=(rows < ROWS)[:, None], other=float("-inf"))
+    found = winners(score, tl.load(places_ptr + place, mask=(rows < ROWS)[:, None], other=0))
+    store_winners(found, rows, group, ROWS, codebook_ptr, indices_ptr, codes_ptr, G, K, D, PADDED_D)
+
+
+def plan(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, codebook: Tensor, scale: Tensor | None = None,
+    *, arch: int, shares: int | None = None,
+) -> tuple[list[Launch], tuple[Tensor, Tensor]]:  # fmt: skip
+    """The calls that make indices and codes, and these; a group's codes may be shared among several programs."""
+    outputs = indices, codes = _empty(hidden, weight, bias, codebook)
+    hidden, weight, bias, codebook, scale = contiguous(hidden, weight, bias, codebook, scale)
+    rows, groups = hidden.numel() // hidden.shape[-1], codebook.shape[0]
+    m, k, c, warps, stages = _tile(hidden.dtype, arch)
+    if shares is None:
+        shares = _shares(ceil_div(rows, m) * groups, codebook.shape[1] // k)
+    scores = None if shares == 1 else indices.new_empty((shares, rows, groups), dtype=torch.float32)
+    places = None if shares == 1 else indices.new_empty((shares, rows, groups))
+    arguments = {"hidden_ptr": hidden, "weight_ptr": weight, "bias_ptr": bias, "codebook_ptr": codebook}
+    arguments |= {"scale_ptr": scale, "ROWS": rows, "indices_ptr": indices, "codes_ptr": codes}
+    arguments |= {"scores_ptr": scores, "places_ptr": places}
+    constants = sizes(codebook) | {
+        "C": hidden.shape[-1],
+        "SHARE": ceil_div(ceil_div(codebook.shape[1], shares), k) * k,
+        "PRECISION": "ieee" if hidden.dtype == torch.float32 else None,
+        "BLOCK_M": m,
+        "BLOCK_K": k,
+        "BLOCK_C": c,
+    }
+    grid = (ceil_div(rows, m), groups, shares)
+    launches = [Launch(_codebook_from_hidden_kernel, arguments, constants, grid, warps, stages)]
+    if shares > 1:
+        arguments = {"scores_ptr": scores, "places_ptr": places, "codebook_ptr": codebook, "ROWS": rows}
+        arguments |= {"indices_ptr": indices, "codes_ptr": codes}
+        constants = sizes(codebook) | {"SHARES": shares, "BLOCK_M": 64}
+        launches.append(Launch(_best_of_shares_kernel, arguments, constants, (ceil_div(rows, 64), groups), 4, 1))
+    return launches, outputs
+
+
+def _tile(dtype: torch.dtype, arch: int) -> tuple[int, int, int, int, int]:
+    """Rows, codes and channels of a block; warps; stages."""
+    if dtype == torch.float32:
+        return 64, 64, 32, 4, 2
+    return (128, 128 if arch == 90 else 64, 64, 8, 3) if arch in (90, 100) else (64, 128, 64, 8, 2)
+
+
+def _shares(programs: int, blocks: int) -> int:
+    shares = 1
+    while programs * shares * 2 <= FULL and shares * 2 <= blocks:
+        shares *= 2
+    return shares
+
+
+@triton_op("tilewright::codebook_from_hidden", mutates_args={})
 def codebook_from_hidden(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, codebook: Tensor
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, codebook: Tensor, scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The winning indices [..., G] (int32) and their codewords [..., G*D] for hidden states [..., C]."""
-    logits = linear(hidden, weight, bias).unflatten(-1, codebook.shape[:2])
-    indices = logits.argmax(-1)
-    return indices.to(torch.int32), codebook_from_indices(indices, codebook)
+    if not launches(hidden):
+        if scale is not None:
+            return codebook_from_hidden_reference(hidden, weight, bias, codebook, scale)
+        return chosen(linear(hidden, weight, bias).unflatten(-1, codebook.shape[:2]).argmax(-1), codebook)
+    return run(*plan(hidden, weight, bias, codebook, scale, arch=arch_of(hidden)))
+
+
+@codebook_from_hidden.register_fake
+def _empty(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, codebook: Tensor, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    groups, _, width = codebook.shape
+    indices = hidden.new_empty((*hidden.shape[:-1], groups), dtype=torch.int32)
+    return indices, codebook.new_empty((*hidden.shape[:-1], groups * width))

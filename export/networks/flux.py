@@ -13,8 +13,11 @@ import torch.nn.functional as F
 from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
-from tilewright.export.networks.low_rank import Branches, LowRank, Strength, add_branches
+from tilewright.export.networks.low_rank import Branches, LowRank, Strength, add_branches, terms
 from tilewright.export.networks.sinusoid import Sinusoid
+from tilewright.kernels.concat_project import concat_project
+from tilewright.kernels.joint_attention import joint_attention
+from tilewright.kernels.qkv_norm_rope import qkv_norm_rope
 
 __all__ = ["Modulate", "Step"]
 
@@ -171,7 +174,7 @@ class Step(_Flux):
         x = self._embed(z, y, height, width)
         text = model.context_embedder(text)
         length = text.shape[1]
-        turn = self._rotation(z.shape[0], length, height, width)
+        turn = self._rotation(height, width)
         rows = rows[::-1]
         for block in model.transformer_blocks:
             x, text = self._double(block, x, text, [rows.pop() for _ in range(12)], turn)
@@ -185,20 +188,22 @@ class Step(_Flux):
     def _embed(self, z: Tensor, y: Tensor, height: int, width: int) -> Tensor:
         """Noisy and conditioning latents, joined by channels, through the columns of the embedder that see them."""
         linear: Any = self.transformer.x_embedder
-        tokens = F.pixel_unshuffle(torch.cat((z, y), 1), 2).flatten(2).transpose(1, 2)
+        noisy, given = (F.pixel_unshuffle(latent, 2).flatten(2).transpose(1, 2) for latent in (z, y))
         joined = 2 * self.latent
-        x = F.linear(tokens, linear.weight[:, :joined], linear.bias)
-        mask = linear.weight[:, joined:].sum(1)
+        term, mask = linear.bias, linear.weight[:, joined:].sum(1)
         if isinstance(linear, LowRank):
-            x = x + linear.low_rank(tokens, linear.lora_A[:, :joined])
-            mask = mask + linear.low_rank(linear.lora_A.new_ones(1), linear.lora_A[:, joined:].sum(1, keepdim=True))
+            low = concat_project(noisy, given, linear.lora_A, linear.lora_A.new_zeros(len(linear.lora_A)))
+            term = term + linear.raised(low)
+            mask = mask + linear.raised(linear.lora_A[:, joined:].sum(1))
         if self.diptych:
-            right = (torch.arange(width) >= width // 2).to(x.dtype)
-            return x + right.expand(height, -1).reshape(1, -1, 1) * mask
-        return x + self.mask * mask if self.mask else x
+            right = (torch.arange(width) >= width // 2).to(z.dtype)
+            term = term + right.expand(height, -1).reshape(1, -1, 1) * mask
+        elif self.mask:
+            term = term + self.mask * mask
+        return concat_project(noisy, given, linear.weight, term)
 
-    def _rotation(self, batch: int, length: int, height: int, width: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines [B, T + N, width / 2]: text does not turn, an image token by its row and its column."""
+    def _rotation(self, height: int, width: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [N, width / 2] of the image tokens, each by its row and its column; text does not turn."""
         by_row = torch.arange(height, dtype=torch.float32)[:, None] * self.per_row
         by_column = torch.arange(width, dtype=torch.float32)[:, None] * self.per_column
         angles = (
@@ -206,8 +211,8 @@ class Step(_Flux):
             by_row[:, None].expand(-1, width, -1),
             by_column[None].expand(height, -1, -1),
         )
-        turned = torch.cat((torch.zeros(length, self.width // 2), torch.cat(angles, 2).flatten(0, 1)))[None]
-        return turned.cos().expand(batch, -1, -1), turned.sin().expand(batch, -1, -1)
+        turned = torch.cat(angles, 2).flatten(0, 1)
+        return turned.cos(), turned.sin()
 
     def _double(
         self, block: Any, x: Tensor, text: Tensor, rows: list[Tensor], turn: tuple[Tensor, Tensor]
@@ -216,13 +221,13 @@ class Step(_Flux):
         image, words = rows[:6], rows[6:]
         a = block.norm1.norm(x) * (1 + image[1]) + image[0]
         b = block.norm1_context.norm(text) * (1 + words[1]) + words[0]
-        query = (self._split(attn.add_q_proj(b), attn.norm_added_q), self._split(attn.to_q(a), attn.norm_q))
-        key = (self._split(attn.add_k_proj(b), attn.norm_added_k), self._split(attn.to_k(a), attn.norm_k))
-        value = (self._split(attn.add_v_proj(b)), self._split(attn.to_v(a)))
-        seen = self._attend(torch.cat(query, 2), torch.cat(key, 2), torch.cat(value, 2), turn)
-        length = text.shape[1]
-        x = x + image[2] * attn.to_out[0](seen[:, length:])
-        text = text + words[2] * attn.to_add_out(seen[:, :length])
+        words_qkv = self._qkv(
+            b, (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj), (attn.norm_added_q, attn.norm_added_k)
+        )
+        image_qkv = self._qkv(a, (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k), turn)
+        seen_by_text, seen = joint_attention(*words_qkv, *image_qkv)
+        x = x + image[2] * attn.to_out[0](seen)
+        text = text + words[2] * attn.to_add_out(seen_by_text)
         x = x + image[5] * block.ff(block.norm2(x) * (1 + image[4]) + image[3])
         text = text + words[5] * block.ff_context(block.norm2_context(text) * (1 + words[4]) + words[3])
         return x, text
@@ -230,14 +235,14 @@ class Step(_Flux):
     def _single(self, block: Any, joint: Tensor, rows: list[Tensor], turn: tuple[Tensor, Tensor]) -> Tensor:
         attn = block.attn
         a = block.norm.norm(joint) * (1 + rows[1]) + rows[0]
-        query, key = self._split(attn.to_q(a), attn.norm_q), self._split(attn.to_k(a), attn.norm_k)
-        seen = self._attend(query, key, self._split(attn.to_v(a)), turn)
+        q, k, v = self._qkv(a, (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k), turn)
+        seen = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         return joint + rows[2] * block.proj_out(torch.cat((seen, block.act_mlp(block.proj_mlp(a))), 2))
 
-    def _split(self, x: Tensor, norm: Any = None) -> Tensor:
-        heads = x.unflatten(2, (self.heads, self.width)).transpose(1, 2)
-        return heads if norm is None else norm(heads)
-
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
-        query, key = (torch.onnx.ops.rotary_embedding(q, *turn, interleaved=True) for q in (query, key))
-        return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+    def _qkv(
+        self, x: Tensor, linears: tuple[Any, ...], norms: tuple[Any, Any], turn: tuple[Tensor, ...] = ()
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Normed queries and keys, and values [B, H, N, D]; the tables turn the last tokens."""
+        weights, scales = (linear.weight for linear in linears), (norm.weight for norm in norms)
+        given = (x, None, *weights, *terms(linears, x), *scales, *turn)
+        return qkv_norm_rope(*given, heads=self.heads, epsilon=norms[0].eps, interleaved=True)

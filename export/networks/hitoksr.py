@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention, silu
 from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
-from tilewright.kernels.codebook_from_hidden import codebook_from_hidden, codebook_from_indices
+from tilewright.kernels.codebook_from_hidden import codebook_from_hidden
 from tilewright.kernels.codebook_nearest import codebook_nearest
+from tilewright.kernels.qkv_norm_rope import qkv_norm_rope
 
 __all__ = ["Decode", "Decoder", "Encoder", "Generate", "Generator", "HiTokConfig", "Quantizer", "VisionPrior"]
 
@@ -52,22 +53,16 @@ class HiTokConfig:
 
 
 def rope_tables(rows: int, columns: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [rows * columns, head_dim], angles laid out [row, column, row, column]."""
+    """Cosines and sines [rows * columns, head_dim / 2]: a quarter of a head turns by the row, one by the column."""
     frequencies = 10_000.0 ** -(torch.arange(0, head_dim, 4, device=device) / head_dim)
     row = (torch.arange(rows, device=device).float()[:, None] * frequencies).unsqueeze(1).expand(-1, columns, -1)
     column = (torch.arange(columns, device=device).float()[:, None] * frequencies).unsqueeze(0).expand(rows, -1, -1)
-    angles = torch.cat([row, column, row, column], -1).flatten(0, 1)
+    angles = torch.cat([row, column], -1).flatten(0, 1)
     return angles.cos(), angles.sin()
 
 
-def rotate(tokens: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply rotary positions to [B, heads, N, head_dim], the two halves of a head as pairs."""
-    low, high = tokens.chunk(2, -1)
-    return tokens * cos + torch.cat([-high, low], -1) * sin
-
-
 class Attention(nn.Module):
-    """Self-attention with rotary positions on the patch tokens; the first `prefix` tokens have none."""
+    """Self-attention; the tables turn the patch tokens, the class tokens before them stay."""
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
@@ -75,16 +70,8 @@ class Attention(nn.Module):
         self.to_q, self.to_k, self.to_v, self.to_out = (nn.Linear(dim, dim, bias=False) for _ in range(4))
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        prefix = x.shape[1] - cos.shape[0]
-        q, k, v = (
-            project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, heads, N, head_dim]
-            for project in (self.to_q, self.to_k, self.to_v)
-        )
-        if prefix:
-            q = torch.cat([q[:, :, :prefix], rotate(q[:, :, prefix:], cos, sin)], 2)
-            k = torch.cat([k[:, :, :prefix], rotate(k[:, :, prefix:], cos, sin)], 2)
-        else:
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        weights = self.to_q.weight, self.to_k.weight, self.to_v.weight
+        q, k, v = qkv_norm_rope(x, None, *weights, cos=cos, sin=sin, heads=self.heads)
         return self.to_out(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
@@ -267,8 +254,7 @@ class Quantizer(nn.Module):
 
     def forward(self, latents: Tensor, active: int | None = None) -> tuple[Tensor, Tensor]:
         """Indices [..., G] and codewords [..., G*D]; groups from `active` on are masked with zeros."""
-        indices = codebook_nearest(latents, self.codebook)
-        codes = codebook_from_indices(indices, self.codebook)
+        indices, codes = codebook_nearest(latents, self.codebook)
         kept = len(self.codebook) if active is None else active
         mask = torch.arange(len(self.codebook), device=codes.device) < kept
         return indices, codes * mask.repeat_interleave(self.codebook.shape[-1])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tilewright.runtime.errors import InputError
 from tilewright.runtime.strict import one_line
 
-__all__ = ["Branches", "LowRank", "LowRankConv", "LowRankOnly", "Strength", "Zero", "add_branches"]
+__all__ = ["Branches", "LowRank", "LowRankConv", "LowRankOnly", "Strength", "Zero", "add_branches", "terms"]
 
 Branches = Mapping[str, Sequence[float]]  # path of a module -> rank of its low-rank addition, and the file's scale
 
@@ -21,10 +21,6 @@ class Strength:
     """The caller's LoRA scale while a forward runs; no module, so that tracing may set it."""
 
     value: Tensor | float = 1.0
-
-
-def _pair(x: Tensor, down: Tensor, up: Tensor, factor: Tensor | float) -> Tensor:
-    return F.linear(F.linear(x, down) * factor, up)
 
 
 class LowRank(nn.Linear):
@@ -37,11 +33,19 @@ class LowRank(nn.Linear):
         self.scale, self.strength = scale, strength
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + self.low_rank(x, self.lora_A)
+        return super().forward(x) + self.raised(F.linear(x, self.lora_A))
 
-    def low_rank(self, x: Tensor, down: Tensor) -> Tensor:
-        """The branch for these rows of A's input."""
-        return _pair(x, down, self.lora_B, self.scale * self.strength.value)
+    def raised(self, low: Tensor) -> Tensor:
+        """The branch of what A gave."""
+        return F.linear(low * (self.scale * self.strength.value), self.lora_B)
+
+
+def terms(linears: Sequence[nn.Linear], x: Tensor) -> list[Tensor]:
+    """What each linear adds to W x: its bias, and its branch where it has one."""
+    return [
+        linear.bias + linear.raised(F.linear(x, linear.lora_A)) if isinstance(linear, LowRank) else linear.bias
+        for linear in linears
+    ]
 
 
 class LowRankConv(nn.Conv2d):
@@ -80,7 +84,7 @@ class LowRankOnly(nn.Module):
         self.scale, self.strength = scale, strength
 
     def forward(self, x: Tensor) -> Tensor:
-        return _pair(x, self.lora_A, self.lora_B, self.scale * self.strength.value)
+        return F.linear(F.linear(x, self.lora_A) * (self.scale * self.strength.value), self.lora_B)
 
 
 KINDS: dict[type[nn.Module], Any] = {nn.Conv2d: LowRankConv, nn.Linear: LowRank, Zero: LowRankOnly}

@@ -14,6 +14,8 @@ from onnx_ir.passes.common import (
 )
 from onnxscript.optimizer import fold_constants
 
+from tilewright.kernels.face import DOMAIN
+
 __all__ = ["fold"]
 
 ROUNDS = 4
@@ -27,7 +29,7 @@ def fold(model: ir.Model) -> None:
     # a pass that could see a value would read it, and write a transposed or hashed copy
     for value in weights.values():
         value.const_value = None
-    InlinePass()(model)
+    InlinePass(lambda function: function.domain != DOMAIN)(model)
     for _ in range(ROUNDS):
         with np.errstate(all="ignore"):  # the branch of a Where that is not taken may well divide by zero
             folded = fold_constants(

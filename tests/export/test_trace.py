@@ -16,6 +16,7 @@ import torch
 from polygraphy.tools import main
 from torch import nn
 
+from tilewright.export.ops import inline
 from tilewright.export.systems import Source, hitoksr
 from tilewright.export.trace import OPSET, UNRESOLVED, network_on_meta, trace
 from tilewright.runtime.program import TensorSpec
@@ -116,13 +117,21 @@ def test_every_free_size_in_the_graph_is_one_of_ours(traced, component):
 
 @COMPONENTS
 @FORMS
-def test_the_graph_has_standard_operators_only(graphs, component, form):
+def test_the_graph_has_standard_operators_and_our_nodes_with_a_function_each(graphs, component, form):
     model = ir.load(graphs / f"{component}.{form}.onnx")
-    assert {node.domain for node in model.graph.all_nodes()} == {""}
+    ours = [node for node in model.graph.all_nodes() if node.domain]
+    assert {node.op_type for node in ours} == {
+        "generate": {"QkvNormRope", "CodebookFromHidden"},
+        "decode": {"QkvNormRope"},
+    }[component]
+    assert {node.op_identifier() for node in ours} == {f for f in model.functions if f[0] == "tilewright"}
+    assert {n.domain for f in model.functions.values() if f.domain == "tilewright" for n in f} == {""}
     assert model.opset_imports[""] == OPSET
     if form != "traced":  # folding inlines whatever functions the exporter leaves
-        assert not model.functions
-        assert dict(model.opset_imports) == {"": OPSET}
+        assert {f[0] for f in model.functions} == {"tilewright"}
+        assert dict(model.opset_imports) == {"": OPSET, "tilewright": 1}
+    inline(model)
+    assert {node.domain for node in model.graph.all_nodes()} == {""}
 
 
 @COMPONENTS

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from tilewright.kernels.codebook_from_hidden import codebook_from_hidden, codebook_from_indices
+from tilewright.kernels.codebook import codewords
+from tilewright.kernels.codebook_from_hidden import codebook_from_hidden
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
@@ -106,7 +107,7 @@ def test_codewords_of_indices_are_rows_of_their_groups_side_by_side(case, index_
     generator = np.random.default_rng(case["seed"])
     indices = generator.integers(0, case["size"], (*case["batch"], case["groups"]))
     codebook = torch.from_numpy(generator.normal(size=(case["groups"], case["size"], case["width"]))).to(dtype)
-    codes = codebook_from_indices(torch.from_numpy(indices).to(index_dtype), codebook)
+    codes = codewords(torch.from_numpy(indices).to(index_dtype), codebook)
     assert codes.shape == (*case["batch"], case["groups"] * case["width"])
     for place in np.ndindex(*case["batch"]):
         rows = [codebook[g, indices[(*place, g)]] for g in range(case["groups"])]
@@ -115,7 +116,7 @@ def test_codewords_of_indices_are_rows_of_their_groups_side_by_side(case, index_
 
 def test_indices_of_the_full_size_do_not_overflow_their_type():
     codebook = torch.arange(4 * 4096, dtype=torch.float32).reshape(4, 4096, 1)
-    codes = codebook_from_indices(torch.full((4,), 4095, dtype=torch.int16), codebook)
+    codes = codewords(torch.full((4,), 4095, dtype=torch.int16), codebook)
     assert codes.tolist() == [4095, 8191, 12287, 16383]
 
 

@@ -26,6 +26,15 @@ def nearest_in_loops(latents: np.ndarray, codebook: np.ndarray) -> np.ndarray:
     return indices
 
 
+def codes_in_loops(indices: np.ndarray, codebook: np.ndarray) -> np.ndarray:
+    """The codewords of all groups, side by side."""
+    groups, _, width = codebook.shape
+    codes = np.zeros((*indices.shape[:-1], groups * width))
+    for *place, g in np.ndindex(indices.shape):
+        codes[(*place, slice(g * width, (g + 1) * width))] = codebook[g, indices[(*place, g)]]
+    return codes
+
+
 def grid(generator: np.random.Generator, *shape: int) -> np.ndarray:
     """Small integers: every product and sum is exact in every type, so equal distances are equal numbers."""
     return generator.integers(-2, 3, shape).astype(np.float64)
@@ -48,9 +57,11 @@ def test_indices_on_a_grid_of_integers_are_those_of_the_loops_in_every_type(case
     generator = np.random.default_rng(case["seed"])
     codebook = grid(generator, case["groups"], case["size"], case["width"])  # few values: most cases hold ties
     latents = grid(generator, *case["batch"], case["groups"] * case["width"])
-    found = codebook_nearest(torch.from_numpy(latents).to(dtype), torch.from_numpy(codebook).to(dtype))
-    assert found.dtype == torch.int32
-    np.testing.assert_array_equal(found.numpy(), nearest_in_loops(latents, codebook))
+    found, codes = codebook_nearest(torch.from_numpy(latents).to(dtype), torch.from_numpy(codebook).to(dtype))
+    assert (found.dtype, codes.dtype) == (torch.int32, dtype)
+    indices = nearest_in_loops(latents, codebook)
+    np.testing.assert_array_equal(found.numpy(), indices)
+    np.testing.assert_array_equal(codes.double().numpy(), codes_in_loops(indices, codebook))
 
 
 @settings(deadline=None, max_examples=40)
@@ -59,7 +70,7 @@ def test_no_codeword_is_nearer_than_the_chosen_one(case, dtype):
     generator = np.random.default_rng(case["seed"])
     codebook = torch.from_numpy(generator.normal(size=(case["groups"], case["size"], case["width"]))).to(dtype)
     latents = torch.from_numpy(generator.normal(size=(*case["batch"], case["groups"] * case["width"]))).to(dtype)
-    found = codebook_nearest(latents, codebook).numpy()
+    found = codebook_nearest(latents, codebook)[0].numpy()
     z, c = latents.double().numpy(), codebook.double().numpy()
     # |c|^2 / 2 - z.c is a sum of 2 D terms, each rounded to eps of it; the distance is twice that
     terms = np.abs(c).max() ** 2 / 2 + np.abs(c).max() * np.abs(z).max()
@@ -75,19 +86,19 @@ def test_the_lowest_index_wins_a_tie(dtype):
     codebook = torch.tensor([[[3, 0], [1, 0], [-1, 0], [1, 0]], [[5, 5], [5, 5], [0, 1], [1, 0]]], dtype=dtype)
     # group 0: 1 and 3 are one codeword; then 1, 2, 3 are equally far; group 1: 2 and 3 are equally far
     latents = torch.tensor([[1, 0, 0, 0], [0, 0, 5, 5], [3, 4, 0, 0]], dtype=dtype)
-    assert codebook_nearest(latents, codebook).tolist() == [[1, 2], [1, 0], [0, 2]]
+    assert codebook_nearest(latents, codebook)[0].tolist() == [[1, 2], [1, 0], [0, 2]]
 
 
 def test_groups_read_their_own_channels_and_their_own_codebook():
     codebook = torch.tensor([[[0.0, 0.0], [9.0, 9.0]], [[9.0, 9.0], [0.0, 0.0]]])
-    assert codebook_nearest(torch.tensor([0.0, 0.0, 0.0, 0.0]), codebook).tolist() == [0, 1]
-    assert codebook_nearest(torch.tensor([9.0, 9.0, 0.0, 0.0]), codebook).tolist() == [1, 1]
-    assert codebook_nearest(torch.tensor([0.0, 0.0, 9.0, 9.0]), codebook).tolist() == [0, 0]
+    assert codebook_nearest(torch.tensor([0.0, 0.0, 0.0, 0.0]), codebook)[0].tolist() == [0, 1]
+    assert codebook_nearest(torch.tensor([9.0, 9.0, 0.0, 0.0]), codebook)[0].tolist() == [1, 1]
+    assert codebook_nearest(torch.tensor([0.0, 0.0, 9.0, 9.0]), codebook)[0].tolist() == [0, 0]
 
 
 def test_a_long_codeword_in_the_same_direction_does_not_beat_a_near_one():
     codebook = torch.tensor([[[100.0, 0.0], [1.0, 1.0]]])  # the larger product belongs to the farther codeword
-    assert codebook_nearest(torch.tensor([[1.0, 0.0]]), codebook).tolist() == [[1]]
+    assert codebook_nearest(torch.tensor([[1.0, 0.0]]), codebook)[0].tolist() == [[1]]
 
 
 @pytest.mark.parametrize("shape", [(4096, 8), (4096, 1)], ids=["a group of the full preset", "scalars"])
@@ -96,7 +107,9 @@ def test_codewords_find_themselves(shape):
     codebook = torch.randn(4, *shape, generator=generator, dtype=torch.float64)
     chosen = torch.randint(shape[0], (2, 3, 4), generator=generator)
     latents = torch.stack([codebook[g][chosen[..., g]] for g in range(4)], -2).flatten(-2)
-    np.testing.assert_array_equal(codebook_nearest(latents, codebook).numpy(), chosen.numpy())
+    found, codes = codebook_nearest(latents, codebook)
+    np.testing.assert_array_equal(found.numpy(), chosen.numpy())
+    assert torch.equal(codes, latents)
 
 
 def test_an_exported_program_runs_at_other_sizes():
@@ -110,6 +123,8 @@ def test_an_exported_program_runs_at_other_sizes():
     exported = torch.export.export(Nearest(), (torch.zeros(2, 5, 6).double(), codebook), dynamic_shapes=(sizes, None))
     for batch, tokens in [(2, 5), (3, 11)]:
         latents = grid(generator, batch, tokens, 6)
-        found = exported.module()(torch.from_numpy(latents), codebook)
+        found, codes = exported.module()(torch.from_numpy(latents), codebook)
         assert found.dtype == torch.int32
-        np.testing.assert_array_equal(found.numpy(), nearest_in_loops(latents, codebook.numpy()))
+        indices = nearest_in_loops(latents, codebook.numpy())
+        np.testing.assert_array_equal(found.numpy(), indices)
+        np.testing.assert_array_equal(codes.numpy(), codes_in_loops(indices, codebook.numpy()))

@@ -20,6 +20,7 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from tilewright.export.networks import flux
 from tilewright.export.networks import vae as vae_networks
 from tilewright.export.networks.flux import Modulate, Step
 from tilewright.export.networks.low_rank import Branches
@@ -422,10 +423,8 @@ def test_positions_turn_as_in_diffusers_and_text_does_not_turn(monkeypatch):
     """With the published axes, to rows and columns of a picture of 2560 px."""
     config = CONFIG | {"attention_head_dim": 128, "num_attention_heads": 1, "axes_dims_rope": (16, 56, 56)}
     step, turn = made(Step(config)), []
-    rotate = torch.onnx.ops.rotary_embedding
-    monkeypatch.setattr(
-        torch.onnx.ops, "rotary_embedding", lambda x, *tables, **k: turn.append(tables) or rotate(x, *tables, **k)
-    )
+    project = flux.qkv_norm_rope
+    monkeypatch.setattr(flux, "qkv_norm_rope", lambda *given, **k: turn.append(given[10:]) or project(*given, **k))
     table = random(replace(PRESETS["full"], transformer=config).rows, 128)
     worst = 0.0
     for height, width in ((160, 1), (1, 160), (13, 9)):
@@ -434,13 +433,12 @@ def test_positions_turn_as_in_diffusers_and_text_does_not_turn(monkeypatch):
         step(latent, latent, random(1, WORDS, 32), SIGMAS[0], SIGMAS[1], None, table)
         ids = FluxFillPipeline._prepare_latent_image_ids(1, height, width, "cpu", torch.float32)
         expected = FluxPosEmbed(10_000, (16, 56, 56))(torch.cat((torch.zeros(WORDS, 3), ids)))
-        assert len(turn) == 2 * 4  # queries and keys of every block
-        for tables in turn:
+        assert sorted(map(len, turn)) == [0, 0, 2, 2, 2, 2]  # no tables for the text of two double blocks
+        for tables in filter(None, turn):
             for ours, theirs in zip(tables, expected, strict=True):
-                assert ours.shape == (1, WORDS + height * width, 64)
+                assert ours.shape == (height * width, 64)  # the last tokens: those before them do not turn
                 assert torch.equal(theirs[:, ::2], theirs[:, 1::2])  # channels turn in neighbouring pairs
-                worst = max(worst, float((ours[0] - theirs[:, ::2]).abs().max()))
-            assert bool((tables[0][:, :WORDS] == 1).all()) and bool((tables[1][:, :WORDS] == 0).all())
+                worst = max(worst, float((ours - theirs[WORDS:, ::2]).abs().max()))
     assert worst <= 2e-5  # float32 rounds the frequency and its product with 159: 1.7e-5 at most
 
 
@@ -648,7 +646,10 @@ def test_the_graph_needs_each_parameter_and_has_plain_operators(graphs, name):
     model, eager = graphs[name].model, graphs[name].eager
     outside = {n for n, v in model.graph.initializers.items() if isinstance(v.const_value, ir.ExternalTensor)}
     assert outside == {n for n, _ in eager.named_parameters()}
-    assert {node.domain for node in model.graph.all_nodes()} == {""}
+    ours = {node.op_type for node in model.graph.all_nodes() if node.domain == "tilewright"}
+    double = {"JointAttention"} if any(".transformer_blocks." in name for name in outside) else set()
+    assert ours == ({"ConcatProject", "QkvNormRope", *double} if "step" in name else set())
+    assert {node.domain for node in model.graph.all_nodes()} <= {"", "tilewright"}
     assert [value.name for value in model.graph.inputs] == list(graphs[name].source.inputs)
 
 

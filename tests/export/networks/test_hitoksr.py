@@ -22,7 +22,7 @@ from tilewright.export.networks.hitoksr import (
     unpatch,
 )
 from tilewright.export.systems.hitoksr import PRESETS
-from tilewright.kernels.codebook_from_hidden import codebook_from_indices
+from tilewright.kernels.codebook import codewords
 
 TINY = HiTokConfig(**PRESETS["tiny"])
 # no two sizes alike, two class tokens, three levels of the stem and so a patch of 4, one head 16 wide
@@ -233,7 +233,7 @@ def test_positions_are_those_of_the_formula():
     for token in range(rows * columns):
         row, column = divmod(token, columns)
         turns = [10_000 ** (-4 * i / width) for i in range(width // 4)]
-        angles = [place * turn for place in (row, column, row, column) for turn in turns]
+        angles = [place * turn for place in (row, column) for turn in turns]
         np.testing.assert_allclose(cos[token], np.cos(angles), rtol=0, atol=1e-14)
         np.testing.assert_allclose(sin[token], np.sin(angles), rtol=0, atol=1e-14)
 
@@ -250,8 +250,8 @@ def test_positions_in_float32_stay_within_a_rounding_of_the_angle():
 
 
 @pytest.mark.parametrize("width", [4, 64, 196])  # one frequency; the full preset; 1 / (4 / 196) is more than 49
-def test_there_are_as_many_angles_as_channels_at_any_width_of_a_head(width):
-    assert rope_tables(2, 3, width, torch.device("cpu"))[0].shape == (6, width)
+def test_there_are_as_many_angles_as_pairs_of_channels_at_any_width_of_a_head(width):
+    assert rope_tables(2, 3, width, torch.device("cpu"))[0].shape == (6, width // 2)
 
 
 def test_unpatching_is_a_depth_to_space_whose_channel_runs_fastest():
@@ -304,7 +304,7 @@ def test_the_grid_of_codes_is_row_major_and_its_groups_lie_side_by_side():
     for y, x in np.ndindex(2, 3):
         assert torch.equal(indices[0, :, y, x], flat[0, y * 3 + x])
         assert torch.equal(codes[0, :, y, x], values[0, y * 3 + x])
-        assert torch.equal(codes[0, :, y, x], codebook_from_indices(flat[0, y * 3 + x], network.quantizer.codebook))
+        assert torch.equal(codes[0, :, y, x], codewords(flat[0, y * 3 + x], network.quantizer.codebook))
 
 
 def test_winners_are_those_of_a_search_through_all_scores():
@@ -346,7 +346,7 @@ def test_the_generator_and_the_tokenizer_mean_the_same_codewords_by_an_index():
     _, codes = generator(random(1, 3, 32, 32), random(1, 4, 32), random(1, 4, 32), quantizer.codebook)
     indices, again = quantizer(codes)
     assert torch.equal(again, codes)
-    assert torch.equal(codebook_from_indices(indices, quantizer.codebook), codes)
+    assert torch.equal(codewords(indices, quantizer.codebook), codes)
 
 
 @CONFIGS

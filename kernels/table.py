@@ -1,0 +1,181 @@
+"""Every op of the project, with the sizes that the published systems call it at."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tilewright.kernels import (
+    codebook_from_hidden,
+    codebook_from_logits,
+    codebook_nearest,
+    concat_project,
+    in_token_attention,
+    joint_attention,
+    qkv_norm_rope,
+)
+from tilewright.kernels.face import Face
+from tilewright.kernels.jit import Launch
+
+__all__ = ["KERNELS", "Case", "Made", "Op"]
+
+Made = Callable[..., Tensor]  # a tensor of these sizes in the op's type, or in `dtype=`
+Case = Callable[[Made], tuple[tuple[Any, ...], dict[str, Any]]]  # arguments of a call
+
+
+@dataclass(frozen=True)
+class Op:
+    """One operation: how it is called, what it must give, what it is elsewhere."""
+
+    name: str
+    run: Callable[..., Any]
+    reference: Callable[..., Any]
+    plan: Callable[..., tuple[list[Launch], Any]] | None  # none: a composition of others
+    face: Face | None
+    cases: dict[str, Case]  # "small", and the published sizes
+    multiplies: bool = True  # so that its kernel must use tensor cores
+    eight_bit: bool = False  # takes float8_e4m3fn
+
+
+def _concat_project(batch: int, tokens: int, x: int, c: int, weight: int, out: int) -> Case:
+    return lambda made: (
+        (made(batch, tokens, x), made(batch, tokens, c), made(out, weight), made(out)),
+        {},
+    )
+
+
+def _qkv_norm_rope(batch: int, tokens: int, prefix: int, heads: int, width: int, *, flux: bool) -> Case:
+    dim = heads * width
+
+    def case(made: Made) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        tables = [made(tokens - prefix, width // 2, dtype=torch.float32) for _ in range(2)]
+        weights = [made(dim, dim) for _ in range(3)]
+        terms = [made(dim) for _ in range(3)] if flux else [None] * 3
+        norms = [made(width) for _ in range(2)] if flux else [None] * 2
+        return (made(batch, tokens, dim), None, *weights, *terms, *norms, *tables), {
+            "heads": heads,
+            "interleaved": flux,
+        }
+
+    return case
+
+
+def _joint_attention(batch: int, heads: int, text: int, image: int, width: int) -> Case:
+    return lambda made: (
+        tuple(made(batch, heads, tokens, width) for tokens in (text, image) for _ in range(3)),
+        {},
+    )
+
+
+def _in_token_attention(batch: int, tokens: int, text: int, heads: int, width: int) -> Case:
+    dim = heads * width
+
+    def case(made: Made) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        embed = made(dim, 384), made(dim)
+        weights, terms = (tuple(made(*shape) for _ in range(3)) for shape in ((dim, dim), (dim,)))
+        tables = tuple(made(tokens, width // 2, dtype=torch.float32) for _ in range(2))
+        words = tuple(made(batch, heads, text, width) for _ in range(3))
+        x, c = (made(batch, tokens, 64) for _ in range(2))
+        return (x, c, embed, weights, terms, (made(width), made(width)), tables, words), {"heads": heads}
+
+    return case
+
+
+def _codebook(rows: int, groups: int, size: int, width: int, channels: int | None) -> Case:
+    first = groups * width if channels is None else channels
+    return lambda made: ((made(rows, first), made(groups, size, width)), {})
+
+
+def _codebook_from_hidden(rows: int, channels: int, groups: int, size: int, width: int) -> Case:
+    logits = groups * size
+    return lambda made: (
+        (made(rows, channels), made(logits, channels), made(logits), made(groups, size, width)),
+        {},
+    )
+
+
+KERNELS = {
+    op.name: op
+    for op in (
+        Op(
+            "concat_project",
+            concat_project.concat_project,
+            concat_project.concat_project_reference,
+            concat_project.plan,
+            concat_project.FACE,
+            {
+                "small": _concat_project(2, 70, 40, 24, 80, 96),
+                "in-token": _concat_project(1, 14_400, 64, 64, 384, 3072),
+                "vicr": _concat_project(1, 8192, 64, 64, 384, 3072),
+            },
+            eight_bit=True,
+        ),
+        Op(
+            "qkv_norm_rope",
+            qkv_norm_rope.qkv_norm_rope,
+            qkv_norm_rope.qkv_norm_rope_reference,
+            qkv_norm_rope.plan,
+            qkv_norm_rope.FACE,
+            {
+                "small": _qkv_norm_rope(2, 70, 5, 3, 32, flux=True),
+                "flux": _qkv_norm_rope(1, 14_400, 0, 24, 128, flux=True),
+                "hitoksr": _qkv_norm_rope(1, 1028, 4, 12, 64, flux=False),
+            },
+        ),
+        Op(
+            "joint_attention",
+            joint_attention.joint_attention,
+            joint_attention.joint_attention_reference,
+            joint_attention.plan,
+            joint_attention.FACE,
+            {
+                "small": _joint_attention(2, 2, 21, 100, 64),
+                "flux": _joint_attention(1, 24, 1241, 14_400, 128),
+                "dino": _joint_attention(1, 12, 5, 1024, 64),
+            },
+        ),
+        Op(
+            "in_token_attention",
+            in_token_attention.in_token_attention,
+            in_token_attention.in_token_attention_reference,
+            None,
+            None,
+            {
+                "small": _in_token_attention(2, 70, 21, 2, 32),
+                "in-token": _in_token_attention(1, 14_400, 1241, 24, 128),
+            },
+        ),
+        Op(
+            "codebook_nearest",
+            codebook_nearest.codebook_nearest,
+            codebook_nearest.codebook_nearest_reference,
+            codebook_nearest.plan,
+            codebook_nearest.FACE,
+            {"small": _codebook(150, 4, 500, 8, None), "hitoksr": _codebook(16_384, 4, 4096, 8, None)},
+        ),
+        Op(
+            "codebook_from_logits",
+            codebook_from_logits.codebook_from_logits,
+            codebook_from_logits.codebook_from_logits_reference,
+            codebook_from_logits.plan,
+            codebook_from_logits.FACE,
+            {"small": _codebook(150, 4, 500, 8, 2000), "hitoksr": _codebook(16_384, 4, 4096, 8, 16_384)},
+            multiplies=False,
+        ),
+        Op(
+            "codebook_from_hidden",
+            codebook_from_hidden.codebook_from_hidden,
+            codebook_from_hidden.codebook_from_hidden_reference,
+            codebook_from_hidden.plan,
+            codebook_from_hidden.FACE,
+            {
+                "small": _codebook_from_hidden(150, 96, 4, 500, 8),
+                "hitoksr": _codebook_from_hidden(16_384, 768, 4, 4096, 8),
+                "hitoksr-tile": _codebook_from_hidden(1024, 768, 4, 4096, 8),
+            },
+            eight_bit=True,
+        ),
+    )
+}

@@ -1,8 +1,9 @@
 # Every target sets itself up in .venv.
 PYTHON ?= python3
 BIN := .venv/bin
+CMAKE := $(or $(wildcard $(BIN)/cmake),cmake)
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench native clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -25,6 +26,13 @@ lint: .venv/ready
 
 bench: .venv/ready
 	$(BIN)/python bench/run.py
+
+# needs a C++ compiler, CMake, and Debian's mirror where ONNX Runtime's headers are not installed
+native:
+	test -n "$$ONNXRUNTIME_ROOT" || pkg-config --exists libonnxruntime || kernels/native/headers.sh build/onnxruntime
+	$(CMAKE) -S kernels/native -B build/native $(if $(shell command -v ninja),-G Ninja)
+	$(CMAKE) --build build/native
+	$(CMAKE) --install build/native
 
 clean:
 	rm -rf .venv out build *.egg-info

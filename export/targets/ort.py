@@ -3,10 +3,11 @@
 import onnx_ir as ir
 
 from tilewright.export.rewrites.group_norm import group_norm
+from tilewright.export.rewrites.silu_conv import silu_conv
 
 __all__ = ["prepare"]
 
 
 def prepare(model: ir.Model) -> bool:
     """Rewrite in place; whether anything changed. Measured in bench/latency.py."""
-    return group_norm(model) > 0
+    return group_norm(model) + silu_conv(model) > 0

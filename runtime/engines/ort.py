@@ -1,9 +1,10 @@
-"""ONNX Runtime on the CPU.
+"""ONNX Runtime on the CPU, with our own kernels where they are built.
 
 `fast` lets it re-pack the weights for speed, which holds them twice; `low` runs on the mapped files as they are.
 """
 
 import importlib.util
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ from typing import Any
 import numpy as np
 
 from tilewright.runtime.bundle import Bundle, Reference
-from tilewright.runtime.errors import BundleError, ResourceError
+from tilewright.runtime.errors import BundleError, EnvironmentMismatch, ResourceError
 from tilewright.runtime.strict import one_line
 
-__all__ = ["OrtEngine", "missing", "open_engine", "open_graph", "version"]
+__all__ = ["OrtEngine", "missing", "native_library", "open_engine", "open_graph", "version"]
 
+NATIVE = Path(__file__).parents[2] / "kernels" / "native" / "lib" / "libtilewright_cpu.so"  # what `make native` builds
 ONNX_TYPES = {"bfloat16": 16}  # element types of ONNX that NumPy has not
 
 
@@ -30,7 +32,13 @@ def version() -> str:
     """Name and version of what runs."""
     import onnxruntime
 
-    return f"onnxruntime {onnxruntime.__version__}"
+    return f"onnxruntime {onnxruntime.__version__}{' with native kernels' if native_library() else ''}"
+
+
+def native_library() -> Path | None:
+    """Our kernels for ONNX Runtime, if built; TILEWRIGHT_NATIVE names another library, or none when it is empty."""
+    path = os.environ.get("TILEWRIGHT_NATIVE", str(NATIVE))
+    return Path(path) if path and (Path(path).is_file() or "TILEWRIGHT_NATIVE" in os.environ) else None
 
 
 class OrtEngine:
@@ -64,7 +72,8 @@ def open_engine(
     mapped = {
         name: (bundle.folder(str(r.folder), weights_dir) / r.file, r) for name, r in bundle.elsewhere(component).items()
     }
-    return open_graph(bundle.path(engine.file), folder, memory=memory, threads=threads, mapped=mapped)
+    native = engine.precision == "float32"  # what our kernels compute in
+    return open_graph(bundle.path(engine.file), folder, memory=memory, threads=threads, mapped=mapped, native=native)
 
 
 def open_graph(
@@ -74,6 +83,7 @@ def open_graph(
     memory: str = "fast",
     threads: int = 0,
     mapped: Mapping[str, tuple[Path, Reference]] | None = None,
+    native: bool = True,
 ) -> OrtEngine:
     """Open a graph file whose external data lies in `weights`, but for `mapped` initializers; 0 threads: its choice."""
     import onnxruntime as ort
@@ -85,6 +95,14 @@ def open_graph(
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if weights:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights))
+    if native and (library := native_library()):
+        try:
+            options.register_custom_ops_library(str(library))
+        except Exception as error:  # ONNX Runtime's exceptions share no base class
+            raise EnvironmentMismatch(
+                f"native kernels {library} do not load ({one_line(str(error))}); run make native, or "
+                "set TILEWRIGHT_NATIVE= to do without"
+            ) from error
     disabled = []
     if memory == "low":
         # folding, pre-packing and the arena each make a copy of what is mapped

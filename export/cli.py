@@ -11,6 +11,7 @@ import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
+from tilewright.export import kernels_cli
 from tilewright.runtime import cli as runtime_cli
 from tilewright.runtime.errors import TilewrightError, UsageError
 from tilewright.runtime.strict import one_line
@@ -39,6 +40,8 @@ def parser() -> argparse.ArgumentParser:
     _export_verbs(export.add_subparsers(metavar="VERB", required=True))
     runtime = groups.add_parser("runtime", help="restore images with a bundle", epilog=EXIT_CODES)
     runtime_cli.add_verbs(runtime.add_subparsers(metavar="VERB", required=True))
+    kernels = groups.add_parser("kernels", help="list, check and time the ops", epilog=EXIT_CODES)
+    kernels_cli.add_verbs(kernels.add_subparsers(metavar="VERB", required=True))
     return root
 
 
@@ -59,6 +62,12 @@ def _export_verbs(verbs: Any) -> None:
         choices=("auto", "always", "never"),
         default="auto",
         help="compare engines with eager PyTorch (default: where memory allows and weights are real)",
+    )
+    build.add_argument(
+        "--ops",
+        choices=("tilewright", "standard"),
+        default="tilewright",
+        help="keep our ops as nodes with functions, or inline them as standard ONNX",
     )
     build.add_argument("--dry-run", action="store_true", help="predict stages, disk and memory; build nothing")
     build.add_argument("--explain", action="store_true", help="say which inputs changed since the last build")
@@ -151,6 +160,7 @@ def _build(arguments: argparse.Namespace) -> None:
         arguments.random_weights,
         arguments.pack,
         arguments.verify,
+        arguments.ops,
         _given(arguments),
     )
     plan = stages(request)

@@ -1,0 +1,77 @@
+"""How long the ops take at published sizes: native kernels in ONNX Runtime, ours on a GPU, and what they replace."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from tilewright.export.kernels_check import GET_TRITON, NO_GPU, NO_NATIVE
+from tilewright.kernels.accuracy import without_kernels
+from tilewright.kernels.jit import triton
+from tilewright.kernels.sample import sample
+from tilewright.kernels.table import Op
+from tilewright.kernels.timing import RUNS, medians
+from tilewright.runtime.engines import ort
+from tilewright.runtime.strict import one_line
+
+__all__ = ["bench", "on_cpu", "on_gpu"]
+
+Row = dict[str, Any]
+
+
+def bench(ops: Sequence[Op], progress: Callable[[str, int, int], Any]) -> list[Row]:
+    """A row a case: median seconds of each contender, or why there are none."""
+    cases = [(op, case) for op in ops for case in op.cases if case != "small"]
+    rows = []
+    for done, (op, case) in enumerate(cases):
+        progress("cases", done, len(cases))
+        rows.append({"op": op.name, "case": case, "cpu": on_cpu(op, case), "gpu": on_gpu(op, case)})
+    return rows
+
+
+def on_cpu(op: Op, case: str, *, runs: int = RUNS) -> dict[str, float] | str:
+    """float32 in ONNX Runtime, weights constant: the native kernel, and the function's standard operators."""
+    if why := ort.missing():
+        return why
+    from tilewright.export.one_node import call_in_ort, native_kernels
+
+    library = ort.native_library()
+    if library is None:
+        return NO_NATIVE
+    if not native_kernels(library, [op]):
+        return "no native kernel"
+    call = sample(op, case, torch.float32)
+    contenders = {
+        "native": call_in_ort(call, library=library, constant=True),
+        "standard operators": call_in_ort(call, constant=True),
+    }
+    return medians(contenders, runs=runs)
+
+
+def on_gpu(op: Op, case: str, *, runs: int = RUNS) -> dict[str, float] | str:
+    """bfloat16 by CUDA events: our kernels, PyTorch's eager ones, and `torch.compile` of these."""
+    if triton is None or not torch.cuda.is_available():
+        return GET_TRITON if triton is None else NO_GPU
+    call = sample(op, case, torch.bfloat16, "cuda")
+
+    def ours() -> Any:
+        return op.run(*call.arguments, **call.options)
+
+    def eager() -> Any:
+        with without_kernels():
+            return op.run(*call.arguments, **call.options)
+
+    # nothing compiled here may be found by a later process, which would take it for our kernels
+    torch.compiler.config.force_disable_caches = True
+    torch.compiler.reset()  # else, after a few cases, what is compiled here would run eagerly
+    compiled = torch.compile(lambda: op.run(*call.arguments, **call.options))
+
+    def compiled_plain() -> Any:
+        with without_kernels():
+            return compiled()
+
+    try:
+        with torch.no_grad():
+            return medians({"triton": ours, "eager": eager, "torch.compile": compiled_plain}, runs=runs, gpu=True)
+    except Exception as error:  # Triton's, CUDA's and PyTorch's share no base class
+        return f"does not run: {one_line(str(error))}"

@@ -1,0 +1,135 @@
+"""Every op in every implementation that this machine has, against its reference."""
+
+import subprocess
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from tilewright.kernels import accuracy
+from tilewright.kernels.accuracy import Judge, Row
+from tilewright.kernels.face import DOMAIN
+from tilewright.kernels.jit import triton
+from tilewright.kernels.sample import sample, type_name
+from tilewright.kernels.table import Op
+from tilewright.runtime.engines import ort
+from tilewright.runtime.strict import one_line
+
+__all__ = ["GET_TRITON", "NO_GPU", "NO_NATIVE", "check", "here"]
+
+GET_TRITON = "Triton is not installed: pip install 'triton>=3.6'"
+NO_GPU = "no GPU that PyTorch can use"
+NO_NATIVE = "not built: make native"
+NATIVE = ("codebook_nearest", "codebook_from_logits", "codebook_from_hidden")  # what it builds kernels for
+OF_PARTS = "of its parts"
+Progress = Callable[[str, int, int], Any]
+
+
+def here(ops: Sequence[Op]) -> dict[str, Any]:
+    """Which implementations of each op this machine has, and which of them the runtime takes."""
+    native = _native(ops)
+    rows = [
+        {
+            "op": op.name,
+            "cases": [case for case in op.cases if case != "small"],
+            "torch": torch.__version__,
+            "triton": _triton() if op.plan else OF_PARTS,
+            "onnx": f"{DOMAIN}::{op.face.name}" if op.face else OF_PARTS,
+            "native": native[op.name],
+        }
+        for op in ops
+    ]
+    ours = ", ".join(name for name, found in native.items() if found == str(ort.native_library()))
+    standard = "ONNX's standard operators"
+    taken = f"native kernels for {ours}, {standard} for the rest" if ours else standard
+    return {"ops": rows, "runtime": f"the runtime takes {taken}"}
+
+
+def _native(ops: Sequence[Op]) -> dict[str, str]:
+    if why := ort.missing():
+        return dict.fromkeys((op.name for op in ops), why)
+    from tilewright.export.one_node import native_kernels
+
+    library = ort.native_library()
+    if library is None:
+        return {op.name: NO_NATIVE if op.name in NATIVE else "-" for op in ops}
+    found = native_kernels(library, ops)
+    return {op.name: str(library) if op.name in found else "-" for op in ops}
+
+
+def _triton() -> str:
+    if triton is None:
+        return "not installed"
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return f"{triton.__version__}, {gpu}"
+
+
+def check(ops: Sequence[Op], progress: Progress) -> tuple[list[Row], dict[str, str]]:
+    """Verdicts, and why an implementation could not be judged."""
+    absent: dict[str, str] = {}
+    rows = [_row(op, dtype) for op in ops for dtype in (torch.float32, torch.float16, torch.bfloat16)]
+    if triton is None:
+        absent[accuracy.INTERPRETER] = GET_TRITON
+    else:
+        rows += _interpreted(ops)
+    rows += _on_gpu(ops, absent, progress)
+    rows += _in_ort(ops, absent)
+    order = [op.name for op in ops]
+    return sorted(rows, key=lambda row: order.index(row.op)), absent
+
+
+def _interpreted(ops: Sequence[Op]) -> list[Row]:
+    try:
+        return accuracy.interpreted(ops)
+    except subprocess.CalledProcessError as error:
+        why = f"does not run: its process ended with {error.returncode}"
+        return [Row(op.name, "small", accuracy.INTERPRETER, "float32", why=why) for op in ops]
+
+
+def _row(op: Op, dtype: torch.dtype) -> Row:
+    return Judge(sample(op, "small", dtype)).row("torch")
+
+
+def _on_gpu(ops: Sequence[Op], absent: dict[str, str], progress: Progress) -> list[Row]:
+    if triton is None or not torch.cuda.is_available():
+        absent[accuracy.GPU] = GET_TRITON if triton is None else NO_GPU
+        return []
+    rows: list[Row] = []
+    calls = [(op, case, dtype) for op in ops for case in op.cases for dtype in accuracy.types_on_gpu(op, case)]
+    for done, (op, case, dtype) in enumerate(calls):
+        progress("on GPU", done, len(calls))
+        try:
+            rows.append(accuracy.on_gpu(op, case, dtype))
+        except torch.OutOfMemoryError:
+            absent[f"{accuracy.GPU}, {op.name} {case}"] = "its reference does not fit this GPU's memory"
+        except Exception as error:  # Triton's, CUDA's and PyTorch's share no base class
+            why = f"does not run: {one_line(str(error))}"
+            rows.append(Row(op.name, case, accuracy.GPU, type_name(dtype), why=why))
+    return rows
+
+
+def _in_ort(ops: Sequence[Op], absent: dict[str, str]) -> list[Row]:
+    if why := ort.missing():
+        absent["onnx"] = absent["native"] = why
+        return []
+    from tilewright.export.one_node import native_kernels
+
+    faced = [op for op in ops if op.face is not None]
+    rows = [_called(op, dtype, "onnx") for op in faced for dtype in (torch.float32, torch.float16)]
+    if library := ort.native_library():
+        native = native_kernels(library, faced)
+        rows += [_called(op, torch.float32, "native") for op in faced if op.name in native]
+    else:
+        absent["native"] = NO_NATIVE
+    return rows
+
+
+def _called(op: Op, dtype: torch.dtype, implementation: str) -> Row:
+    from tilewright.export.one_node import call_in_ort
+
+    call = sample(op, "small", dtype)
+    try:
+        found = call_in_ort(call, library=ort.native_library() if implementation == "native" else None)()
+    except Exception as error:  # ONNX Runtime's exceptions share no base class
+        return Row(op.name, "small", implementation, type_name(dtype), why=f"does not run: {one_line(str(error))}")
+    return Judge(call).row(implementation, found)

@@ -1,0 +1,185 @@
+"""How far an implementation of an op is off from its float32 reference, and how far it may be.
+
+Kernels may be off by twice what plain PyTorch is in the same type, and by their results' own rounding; plain PyTorch by
+a few roundings of the largest result. Ops that choose a codeword are judged by its score: it may be below the best by
+what rounding does to two scores. As a command: the kernels under Triton's interpreter, as JSON.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from tilewright.kernels.codebook import codewords
+from tilewright.kernels.jit import INTERPRETED, launches
+from tilewright.kernels.sample import EIGHT_BIT, Sample, sample, type_name
+from tilewright.kernels.table import KERNELS, Op
+
+__all__ = ["GPU", "INTERPRETER", "Judge", "Row", "interpreted", "on_gpu", "types_on_gpu", "without_kernels"]
+
+# roundings of the largest result: short types are rounded where results are stored, float32 also within sums; at most
+# 3 and 14 are measured
+ROUNDINGS = {torch.float32: 32}
+FEW_ROUNDINGS = 8
+NEVER = float("inf")
+INTERPRETER, GPU = "triton, interpreted", "triton on GPU"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one implementation gives in one type."""
+
+    op: str
+    case: str
+    implementation: str
+    type: str
+    error: float = NEVER  # of the worst result; of a choice, how far its score is below the best
+    allowed: float = 0.0
+    equal_indices: float | None = None  # share, for ops that choose
+    why: str = ""  # it has no results
+
+    @property
+    def passes(self) -> bool:
+        """Never where a result is not finite."""
+        return self.error <= self.allowed
+
+
+class Judge:
+    """The reference's results for one call, and plain PyTorch's, with which others are compared."""
+
+    def __init__(self, call: Sample) -> None:
+        self.call = call
+        exactly = _Widened() if call.case == "small" else nullcontext()
+        with torch.no_grad(), exactly:
+            self.expected = _several(call.op.reference(*call.arguments, **call.options))
+        with torch.no_grad(), without_kernels():
+            self.usual = _several(call.op.run(*call.arguments, **call.options))
+
+    def row(self, implementation: str, found: Any = None) -> Row:
+        """The verdict on these results, or on plain PyTorch's."""
+        results = self.usual if found is None else _several(found)
+        call = self.call
+        about = call.op.name, call.case, implementation, type_name(call.dtype)
+        if [r.shape for r in results] != [e.shape for e in self.expected]:
+            return Row(*about, why="results of another shape")
+        if results[0].dtype == torch.int32:
+            indices, codes = results
+            codebook = call.arguments[-1]
+            inside = bool(((indices >= 0) & (indices < codebook.shape[1])).all())
+            if not inside or not torch.equal(codes, codewords(indices, codebook)):
+                return Row(*about, why="the codes are not the codewords of the indices")
+            equal = (indices == self.expected[0]).double().mean().item()
+            return Row(*about, *self._below_best(indices), equal)
+        return Row(*about, *self._worst(results, held_to_type=found is None))
+
+    def _worst(self, results: tuple[Tensor, ...], *, held_to_type: bool) -> tuple[float, float]:
+        pairs = []
+        for result, expected, usual in zip(results, self.expected, self.usual, strict=True):
+            rounding = torch.finfo(usual.dtype).eps * expected.abs().max().item()
+            off = _largest(result, expected)
+            of_type = ROUNDINGS.get(usual.dtype, FEW_ROUNDINGS) * rounding
+            pairs.append((off, of_type if held_to_type else 2 * _largest(usual, expected) + 2 * rounding))
+        return max(pairs, key=lambda pair: pair[0] / pair[1] if pair[0] == pair[0] else NEVER)
+
+    def _below_best(self, indices: Tensor) -> tuple[float, float]:
+        exact = scores(self.call, torch.float64)
+        chosen = exact.gather(-1, indices.long().unsqueeze(-1)).squeeze(-1)
+        allowed = 0.0
+        if self.call.op.multiplies:
+            rounding = torch.finfo(torch.float32).eps * exact.abs().max().item()
+            allowed = 2 * _largest(scores(self.call, self.usual[1].dtype), exact) + 2 * rounding
+        return (exact.amax(-1) - chosen).max().item(), allowed
+
+
+def scores(call: Sample, dtype: torch.dtype) -> Tensor:
+    """Of every codeword [..., G, K], computed in a type."""
+    *given, codebook = cast(list[Any], [a if a is None else a.to(dtype) for a in call.arguments])
+    if call.op.name == "codebook_nearest":
+        latents = given[0].unflatten(-1, (codebook.shape[0], -1))
+        return torch.einsum("...gd,gkd->...gk", latents, codebook) - codebook.square().sum(-1) / 2
+    if call.op.name == "codebook_from_hidden":
+        hidden, weight, bias = given
+        logits = hidden @ weight.T
+        logits = logits * call.options["scale"].to(dtype) if "scale" in call.options else logits
+        return _by_group(logits if bias is None else logits + bias, codebook)
+    return _by_group(given[0], codebook)
+
+
+class _Widened(TorchFunctionMode):
+    """A reference in float64, so that what float32 itself is off can be told."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return (Tensor.double if func is Tensor.float else func)(*args, **(kwargs or {}))
+
+
+def _by_group(logits: Tensor, codebook: Tensor) -> Tensor:
+    return logits.unflatten(-1, codebook.shape[:2])
+
+
+def _several(results: Any) -> tuple[Tensor, ...]:
+    return (results,) if isinstance(results, Tensor) else tuple(results)
+
+
+def _largest(result: Tensor, expected: Tensor) -> float:
+    return (result.double() - expected.double()).abs().max().item()
+
+
+@contextmanager
+def without_kernels() -> Iterator[None]:
+    """PyTorch's own operations in the place of our kernels, also on a GPU."""
+    modules = [vars(sys.modules[op.reference.__module__]) for op in KERNELS.values() if op.plan is not None]
+    for module in modules:
+        module["launches"] = lambda x: False
+    try:
+        yield
+    finally:
+        for module in modules:
+            module["launches"] = launches
+
+
+def interpreted(ops: Sequence[Op]) -> list[Row]:
+    """The kernels under Triton's interpreter, in a process of its own: a process interprets or compiles."""
+    command = [sys.executable, "-m", "tilewright.kernels.accuracy", *(op.name for op in ops)]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    ran = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True)
+    return [Row(**row) for row in json.loads(ran.stdout)]
+
+
+def types_on_gpu(op: Op, case: str) -> list[torch.dtype]:
+    """What the compiled kernels are judged in; published sizes are meant for short types."""
+    short = [torch.float16, torch.bfloat16]
+    if op.eight_bit and torch.cuda.get_device_capability() >= (8, 9):
+        short.append(EIGHT_BIT)
+    return [torch.float32, *short] if case == "small" else short
+
+
+def on_gpu(op: Op, case: str, dtype: torch.dtype) -> Row:
+    """The compiled kernels."""
+    call = sample(op, case, dtype, "cuda")
+    with torch.no_grad():
+        found = op.run(*call.arguments, **call.options)
+    return Judge(call).row(GPU, found)
+
+
+def main(names: list[str]) -> None:
+    """In a process that interprets."""
+    assert INTERPRETED
+    torch.set_num_threads(1)
+    rows = []
+    for name in names:
+        for dtype in (torch.float32, torch.float16):  # it takes bfloat16 for integers
+            call = sample(KERNELS[name], "small", dtype)
+            rows.append(Judge(call).row(INTERPRETER, call.op.run(*call.arguments, **call.options)))
+    print(json.dumps([asdict(row) for row in rows]))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

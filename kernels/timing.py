@@ -1,0 +1,46 @@
+"""The timing loop: contenders take turns, so that a drift of the machine hits all alike; medians after a warm-up."""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+__all__ = ["RUNS", "medians"]
+
+RUNS, WARM_UP = 10, 2
+FLUSHED = 256 * 2**20  # bytes that push what the last contender read out of a GPU's cache
+
+
+def medians(
+    contenders: dict[str, Callable[[], Any]], *, runs: int = RUNS, warm_up: int = WARM_UP, gpu: bool = False
+) -> dict[str, float]:
+    """Seconds of each; on a GPU those between two events of its stream."""
+    clock = _gpu_clock() if gpu else _clock
+    seen: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(warm_up + runs):
+        for name, run in contenders.items():
+            seen[name].append(clock(run))
+    return {name: statistics.median(times[warm_up:]) for name, times in seen.items()}
+
+
+def _clock(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def _gpu_clock() -> Callable[[Callable[[], Any]], float]:
+    flushed = torch.empty(FLUSHED, dtype=torch.uint8, device="cuda")
+
+    def clock(run: Callable[[], Any]) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flushed.zero_()  # takes long enough for the launches behind it to be queued, so that none is waited for
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1000
+
+    return clock

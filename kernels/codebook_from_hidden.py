@@ -86,7 +86,7 @@ def _codebook_from_hidden_kernel(
         better = (score > best) & (k < K)[None, :]
         best = tl.where(better, score, best)
         at = tl.where(better, k0, at)
-    found = tl.minimum(winners(best, at + lane[None, :]), K - 1)
+    found = winners(best, at + lane[None, :])
     if scores_ptr is None:
         store_winners(found, rows, group, ROWS, codebook_ptr, indices_ptr, codes_ptr, G, K, D, PADDED_D)
     else:
@@ -163,7 +163,7 @@ def codebook_from_hidden(
 ) -> tuple[Tensor, Tensor]:
     """The winning indices [..., G] (int32) and their codewords [..., G*D] for hidden states [..., C]."""
     if not launches(hidden):
-        if scale is not None:
+        if scale is not None or hidden.element_size() == 1:
             return codebook_from_hidden_reference(hidden, weight, bias, codebook, scale)
         return chosen(linear(hidden, weight, bias).unflatten(-1, codebook.shape[:2]).argmax(-1), codebook)
     return run(*plan(hidden, weight, bias, codebook, scale, arch=arch_of(hidden)))

@@ -78,7 +78,7 @@ def _codebook_nearest_kernel(
         better = score > best  # never a NaN, and never a later one among equals
         best = tl.where(better, score, best)
         at = tl.where(better, k0, at)
-    found = tl.minimum(winners(best, at + lane[None, :]), K - 1)
+    found = winners(best, at + lane[None, :])
     store_winners(found, rows, group, ROWS, codebook_ptr, indices_ptr, codes_ptr, G, K, D, PADDED_D)
 
 

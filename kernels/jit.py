@@ -4,7 +4,7 @@ A process either compiles kernels or interprets them (TRITON_INTERPRET=1, set be
 when it decorates. Without Triton the files still import, and every op takes its plain PyTorch path.
 """
 
-import os
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -19,6 +19,7 @@ try:
 except ImportError:
     triton = None
     tl = SimpleNamespace(constexpr=None)  # what signatures name
+    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # it warns of every op's missing kernel
 
 __all__ = [
     "INTERPRETED",
@@ -34,7 +35,7 @@ __all__ = [
     "triton",
 ]
 
-INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = triton is not None and not isinstance(tl.zeros, triton.JITFunction)  # as Triton decided for its own
 
 
 def jit(function: Callable[..., Any]) -> Any:
@@ -58,7 +59,7 @@ class Launch:
 
     def __call__(self) -> None:
         """Run it on the tensors' device."""
-        if os.environ.get("TRITON_INTERPRET", "0") != str(int(INTERPRETED)):
+        if triton.knobs.runtime.interpret != INTERPRETED:
             raise RuntimeError(
                 "TRITON_INTERPRET changed after Triton was imported; a process interprets or compiles: "
                 "set it before the first import and start again"

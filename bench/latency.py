@@ -1,4 +1,4 @@
-"""HiTokSR at 512x512: our engine against eager PyTorch, its bfloat16 autocast, and a plain export in ONNX Runtime.
+"""HiTokSR at 512x512: our engine, with and without native kernels, against eager PyTorch and a plain export.
 
 Every contender lives in a process of its own and they run in turn, so that thread pools do not fight and a drift of
 the machine hits all alike. Prints JSON; `bench/run.py` stores it.
@@ -7,6 +7,7 @@ the machine hits all alike. Prints JSON; `bench/run.py` stores it.
 import argparse
 import json
 import multiprocessing
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -30,6 +31,12 @@ def engine(bundle: Path, work: Path) -> Callable[[Any], Any]:
         return restorer.engines["decode"].run({"codes": codes}, ["image"])["image"]
 
     return run
+
+
+def standard(bundle: Path, work: Path) -> Callable[[Any], Any]:
+    """The same graphs without native kernels: every node of ours runs its function."""
+    os.environ["TILEWRIGHT_NATIVE"] = ""
+    return engine(bundle, work)
 
 
 def networks(bundle: Path) -> tuple[Any, Any]:
@@ -72,6 +79,11 @@ def plain_export(bundle: Path, work: Path) -> Callable[[Any], Any]:
     import onnxruntime as ort
     import torch
 
+    from tilewright.export.networks import hitoksr
+    from tilewright.kernels.codebook_from_hidden import codebook_from_hidden_reference
+    from tilewright.kernels.qkv_norm_rope import qkv_norm_rope_reference
+
+    hitoksr.codebook_from_hidden, hitoksr.qkv_norm_rope = codebook_from_hidden_reference, qkv_norm_rope_reference
     generate, decode = networks(bundle)
     units = [torch.export.Dim(name, min=1, max=512) for name in ("rows", "columns")]
     sessions = []
@@ -97,7 +109,13 @@ def plain_export(bundle: Path, work: Path) -> Callable[[Any], Any]:
     return run
 
 
-CONTENDERS = {"tilewright": engine, "eager fp32": eager, "eager bf16 autocast": autocast, "plain export": plain_export}
+CONTENDERS = {
+    "tilewright": engine,
+    "tilewright, standard operators": standard,
+    "eager fp32": eager,
+    "eager bf16 autocast": autocast,
+    "plain export": plain_export,
+}
 
 
 def contend(name: str, bundle: Path, work: Path, pipe: Connection) -> None:

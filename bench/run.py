@@ -97,7 +97,14 @@ def toksr(work: Path) -> None:
     bench("batching", "--bundle", half)
 
 
-SYSTEMS = {"hitoksr": hitoksr, "flux": flux, "instantir": instantir, "toksr": toksr}
+def kernels(work: Path) -> None:
+    command = [sys.executable, "-m", "tilewright.export.cli", "kernels"]
+    for name, words in (("kernels_cpu", ["bench"]), ("kernel_resources", ["check", "--resources"])):
+        found = subprocess.run([*command, *words, "--json"], check=True, stdout=subprocess.PIPE).stdout
+        store(name, json.loads(found))
+
+
+SYSTEMS = {"hitoksr": hitoksr, "flux": flux, "instantir": instantir, "toksr": toksr, "kernels": kernels}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)

@@ -99,7 +99,7 @@ def plan(latents: Tensor, codebook: Tensor, *, arch: int) -> tuple[list[Launch],
 def codebook_nearest(latents: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
     """Indices [..., G] (int32) of the codewords nearest to latents [..., G*D] in codebooks [G, K, D]; the codewords."""
     groups, _, width = codebook.shape
-    if not launches(latents):
+    if not launches(latents) or width > 128:  # wider codewords would spill
         grouped = latents.unflatten(-1, (groups, width))
         half_norms = codebook.square().sum(-1) / 2  # [G, K]
         return chosen((half_norms - torch.einsum("...gd,gkd->...gk", grouped, codebook)).argmin(-1), codebook)

@@ -81,8 +81,8 @@ def launches(x: Tensor) -> bool:
 
 
 def fits_a_block(width: int) -> bool:
-    """Whether kernels take heads of this width."""
-    return width >= 16 and width & (width - 1) == 0
+    """Whether kernels take heads of this width; wider ones would not fit shared memory."""
+    return 16 <= width <= 128 and width & (width - 1) == 0
 
 
 def arch_of(x: Tensor) -> int:

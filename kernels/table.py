@@ -153,7 +153,11 @@ KERNELS = {
             codebook_nearest.codebook_nearest_reference,
             codebook_nearest.plan,
             codebook_nearest.FACE,
-            {"small": _codebook(150, 4, 500, 8, None), "hitoksr": _codebook(16_384, 4, 4096, 8, None)},
+            {
+                "small": _codebook(150, 4, 500, 8, None),
+                "hitoksr": _codebook(16_384, 4, 4096, 8, None),
+                "hitoksr-tile": _codebook(1024, 4, 4096, 8, None),
+            },
         ),
         Op(
             "codebook_from_logits",

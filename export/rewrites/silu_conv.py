@@ -41,9 +41,10 @@ def silu_conv(model: ir.Model) -> int:
 
 
 def _is_plain(node: ir.Node) -> bool:
-    attributes = node.attributes
+    attributes, weight = node.attributes, node.inputs[1]
     sizes = {name: list(attributes[name].as_ints()) for name in PLAIN if name in attributes}
-    return sizes == PLAIN and attributes.get_int("group", 1) == 1 and node.outputs[0].dtype == ir.DataType.FLOAT
+    of_floats = weight is not None and weight.dtype == ir.DataType.FLOAT
+    return sizes == PLAIN and attributes.get_int("group", 1) == 1 and of_floats
 
 
 def _rewrite(model: ir.Model, conv: ir.Node) -> bool:

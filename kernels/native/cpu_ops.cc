@@ -54,7 +54,7 @@ Codebook codebook_of(const Tensor& tensor) {
 // Blocks large enough to share a packed weight, and small enough to keep every core busy.
 int64_t rows_of_a_block(int64_t rows, int64_t groups) {
   static const int64_t cores = std::max(1u, std::thread::hardware_concurrency());
-  return std::clamp<int64_t>(rows * groups / (2 * cores), 32, 512);
+  return std::clamp<int64_t>(rows * groups / (2 * cores), 32, 1024);
 }
 
 // Calls choose(choice, block) for all rows and groups on ONNX Runtime's own threads.

@@ -46,7 +46,6 @@ QKV_NORM_ROPE: dict[str, tuple[tuple[int, int, int, int], dict[str, Any]]] = {
     "blocks of 64 channels": ((1, 5, 3, 64), {}),
     "blocks of a head": ((1, 5, 3, 32), {}),
     "a head of 128": ((1, 5, 1, 128), {}),
-    "a head wider than a block": ((1, 5, 2, 256), {}),
     "whole blocks of rows": ((2, 64, 2, 32), {}),
     "one row more": ((1, 129, 2, 32), {}),
     "tails, rows across images": ((2, 70, 2, 32), {"x": 40, "c": 25}),
@@ -65,6 +64,7 @@ QKV_NORM_ROPE: dict[str, tuple[tuple[int, int, int, int], dict[str, Any]]] = {
 QKV_NORM_ROPE_PLAIN: dict[str, tuple[tuple[int, int, int, int], dict[str, Any]]] = {
     "heads of two": ((2, 9, 3, 2), {"c": 5, "prefix": 2}),
     "heads too narrow": ((2, 9, 3, 8), {"c": 5, "prefix": 2}),
+    "heads too wide": ((1, 5, 2, 256), {}),
     "heads of no power of two": ((2, 9, 3, 24), {"c": 5, "prefix": 2}),
     "one head of no power of two": ((1, 9, 1, 96), {}),
 }
@@ -84,6 +84,7 @@ JOINT_ATTENTION = {
 }
 JOINT_ATTENTION_PLAIN = {
     "heads too narrow": (2, 2, 5, 9, 8),
+    "heads too wide": (1, 2, 5, 9, 256),
     "heads of no power of two": (2, 2, 5, 9, 24),
     "one head of one image": (1, 1, 5, 9, 8),
     "no text": (2, 2, 0, 9, 32),

@@ -217,10 +217,10 @@ def test_the_instruction_set_that_is_asked_for_is_the_one_in_use(native, level):
 
 @pytest.mark.parametrize("op", INPUTS)
 def test_neither_threads_nor_other_rows_change_a_choice(op):
-    inputs = full_size(op, 600)  # more than a block
+    inputs = full_size(op, 1100)  # more than a block
     first = INPUTS[op][0]
     indices, codes = session(LIBRARY, op, inputs).run(None, inputs)
-    for threads, rows in [(2, slice(0, 600)), (3, slice(0, 600)), (1, slice(505, 522)), (2, slice(599, 600))]:
+    for threads, rows in [(2, slice(0, 1100)), (3, slice(0, 1100)), (1, slice(1015, 1033)), (2, slice(1099, 1100))]:
         part = inputs | {first: inputs[first][rows]}
         found = session(LIBRARY, op, inputs, threads=threads).run(None, part)
         np.testing.assert_array_equal(found[0], indices[rows])

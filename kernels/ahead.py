@@ -61,7 +61,9 @@ def compiled(launch: Launch, arch: int | str, **options: Any) -> Compiled:
     target = GPUTarget("hip", arch, 64) if isinstance(arch, str) else GPUTarget("cuda", arch, 32)
     wave = 64 if isinstance(arch, str) else 32
     made = triton.compile(
-        source, target=target, options={"num_warps": launch.warps, "num_stages": launch.stages} | options
+        source,
+        target=target,
+        options={"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True} | options,
     )
     data = made.metadata
     if getattr(data, "global_scratch_size", 0) or getattr(data, "profile_scratch_size", 0) or data.num_ctas != 1:

@@ -2,6 +2,7 @@
 
 import subprocess
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ __all__ = ["GET_TRITON", "NO_GPU", "NO_NATIVE", "check", "here"]
 GET_TRITON = "Triton is not installed: pip install 'triton>=3.6'"
 NO_GPU = "no GPU that PyTorch can use"
 NO_NATIVE = "not built: make native"
+NO_CUDA = "not built: cmake -S kernels/native -B build/native -DTILEWRIGHT_CUDA=ON"
 NATIVE = ("codebook_nearest", "codebook_from_logits", "codebook_from_hidden")  # what it builds kernels for
 OF_PARTS = "of its parts"
 Progress = Callable[[str, int, int], Any]
@@ -42,7 +44,14 @@ def here(ops: Sequence[Op]) -> dict[str, Any]:
     ours = ", ".join(name for name, found in native.items() if found == str(ort.native_library()))
     standard = "ONNX's standard operators"
     taken = f"native kernels for {ours}, {standard} for the rest" if ours else standard
-    return {"ops": rows, "runtime": f"the runtime takes {taken}"}
+    library = ort.NATIVE.with_name("libtilewright_cuda.so")
+    plugins = "ahead-of-time plugins, see kernels/tensorrt.py" if find_spec("tensorrt") else "not installed"
+    return {
+        "ops": rows,
+        "runtime": f"the runtime takes {taken}",
+        "tensorrt": plugins,
+        "cuda": str(library) if library.is_file() else NO_CUDA,
+    }
 
 
 def _native(ops: Sequence[Op]) -> dict[str, str]:

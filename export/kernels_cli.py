@@ -55,7 +55,8 @@ def _list(arguments: argparse.Namespace) -> None:
     found = here(_ops(None))
     rows = [[r["op"], ", ".join(r["cases"]), r["torch"], r["triton"], r["onnx"], r["native"]] for r in found["ops"]]
     heads = ["op", "published sizes", "torch", "triton", "onnx", "native"]
-    answer(arguments, found, f"{_table(heads, rows)}\n{found['runtime']}")
+    below = [found["runtime"], f"TensorRT: {found['tensorrt']}", f"ONNX Runtime CUDA: {found['cuda']}"]
+    answer(arguments, found, "\n".join([_table(heads, rows), *below]))
 
 
 def _check(arguments: argparse.Namespace) -> None:

@@ -65,7 +65,8 @@ def test_list_shows_what_is_here(answered, monkeypatch, capsys):
     assert found["runtime"] == "the runtime takes ONNX's standard operators"
     run("list")
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 + len(KERNELS) and lines[0].split()[0] == "op" and lines[-1] == found["runtime"]
+    assert lines[0].split()[0] == "op" and lines[1 + len(KERNELS)] == found["runtime"]
+    assert lines[-2:] == [f"TensorRT: {found['tensorrt']}", f"ONNX Runtime CUDA: {found['cuda']}"]
 
 
 @built

@@ -136,7 +136,7 @@ def _tile(dtype: torch.dtype, width: int, arch: int) -> tuple[int, int, int, int
     if dtype == torch.float32:
         return 32, 32, 4, 1
     if arch in (90, 100):
-        return 128, 64, 8, 3
+        return 128, 64, 8, 2 if arch == 100 and width <= 64 else 3
     return 128, 64 if width <= 64 else 32, 8, 2
 
 

@@ -21,7 +21,6 @@ from tilewright.runtime.strict import one_line
 
 __all__ = ["call_in_ort", "native_kernels", "one_node"]
 
-IR_VERSION = 10  # the first in which a function has overloads
 ELEMENTS = {torch.float32: onnx.TensorProto.FLOAT, torch.float16: onnx.TensorProto.FLOAT16}
 KINDS: dict[str, Callable[[Any], Any]] = {"int": int, "float": float}
 
@@ -31,13 +30,10 @@ def one_node(call: Sample, *, body: bool, constant: bool = False) -> onnx.ModelP
     face = call.op.face
     assert face is not None
     given = _given(call)
-    names = [name if name in given else "" for name in plain(face.inputs)]
     meaning = function(face, frozenset(given), OPSET)
     attributes = dict(_attribute(call, *attribute.split(":")) for attribute in face.attributes)
     outputs = [_output(name, call.dtype) for name in face.outputs]
-    node = helper.make_node(
-        face.name, names, [o.name for o in outputs], domain=DOMAIN, overload=meaning.overload, **attributes
-    )
+    node = helper.make_node(meaning.name, list(given), [o.name for o in outputs], domain=DOMAIN, **attributes)
     inputs = list(given)[:1] if constant else list(given)
     graph = helper.make_graph(
         [node],
@@ -47,7 +43,7 @@ def one_node(call: Sample, *, body: bool, constant: bool = False) -> onnx.ModelP
         [numpy_helper.from_array(a.numpy(), name) for name, a in given.items() if name not in inputs],
     )
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)]
-    return helper.make_model(graph, opset_imports=opsets, functions=[meaning] if body else [], ir_version=IR_VERSION)
+    return helper.make_model(graph, opset_imports=opsets, functions=[meaning] if body else [], ir_version=10)
 
 
 def _given(call: Sample) -> dict[str, Tensor]:

@@ -93,20 +93,25 @@ def attach(model: ir.Model) -> None:
 
 
 def give_function(model: ir.Model, node: ir.Node, face: Face) -> None:
-    """Let the model say what this node means; there is one function for each set of inputs that is left out."""
-    present = [name for name, value in zip(plain(face.inputs), node.inputs, strict=False) if value is not None]
-    made = ir.serde.deserialize_function(function(face, frozenset(present), model.opset_imports[""]))
-    node.overload = made.overload
+    """Let the model say what this node means, by a name of its own for every set of inputs that is left out."""
+    given = {name: v for name, v in zip(plain(face.inputs), node.inputs, strict=False) if v is not None}
+    made = ir.serde.deserialize_function(function(face, frozenset(given), model.opset_imports[""]))
+    for i, value in enumerate(given.values()):
+        node.replace_input_with(i, value)
+    node.resize_inputs(len(given))
+    node.op_type = made.name
     model.functions.setdefault(made.identifier(), made)
     model.opset_imports.setdefault(DOMAIN, VERSION)
 
 
 def function(face: Face, given: frozenset[str], opset: int) -> onnx.FunctionProto:
     """The op in standard operators, for these of its inputs."""
-    inputs, outputs, attributes = plain(face.inputs), plain(face.outputs), plain(face.attributes)
-    variant = face.variant(given)
-    overload = f', overload: "{variant}"' if variant else ""
-    head = f'<domain: "{DOMAIN}", opset_import: ["": {opset}]{overload}> {face.name}'
+    inputs, outputs, attributes = (
+        [n for n in plain(face.inputs) if n in given],
+        plain(face.outputs),
+        plain(face.attributes),
+    )
+    head = f'<domain: "{DOMAIN}", opset_import: ["": {opset}]> {face.called(given)}'
     named = f"<{', '.join(attributes)}>" if attributes else ""
     text = f"{head} {named} ({', '.join(inputs)}) => ({', '.join(outputs)}) {{ {face.body(given)} }}"
     return onnx.parser.parse_function(text)

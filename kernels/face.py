@@ -15,7 +15,11 @@ def plain(names: Iterable[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Face:
-    """A node `tilewright::name`. Attributes are in `attributes` with their types (`int`, `float`)."""
+    """A node `tilewright::name`, or `tilewright::name_without_bias`, which does not take that input.
+
+    An overload would say the same, but TensorRT chooses plugins by name alone, and NVIDIA's tools drop overloads.
+    Attributes are in `attributes` with their types (`int`, `float`).
+    """
 
     name: str
     inputs: tuple[str, ...]  # `bias?` may be left out
@@ -23,7 +27,7 @@ class Face:
     body: Callable[[frozenset[str]], str]  # nodes of opset 23 in ONNX's text form, for the inputs that are given
     attributes: tuple[str, ...] = ()
 
-    def variant(self, given: Collection[str]) -> str:
-        """The name of its form with these inputs: empty where none is left out."""
+    def called(self, given: Collection[str]) -> str:
+        """The node's name with these inputs, which are all it then takes."""
         missing = [name for name in plain(self.inputs) if name not in given]
-        return f"without_{'_'.join(missing)}" if missing else ""
+        return "_".join((self.name, "without", *missing)) if missing else self.name

@@ -4,9 +4,8 @@
     PLUGINS           the names, and the inputs that each takes, in order
 
 TensorRT chooses a plugin by its name alone, and a plugin's inputs are fixed. So an op whose inputs may be left out is
-one plugin for every form that systems use: `QkvNormRope_without_c` is QkvNormRope without c. In graphs these words are
-the node's overload; whoever prepares a graph for TensorRT joins them to the name with an underscore, drops the empty
-inputs, writes every attribute of the face out, and leaves a node whose name is not in PLUGINS to its function.
+one plugin for every form that systems use, by the name it has in graphs: `QkvNormRope_without_c`. Whoever prepares a
+graph for TensorRT writes every attribute of the face out, and inlines the function of a node that is not in PLUGINS.
 
 An op's plan is made of tensors without data whose dynamic dimensions are symbols, so sizes, grid and output shapes come
 out as expressions of the inputs' dimensions. What a plan takes as constants (channels, heads, codes) must be fixed in
@@ -81,8 +80,7 @@ def _forms() -> dict[str, tuple[Op, Face, tuple[str, ...]]]:
         assert op.face is not None
         for missing in FORMS[op.name]:
             inputs = tuple(name for name in plain(op.face.inputs) if name not in missing)
-            name = "_".join(filter(None, (op.face.name, op.face.variant(inputs))))
-            forms[name] = op, op.face, inputs
+            forms[op.face.called(inputs)] = op, op.face, inputs
     return forms
 
 

@@ -7,11 +7,13 @@
 #include <cstdint>
 #include <functional>
 #include <limits>
+#include <memory>
 #include <string>
 #include <thread>
 #include <vector>
 
 #include "codebook.h"
+#include "forms.h"
 #include "silu_conv.h"
 
 namespace {
@@ -19,6 +21,8 @@ namespace {
 using tilewright::Block;
 using tilewright::Choice;
 using tilewright::Codebook;
+using tilewright::FaceInput;
+using tilewright::Form;
 
 struct Tensor {
   const float* data = nullptr;
@@ -37,10 +41,14 @@ void require(bool holds, const std::string& what) {
   if (!holds) ORT_CXX_API_THROW(std::string(what), ORT_INVALID_ARGUMENT);
 }
 
-Tensor input(const Ort::KernelContext& context, size_t index) {
-  const Ort::ConstValue value = context.GetInput(index);
-  if (!value) return {};  // optional, and left out
-  return {value.GetTensorData<float>(), value.GetTensorTypeAndShapeInfo().GetShape()};
+// A call's tensors by their places in the face; those that its form leaves out are empty.
+std::vector<Tensor> inputs_of(const Ort::KernelContext& context, const Form& form, size_t places) {
+  std::vector<Tensor> inputs(places);
+  for (size_t i = 0; i < form.taken.size(); ++i) {
+    const Ort::ConstValue value = context.GetInput(i);
+    inputs[form.taken[i]] = {value.GetTensorData<float>(), value.GetTensorTypeAndShapeInfo().GetShape()};
+  }
+  return inputs;
 }
 
 Codebook codebook_of(const Tensor& tensor) {
@@ -84,77 +92,10 @@ void choose_all(const Ort::KernelContext& context, std::vector<int64_t> shape, c
   if (tasks > 0) context.ParallelFor(one, tasks, 0, &all);
 }
 
-struct Nearest {
-  static constexpr const char* name = "CodebookNearest";
-  static constexpr size_t inputs = 2, optional = inputs;  // none
-
-  static void compute(const Ort::KernelContext& context) {
-    const Tensor latents = input(context, 0), codes = input(context, 1);
-    const Codebook codebook = codebook_of(codes);
-    require(!latents.shape.empty() && latents.last() == codebook.groups * codebook.width,
-            "latents " + text(latents.shape) + " must be [..., G*D] of codebook " + text(codes.shape));
-    choose_all(context, latents.shape, codebook, [&](const Choice& choice, const Block& block) {
-      tilewright::choose_nearest(latents.data, codebook, choice, block);
-    });
-  }
-};
-
-struct FromLogits {
-  static constexpr const char* name = "CodebookFromLogits";
-  static constexpr size_t inputs = 2, optional = inputs;  // none
-
-  static void compute(const Ort::KernelContext& context) {
-    const Tensor logits = input(context, 0), codes = input(context, 1);
-    const Codebook codebook = codebook_of(codes);
-    require(!logits.shape.empty() && logits.last() == codebook.groups * codebook.size,
-            "logits " + text(logits.shape) + " must be [..., G*K] of codebook " + text(codes.shape));
-    choose_all(context, logits.shape, codebook, [&](const Choice& choice, const Block& block) {
-      tilewright::choose_from_logits(logits.data, codebook, choice, block);
-    });
-  }
-};
-
-struct FromHidden {
-  static constexpr const char* name = "CodebookFromHidden";
-  static constexpr size_t inputs = 4, optional = 2;
-
-  static void compute(const Ort::KernelContext& context) {
-    const Tensor hidden = input(context, 0), weight = input(context, 1), bias = input(context, 2);
-    const Tensor codes = input(context, 3);
-    const Codebook codebook = codebook_of(codes);
-    const int64_t choices = codebook.groups * codebook.size;
-    require(weight.shape.size() == 2 && weight.shape[0] == choices,
-            "weight " + text(weight.shape) + " must be [G*K, C] of codebook " + text(codes.shape));
-    require(!bias.data || bias.shape == std::vector<int64_t>{choices},
-            "bias " + text(bias.shape) + " must be [G*K] of codebook " + text(codes.shape));
-    require(!hidden.shape.empty() && hidden.last() == weight.last(),
-            "hidden " + text(hidden.shape) + " must be [..., C] of weight " + text(weight.shape));
-    choose_all(context, hidden.shape, codebook, [&](const Choice& choice, const Block& block) {
-      tilewright::choose_from_hidden(hidden.data, weight.last(), weight.data, bias.data, codebook, choice, block);
-    });
-  }
-};
-
-ONNXTensorElementDataType output_type(size_t output) {
-  return output == 0 ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32 : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
-}
-
-// Exceptions must not leave the library.
-template <class Action>
-OrtStatusPtr status_of(const Action& action) {
-  try {
-    action();
-    return nullptr;
-  } catch (const Ort::Exception& error) {
-    return Ort::Status(error).release();
-  } catch (const std::exception& error) {
-    return Ort::Status(error).release();
-  }
-}
+using Dims = Ort::ShapeInferContext::Shape;
 
 // Ort::ShapeInferContext::SetOutputShape of API 21 marks a named size in a way that newer ONNX Runtimes refuse.
-void set_shape(OrtShapeInferContext* context, size_t output, ONNXTensorElementDataType type,
-               const Ort::ShapeInferContext::Shape& shape) {
+void set_shape(OrtShapeInferContext* context, size_t output, ONNXTensorElementDataType type, const Dims& shape) {
   std::vector<int64_t> sizes;
   std::vector<const char*> names;
   for (const auto& dim : shape) {
@@ -171,59 +112,113 @@ void set_shape(OrtShapeInferContext* context, size_t output, ONNXTensorElementDa
   Ort::ThrowOnError(api.ShapeInferContext_SetOutputTypeShape(context, output, made));
 }
 
-// [..., G] and [..., G*D], where these sizes are numbers and the leading ones are numbers or names.
-void infer_shapes(OrtShapeInferContext* context, size_t codebook_input) {
-  const Ort::ShapeInferContext inputs(&Ort::GetApi(), context);
-  Ort::ShapeInferContext::Shape shape = inputs.GetInputShape(0);
-  const Ort::ShapeInferContext::Shape& codebook = inputs.GetInputShape(codebook_input);
-  const auto number = [](const auto& dim) { return dim.IsInt() && dim.AsInt() >= 0; };
-  const auto known = [&](const auto& dim) { return !dim.IsInt() || number(dim); };
-  if (shape.empty() || !std::all_of(shape.begin(), shape.end() - 1, known)) return;
-  if (codebook.size() != 3 || !number(codebook[0]) || !number(codebook[2])) return;
-  shape.back() = codebook[0];
-  set_shape(context, 0, output_type(0), shape);
-  shape.back() = codebook[0].AsInt() * codebook[2].AsInt();
-  set_shape(context, 1, output_type(1), shape);
+bool number(const Ort::ShapeInferContext::SymbolicInteger& dim) { return dim.IsInt() && dim.AsInt() >= 0; }
+
+bool known(const Ort::ShapeInferContext::SymbolicInteger& dim) { return !dim.IsInt() || number(dim); }
+
+// What the codebook ops share: [..., G] and [..., G*D], where these sizes are numbers and the others numbers or names.
+struct CodebookOutputs {
+  static constexpr size_t outputs = 2;
+
+  static ONNXTensorElementDataType type(size_t output) {
+    return output == 0 ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32 : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+  }
+
+  static void infer_shapes(OrtShapeInferContext* context, size_t inputs) {
+    const Ort::ShapeInferContext shapes(&Ort::GetApi(), context);
+    Dims shape = shapes.GetInputShape(0);
+    const Dims& codebook = shapes.GetInputShape(inputs - 1);
+    if (shape.empty() || !std::all_of(shape.begin(), shape.end() - 1, known)) return;
+    if (codebook.size() != 3 || !number(codebook[0]) || !number(codebook[2])) return;
+    shape.back() = codebook[0];
+    set_shape(context, 0, type(0), shape);
+    shape.back() = codebook[0].AsInt() * codebook[2].AsInt();
+    set_shape(context, 1, type(1), shape);
+  }
+};
+
+struct Nearest : CodebookOutputs {
+  static constexpr const char* name = "CodebookNearest";
+  static inline const std::vector<FaceInput> face{"latents", "codebook"};
+
+  static void compute(const Ort::KernelContext& context, const std::vector<Tensor>& inputs) {
+    const Tensor &latents = inputs[0], &codes = inputs[1];
+    const Codebook codebook = codebook_of(codes);
+    require(!latents.shape.empty() && latents.last() == codebook.groups * codebook.width,
+            "latents " + text(latents.shape) + " must be [..., G*D] of codebook " + text(codes.shape));
+    choose_all(context, latents.shape, codebook, [&](const Choice& choice, const Block& block) {
+      tilewright::choose_nearest(latents.data, codebook, choice, block);
+    });
+  }
+};
+
+struct FromLogits : CodebookOutputs {
+  static constexpr const char* name = "CodebookFromLogits";
+  static inline const std::vector<FaceInput> face{"logits", "codebook"};
+
+  static void compute(const Ort::KernelContext& context, const std::vector<Tensor>& inputs) {
+    const Tensor &logits = inputs[0], &codes = inputs[1];
+    const Codebook codebook = codebook_of(codes);
+    require(!logits.shape.empty() && logits.last() == codebook.groups * codebook.size,
+            "logits " + text(logits.shape) + " must be [..., G*K] of codebook " + text(codes.shape));
+    choose_all(context, logits.shape, codebook, [&](const Choice& choice, const Block& block) {
+      tilewright::choose_from_logits(logits.data, codebook, choice, block);
+    });
+  }
+};
+
+struct FromHidden : CodebookOutputs {
+  static constexpr const char* name = "CodebookFromHidden";
+  static inline const std::vector<FaceInput> face{"hidden", "weight", "bias?", "codebook"};
+
+  static void compute(const Ort::KernelContext& context, const std::vector<Tensor>& inputs) {
+    const Tensor &hidden = inputs[0], &weight = inputs[1], &bias = inputs[2], &codes = inputs[3];
+    const Codebook codebook = codebook_of(codes);
+    const int64_t choices = codebook.groups * codebook.size;
+    require(weight.shape.size() == 2 && weight.shape[0] == choices,
+            "weight " + text(weight.shape) + " must be [G*K, C] of codebook " + text(codes.shape));
+    require(!bias.data || bias.shape == std::vector<int64_t>{choices},
+            "bias " + text(bias.shape) + " must be [G*K] of codebook " + text(codes.shape));
+    require(!hidden.shape.empty() && hidden.last() == weight.last(),
+            "hidden " + text(hidden.shape) + " must be [..., C] of weight " + text(weight.shape));
+    choose_all(context, hidden.shape, codebook, [&](const Choice& choice, const Block& block) {
+      tilewright::choose_from_hidden(hidden.data, weight.last(), weight.data, bias.data, codebook, choice, block);
+    });
+  }
+};
+
+// Exceptions must not leave the library.
+template <class Action>
+OrtStatusPtr status_of(const Action& action) {
+  try {
+    action();
+    return nullptr;
+  } catch (const Ort::Exception& error) {
+    return Ort::Status(error).release();
+  } catch (const std::exception& error) {
+    return Ort::Status(error).release();
+  }
 }
 
-template <class Op>
-struct Kernel {
-  OrtStatusPtr ComputeV2(OrtKernelContext* context) {
-    return status_of([&] { Op::compute(Ort::KernelContext(context)); });
-  }
-};
+struct SiluConv {
+  static constexpr const char* name = "SiluConv";
+  static inline const std::vector<FaceInput> face{"x", "scale", "shift", "weight", "bias?", "residual?"};
+  static constexpr size_t outputs = 1;
 
-template <class Op>
-struct CustomOp : Ort::CustomOpBase<CustomOp<Op>, Kernel<Op>, true> {
-  CustomOp() {
-    this->InferOutputShapeFn = [](const OrtCustomOp*, OrtShapeInferContext* context) {
-      return status_of([&] { infer_shapes(context, Op::inputs - 1); });
-    };
-  }
-  OrtStatusPtr CreateKernelV2(const OrtApi&, const OrtKernelInfo*, void** kernel) const {
-    *kernel = new Kernel<Op>;
-    return nullptr;
-  }
-  const char* GetName() const { return Op::name; }
-  const char* GetExecutionProviderType() const { return "CPUExecutionProvider"; }
-  size_t GetInputTypeCount() const { return Op::inputs; }
-  ONNXTensorElementDataType GetInputType(size_t) const { return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT; }
-  OrtCustomOpInputOutputCharacteristic GetInputCharacteristic(size_t index) const {
-    return index == Op::optional ? INPUT_OUTPUT_OPTIONAL : INPUT_OUTPUT_REQUIRED;
-  }
-  size_t GetOutputTypeCount() const { return 2; }
-  ONNXTensorElementDataType GetOutputType(size_t index) const { return output_type(index); }
-};
+  static ONNXTensorElementDataType type(size_t) { return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT; }
 
-// Neither its inputs nor its output are those of the codebook ops.
-struct SiluConvKernel {
-  OrtStatusPtr ComputeV2(OrtKernelContext* context) {
-    return status_of([&] { compute(Ort::KernelContext(context)); });
+  static void infer_shapes(OrtShapeInferContext* context, size_t) {
+    const Ort::ShapeInferContext shapes(&Ort::GetApi(), context);
+    Dims shape = shapes.GetInputShape(0);
+    const Dims& weight = shapes.GetInputShape(3);
+    if (shape.size() != 4 || weight.size() != 4) return;
+    shape[1] = weight[0];
+    if (std::all_of(shape.begin(), shape.end(), known)) set_shape(context, 0, type(0), shape);
   }
 
-  static void compute(const Ort::KernelContext& context) {
-    const Tensor x = input(context, 0), scale = input(context, 1), shift = input(context, 2);
-    const Tensor weight = input(context, 3), bias = input(context, 4), residual = input(context, 5);
+  static void compute(const Ort::KernelContext& context, const std::vector<Tensor>& inputs) {
+    const Tensor &x = inputs[0], &scale = inputs[1], &shift = inputs[2], &weight = inputs[3];
+    const Tensor &bias = inputs[4], &residual = inputs[5];
     require(x.shape.size() == 4 && x.shape[1] > 0, "x " + text(x.shape) + " must be [B, C, H, W]");
     const std::vector<int64_t> per_channel{x.shape[0], x.shape[1], 1, 1};
     require(scale.shape == per_channel, "scale " + text(scale.shape) + " must be " + text(per_channel));
@@ -247,49 +242,55 @@ struct SiluConvKernel {
   }
 };
 
-struct SiluConvOp : Ort::CustomOpBase<SiluConvOp, SiluConvKernel, true> {
-  static constexpr size_t inputs = 6, optional = 4;  // the last two
+template <class Op>
+struct Kernel {
+  const Form& form;
 
-  SiluConvOp() {
-    InferOutputShapeFn = [](const OrtCustomOp*, OrtShapeInferContext* context) {
-      return status_of([&] {
-        const Ort::ShapeInferContext shapes(&Ort::GetApi(), context);
-        Ort::ShapeInferContext::Shape shape = shapes.GetInputShape(0);
-        const Ort::ShapeInferContext::Shape& weight = shapes.GetInputShape(3);
-        const auto known = [](const auto& dim) { return !dim.IsInt() || dim.AsInt() >= 0; };
-        if (shape.size() != 4 || weight.size() != 4) return;
-        shape[1] = weight[0];
-        if (std::all_of(shape.begin(), shape.end(), known)) {
-          set_shape(context, 0, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, shape);
-        }
-      });
+  OrtStatusPtr ComputeV2(OrtKernelContext* of_ort) {
+    return status_of([&] {
+      const Ort::KernelContext context(of_ort);
+      Op::compute(context, inputs_of(context, form, Op::face.size()));
+    });
+  }
+};
+
+template <class Op>
+struct CustomOp : Ort::CustomOpBase<CustomOp<Op>, Kernel<Op>, true> {
+  const Form form;
+
+  explicit CustomOp(Form taken) : form(std::move(taken)) {
+    this->InferOutputShapeFn = [](const OrtCustomOp* op, OrtShapeInferContext* context) {
+      const size_t inputs = static_cast<const CustomOp*>(op)->form.taken.size();
+      return status_of([&] { Op::infer_shapes(context, inputs); });
     };
   }
   OrtStatusPtr CreateKernelV2(const OrtApi&, const OrtKernelInfo*, void** kernel) const {
-    *kernel = new SiluConvKernel;
+    *kernel = new Kernel<Op>{form};
     return nullptr;
   }
-  const char* GetName() const { return "SiluConv"; }
+  const char* GetName() const { return form.name.c_str(); }
   const char* GetExecutionProviderType() const { return "CPUExecutionProvider"; }
-  size_t GetInputTypeCount() const { return inputs; }
+  size_t GetInputTypeCount() const { return form.taken.size(); }
   ONNXTensorElementDataType GetInputType(size_t) const { return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT; }
-  OrtCustomOpInputOutputCharacteristic GetInputCharacteristic(size_t index) const {
-    return index < optional ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_OPTIONAL;
-  }
-  size_t GetOutputTypeCount() const { return 1; }
-  ONNXTensorElementDataType GetOutputType(size_t) const { return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT; }
+  size_t GetOutputTypeCount() const { return Op::outputs; }
+  ONNXTensorElementDataType GetOutputType(size_t index) const { return Op::type(index); }
 };
 
+template <class Op>
+void add(Ort::CustomOpDomain& domain) {
+  static std::vector<std::unique_ptr<CustomOp<Op>>> ops;  // the domain refers to them for as long as it lives
+  for (Form& form : tilewright::forms_of(Op::name, Op::face)) {
+    ops.push_back(std::make_unique<CustomOp<Op>>(std::move(form)));
+    domain.Add(ops.back().get());
+  }
+}
+
 Ort::CustomOpDomain domain_of_ops() {
-  static const CustomOp<Nearest> nearest;
-  static const CustomOp<FromLogits> from_logits;
-  static const CustomOp<FromHidden> from_hidden;
-  static const SiluConvOp silu_conv;
   Ort::CustomOpDomain domain("tilewright");
-  domain.Add(&nearest);
-  domain.Add(&from_logits);
-  domain.Add(&from_hidden);
-  domain.Add(&silu_conv);
+  add<Nearest>(domain);
+  add<FromLogits>(domain);
+  add<FromHidden>(domain);
+  add<SiluConv>(domain);
   return domain;
 }
 

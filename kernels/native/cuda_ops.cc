@@ -10,7 +10,6 @@
 #include <array>
 #include <cstdio>
 #include <functional>
-#include <initializer_list>
 #include <limits>
 #include <memory>
 #include <numeric>
@@ -19,6 +18,7 @@
 #include <vector>
 
 #include "cubins.h"
+#include "forms.h"
 
 #ifdef TILEWRIGHT_ON_CPU  // tests run all but the kernels, under a driver of their own
 constexpr const char* provider = "CPUExecutionProvider";
@@ -29,6 +29,8 @@ constexpr const char* provider = "CUDAExecutionProvider";
 namespace {
 
 using tilewright::Error;
+using tilewright::FaceInput;
+using tilewright::Form;
 using Shape = std::vector<int64_t>;
 
 std::string text(const Shape& shape) {
@@ -55,8 +57,8 @@ struct Attributes {
 // The shapes that a call comes with, in the order of the face.
 class Inputs {
  public:
-  Inputs(const std::vector<const char*>& names, std::vector<std::unique_ptr<Shape>> shapes)
-      : names_(names), shapes_(std::move(shapes)) {}
+  Inputs(const std::vector<FaceInput>& face, std::vector<std::unique_ptr<Shape>> shapes)
+      : face_(face), shapes_(std::move(shapes)) {}
 
   bool given(size_t i) const { return shapes_[i] != nullptr; }
 
@@ -77,22 +79,10 @@ class Inputs {
     throw Error(name(i) + " " + text(*shapes_[i]) + " must be " + text(expected));
   }
 
-  // All of these or none.
-  bool together(std::initializer_list<size_t> all) const {
-    const bool first = given(*all.begin());
-    for (size_t i : all) {
-      if (given(i) != first) throw Error(name(*all.begin()) + " and " + name(i) + " come together or not at all");
-    }
-    return first;
-  }
-
-  std::string name(size_t i) const {
-    const std::string name = names_[i];
-    return name.back() == '?' ? name.substr(0, name.size() - 1) : name;
-  }
+  const std::string& name(size_t i) const { return face_[i].name; }
 
  private:
-  const std::vector<const char*>& names_;
+  const std::vector<FaceInput>& face_;
   std::vector<std::unique_ptr<Shape>> shapes_;
 };
 
@@ -166,14 +156,13 @@ Plan qkv_norm_rope(const Inputs& in, const Attributes& attributes) {
   in.require(c, {B, N, C});
   for (size_t w : {wq, wk, wv}) in.require(w, {OUT, X + C});
   bool h_rows = false;
-  if (in.together({hq, hk, hv})) {
+  if (in.given(hq)) {
     h_rows = by_row(in, hq, {B, N, OUT});
     for (size_t h : {hk, hv}) in.require(h, h_rows ? Shape{B, N, OUT} : Shape{OUT});
   }
-  in.together({norm_q, norm_k});
   for (size_t norm : {norm_q, norm_k}) in.require(norm, {D});
   int64_t prefix = 0;
-  if (in.together({cos, sin})) {
+  if (in.given(cos)) {
     const int64_t turned = in.of_rank(cos, 2, 2)[0];
     if (turned > N) throw Error("cos turns " + number(turned) + " tokens, x has " + number(N));
     for (size_t table : {cos, sin}) in.require(table, {turned, D / 2});
@@ -244,7 +233,7 @@ Plan codebook_from_hidden(const Inputs& in, const Attributes&) {
 // An op's face, as in its Python file.
 struct Face {
   const char* name;
-  std::vector<const char*> inputs;  // `bias?` may be left out
+  std::vector<FaceInput> inputs;
   size_t outputs;
   bool indices;  // the first output is int32
   Plan (*plan)(const Inputs&, const Attributes&);
@@ -253,7 +242,7 @@ struct Face {
 const std::array<Face, 6> faces{{
     {"ConcatProject", {"x", "c", "weight", "h"}, 1, false, concat_project},
     {"QkvNormRope",
-     {"x", "c?", "wq", "wk", "wv", "hq?", "hk?", "hv?", "norm_q?", "norm_k?", "cos?", "sin?"},
+     {"x", "c?", "wq", "wk", "wv", "hq?h", "hk?h", "hv?h", "norm_q?norm", "norm_k?norm", "cos?turn", "sin?turn"},
      3,
      false,
      qkv_norm_rope},
@@ -276,7 +265,7 @@ const char* type_name(ONNXTensorElementDataType type) {
 
 class Kernel {
  public:
-  Kernel(const Face& face, const OrtKernelInfo* description) : face_(face) {
+  Kernel(const Face& face, const Form& form, const OrtKernelInfo* description) : face_(face), form_(form) {
     if (face.plan != qkv_norm_rope) return;
     const Ort::ConstKernelInfo info(description);
     attributes_ = {info.GetAttribute<int64_t>("heads"), info.GetAttribute<int64_t>("interleaved"),
@@ -294,16 +283,18 @@ class Kernel {
 
  private:
   void compute(const Ort::KernelContext& context) const {
-    std::vector<std::unique_ptr<Shape>> shapes;
+    std::vector<std::unique_ptr<Shape>> shapes(face_.inputs.size());
+    std::vector<const char*> kinds(face_.inputs.size(), "-");
     std::vector<const void*> pointers;
-    std::string types;
-    for (size_t i = 0; i < face_.inputs.size(); ++i) {
-      const Ort::ConstValue value = i < context.GetInputCount() ? context.GetInput(i) : Ort::ConstValue{nullptr};
-      types += i ? "," : "";
-      types += value ? type_name(value.GetTensorTypeAndShapeInfo().GetElementType()) : "-";
-      shapes.push_back(value ? std::make_unique<Shape>(value.GetTensorTypeAndShapeInfo().GetShape()) : nullptr);
-      if (value) pointers.push_back(value.GetTensorRawData());
+    for (size_t i = 0; i < form_.taken.size(); ++i) {
+      const Ort::ConstValue value = context.GetInput(i);
+      const auto described = value.GetTensorTypeAndShapeInfo();
+      kinds[form_.taken[i]] = type_name(described.GetElementType());
+      shapes[form_.taken[i]] = std::make_unique<Shape>(described.GetShape());
+      pointers.push_back(value.GetTensorRawData());
     }
+    std::string types;
+    for (const char* kind : kinds) types += (types.empty() ? "" : ",") + std::string(kind);
     const Plan plan = planned(Inputs(face_.inputs, std::move(shapes)));
     std::vector<void*> results;
     bool empty = true;
@@ -346,32 +337,29 @@ class Kernel {
   std::string said(const std::string& what) const { return "tilewright::" + std::string(face_.name) + ": " + what; }
 
   const Face& face_;
+  const Form& form_;
   Attributes attributes_;
 };
 
-// An op for one element type; ONNX Runtime takes several of one name.
+// A form of an op for one element type; ONNX Runtime takes several of one name.
 class Op : public Ort::CustomOpBase<Op, Kernel, true> {
  public:
-  Op(const Face& face, ONNXTensorElementDataType type, ONNXTensorElementDataType tables)
-      : face_(face), type_(type), tables_(tables) {}
+  Op(const Face& face, Form form, ONNXTensorElementDataType type, ONNXTensorElementDataType tables)
+      : face_(face), form_(std::move(form)), type_(type), tables_(tables) {}
 
   OrtStatusPtr CreateKernelV2(const OrtApi&, const OrtKernelInfo* info, void** kernel) const {
     try {
-      *kernel = new Kernel(face_, info);
+      *kernel = new Kernel(face_, form_, info);
       return nullptr;
     } catch (const std::exception& error) {
       return Ort::Status(error).release();
     }
   }
 
-  const char* GetName() const { return face_.name; }
+  const char* GetName() const { return form_.name.c_str(); }
   const char* GetExecutionProviderType() const { return provider; }
-  size_t GetInputTypeCount() const { return face_.inputs.size(); }
-  ONNXTensorElementDataType GetInputType(size_t i) const { return is_table(i) ? tables_ : type_; }
-  OrtCustomOpInputOutputCharacteristic GetInputCharacteristic(size_t i) const {
-    const bool optional = std::string(face_.inputs[i]).back() == '?';
-    return optional ? INPUT_OUTPUT_OPTIONAL : INPUT_OUTPUT_REQUIRED;
-  }
+  size_t GetInputTypeCount() const { return form_.taken.size(); }
+  ONNXTensorElementDataType GetInputType(size_t i) const { return is_table(form_.taken[i]) ? tables_ : type_; }
   size_t GetOutputTypeCount() const { return face_.outputs; }
   ONNXTensorElementDataType GetOutputType(size_t i) const {
     return i == 0 && face_.indices ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32 : type_;
@@ -381,6 +369,7 @@ class Op : public Ort::CustomOpBase<Op, Kernel, true> {
   bool is_table(size_t i) const { return face_.plan == qkv_norm_rope && i >= face_.inputs.size() - 2; }
 
   const Face& face_;
+  const Form form_;
   const ONNXTensorElementDataType type_, tables_;  // tables of rotations may be float32
 };
 
@@ -388,9 +377,12 @@ Ort::CustomOpDomain domain_of_ops() {
   static std::vector<std::unique_ptr<Op>> ops;
   constexpr auto wide = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
   for (const Face& face : faces) {
-    for (const auto type : {wide, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16, ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16}) {
-      ops.push_back(std::make_unique<Op>(face, type, type));
-      if (face.plan == qkv_norm_rope && type != wide) ops.push_back(std::make_unique<Op>(face, type, wide));
+    for (const Form& form : tilewright::forms_of(face.name, face.inputs)) {
+      const bool tables = face.plan == qkv_norm_rope && form.taken.back() + 1 == face.inputs.size();
+      for (const auto type : {wide, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16, ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16}) {
+        ops.push_back(std::make_unique<Op>(face, form, type, type));
+        if (tables && type != wide) ops.push_back(std::make_unique<Op>(face, form, type, wide));
+      }
     }
   }
   Ort::CustomOpDomain domain("tilewright");

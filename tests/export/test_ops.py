@@ -55,10 +55,8 @@ def test_the_function_gives_what_the_reference_gives(name: str, missing: tuple[s
     assert face is not None
     body = function(face, frozenset(given), 23)
     attributes = {key: int(v) if isinstance(v, bool) else v for key, v in options.items()}
-    names = [key if key in given else "" for key in plain(face.inputs)]
-    node = onnx.helper.make_node(
-        face.name, names, plain(face.outputs), domain="tilewright", overload=body.overload, **attributes
-    )
+    names = [key for key in plain(face.inputs) if key in given]
+    node = onnx.helper.make_node(body.name, names, plain(face.outputs), domain="tilewright", **attributes)
     inputs = [onnx.helper.make_tensor_value_info(k, onnx.TensorProto.FLOAT, v.shape) for k, v in given.items()]
     kinds = {"indices": onnx.TensorProto.INT32}
     outputs = [

@@ -62,8 +62,8 @@ def session(library: Path, call: Call, provider: str = "CPUExecutionProvider") -
     for name, kind in (attribute.split(":") for attribute in op.face.attributes):
         attributes[name] = {"int": int, "float": float}[kind](options.get(name, defaults[name].default))
     results = [output.partition(":") for output in op.face.outputs]
-    names = [name if name in given else "" for name in inputs]
-    node = helper.make_node(op.face.name, names, [name for name, *_ in results], domain="tilewright", **attributes)
+    called = op.face.called(given)
+    node = helper.make_node(called, list(given), [name for name, *_ in results], domain="tilewright", **attributes)
     graph = helper.make_graph(
         [node],
         "one",

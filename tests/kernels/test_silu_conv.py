@@ -12,10 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
+from tilewright.export.rewrites.silu_conv import FACE
+from tilewright.kernels.face import plain
+
 LIBRARY = Path(__file__).parents[2] / "kernels" / "native" / "lib" / "libtilewright_cpu.so"
 pytestmark = pytest.mark.skipif(not LIBRARY.exists(), reason="native library is not built: make native")
 
-NAMES = ("x", "scale", "shift", "weight", "bias", "residual")
 FLAGS = {"avx512": "avx512f", "avx2": "avx2", "scalar": ""}  # what /proc/cpuinfo calls them
 Arrays = dict[str, np.ndarray]
 Native = Callable[[Arrays], np.ndarray]
@@ -27,8 +29,8 @@ def session(library: Path, inputs: Arrays, threads: int = 1) -> ort.InferenceSes
         helper.make_tensor_value_info(name, TensorProto.FLOAT, [f"{name}_{axis}" for axis in range(array.ndim)])
         for name, array in inputs.items()
     ]
-    names = [name if name in inputs else "" for name in NAMES]
-    node = helper.make_node("SiluConv", names, ["y"], domain="tilewright")
+    names = [name for name in FACE.inputs if name.rstrip("?") in inputs]
+    node = helper.make_node(FACE.called(inputs), plain(names), ["y"], domain="tilewright")
     graph = helper.make_graph([node], "one", free, [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)])
     opsets = [helper.make_opsetid("", 23), helper.make_opsetid("tilewright", 1)]
     options = ort.SessionOptions()

@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 CMAKE := $(or $(wildcard $(BIN)/cmake),cmake)
 
-.PHONY: demo test lint bench native clean
+.PHONY: demo test lint bench native clean train-hitoksr train-in-token
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -15,6 +15,13 @@ demo: .venv/ready
 	$(BIN)/tilewright export build hitoksr --preset tiny --random-weights 0 -o out/hitoksr-tiny
 	$(BIN)/tilewright runtime restore docs/sample.png out/demo.png --bundle out/hitoksr-tiny
 
+# each takes about 90 minutes on 2 cores, and goes on where it stopped
+train-hitoksr: .venv/ready
+	PYTHONPATH=tools $(BIN)/python -W ignore -m train.hitoksr build/train/hitoksr demo/hitoksr/hitoksr.safetensors
+
+train-in-token: .venv/ready
+	PYTHONPATH=tools $(BIN)/python -W ignore -m train.in_token build/train/in-token demo/in-token
+
 test: .venv/ready
 	$(BIN)/pytest
 
@@ -23,6 +30,7 @@ lint: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict -p tilewright.runtime
 	$(BIN)/mypy -p tilewright.export -p tilewright.kernels -p tilewright.calib
+	MYPYPATH=tools:typings $(BIN)/mypy -p train
 
 bench: .venv/ready
 	$(BIN)/python bench/run.py

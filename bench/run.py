@@ -97,6 +97,14 @@ def toksr(work: Path) -> None:
     bench("batching", "--bundle", half)
 
 
+def demo(work: Path) -> None:
+    here, hitoksr, in_token = HERE.parent / "demo", work / "hitoksr-demo", work / "in-token-demo"
+    tilewright("export", "build", "hitoksr", "--preset", "demo", "--weights", here / "hitoksr", "-o", hitoksr)
+    given = ("--weights", here / "in-token", "--redux", here / "in-token")
+    tilewright("export", "build", "in-token", "--preset", "demo", *given, "-o", in_token)
+    bench("demo", "--hitoksr", hitoksr, "--in-token", in_token)
+
+
 def kernels(work: Path) -> None:
     command = [sys.executable, "-m", "tilewright.export.cli", "kernels"]
     for name, words in (("kernels_cpu", ["bench"]), ("kernel_resources", ["check", "--resources"])):
@@ -104,7 +112,7 @@ def kernels(work: Path) -> None:
         store(name, json.loads(found))
 
 
-SYSTEMS = {"hitoksr": hitoksr, "flux": flux, "instantir": instantir, "toksr": toksr, "kernels": kernels}
+SYSTEMS = {"hitoksr": hitoksr, "flux": flux, "instantir": instantir, "toksr": toksr, "demo": demo, "kernels": kernels}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)

@@ -19,7 +19,7 @@ from typing import Any
 
 from tilewright.export.attachment import attach_weights
 from tilewright.export.request import Request
-from tilewright.export.systems import Source, part_of, system
+from tilewright.export.systems import Source, licence, part_of, system
 from tilewright.export.targets import TARGETS
 from tilewright.export.weights import write_tensors
 from tilewright.runtime.bundle import (
@@ -304,7 +304,7 @@ class _Parts:
             request.system,
             request.preset,
             "float32",
-            module.LICENCE,
+            licence(request.system, request.preset),
             components,
             {},
             {package: _version(package) for package in (*TRACERS, "tilewright")},

@@ -31,7 +31,7 @@ from typing import Any
 from tilewright.runtime.errors import UsageError
 from tilewright.runtime.program import TensorSpec
 
-__all__ = ["SYSTEMS", "Option", "Origin", "Rows", "Source", "finite", "part_of", "system"]
+__all__ = ["SYSTEMS", "Option", "Origin", "Rows", "Source", "finite", "licence", "part_of", "system"]
 
 SYSTEMS = {
     "in-token": "tilewright.export.systems.in_token",
@@ -110,6 +110,11 @@ class Option:
     choices: tuple[str, ...] = ()
     names: tuple[str, ...] = ()  # of the file or folder it is looked for under --weights, when it is not given
     flag: bool = False
+
+
+def licence(name: str, preset: str) -> str:
+    """Of the weights that a preset is built from."""
+    return "Apache-2.0: trained by tools/train" if preset == "demo" else str(system(name).LICENCE)
 
 
 def system(name: str) -> ModuleType:

@@ -175,6 +175,46 @@ PRESETS: dict[str, Sizes] = {
         whole_px=(320, 180),
     ),
 }
+# trained by tools/train, and shipped
+PRESETS["demo"] = Sizes(
+    FULL_TRANSFORMER
+    | {
+        "in_channels": 128,
+        "out_channels": 32,
+        "num_layers": 1,
+        "num_single_layers": 3,
+        "attention_head_dim": 64,
+        "num_attention_heads": 4,
+        "joint_attention_dim": 64,
+        "pooled_projection_dim": 32,
+        "axes_dims_rope": (16, 24, 24),
+    },
+    _vae(
+        (16, 48, 96),
+        latent_channels=8,
+        layers_per_block=1,
+        norm_num_groups=8,
+        scaling_factor=1.0,
+        shift_factor=0.0,
+    ),
+    t5=PRESETS["tiny"].t5 | {"d_model": 64},
+    clip_text=PRESETS["tiny"].clip_text | {"hidden_size": 32},
+    siglip={
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 56,
+        "patch_size": 14,
+    },
+    clip_vision=PRESETS["tiny"].clip_vision | {"projection_dim": 32},
+    bridge=24,
+    words=32,
+    clip_words=16,
+    tile_px=96,
+    overlap_px=32,
+    whole_px=(96, 96),
+)
 # few blocks at full width: what a machine without a GPU can measure
 _FEW = FULL_TRANSFORMER | {"num_layers": 1, "num_single_layers": 2}
 PRESETS["mid"] = replace(PRESETS["full"], transformer=_FEW)

@@ -35,6 +35,27 @@ OPTIONS: dict[str, Option] = {}
 ORIGINS = {"hitoksr": Origin("weights", (".",), "HiTokSR's generator, decoder and codebook, and DINOv3-B")}
 PRESETS: dict[str, dict[str, Any]] = {
     "full": {},
+    "demo": {
+        "dim": 256,
+        "heads": 4,
+        "depth": 3,
+        "mlp_dim": 512,
+        "patch_px": 4,
+        "codes": 256,
+        "code_dim": 4,
+        "stem": (16, 48, 128),
+        "stem_blocks": 1,
+        "stem_norm_groups": 8,
+        "class_layers": (1, 2, 3, 4),
+        "vision": {
+            "hidden_size": 96,
+            "intermediate_size": 192,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 3,
+            "patch_size": 4,
+            "num_register_tokens": 4,
+        },
+    },
     "tiny": {
         "dim": 32,
         "heads": 2,
@@ -65,8 +86,9 @@ def components(preset: str) -> dict[str, Source]:
     codes = TensorSpec("float32", ("batch", groups * code_dim, "rows", "columns"))
     indices = TensorSpec("int32", ("batch", groups, "rows", "columns"))
 
-    px = {"height": 1, "width": 1, "rows": 16, "columns": 16}
-    multiples = {"height": 16, "width": 16}
+    patch = _patch_px(preset)
+    px = {"height": 1, "width": 1, "rows": patch, "columns": patch}
+    multiples = {"height": patch, "width": patch}
     coded, sizes = {"codes": codes, "indices": indices}, PRESETS[preset]
     return {
         "generate": Source("hitoksr.generate", {"image": image}, coded, px, multiples, sizes),
@@ -75,13 +97,18 @@ def components(preset: str) -> dict[str, Source]:
 
 
 def program(preset: str) -> Program:
-    """One pass: a tile in, a tile out. The networks were trained at 512 px, so larger images are tiled."""
+    """One pass: a tile in, a tile out. Tiles are as large as the crops of training."""
     calls = (
         Call("generate", {"image": "image"}, {"codes": "codes"}),
         Call("decode", {"codes": "codes"}, {"image": "result"}),
     )
     grids = {"image": Grid(1, 3, "input"), "result": Grid(1, 3)}
-    return Program(4, 16, grids, (Pass("restore", Tiles(512, 64), once=calls),))
+    tiles = Tiles(96, 32) if preset == "demo" else Tiles(512, 64)
+    return Program(4, _patch_px(preset), grids, (Pass("restore", tiles, once=calls),))
+
+
+def _patch_px(preset: str) -> int:
+    return int(PRESETS[preset].get("patch_px", 16))
 
 
 def settings(preset: str, given: Mapping[str, Any], origins: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from tilewright.export.lora import as_parameters
 from tilewright.export.systems import Option, Origin, Source, flux_files
 from tilewright.export.systems import flux_fill as flux
 from tilewright.export.systems.flux_keys import ignored, keys, origin, origins
-from tilewright.export.systems.flux_sizes import PRESETS
+from tilewright.export.systems.flux_sizes import PRESETS as SIZES
 from tilewright.runtime.errors import UsageError
 from tilewright.runtime.program import Call, Grid, Input, Pass, Program, State, Steps, TensorSpec, Text
 
@@ -36,6 +36,7 @@ __all__ = [
     "tokenizers",
 ]
 
+PRESETS = {name: sizes for name, sizes in SIZES.items() if name != "demo"}  # nobody trained a small one
 TITLE = "VICR, FLUX.1-Fill as a diptych, words and CLIP through a bridge, 30 steps"
 LICENCE = f"{flux.LICENCE}; CLIP ViT-L/14 (MIT); the system's own weights are the user's"
 PARTS = ("flux_*.py",)

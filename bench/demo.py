@@ -1,0 +1,107 @@
+"""The shipped models on images that training never saw: bicubic and restored, through bundles and the runtime.
+
+Prints JSON; `bench/run.py` stores it. Every image is degraded in its own, fixed way (tools/train/data.py).
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tilewright.export.seams import seam_excess
+from tilewright.runtime import load
+from tilewright.runtime.restore import Restorer
+from tilewright.runtime.scheduler import plan_of
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+from train import data
+from train.metrics import measures
+
+FLOW = {"steps": 8, "seed": 0}
+SQUARE = "camera"  # 512 px
+TILE = 96
+
+
+def quality(restorers: dict[str, tuple[Restorer, dict[str, Any]]]) -> dict[str, Any]:
+    """Every measure of every image, and averages over photographs and over all."""
+    rows: dict[str, dict[str, dict[str, float]]] = {}
+    for name, sharp, small in data.kept_back("held-out"):
+        found = {"bicubic": data.enlarged(small)}
+        found |= {system: restorer(small, **options) for system, (restorer, options) in restorers.items()}
+        rows[name] = {system: measures(image, sharp) for system, image in found.items()}
+    groups = {"all": list(rows), "photographs": [name for name in rows if "-" not in name]}
+    averages = {
+        group: {system: mean([rows[name][system] for name in names]) for system in rows[names[0]]}
+        for group, names in groups.items()
+    }
+    return {"averages": averages, "images": rows}
+
+
+def mean(rows: list[dict[str, float]]) -> dict[str, float]:
+    return {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
+
+
+def codebooks(restorer: Restorer) -> list[dict[str, float]]:
+    """For every group, the share of codewords that held-out images choose, and how many it is as if equally often."""
+    chosen = []
+    for _, _, small in data.kept_back("held-out"):
+        image = data.enlarged(small)
+        for top in range(0, image.shape[0] - TILE + 1, TILE):
+            for left in range(0, image.shape[1] - TILE + 1, TILE):
+                tile = image[top : top + TILE, left : left + TILE].transpose(2, 0, 1)[None].astype(np.float32) / 255
+                indices = restorer.engines["generate"].run({"image": np.ascontiguousarray(tile)}, ["indices"])[
+                    "indices"
+                ]
+                chosen.append(np.asarray(indices)[0].reshape(indices.shape[1], -1))
+    found = []
+    for group in np.concatenate(chosen, 1):
+        counts = np.bincount(group, minlength=codes_of(restorer))
+        shares = counts[counts > 0] / counts.sum()
+        found.append(
+            {"used": float((counts > 0).mean()), "perplexity": float(np.exp(-(shares * np.log(shares)).sum()))}
+        )
+    return found
+
+
+def codes_of(restorer: Restorer) -> int:
+    from tilewright.export.systems.hitoksr import PRESETS
+
+    return int(PRESETS[restorer.bundle.manifest.preset]["codes"])
+
+
+def seams(restorer: Restorer, options: dict[str, Any]) -> dict[str, Any]:
+    """A square of 512 px by tiles and as one tile: the same borders' excess in both, and how near each comes."""
+    sharp, small = next((s, d) for name, s, d in data.kept_back("held-out") if name == SQUARE)
+    program = restorer.bundle.program
+    last = [p for p in program.passes if "result" in p.writes()][-1]
+    plan = plan_of(program, last, *sharp.shape[:2], None, None)
+    pictures = {"tiled": restorer(small, **options), "direct": restorer(small, tile=max(sharp.shape), **options)}
+    return {
+        name: {
+            "seam_excess": seam_excess(image.transpose(2, 0, 1).astype(np.float32) / 255, plan, program.multiple_px),
+            **measures(image, sharp),
+        }
+        for name, image in pictures.items()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--hitoksr", type=Path, metavar="BUNDLE")
+    parser.add_argument("--in-token", type=Path, metavar="BUNDLE")
+    asked = parser.parse_args()
+    restorers, found = {}, {}
+    if asked.hitoksr:
+        restorers["hitoksr"] = load(asked.hitoksr), {}
+        found["codebooks"] = codebooks(restorers["hitoksr"][0])
+    if asked.in_token:
+        restorers["in-token"] = load(asked.in_token), FLOW
+        found["seams of in-token"] = seams(*restorers["in-token"])
+    print(json.dumps(quality(restorers) | found, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,295 @@
+"""Train the small HiTokSR that ships as preset `demo`: `python -m train.hitoksr FOLDER OUT` goes on where it stopped.
+
+Stages, as in the paper at small scale: the vision prior, the tokenizer, the generator, and the decoder again. There is
+no adversary and no trained perceptual loss here; differences of neighbouring pixels take their place.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d, cosine_similarity, cross_entropy, interpolate, l1_loss, one_hot
+
+from tilewright.export.networks import hitoksr as networks
+from tilewright.export.systems.hitoksr import PRESETS
+from tilewright.kernels.qkv_norm_rope import qkv_norm_rope_reference
+from train import data
+from train.loop import Average, adam, stage
+from train.pictures import appearance, mixed, pixels, score
+
+SIDE, COUNT = 96, 8
+STEPS = {"prior": 1000, "tokenizer": 2000, "generator": 2000, "decoder": 1000}
+TOP = 5
+NEAR = 0.25  # twice the variance of what counts as near a codeword
+ORIENTATIONS = 8
+
+
+class Prior(nn.Module):
+    """The vision prior, and what it learns by: from a degraded image, the clean one's strokes and its kind."""
+
+    def __init__(self, config: networks.HiTokConfig) -> None:
+        super().__init__()
+        width = config.vision["hidden_size"]
+        self.vision = networks.VisionPrior(config)
+        self.strokes = nn.Linear(width, ORIENTATIONS + 3)
+        self.kind = nn.Linear(width * len(config.class_layers), 1 + len(data.FAMILIES))
+        self.mean = nn.Buffer(torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)
+        self.deviation = nn.Buffer(torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        patches, classes = self.vision((image - self.mean) / self.deviation)
+        return patches, classes
+
+    def losses(self, sharp: Tensor, soft: Tensor, kinds: Tensor, patch: int) -> dict[str, Tensor]:
+        patches, classes = self(soft)
+        return {
+            "strokes": l1_loss(self.strokes(patches).float(), strokes_of(sharp, patch)),
+            "kind": 0.2 * cross_entropy(self.kind(classes.flatten(1)).float(), kinds),
+        }
+
+
+def strokes_of(image: Tensor, patch: int) -> Tensor:
+    """For every patch a histogram of its gradients' directions, square-rooted, and its mean colour."""
+    light = image.mean(1, keepdim=True)
+    x, y = (nn.functional.pad(light.diff(dim=d), (0, d == -1, 0, d == -2)) for d in (-1, -2))
+    turn = (torch.atan2(y, x) / torch.pi % 1 * ORIENTATIONS).long().clamp(max=ORIENTATIONS - 1)
+    histogram = one_hot(turn[:, 0], ORIENTATIONS).permute(0, 3, 1, 2) * torch.hypot(x, y)
+    features = torch.cat([avg_pool2d(histogram, patch).sqrt(), avg_pool2d(image, patch)], 1)
+    return features.flatten(2).transpose(1, 2)
+
+
+class Tokenizer(nn.Module):
+    """Encoder, codebooks and decoder. Codewords follow the mean of what chose them; unused ones move to busy places."""
+
+    def __init__(self, config: networks.HiTokConfig) -> None:
+        super().__init__()
+        self.encoder, self.quantizer = networks.Encoder(config), networks.Quantizer(config)
+        self.decoder = networks.Decoder(config)
+        groups, codes, width = self.quantizer.codebook.shape
+        self.quantizer.codebook.requires_grad_(False)
+        self.uses = nn.Buffer(torch.zeros(groups, codes))
+        self.sums = nn.Buffer(torch.zeros(groups, codes, width))
+
+    def losses(self, step: int, sharp: Tensor) -> dict[str, Tensor]:
+        groups = len(self.quantizer.codebook)
+        active = groups if torch.rand(()) < 0.9 else int(torch.randint(1, groups, ()))
+        latents = self.encoder(sharp * 2 - 1).float()
+        if step == 0:
+            self.quantizer.codebook.copy_(drawn(latents.detach(), groups, self.uses.shape[1]))
+        with torch.no_grad():
+            indices, codes = self.quantizer(latents)
+            self.follow(latents, indices)
+        kept = torch.arange(codes.shape[-1]) < active * codes.shape[-1] // groups
+        straight = (latents + (codes - latents).detach()) * kept
+        image = self.decode(straight, sharp.shape[-2:])
+        target = coarse(sharp, groups - active)
+        return {"pixels": appearance(image, target), "commitment": 0.25 * (latents - codes).square().mean()}
+
+    def decode(self, codes: Tensor, size: tuple[int, ...]) -> Tensor:
+        patch = self.decoder.config.patch_px
+        grid = codes.transpose(1, 2).unflatten(2, (size[0] // patch, size[1] // patch))
+        return (self.decoder(grid).float() + 1) / 2
+
+    def follow(self, latents: Tensor, indices: Tensor) -> None:
+        """One step of the running means."""
+        groups, codes, width = self.sums.shape
+        chosen = one_hot(indices.flatten(0, -2).long(), codes).float().transpose(0, 1)  # [G, rows, K]
+        parts = latents.flatten(0, -2).unflatten(-1, (groups, width)).transpose(0, 1)  # [G, rows, D]
+        self.uses.mul_(0.98).add_(chosen.sum(1), alpha=0.02)
+        self.sums.mul_(0.98).add_(chosen.mT @ parts, alpha=0.02)
+        codebook, rarely = self.quantizer.codebook, 1e-3
+        means = self.sums / self.uses[..., None].clamp(min=rarely)
+        codebook.copy_(torch.where(self.uses[..., None] > rarely, means, codebook))
+        dead = self.uses < 0.05
+        if dead.any():
+            fresh = drawn(latents, groups, codes)
+            codebook.copy_(torch.where(dead[..., None], fresh, codebook))
+            self.uses.copy_(torch.where(dead, 0.5, self.uses))
+            self.sums.copy_(torch.where(dead[..., None], 0.5 * fresh, self.sums))
+
+
+def drawn(latents: Tensor, groups: int, codes: int) -> Tensor:
+    """Codewords [G, K, D] from latents of this batch."""
+    rows = latents.flatten(0, -2)
+    picked = rows[torch.randint(len(rows), (codes,))]
+    return picked.unflatten(-1, (groups, -1)).transpose(0, 1).contiguous()
+
+
+def coarse(image: Tensor, levels: int) -> Tensor:
+    """The image without its finest wavelets: Haar's approximation at its own size."""
+    size = 2**levels
+    return interpolate(avg_pool2d(image, size), scale_factor=size) if levels else image
+
+
+def distances(latents: Tensor, codebook: Tensor) -> Tensor:
+    """Squared, of latents [..., G, D] to all codewords of their group: [..., G, K], less what they have in common."""
+    return codebook.square().sum(-1) - 2 * torch.einsum("...gd,gkd->...gk", latents, codebook)
+
+
+@torch.no_grad()
+def start_head(head: nn.Linear, codebook: Tensor) -> None:
+    """Logits that begin as nearness to a latent, which the hidden state gives by a small random matrix."""
+    groups, _, width = codebook.shape
+    latent = torch.randn(groups, width, head.in_features) * 0.3 / head.in_features**0.5
+    head.weight.copy_((2 / NEAR * codebook @ latent).flatten(0, 1))
+    head.bias.copy_(-codebook.square().sum(-1).flatten() / NEAR)
+
+
+class Training:
+    """The networks, and one method a stage."""
+
+    def __init__(self, folder: Path) -> None:
+        # the ops are for inference and have no gradient; their references have
+        networks.qkv_norm_rope = qkv_norm_rope_reference  # type: ignore[assignment]
+        torch.manual_seed(0)
+        self.folder = folder
+        self.config = networks.HiTokConfig(**PRESETS["demo"])
+        self.prior, self.tokenizer = Prior(self.config), Tokenizer(self.config)
+        self.generator = networks.Generator(self.config)
+
+    def stage(
+        self,
+        name: str,
+        peak: float,
+        trained: list[nn.Module],
+        average: Average[Any],
+        losses: Callable[..., Any],
+        judged: Callable[[], dict[str, float]] = dict,
+    ) -> None:
+        optimizer = adam(p for network in trained for p in network.parameters() if p.requires_grad)
+        kept = {str(i): network for i, network in enumerate(trained)} | {"average": average}
+        seed = list(STEPS).index(name)
+
+        def batch(number: int) -> tuple[Tensor, ...]:
+            sharp, soft, kinds = data.batch(seed, number, COUNT, SIDE)
+            return pixels(sharp), pixels(soft), torch.from_numpy(kinds)
+
+        def measured(step: int, given: tuple[Tensor, ...]) -> dict[str, Tensor]:
+            with mixed():
+                return losses(step, *given)
+
+        stage(name, self.folder, STEPS[name], peak, optimizer, kept, batch, measured, average.update, judged)
+
+    def run(self) -> None:
+        self.stage_prior()
+        self.stage_tokenizer()
+        self.stage_generator()
+        self.stage_decoder()
+
+    def stage_prior(self) -> None:
+        average = Average(self.prior)
+        self.stage(
+            "prior", 1e-3, [self.prior], average,
+            lambda step, sharp, soft, kinds: self.prior.losses(sharp, soft, kinds, self.config.patch_px),
+        )  # fmt: skip
+        self.prior.load_state_dict(average.network.state_dict())
+
+    def stage_tokenizer(self) -> None:
+        average = Average(self.tokenizer)
+        self.stage(
+            "tokenizer", 1.5e-3, [self.tokenizer], average,
+            lambda step, sharp, soft, kinds: self.tokenizer.losses(step, sharp),
+            judged=lambda: score(SIDE, lambda sharp, soft: self.reconstructed(average.network, sharp)),
+        )  # fmt: skip
+        # the running means of codewords are the tokenizer's own, and not averaged again
+        buffers = {k: v for k, v in self.tokenizer.state_dict().items() if k.startswith(("quantizer.", "uses", "sums"))}
+        self.tokenizer.load_state_dict(average.network.state_dict() | buffers)
+        self.tokenizer.requires_grad_(False)
+
+    def reconstructed(self, tokenizer: Tokenizer, sharp: Tensor) -> Tensor:
+        _, codes = self.tokenizer.quantizer(tokenizer.encoder(sharp * 2 - 1).float())
+        return tokenizer.decode(codes, sharp.shape[-2:])
+
+    def stage_generator(self) -> None:
+        """Cross-entropy against all codewords near the truth, so that the best guess lies amid what may be true."""
+        clean = Average(self.prior).network  # as it was: what it says of sharp images stays the aim
+        pair: Any = nn.ModuleList([self.generator, self.prior])
+        codebook = self.tokenizer.quantizer.codebook
+        groups, codes, width = codebook.shape
+        start_head(self.generator.head, codebook)
+        average = Average(pair)
+
+        def judged() -> dict[str, float]:
+            generator, prior = average.network
+            return score(SIDE, lambda sharp, soft: self.restored(generator, prior, self.tokenizer, soft))
+
+        def losses(step: int, sharp: Tensor, soft: Tensor, kinds: Tensor) -> dict[str, Tensor]:
+            with torch.no_grad():
+                truth = self.tokenizer.encoder(sharp * 2 - 1).float().unflatten(-1, (groups, width))
+                near = (-distances(truth, codebook) / NEAR).softmax(-1)
+                aim, _ = clean(sharp)
+            patches, classes = self.prior(soft)
+            hidden = self.generator.hidden(soft * 2 - 1, patches, classes)
+            logits = self.generator.head(hidden).float().unflatten(-1, (groups, codes))
+            spread = torch.einsum("bngk,gkd->bngd", logits.softmax(-1), codebook)
+            best = codebook[torch.arange(groups), logits.argmax(-1)]
+            straight = (spread + (best - spread).detach()).flatten(-2)
+            return {
+                "tokens": 0.15 * cross_entropy(logits.flatten(0, 2), near.flatten(0, 2)),
+                "pixels": 4 * appearance(self.tokenizer.decode(straight, sharp.shape[-2:]), sharp),
+                "alignment": 0.1 * (1 - cosine_similarity(patches.float(), aim.float(), -1)).mean(),
+            }
+
+        self.stage("generator", 1e-3, [pair], average, losses, judged)
+        pair.load_state_dict(average.network.state_dict())
+        pair.requires_grad_(False)
+
+    def restored(self, generator: Any, prior: Any, tokenizer: Tokenizer, soft: Tensor) -> Tensor:
+        patches, classes = prior(soft)
+        logits = generator.head(generator.hidden(soft * 2 - 1, patches, classes)).float()
+        codebook = self.tokenizer.quantizer.codebook
+        best = logits.unflatten(-1, codebook.shape[:2]).argmax(-1)
+        return tokenizer.decode(codebook[torch.arange(len(codebook)), best].flatten(-2), soft.shape[-2:])
+
+    def stage_decoder(self) -> None:
+        self.tokenizer.decoder.requires_grad_(True)
+        average = Average(self.tokenizer)
+        codebook = self.tokenizer.quantizer.codebook
+        groups, codes, _ = codebook.shape
+
+        def losses(step: int, sharp: Tensor, soft: Tensor, kinds: Tensor) -> dict[str, Tensor]:
+            with torch.no_grad():
+                patches, classes = self.prior(soft)
+                logits = self.generator.head(self.generator.hidden(soft * 2 - 1, patches, classes)).float()
+                best, indices = logits.unflatten(-1, (groups, codes)).topk(TOP, -1)
+                picked = torch.multinomial(best.softmax(-1).flatten(0, -2), 1).view(*best.shape[:-1], 1)
+                chosen = codebook[torch.arange(groups), indices.gather(-1, picked)[..., 0]].flatten(-2)
+            return {"pixels": 4 * appearance(self.tokenizer.decode(chosen, sharp.shape[-2:]), sharp)}
+
+        def judged() -> dict[str, float]:
+            return score(SIDE, lambda sharp, soft: self.restored(self.generator, self.prior, average.network, soft))
+
+        self.stage("decoder", 5e-4, [self.tokenizer], average, losses, judged)
+        self.tokenizer.decoder.load_state_dict(average.network.decoder.state_dict())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The shipped weights by the system's names."""
+        parts = {
+            "vfm.": self.prior.vision.vfm,
+            "generator.": self.generator,
+            "decoder.": self.tokenizer.decoder,
+            "quantizer.": self.tokenizer.quantizer,
+        }
+        state = {prefix + name: t for prefix, part in parts.items() for name, t in part.state_dict().items()}
+        return {name: t.half().contiguous() for name, t in state.items() if not name.endswith("mask_token")}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=Path, help="where it notes how far it is")
+    parser.add_argument("out", type=Path, help="the weights' file")
+    asked = parser.parse_args()
+    training = Training(asked.folder)
+    training.run()
+    asked.out.parent.mkdir(parents=True, exist_ok=True)
+    save_file(training.tensors(), asked.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

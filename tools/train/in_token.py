@@ -1,0 +1,188 @@
+"""Train the small In-Token system that ships as preset `demo`: `python -m train.in_token FOLDER OUT`.
+
+Everything is the published classes at small sizes, saved in the published layout: first the VAE, then FLUX's
+transformer by rectified flow, together with SigLIP, Redux and the prompt's embeddings, which are learned like weights.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, FluxTransformer2DModel
+from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import SiglipVisionConfig, SiglipVisionModel
+
+from tilewright.export.systems.flux_sizes import PRESETS
+from tilewright.runtime.schedules import flow_shift
+from train import data
+from train.loop import Average, adam, stage
+from train.pictures import appearance, mixed, pixels, score
+
+SIDE = 96
+COUNT = {"vae": 12, "flow": 24}
+STEPS = {"vae": 2000, "flow": 4200}
+PEAK = {"vae": 1e-3, "flow": 8e-4}
+GUIDANCE = 30.0
+SIZES = PRESETS["demo"]
+
+
+class Conditioned(nn.Module):
+    """The transformer and what conditions it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.transformer: Any = FluxTransformer2DModel(**SIZES.transformer)
+        self.siglip = SiglipVisionModel(SiglipVisionConfig(**SIZES.siglip))
+        width = SIZES.siglip["hidden_size"]
+        self.redux = ReduxImageEncoder(redux_dim=width, txt_in_features=SIZES.t5["d_model"])
+        self.prompt = nn.Parameter(0.02 * torch.randn(1, SIZES.words, SIZES.t5["d_model"]))
+        self.pooled = nn.Parameter(torch.zeros(1, SIZES.clip_text["hidden_size"]))
+
+    def seen(self, image: Tensor) -> Tensor:
+        """What SigLIP and Redux say of images between 0 and 1, behind the prompt."""
+        side = (SIZES.siglip["image_size"],) * 2
+        small = F.interpolate(image, side, mode="bicubic", antialias=True).clamp(0, 1)
+        tokens = self.redux(self.siglip(pixel_values=small * 2 - 1).last_hidden_state).image_embeds
+        return torch.cat([self.prompt.expand(len(image), -1, -1), tokens], 1)
+
+    def forward(self, z: Tensor, y: Tensor, sigma: Tensor, seen: Tensor) -> Tensor:
+        """The velocity at z [B, C, h, w]."""
+        batch, _, height, width = z.shape
+        rows, columns = height // 2, width // 2
+        noisy, given = (F.pixel_unshuffle(latent, 2).flatten(2).transpose(1, 2) for latent in (z, y))
+        mask = noisy.new_zeros(batch, rows * columns, SIZES.transformer["in_channels"] - 2 * noisy.shape[2])
+        positions = torch.zeros(rows, columns, 3)
+        positions[..., 1], positions[..., 2] = torch.arange(rows)[:, None], torch.arange(columns)
+        tokens = self.transformer(
+            hidden_states=torch.cat([noisy, given, mask], 2),
+            encoder_hidden_states=seen,
+            pooled_projections=self.pooled.expand(batch, -1),
+            timestep=sigma,
+            guidance=torch.full((batch,), GUIDANCE),
+            img_ids=positions.flatten(0, 1),
+            txt_ids=torch.zeros(seen.shape[1], 3),
+        ).sample
+        return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (rows, columns)), 2)
+
+
+class Training:
+    """The networks, and one method a stage."""
+
+    def __init__(self, folder: Path) -> None:
+        torch.manual_seed(0)
+        self.folder = folder
+        self.vae: Any = AutoencoderKL(**SIZES.vae)
+        self.conditioned = Conditioned()
+
+    def stage(
+        self, name: str, network: nn.Module, average: Average[Any], losses: Callable[..., Any], judged: Any
+    ) -> None:
+        def batch(number: int) -> tuple[Tensor, Tensor]:
+            sharp, soft, _ = data.batch(10 + list(STEPS).index(name), number, COUNT[name], SIDE)
+            return pixels(sharp), pixels(soft)
+
+        def measured(step: int, given: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+            with mixed():
+                return losses(*given)
+
+        kept, optimizer = {"network": network, "average": average}, adam(network.parameters())
+        stage(name, self.folder, STEPS[name], PEAK[name], optimizer, kept, batch, measured, average.update, judged)
+
+    def run(self) -> None:
+        self.stage_vae()
+        self.stage_flow()
+
+    def latent(self, vae: Any, image: Tensor) -> Tensor:
+        return vae.encoder(image * 2 - 1).chunk(2, 1)[0].float()
+
+    def picture(self, vae: Any, latent: Tensor) -> Tensor:
+        return (vae.decoder(latent).float() + 1) / 2
+
+    def stage_vae(self) -> None:
+        """Latents of unit variance, decoded with a little noise on them: what the flow leaves."""
+        average = Average(self.vae)
+
+        def losses(sharp: Tensor, soft: Tensor) -> dict[str, Tensor]:
+            image = torch.cat([sharp, soft[: len(soft) // 3]])
+            z = self.latent(self.vae, image)
+            image_again = self.picture(self.vae, z + 0.1 * torch.rand(len(z), 1, 1, 1) * torch.randn_like(z))
+            mean, spread = z.mean((0, 2, 3)), z.var((0, 2, 3))
+            return {
+                "pixels": 4 * appearance(image_again, image),
+                "scale": 0.02 * (mean.square() + spread.log().square()).mean(),
+            }
+
+        def judged() -> dict[str, float]:
+            return score(SIDE, lambda sharp, soft: self.picture(average.network, self.latent(average.network, sharp)))
+
+        self.stage("vae", self.vae, average, losses, judged)
+        self.vae.load_state_dict(average.network.state_dict())
+        self.vae.requires_grad_(False)
+
+    def stage_flow(self) -> None:
+        average = Average(self.conditioned)
+
+        def losses(sharp: Tensor, soft: Tensor) -> dict[str, Tensor]:
+            with torch.no_grad():
+                z, y = self.latent(self.vae, torch.cat([sharp, soft])).chunk(2)
+            noise, time = torch.randn_like(z), torch.rand(len(z), 1, 1, 1)
+            sigma = 4 * time / (1 + 3 * time)  # mostly noisy: there the picture is decided
+            found = self.conditioned(z + sigma * (noise - z), y, sigma.flatten(), self.conditioned.seen(soft))
+            return {"flow": (found.float() - (noise - z)).square().mean()}
+
+        self.stage("flow", self.conditioned, average, losses, lambda: score(SIDE, self.sampler(average.network)))
+        self.conditioned.load_state_dict(average.network.state_dict())
+
+    def sampler(self, conditioned: Any, steps: int = 8) -> Callable[[Tensor, Tensor], Tensor]:
+        """Euler's steps on whole crops, as the program has them."""
+
+        def restored(sharp: Tensor, soft: Tensor) -> Tensor:
+            y, seen = self.latent(self.vae, soft), conditioned.seen(soft)
+            z = torch.randn(y.shape, generator=torch.Generator().manual_seed(0))
+            tables = flow_shift(steps, (SIDE // SIZES.multiple) ** 2)
+            for here, there in zip(tables["sigma"], tables["sigma_next"], strict=True):
+                z = z + float(there - here) * conditioned(z, y, torch.full((len(z),), float(here)), seen).float()
+            return self.picture(self.vae, z)
+
+        return restored
+
+    def files(self) -> dict[str, dict[str, Tensor]]:
+        """The shipped weights, in the folders of FLUX.1-Fill-dev and FLUX.1-Redux-dev."""
+        model = self.conditioned
+        siglip = {f"vision_model.{k.removeprefix('vision_model.')}": v for k, v in model.siglip.state_dict().items()}
+        return {
+            "transformer/diffusion_pytorch_model": model.transformer.state_dict(),
+            "vae/diffusion_pytorch_model": self.vae.state_dict(),
+            "image_encoder/model": {k: v for k, v in siglip.items() if ".head." not in k},
+            "image_embedder/diffusion_pytorch_model": model.redux.state_dict(),
+            "prompt": {"prompt_embeds": model.prompt.detach(), "pooled_prompt_embeds": model.pooled.detach()},
+        }
+
+
+def write(files: dict[str, dict[str, Tensor]], folder: Path) -> None:
+    """As float16."""
+    for name, tensors in files.items():
+        path = folder / f"{name}.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({key: tensor.half().contiguous() for key, tensor in tensors.items()}, path)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=Path, help="where it notes how far it is")
+    parser.add_argument("out", type=Path, help="the folder of weights")
+    asked = parser.parse_args()
+    training = Training(asked.folder)
+    training.run()
+    write(training.files(), asked.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,43 @@
+"""Images as tensors: how they come, how far apart they are, and how a network's are judged on what it never saw."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import l1_loss
+
+from train import data
+from train.metrics import psnr
+
+__all__ = ["appearance", "mixed", "pixels", "score"]
+
+JUDGED = 32  # crops
+
+
+def pixels(images: np.ndarray) -> Tensor:
+    """uint8 [B, H, W, 3] to [B, 3, H, W] between 0 and 1."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().float() / 255
+
+
+def appearance(image: Tensor, target: Tensor) -> Tensor:
+    """L1 of pixels and of their differences to neighbours, which tell a sharp edge from a soft one."""
+    right, below = (l1_loss(image.diff(dim=d), target.diff(dim=d)) for d in (-1, -2))
+    return l1_loss(image, target) + right + below
+
+
+def mixed() -> Any:
+    """Products in bfloat16, sums and weights in float32."""
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+@torch.no_grad()
+def score(side: int, restored: Callable[[Tensor, Tensor], Tensor]) -> dict[str, float]:
+    """PSNR of what is made of sharp and degraded crops of the calibration split; bicubic's beside it."""
+    sharp, soft, _ = data.batch(0, 0, JUDGED, side, "calibration")
+    with mixed():
+        found = restored(pixels(sharp), pixels(soft)).clamp(0, 1)
+    rounded = (found * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    both = {"psnr": rounded, "bicubic": soft}
+    return {k: float(np.mean([psnr(a, b) for a, b in zip(v, sharp, strict=True)])) for k, v in both.items()}

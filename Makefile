@@ -23,7 +23,7 @@ train-in-token: .venv/ready
 	PYTHONPATH=tools $(BIN)/python -W ignore -m train.in_token build/train/in-token demo/in-token
 
 test: .venv/ready
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -44,7 +44,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "codes": 256,
         "code_dim": 4,
         "stem": (16, 48, 128),
-        "stem_blocks": 1,
+        "stem_blocks": 2,
         "stem_norm_groups": 8,
         "class_layers": (1, 2, 3, 4),
         "vision": {

@@ -70,7 +70,7 @@ def settings(preset: str, given: Mapping[str, Any], origins: Mapping[str, Any]) 
 
 def components(preset: str, **settings: Any) -> dict[str, Source]:
     """encode, see, bridge, modulate, step, decode, and the text encoders where they are built in."""
-    sizes = PRESETS[preset]
+    sizes = SIZES[preset]
     projected, pooled = sizes.clip_vision["projection_dim"], sizes.transformer["pooled_projection_dim"]
     image = TensorSpec("float32", ("batch", 3, "height", "width"))
     embeds = TensorSpec("float32", ("batch", projected))
@@ -97,7 +97,7 @@ def build_time(preset: str, **settings: Any) -> dict[str, Source]:
 
 def program(preset: str, **settings: Any) -> Program:
     """text, then condition, modulate, sample and decode, each on the same tiles."""
-    sizes = PRESETS[preset]
+    sizes = SIZES[preset]
     tiles = flux.tiles(preset, settings, (sizes.tile_px, sizes.tile_px))
     steps = Steps("flow_shift", settings["steps"], sizes.multiple**2 // 2, flux.schedule_options(settings))
     inputs, passes, text = flux.caller_inputs(settings), [], "$"

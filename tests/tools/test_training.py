@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from train import data, hitoksr, in_token
 
 from tilewright.export.networks.flux import Modulate, Step
@@ -102,6 +102,8 @@ def test_both_stages_of_in_token_run_and_the_system_finds_all_it_needs(tiny_in_t
 def test_what_is_trained_is_the_step_that_is_deployed(tiny_in_token):
     model, sizes = tiny_in_token.conditioned, flux_sizes.PRESETS["tiny"]
     random = torch.Generator().manual_seed(4)
+    for parameter in model.parameters():  # training begins with blocks that do nothing
+        nn.init.normal_(parameter, std=0.2, generator=random)
 
     def made(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=random)
@@ -123,7 +125,7 @@ def test_what_is_trained_is_the_step_that_is_deployed(tiny_in_token):
         rows = modulate(model.pooled, torch.tensor(in_token.GUIDANCE), sigma[None])[0]
         words = sizes.words
         found = step(z, y, model.prompt, sigma, following, seen=seen[:, words:], modulation=rows)
-    assert torch.allclose(found, z + (following - sigma) * velocity, atol=2e-5)
+    assert torch.allclose(found, z + (following - sigma) * velocity, atol=1e-4)
 
 
 def needed(request: Request) -> None:

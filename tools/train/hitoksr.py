@@ -23,7 +23,7 @@ from train.loop import Average, adam, stage
 from train.pictures import appearance, mixed, pixels, score
 
 SIDE, COUNT = 96, 8
-STEPS = {"prior": 1000, "tokenizer": 2000, "generator": 2000, "decoder": 1000}
+STEPS = {"prior": 1000, "tokenizer": 2000, "stem": 5000, "generator": 1400, "decoder": 900}
 TOP = 5
 NEAR = 0.25  # twice the variance of what counts as near a codeword
 ORIENTATIONS = 8
@@ -132,12 +132,20 @@ def distances(latents: Tensor, codebook: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def start_head(head: nn.Linear, codebook: Tensor) -> None:
-    """Logits that begin as nearness to a latent, which the hidden state gives by a small random matrix."""
-    groups, _, width = codebook.shape
-    latent = torch.randn(groups, width, head.in_features) * 0.3 / head.in_features**0.5
-    head.weight.copy_((2 / NEAR * codebook @ latent).flatten(0, 1))
-    head.bias.copy_(-codebook.square().sum(-1).flatten() / NEAR)
+def start(generator: networks.Generator, tokenizer: Tokenizer) -> None:
+    """Let a generator, whose stem sees patches as the encoder's embedding does, begin as the tokenizer's encoder."""
+    for mine, theirs in zip(generator.blocks, tokenizer.encoder.blocks, strict=True):
+        mine.load_state_dict(theirs.state_dict(), strict=False)
+        for sft in (mine.sft1, mine.sft2):
+            nn.init.zeros_(sft.weight), nn.init.zeros_(sft.bias)
+    for project in generator.cls:
+        nn.init.zeros_(project.weight), nn.init.zeros_(project.bias)
+    generator.norm.load_state_dict(tokenizer.encoder.norm.state_dict())
+    codebook, latent = tokenizer.quantizer.codebook, tokenizer.encoder.out
+    weight, bias = (p.unflatten(0, (len(codebook), -1)) for p in (latent.weight, latent.bias))
+    nearness = 2 * torch.einsum("gkd,gd->gk", codebook, bias) - codebook.square().sum(-1)
+    generator.head.weight.copy_((codebook @ weight).flatten(0, 1) * (2 / NEAR))
+    generator.head.bias.copy_(nearness.flatten() / NEAR)
 
 
 class Training:
@@ -178,6 +186,7 @@ class Training:
     def run(self) -> None:
         self.stage_prior()
         self.stage_tokenizer()
+        self.stage_stem()
         self.stage_generator()
         self.stage_decoder()
 
@@ -205,13 +214,26 @@ class Training:
         _, codes = self.tokenizer.quantizer(tokenizer.encoder(sharp * 2 - 1).float())
         return tokenizer.decode(codes, sharp.shape[-2:])
 
+    def stage_stem(self) -> None:
+        """The stem alone, convolutions: of a degraded image, the embedding that the encoder makes of the sharp one."""
+        average = Average(self.generator.stem)
+        embed = self.tokenizer.encoder.embed
+
+        def losses(step: int, sharp: Tensor, soft: Tensor, kinds: Tensor) -> dict[str, Tensor]:
+            with torch.no_grad():
+                aim = embed(sharp * 2 - 1).float()
+            return {"embedding": (self.generator.stem(soft * 2 - 1).float() - aim).square().mean() / aim.var()}
+
+        self.stage("stem", 2e-3, [self.generator.stem], average, losses)
+        self.generator.stem.load_state_dict(average.network.state_dict())
+
     def stage_generator(self) -> None:
         """Cross-entropy against all codewords near the truth, so that the best guess lies amid what may be true."""
         clean = Average(self.prior).network  # as it was: what it says of sharp images stays the aim
         pair: Any = nn.ModuleList([self.generator, self.prior])
         codebook = self.tokenizer.quantizer.codebook
         groups, codes, width = codebook.shape
-        start_head(self.generator.head, codebook)
+        start(self.generator, self.tokenizer)
         average = Average(pair)
 
         def judged() -> dict[str, float]:
@@ -235,7 +257,7 @@ class Training:
                 "alignment": 0.1 * (1 - cosine_similarity(patches.float(), aim.float(), -1)).mean(),
             }
 
-        self.stage("generator", 1e-3, [pair], average, losses, judged)
+        self.stage("generator", 6e-4, [pair], average, losses, judged)
         pair.load_state_dict(average.network.state_dict())
         pair.requires_grad_(False)
 

@@ -38,6 +38,10 @@ class Conditioned(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.transformer: Any = FluxTransformer2DModel(**SIZES.transformer)
+        for name, module in self.transformer.named_modules():
+            if "norm" in name and isinstance(module, nn.Linear):  # every block begins as nothing
+                nn.init.zeros_(module.weight)
+                nn.init.zeros_(module.bias)
         self.siglip = SiglipVisionModel(SiglipVisionConfig(**SIZES.siglip))
         width = SIZES.siglip["hidden_size"]
         self.redux = ReduxImageEncoder(redux_dim=width, txt_in_features=SIZES.t5["d_model"])

@@ -134,12 +134,13 @@ def distances(latents: Tensor, codebook: Tensor) -> Tensor:
 @torch.no_grad()
 def start(generator: networks.Generator, tokenizer: Tokenizer) -> None:
     """Let a generator, whose stem sees patches as the encoder's embedding does, begin as the tokenizer's encoder."""
-    for mine, theirs in zip(generator.blocks, tokenizer.encoder.blocks, strict=True):
+    blocks: Any = generator.blocks
+    for mine, theirs in zip(blocks, tokenizer.encoder.blocks, strict=True):
         mine.load_state_dict(theirs.state_dict(), strict=False)
-        for sft in (mine.sft1, mine.sft2):
-            nn.init.zeros_(sft.weight), nn.init.zeros_(sft.bias)
-    for project in generator.cls:
-        nn.init.zeros_(project.weight), nn.init.zeros_(project.bias)
+    without: list[Any] = [*generator.cls, *(sft for block in blocks for sft in (block.sft1, block.sft2))]
+    for linear in without:
+        nn.init.zeros_(linear.weight)
+        nn.init.zeros_(linear.bias)
     generator.norm.load_state_dict(tokenizer.encoder.norm.state_dict())
     codebook, latent = tokenizer.quantizer.codebook, tokenizer.encoder.out
     weight, bias = (p.unflatten(0, (len(codebook), -1)) for p in (latent.weight, latent.bias))

@@ -37,8 +37,9 @@ class Conditioned(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.transformer: Any = FluxTransformer2DModel(**SIZES.transformer)
-        for name, module in self.transformer.named_modules():
+        transformer: Any = FluxTransformer2DModel(**SIZES.transformer)
+        self.transformer = transformer
+        for name, module in transformer.named_modules():
             if "norm" in name and isinstance(module, nn.Linear):  # every block begins as nothing
                 nn.init.zeros_(module.weight)
                 nn.init.zeros_(module.bias)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from tilewright.export.seams import seam_excess
+from tilewright.export.systems.hitoksr import PRESETS
 from tilewright.runtime import load
 from tilewright.runtime.restore import Restorer
 from tilewright.runtime.scheduler import plan_of
@@ -58,18 +59,12 @@ def codebooks(restorer: Restorer) -> list[dict[str, float]]:
                 chosen.append(np.asarray(indices)[0].reshape(indices.shape[1], -1))
     found = []
     for group in np.concatenate(chosen, 1):
-        counts = np.bincount(group, minlength=codes_of(restorer))
+        counts = np.bincount(group, minlength=PRESETS[restorer.bundle.manifest.preset]["codes"])
         shares = counts[counts > 0] / counts.sum()
         found.append(
             {"used": float((counts > 0).mean()), "perplexity": float(np.exp(-(shares * np.log(shares)).sum()))}
         )
     return found
-
-
-def codes_of(restorer: Restorer) -> int:
-    from tilewright.export.systems.hitoksr import PRESETS
-
-    return int(PRESETS[restorer.bundle.manifest.preset]["codes"])
 
 
 def seams(restorer: Restorer, options: dict[str, Any]) -> dict[str, Any]:

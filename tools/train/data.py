@@ -205,7 +205,11 @@ def crop(rng: Generator, split: str, kind: int, side: int) -> np.ndarray:
     top, left = (int(rng.integers(0, size - taken + 1)) for size in image.shape[:2])
     piece = image[top : top + taken, left : left + taken]
     if taken != side:
-        piece = np.asarray(Image.fromarray(piece).resize((side, side), Image.Resampling.BOX if taken > side else 3))
+        piece = np.asarray(
+            Image.fromarray(piece).resize(
+                (side, side), Image.Resampling.BOX if taken > side else Image.Resampling.BICUBIC
+            )
+        )
     piece = np.rot90(piece, int(rng.integers(4)))
     piece = piece[:, ::-1] if rng.random() < 0.5 else piece
     return np.ascontiguousarray(piece[..., rng.permutation(3)] if rng.random() < 0.3 else piece)

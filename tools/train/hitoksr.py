@@ -7,6 +7,7 @@ no adversary and no trained perceptual loss here; differences of neighbouring pi
 import argparse
 import sys
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,7 @@ class Prior(nn.Module):
         self.deviation = nn.Buffer(torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        patches, classes = self.vision((image - self.mean) / self.deviation)
-        return patches, classes
+        return self.vision((image - self.mean) / self.deviation)
 
     def losses(self, sharp: Tensor, soft: Tensor, kinds: Tensor, patch: int) -> dict[str, Tensor]:
         patches, classes = self(soft)
@@ -129,6 +129,17 @@ def coarse(image: Tensor, levels: int) -> Tensor:
 def distances(latents: Tensor, codebook: Tensor) -> Tensor:
     """Squared, of latents [..., G, D] to all codewords of their group: [..., G, K], less what they have in common."""
     return codebook.square().sum(-1) - 2 * torch.einsum("...gd,gkd->...gk", latents, codebook)
+
+
+def scores(generator: networks.Generator, soft: Tensor, patches: Tensor, classes: Tensor) -> Tensor:
+    """Logits [B, N, G, K] of every codeword."""
+    logits = generator.head(generator.hidden(soft * 2 - 1, patches, classes)).float()
+    return logits.unflatten(-1, (generator.config.groups, generator.config.codes))
+
+
+def words(codebook: Tensor, indices: Tensor) -> Tensor:
+    """Codewords [..., G*D] of indices [..., G]."""
+    return codebook[torch.arange(len(codebook)), indices].flatten(-2)
 
 
 @torch.no_grad()
@@ -230,10 +241,10 @@ class Training:
 
     def stage_generator(self) -> None:
         """Cross-entropy against all codewords near the truth, so that the best guess lies amid what may be true."""
-        clean = Average(self.prior).network  # as it was: what it says of sharp images stays the aim
+        clean = deepcopy(self.prior).requires_grad_(False)  # as it was: what it says of sharp images stays the aim
         pair: Any = nn.ModuleList([self.generator, self.prior])
         codebook = self.tokenizer.quantizer.codebook
-        groups, codes, width = codebook.shape
+        groups, _, width = codebook.shape
         start(self.generator, self.tokenizer)
         average = Average(pair)
 
@@ -247,11 +258,9 @@ class Training:
                 near = (-distances(truth, codebook) / NEAR).softmax(-1)
                 aim, _ = clean(sharp)
             patches, classes = self.prior(soft)
-            hidden = self.generator.hidden(soft * 2 - 1, patches, classes)
-            logits = self.generator.head(hidden).float().unflatten(-1, (groups, codes))
-            spread = torch.einsum("bngk,gkd->bngd", logits.softmax(-1), codebook)
-            best = codebook[torch.arange(groups), logits.argmax(-1)]
-            straight = (spread + (best - spread).detach()).flatten(-2)
+            logits = scores(self.generator, soft, patches, classes)
+            spread = torch.einsum("bngk,gkd->bngd", logits.softmax(-1), codebook).flatten(-2)
+            straight = spread + (words(codebook, logits.argmax(-1)) - spread).detach()
             return {
                 "tokens": 0.15 * cross_entropy(logits.flatten(0, 2), near.flatten(0, 2)),
                 "pixels": 4 * appearance(self.tokenizer.decode(straight, sharp.shape[-2:]), sharp),
@@ -263,25 +272,18 @@ class Training:
         pair.requires_grad_(False)
 
     def restored(self, generator: Any, prior: Any, tokenizer: Tokenizer, soft: Tensor) -> Tensor:
-        patches, classes = prior(soft)
-        logits = generator.head(generator.hidden(soft * 2 - 1, patches, classes)).float()
-        codebook = self.tokenizer.quantizer.codebook
-        best = logits.unflatten(-1, codebook.shape[:2]).argmax(-1)
-        return tokenizer.decode(codebook[torch.arange(len(codebook)), best].flatten(-2), soft.shape[-2:])
+        best = scores(generator, soft, *prior(soft)).argmax(-1)
+        return tokenizer.decode(words(self.tokenizer.quantizer.codebook, best), soft.shape[-2:])
 
     def stage_decoder(self) -> None:
         self.tokenizer.decoder.requires_grad_(True)
         average = Average(self.tokenizer)
-        codebook = self.tokenizer.quantizer.codebook
-        groups, codes, _ = codebook.shape
 
         def losses(step: int, sharp: Tensor, soft: Tensor, kinds: Tensor) -> dict[str, Tensor]:
             with torch.no_grad():
-                patches, classes = self.prior(soft)
-                logits = self.generator.head(self.generator.hidden(soft * 2 - 1, patches, classes)).float()
-                best, indices = logits.unflatten(-1, (groups, codes)).topk(TOP, -1)
+                best, indices = scores(self.generator, soft, *self.prior(soft)).topk(TOP, -1)
                 picked = torch.multinomial(best.softmax(-1).flatten(0, -2), 1).view(*best.shape[:-1], 1)
-                chosen = codebook[torch.arange(groups), indices.gather(-1, picked)[..., 0]].flatten(-2)
+                chosen = words(self.tokenizer.quantizer.codebook, indices.gather(-1, picked)[..., 0])
             return {"pixels": 4 * appearance(self.tokenizer.decode(chosen, sharp.shape[-2:]), sharp)}
 
         def judged() -> dict[str, float]:

@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Average", "adam", "rate", "stage"]
+__all__ = ["Average", "adam", "stage"]
 
 SAVE_EVERY_S = 120.0
 Batch = TypeVar("Batch")
@@ -71,6 +71,8 @@ def stage(
     path, log = folder / f"{name}.pt", folder / f"{name}.jsonl"
     everything = {**kept, "optimizer": optimizer}
     done, spent = _restored(path, everything)
+    if done == steps:
+        return
     started = saved = time.monotonic()
     with ThreadPoolExecutor(1) as ahead:
         coming = ahead.submit(batch, done)

@@ -17,7 +17,7 @@ demo: .venv/ready
 
 # each takes about 90 minutes on 2 cores, and goes on where it stopped
 train-hitoksr: .venv/ready
-	PYTHONPATH=tools $(BIN)/python -W ignore -m train.hitoksr build/train/hitoksr demo/hitoksr/hitoksr.safetensors
+	PYTHONPATH=tools $(BIN)/python -W ignore -m train.hitoksr build/train/hitoksr demo/hitoksr
 
 train-in-token: .venv/ready
 	PYTHONPATH=tools $(BIN)/python -W ignore -m train.in_token build/train/in-token demo/in-token

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from train import data, hitoksr, in_token
+from train.command import write
 
 from tilewright.export.networks.flux import Modulate, Step
 from tilewright.export.request import Request
@@ -77,10 +77,9 @@ def test_every_stage_of_hitoksr_runs_and_the_system_finds_all_it_needs(tiny_hito
     tiny_hitoksr.run()
     again = hitoksr.Training(tiny_hitoksr.folder)
     again.run()  # of what is done, nothing is done again
-    tensors, repeated = tiny_hitoksr.tensors(), again.tensors()
+    (tensors,), (repeated,) = (training.files().values() for training in (tiny_hitoksr, again))
     assert all(torch.equal(tensors[name], repeated[name]) for name in tensors)
-    (tmp_path / "w").mkdir()
-    save_file(tensors, tmp_path / "w" / "hitoksr.safetensors")
+    write(tiny_hitoksr.files(), tmp_path / "w")
     needed(Request("hitoksr", "demo", tmp_path / "b", tmp_path / "w"))
 
 
@@ -95,7 +94,7 @@ def tiny_in_token(monkeypatch, tmp_path, few_images) -> in_token.Training:
 
 def test_both_stages_of_in_token_run_and_the_system_finds_all_it_needs(tiny_in_token, tmp_path):
     tiny_in_token.run()
-    in_token.write(tiny_in_token.files(), tmp_path / "w")
+    write(tiny_in_token.files(), tmp_path / "w")
     needed(Request("in-token", "demo", tmp_path / "b", tmp_path / "w", given={"redux": str(tmp_path / "w")}))
 
 

@@ -4,7 +4,6 @@ Stages, as in the paper at small scale: the vision prior, the tokenizer, the gen
 no adversary and no trained perceptual loss here; differences of neighbouring pixels take their place.
 """
 
-import argparse
 import sys
 from collections.abc import Callable
 from copy import deepcopy
@@ -12,16 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, cosine_similarity, cross_entropy, interpolate, l1_loss, one_hot
 
 from tilewright.export.networks import hitoksr as networks
 from tilewright.export.systems.hitoksr import PRESETS
 from tilewright.kernels.qkv_norm_rope import qkv_norm_rope_reference
-from train import data
+from train import command, data
 from train.loop import Average, adam, stage
-from train.pictures import appearance, mixed, pixels, score
+from train.pictures import appearance, crops, mixed, score
 
 SIDE, COUNT = 96, 8
 STEPS = {"prior": 1000, "tokenizer": 2000, "stem": 5000, "generator": 1400, "decoder": 900}
@@ -176,18 +174,14 @@ class Training:
         self,
         name: str,
         peak: float,
-        trained: list[nn.Module],
+        trained: nn.Module,
         average: Average[Any],
         losses: Callable[..., Any],
         judged: Callable[[], dict[str, float]] = dict,
     ) -> None:
-        optimizer = adam(p for network in trained for p in network.parameters() if p.requires_grad)
-        kept = {str(i): network for i, network in enumerate(trained)} | {"average": average}
-        seed = list(STEPS).index(name)
-
-        def batch(number: int) -> tuple[Tensor, ...]:
-            sharp, soft, kinds = data.batch(seed, number, COUNT, SIDE)
-            return pixels(sharp), pixels(soft), torch.from_numpy(kinds)
+        optimizer = adam(p for p in trained.parameters() if p.requires_grad)
+        kept = {"network": trained, "average": average}
+        batch = crops(list(STEPS).index(name), COUNT, SIDE)
 
         def measured(step: int, given: tuple[Tensor, ...]) -> dict[str, Tensor]:
             with mixed():
@@ -205,7 +199,7 @@ class Training:
     def stage_prior(self) -> None:
         average = Average(self.prior)
         self.stage(
-            "prior", 1e-3, [self.prior], average,
+            "prior", 1e-3, self.prior, average,
             lambda step, sharp, soft, kinds: self.prior.losses(sharp, soft, kinds, self.config.patch_px),
         )  # fmt: skip
         self.prior.load_state_dict(average.network.state_dict())
@@ -213,7 +207,7 @@ class Training:
     def stage_tokenizer(self) -> None:
         average = Average(self.tokenizer)
         self.stage(
-            "tokenizer", 1.5e-3, [self.tokenizer], average,
+            "tokenizer", 1.5e-3, self.tokenizer, average,
             lambda step, sharp, soft, kinds: self.tokenizer.losses(step, sharp),
             judged=lambda: score(SIDE, lambda sharp, soft: self.reconstructed(average.network, sharp)),
         )  # fmt: skip
@@ -236,7 +230,7 @@ class Training:
                 aim = embed(sharp * 2 - 1).float()
             return {"embedding": (self.generator.stem(soft * 2 - 1).float() - aim).square().mean() / aim.var()}
 
-        self.stage("stem", 2e-3, [self.generator.stem], average, losses)
+        self.stage("stem", 2e-3, self.generator.stem, average, losses)
         self.generator.stem.load_state_dict(average.network.state_dict())
 
     def stage_generator(self) -> None:
@@ -267,7 +261,7 @@ class Training:
                 "alignment": 0.1 * (1 - cosine_similarity(patches.float(), aim.float(), -1)).mean(),
             }
 
-        self.stage("generator", 6e-4, [pair], average, losses, judged)
+        self.stage("generator", 6e-4, pair, average, losses, judged)
         pair.load_state_dict(average.network.state_dict())
         pair.requires_grad_(False)
 
@@ -289,10 +283,10 @@ class Training:
         def judged() -> dict[str, float]:
             return score(SIDE, lambda sharp, soft: self.restored(self.generator, self.prior, average.network, soft))
 
-        self.stage("decoder", 5e-4, [self.tokenizer], average, losses, judged)
+        self.stage("decoder", 5e-4, self.tokenizer, average, losses, judged)
         self.tokenizer.decoder.load_state_dict(average.network.decoder.state_dict())
 
-    def tensors(self) -> dict[str, Tensor]:
+    def files(self) -> dict[str, dict[str, Tensor]]:
         """The shipped weights by the system's names."""
         parts = {
             "vfm.": self.prior.vision.vfm,
@@ -301,20 +295,8 @@ class Training:
             "quantizer.": self.tokenizer.quantizer,
         }
         state = {prefix + name: t for prefix, part in parts.items() for name, t in part.state_dict().items()}
-        return {name: t.half().contiguous() for name, t in state.items() if not name.endswith("mask_token")}
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("folder", type=Path, help="where it notes how far it is")
-    parser.add_argument("out", type=Path, help="the weights' file")
-    asked = parser.parse_args()
-    training = Training(asked.folder)
-    training.run()
-    asked.out.parent.mkdir(parents=True, exist_ok=True)
-    save_file(training.tensors(), asked.out)
-    return 0
+        return {"hitoksr": {name: t for name, t in state.items() if not name.endswith("mask_token")}}
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.main(__doc__, Training))

@@ -4,7 +4,6 @@ Everything is the published classes at small sizes, saved in the published layou
 transformer by rectified flow, together with SigLIP, Redux and the prompt's embeddings, which are learned like weights.
 """
 
-import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,15 +13,14 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from tilewright.export.systems.flux_sizes import PRESETS
 from tilewright.runtime.schedules import flow_shift
-from train import data
+from train import command
 from train.loop import Average, adam, stage
-from train.pictures import appearance, mixed, pixels, score
+from train.pictures import appearance, crops, mixed, score
 
 SIDE = 96
 COUNT = {"vae": 12, "flow": 24}
@@ -88,13 +86,11 @@ class Training:
     def stage(
         self, name: str, network: nn.Module, average: Average[Any], losses: Callable[..., Any], judged: Any
     ) -> None:
-        def batch(number: int) -> tuple[Tensor, Tensor]:
-            sharp, soft, _ = data.batch(10 + list(STEPS).index(name), number, COUNT[name], SIDE)
-            return pixels(sharp), pixels(soft)
+        batch = crops(10 + list(STEPS).index(name), COUNT[name], SIDE)
 
-        def measured(step: int, given: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        def measured(step: int, given: tuple[Tensor, ...]) -> dict[str, Tensor]:
             with mixed():
-                return losses(*given)
+                return losses(*given[:2])
 
         kept, optimizer = {"network": network, "average": average}, adam(network.parameters())
         stage(name, self.folder, STEPS[name], PEAK[name], optimizer, kept, batch, measured, average.update, judged)
@@ -170,24 +166,5 @@ class Training:
         }
 
 
-def write(files: dict[str, dict[str, Tensor]], folder: Path) -> None:
-    """As float16."""
-    for name, tensors in files.items():
-        path = folder / f"{name}.safetensors"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({key: tensor.half().contiguous() for key, tensor in tensors.items()}, path)
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("folder", type=Path, help="where it notes how far it is")
-    parser.add_argument("out", type=Path, help="the folder of weights")
-    asked = parser.parse_args()
-    training = Training(asked.folder)
-    training.run()
-    write(training.files(), asked.out)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.main(__doc__, Training))

@@ -11,7 +11,7 @@ from torch.nn.functional import l1_loss
 from train import data
 from train.metrics import psnr
 
-__all__ = ["appearance", "mixed", "pixels", "score"]
+__all__ = ["appearance", "crops", "mixed", "pixels", "score"]
 
 JUDGED = 32  # crops
 
@@ -19,6 +19,16 @@ JUDGED = 32  # crops
 def pixels(images: np.ndarray) -> Tensor:
     """uint8 [B, H, W, 3] to [B, 3, H, W] between 0 and 1."""
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().float() / 255
+
+
+def crops(seed: int, count: int, side: int) -> Callable[[int], tuple[Tensor, ...]]:
+    """What gives a batch by its number: sharp crops, degraded ones, and their kinds."""
+
+    def batch(number: int) -> tuple[Tensor, ...]:
+        sharp, soft, kinds = data.batch(seed, number, count, side)
+        return pixels(sharp), pixels(soft), torch.from_numpy(kinds)
+
+    return batch
 
 
 def appearance(image: Tensor, target: Tensor) -> Tensor:

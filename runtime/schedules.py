@@ -22,12 +22,13 @@ BETA_EXPONENTS = {"linear": 1.0, "scaled_linear": 0.5}  # betas ** exponent is w
 FINAL_ALPHAS = "first", "one"  # what the last step leads to: the first training step's alpha-bar, or 1
 
 
-def flow_shift(count: int, tokens: int, *, max_mu: float | None = None) -> Tables:
+def flow_shift(count: int, tokens: int, *, min_mu: float | None = None, max_mu: float | None = None) -> Tables:
     """Flow matching's sigmas, shifted towards noise as the number of tokens grows (the FLUX family)."""
     _check_count(count)
     if tokens < 1:
         raise UsageError(f"tokens={tokens} is no token count; use 1 or more")
     mu = 0.5 + (tokens - 256) * (1.15 - 0.5) / (4096 - 256)
+    mu = mu if min_mu is None else max(mu, min_mu)
     shift = np.exp(mu if max_mu is None else min(mu, max_mu))
     base = np.linspace(1, 1 / count, count)
     sigma = shift / (shift + (1 / base - 1))

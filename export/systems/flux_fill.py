@@ -64,6 +64,7 @@ BASE_OPTIONS = {
     "prompt": Option("words; needs the text encoders in the folder of weights"),
     "prompt_embeds": Option("safetensors with prompt_embeds and pooled_prompt_embeds", names=("prompt.safetensors",)),
     "steps": Option("sampling steps of the program", kind=int),
+    "min_mu": Option("bound of the schedule's shift on small tiles (default: the preset's)", kind=finite),
     "max_mu": Option("bound of the schedule's shift on large tiles (default: none)", kind=finite),
     "guidance": Option("guidance that the model was distilled for (default: 30)", kind=finite),
     "fixed_tile": Option("only these tile sizes: their modulation is computed now", kind=_tiles),
@@ -85,11 +86,14 @@ def base_settings(
     count = given.get("steps", steps)
     if not 1 <= count <= 1000:
         raise UsageError(f"--steps {count} must lie in 1..1000")
+    least, most = (given.get(name, default) for name, default in (("min_mu", sizes.min_mu), ("max_mu", None)))
+    if least is not None and most is not None and least > most:
+        raise UsageError(f"--min-mu {least} lies above --max-mu {most}; give a smaller one")
     _check_fill(sizes, origins.get("transformer"))
     _, strength = lora.path_and_strength(given.get("lora", ""))
     return {
         "steps": count,
-        "max_mu": given.get("max_mu"),
+        "mu": {"min_mu": least, "max_mu": most},
         "guidance": given.get("guidance", 30.0),
         "fixed": fixed,
         "exact": given.get("exact_scalars", "on") == "on",
@@ -304,7 +308,7 @@ def modulation_tables(preset: str, run: Callable[..., Any], settings: Mapping[st
     scale = {"lora_scale": np.float32(settings["lora_scale"])} if _modulated(settings) else {}
     for px in settings["fixed"]:
         tokens = (px // sizes.multiple) ** 2
-        sigmas = flow_shift(settings["steps"], tokens, max_mu=settings["max_mu"])["sigma"]
+        sigmas = flow_shift(settings["steps"], tokens, **settings["mu"])["sigma"]
         made = run("modulate", pooled=pooled, guidance=np.float32(settings["guidance"]), sigmas=sigmas, **scale)
         tables["modulation" if len(settings["fixed"]) == 1 else f"modulation.{tokens}"] = made["modulation"]
     if settings["fixed"] and _modulated(settings):
@@ -314,4 +318,4 @@ def modulation_tables(preset: str, run: Callable[..., Any], settings: Mapping[st
 
 def schedule_options(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Of the program's `flow_shift`."""
-    return {} if settings["max_mu"] is None else {"max_mu": settings["max_mu"]}
+    return {name: bound for name, bound in settings["mu"].items() if bound is not None}

@@ -64,6 +64,7 @@ class Sizes:
     tile_px: int
     overlap_px: int
     whole_px: tuple[int, int]
+    min_mu: float | None = None  # of the schedule: with a large one, few steps end near the mean of what may be true
 
     @property
     def spatial(self) -> int:
@@ -214,6 +215,7 @@ PRESETS["demo"] = Sizes(
     tile_px=96,
     overlap_px=32,
     whole_px=(96, 96),
+    min_mu=2.0,
 )
 # few blocks at full width: what a machine without a GPU can measure
 _FEW = FULL_TRANSFORMER | {"num_layers": 1, "num_single_layers": 2}

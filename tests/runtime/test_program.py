@@ -948,7 +948,7 @@ def test_a_long_complaint_keeps_where_and_what_to_do():
 # The names of schedules that the checks know without importing them
 
 OPTIONS = {
-    "flow_shift": {"max_mu": 1.15},
+    "flow_shift": {"min_mu": 0.5, "max_mu": 1.15},
     "ddim": document("private")["passes"][1]["steps"]["options"],
     "ddpm": document("steered")["passes"][3]["steps"]["options"],
 }

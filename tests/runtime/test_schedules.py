@@ -66,6 +66,11 @@ def test_max_mu_caps_large_canvases_and_leaves_small_ones():
     np.testing.assert_array_equal(flow_shift(28, 1024, max_mu=1.15)["sigma"], flow_shift(28, 1024)["sigma"])
 
 
+def test_min_mu_holds_small_canvases_up_and_leaves_large_ones():
+    np.testing.assert_allclose(flow_shift(28, 16, min_mu=0.5)["sigma"], flow_shift(28, 256)["sigma"])
+    np.testing.assert_array_equal(flow_shift(28, 1024, min_mu=0.5)["sigma"], flow_shift(28, 1024)["sigma"])
+
+
 @pytest.mark.parametrize("count", [1, 4, 28, 50])
 @pytest.mark.parametrize("tokens", [16, 1024, 4096, 14400])
 def test_flow_shift_agrees_with_diffusers(count, tokens):

@@ -98,6 +98,15 @@ def test_both_stages_of_in_token_run_and_the_system_finds_all_it_needs(tiny_in_t
     needed(Request("in-token", "demo", tmp_path / "b", tmp_path / "w", given={"redux": str(tmp_path / "w")}))
 
 
+def test_the_first_velocity_leads_from_noise_to_what_the_encoder_saw():
+    torch.manual_seed(5)
+    model = in_token.Conditioned()
+    z, y, image = torch.randn(2, 8, 24, 24), torch.randn(2, 8, 24, 24), torch.rand(2, 3, 96, 96)
+    with torch.no_grad():
+        velocity = model(z, y, torch.ones(2), model.seen(image))
+    assert (velocity - (z - y)).square().mean() < 0.01 * (z - y).square().mean()
+
+
 def test_what_is_trained_is_the_step_that_is_deployed(tiny_in_token):
     model, sizes = tiny_in_token.conditioned, flux_sizes.PRESETS["tiny"]
     random = torch.Generator().manual_seed(4)

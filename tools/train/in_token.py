@@ -1,9 +1,11 @@
 """Train the small In-Token system that ships as preset `demo`: `python -m train.in_token FOLDER OUT`.
 
-Everything is the published classes at small sizes, saved in the published layout: first the VAE, then FLUX's
-transformer by rectified flow, together with SigLIP, Redux and the prompt's embeddings, which are learned like weights.
+Everything is the published classes at small sizes, saved in the published layout: first the VAE, whose encoder learns
+to see past degradation, then FLUX's transformer by rectified flow, together with SigLIP, Redux and the prompt's
+embeddings, which are learned like weights.
 """
 
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,11 +25,13 @@ from train.loop import Average, adam, stage
 from train.pictures import appearance, crops, mixed, score
 
 SIDE = 96
-COUNT = {"vae": 12, "flow": 24}
-STEPS = {"vae": 2000, "flow": 4200}
-PEAK = {"vae": 1e-3, "flow": 8e-4}
+COUNT = {"vae": 8, "flow": 24}
+STEPS = {"vae": 3000, "flow": 3600}
+PEAK = {"vae": 1e-3, "flow": 6e-4}
 GUIDANCE = 30.0
 SIZES = PRESETS["demo"]
+SHIFT = math.exp(SIZES.min_mu or 0)
+STEADY = 12.0  # times a token's first bias is as long as a channel's weights: it makes tokens nearly equally long
 
 
 class Conditioned(nn.Module):
@@ -41,6 +45,7 @@ class Conditioned(nn.Module):
             if "norm" in name and isinstance(module, nn.Linear):  # every block begins as nothing
                 nn.init.zeros_(module.weight)
                 nn.init.zeros_(module.bias)
+        begin(transformer)
         self.siglip = SiglipVisionModel(SiglipVisionConfig(**SIZES.siglip))
         width = SIZES.siglip["hidden_size"]
         self.redux = ReduxImageEncoder(redux_dim=width, txt_in_features=SIZES.t5["d_model"])
@@ -72,6 +77,20 @@ class Conditioned(nn.Module):
             txt_ids=torch.zeros(seen.shape[1], 3),
         ).sample
         return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (rows, columns)), 2)
+
+
+@torch.no_grad()
+def begin(transformer: Any) -> None:
+    """Let its first velocity be z - y: the image that the encoder saw in the degraded one."""
+    embed, out = transformer.x_embedder, transformer.proj_out
+    width, latent = embed.out_features, out.out_features
+    columns = torch.randn(width, 2 * latent + 1) / math.sqrt(width)
+    columns -= columns.mean(0)  # layer norms take the mean away
+    noisy, given = torch.linalg.pinv(columns)[: 2 * latent].chunk(2)
+    embed.weight.zero_()[:, : 2 * latent] = columns[:, :-1]
+    embed.bias.copy_(STEADY * columns[:, -1])
+    out.weight.copy_((noisy - given) * math.sqrt((2 * latent + STEADY**2) / width))
+    out.bias.zero_()
 
 
 class Training:
@@ -106,21 +125,29 @@ class Training:
         return (vae.decoder(latent).float() + 1) / 2
 
     def stage_vae(self) -> None:
-        """Latents of unit variance, decoded with a little noise on them: what the flow leaves."""
+        """Latents of unit variance; of a degraded image those of the sharp one, as far as can be told.
+
+        They are decoded with a little noise on them: what the flow leaves.
+        """
         average = Average(self.vae)
 
         def losses(sharp: Tensor, soft: Tensor) -> dict[str, Tensor]:
-            image = torch.cat([sharp, soft[: len(soft) // 3]])
-            z = self.latent(self.vae, image)
-            image_again = self.picture(self.vae, z + 0.1 * torch.rand(len(z), 1, 1, 1) * torch.randn_like(z))
+            both = self.latent(self.vae, torch.cat([sharp, soft]))
+            image = self.picture(self.vae, both + 0.1 * torch.rand(len(both), 1, 1, 1) * torch.randn_like(both))
+            z, y = both.chunk(2)
             mean, spread = z.mean((0, 2, 3)), z.var((0, 2, 3))
             return {
-                "pixels": 4 * appearance(image_again, image),
+                "pixels": 4 * appearance(image, torch.cat([sharp, sharp])),
+                "latents": 0.2 * (y - z.detach()).square().mean(),
                 "scale": 0.02 * (mean.square() + spread.log().square()).mean(),
             }
 
         def judged() -> dict[str, float]:
-            return score(SIDE, lambda sharp, soft: self.picture(average.network, self.latent(average.network, sharp)))
+            def again(image: Tensor) -> Tensor:
+                return self.picture(average.network, self.latent(average.network, image))
+
+            sharp = score(SIDE, lambda sharp, soft: again(sharp))["psnr"]
+            return {"sharp": sharp} | score(SIDE, lambda sharp, soft: again(soft))
 
         self.stage("vae", self.vae, average, losses, judged)
         self.vae.load_state_dict(average.network.state_dict())
@@ -133,7 +160,7 @@ class Training:
             with torch.no_grad():
                 z, y = self.latent(self.vae, torch.cat([sharp, soft])).chunk(2)
             noise, time = torch.randn_like(z), torch.rand(len(z), 1, 1, 1)
-            sigma = 4 * time / (1 + 3 * time)  # mostly noisy: there the picture is decided
+            sigma = SHIFT * time / (1 + (SHIFT - 1) * time)  # as the schedule has them
             found = self.conditioned(z + sigma * (noise - z), y, sigma.flatten(), self.conditioned.seen(soft))
             return {"flow": (found.float() - (noise - z)).square().mean()}
 
@@ -146,7 +173,7 @@ class Training:
         def restored(sharp: Tensor, soft: Tensor) -> Tensor:
             y, seen = self.latent(self.vae, soft), conditioned.seen(soft)
             z = torch.randn(y.shape, generator=torch.Generator().manual_seed(0))
-            tables = flow_shift(steps, (SIDE // SIZES.multiple) ** 2)
+            tables = flow_shift(steps, (SIDE // SIZES.multiple) ** 2, min_mu=SIZES.min_mu)
             for here, there in zip(tables["sigma"], tables["sigma_next"], strict=True):
                 z = z + float(there - here) * conditioned(z, y, torch.full((len(z),), float(here)), seen).float()
             return self.picture(self.vae, z)

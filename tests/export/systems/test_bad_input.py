@@ -135,6 +135,7 @@ ARGUMENTS = {
     "words without text encoders": (8, ["--prompt", "a bridge"], "text encoder is needed"),
     "no steps": (2, ["--steps", "0"], "--steps 0 must lie in 1..1000"),
     "a tile off the grid": (2, ["--fixed-tile", "30"], "--fixed-tile 30 is no multiple of 4"),
+    "bounds that contradict": (2, ["--min-mu", "1.5", "--max-mu", "1"], "--min-mu 1.5 lies above --max-mu 1.0"),
     "tiles that are no list": (2, ["--fixed-tile", "64;32"], "'64;32'"),
     "fixed tiles without the split": (
         2,

@@ -12,8 +12,11 @@ CMAKE := $(or $(wildcard $(BIN)/cmake),cmake)
 	touch $@
 
 demo: .venv/ready
-	$(BIN)/tilewright export build hitoksr --preset tiny --random-weights 0 -o out/hitoksr-tiny
-	$(BIN)/tilewright runtime restore docs/sample.png out/demo.png --bundle out/hitoksr-tiny
+	$(BIN)/tilewright export build hitoksr --preset demo --weights demo/hitoksr -o out/hitoksr-demo
+	$(BIN)/tilewright export build in-token --preset demo --weights demo/in-token -o out/in-token-demo
+	$(BIN)/tilewright runtime restore demo/sample.png out/hitoksr.png --bundle out/hitoksr-demo
+	$(BIN)/tilewright runtime restore demo/sample.png out/in-token.png --bundle out/in-token-demo --steps 8 --seed 0
+	$(BIN)/python tools/compare.py demo/sample.png demo/original.png hitoksr=out/hitoksr.png in-token=out/in-token.png -o out/demo.png
 
 # each takes about 90 minutes on 2 cores, and goes on where it stopped
 train-hitoksr: .venv/ready

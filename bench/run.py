@@ -100,8 +100,7 @@ def toksr(work: Path) -> None:
 def demo(work: Path) -> None:
     here, hitoksr, in_token = HERE.parent / "demo", work / "hitoksr-demo", work / "in-token-demo"
     tilewright("export", "build", "hitoksr", "--preset", "demo", "--weights", here / "hitoksr", "-o", hitoksr)
-    given = ("--weights", here / "in-token", "--redux", here / "in-token")
-    tilewright("export", "build", "in-token", "--preset", "demo", *given, "-o", in_token)
+    tilewright("export", "build", "in-token", "--preset", "demo", "--weights", here / "in-token", "-o", in_token)
     bench("demo", "--hitoksr", hitoksr, "--in-token", in_token)
 
 

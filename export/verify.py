@@ -36,6 +36,7 @@ __all__ = ["RELATIVE_L2_GATE", "require", "sample_photo", "verify"]
 RELATIVE_L2_GATE = 1e-4  # of a component's float outputs, float32 against float32; measured are 1e-6 to 1e-5
 WORDS = "a stone bridge over a river"
 FEW_STEPS = 8
+LEAST_TILE_PX = 96  # to judge seams by: convolutions see further than 12 of the smallest tokens
 SEAM_GATE = 0.15  # of `seam_excess`; blended tiles of random networks reach 0.09, unblended ones of VICR 0.3
 UNDECIDED = 4.0  # a choice won by less than this many roundings of its scores may fall either way
 Floats = npt.NDArray[np.floating[Any]]
@@ -87,15 +88,21 @@ def _seam(restorer: Restorer, job: Job, make: Callable[[int, int], Pixels]) -> f
     program = restorer.bundle.program
     fixed = job.tile_px is not None and least_px(program, job.tile_px) == job.tile_px
     usual = min(p.tiles.px for p in program.passes if p.tiles)
-    tile = job.tile_px if fixed and job.tile_px else min(12 * program.multiple_px, usual)
+    tile = job.tile_px if fixed and job.tile_px else min(max(12 * program.multiple_px, LEAST_TILE_PX), usual)
     overlap = tile // 3 // program.multiple_px * program.multiple_px
-    side = -(-(3 * tile - 2 * overlap) // program.scale)
+    whole = 3 * tile - 2 * overlap
+    side = -(-whole // program.scale)
     enlarged = Enlarged(make(side, side), program.scale, program.multiple_px, least_px(program, tile))
     tiled = replace(job, image=enlarged, tile_px=tile, overlap_px=overlap, steps=_few_steps(restorer))
     image = run(program, restorer.engines, restorer.constants, tiled)
     last = [p for p in program.passes if "result" in p.writes()][-1]
     plan = plan_of(program, last, image.shape[1], image.shape[2], tile, overlap)
-    return seam_excess(image, plan, program.multiple_px)
+    excess = seam_excess(image, plan, program.multiple_px)
+    if fixed or excess <= SEAM_GATE:
+        return excess
+    direct = run(program, restorer.engines, restorer.constants, replace(tiled, tile_px=whole, overlap_px=0))
+    own = seam_excess(direct, plan, program.multiple_px)
+    return excess - max(own, 0)  # what changes there in one tile as well is the picture's own
 
 
 def _photo(width: int, height: int) -> Pixels:

@@ -13,6 +13,7 @@ from train.metrics import MEASURES, measures
 
 BAR_PX = 18
 GAP_PX = 4
+ACROSS = 3  # a page shrinks what is wider
 
 
 def read(path: Path) -> np.ndarray:
@@ -44,12 +45,13 @@ def main() -> int:
         if image.shape != original.shape:
             parser.error(f"{name} is {image.shape[1]}x{image.shape[0]} px, {asked.original} is {size[0]}x{size[1]}")
     shown = [panel(*item) for item in ({"before": before} | pictures | {"original": original}).items()]
-    width = len(shown) * (shown[0].width + GAP_PX) - GAP_PX
-    row = Image.new("RGB", (width, shown[0].height), "white")
+    width, height = (side + GAP_PX for side in shown[0].size)
+    rows = -(-len(shown) // ACROSS)
+    sheet = Image.new("RGB", (min(ACROSS, len(shown)) * width - GAP_PX, rows * height - GAP_PX), "white")
     for i, part in enumerate(shown):
-        row.paste(part, (i * (part.width + GAP_PX), 0))
+        sheet.paste(part, (i % ACROSS * width, i // ACROSS * height))
     asked.out.parent.mkdir(parents=True, exist_ok=True)
-    row.save(asked.out)
+    sheet.save(asked.out)
     print(f"{'':<12}" + "".join(f"{name:>10}" for name in MEASURES))
     for name, image in pictures.items():
         print(f"{name:<12}" + "".join(f"{value:>10.4g}" for value in measures(image, original).values()))

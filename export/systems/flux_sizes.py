@@ -180,8 +180,8 @@ PRESETS: dict[str, Sizes] = {
 PRESETS["demo"] = Sizes(
     FULL_TRANSFORMER
     | {
-        "in_channels": 128,
-        "out_channels": 32,
+        "in_channels": 192,
+        "out_channels": 64,
         "num_layers": 1,
         "num_single_layers": 3,
         "attention_head_dim": 64,
@@ -192,9 +192,9 @@ PRESETS["demo"] = Sizes(
     },
     _vae(
         (16, 48, 96),
-        latent_channels=8,
+        latent_channels=16,
         layers_per_block=1,
-        norm_num_groups=8,
+        norm_num_groups=1,
         scaling_factor=1.0,
         shift_factor=0.0,
     ),
@@ -215,7 +215,7 @@ PRESETS["demo"] = Sizes(
     tile_px=96,
     overlap_px=32,
     whole_px=(96, 96),
-    min_mu=2.0,
+    min_mu=4.0,
 )
 # few blocks at full width: what a machine without a GPU can measure
 _FEW = FULL_TRANSFORMER | {"num_layers": 1, "num_single_layers": 2}

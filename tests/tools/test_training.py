@@ -84,24 +84,26 @@ def test_every_stage_of_hitoksr_runs_and_the_system_finds_all_it_needs(tiny_hito
 
 
 @pytest.fixture
-def tiny_in_token(monkeypatch, tmp_path, few_images) -> in_token.Training:
+def tiny_in_token(monkeypatch, tmp_path) -> in_token.Training:
     monkeypatch.setitem(flux_sizes.PRESETS, "demo", flux_sizes.PRESETS["tiny"])
     monkeypatch.setattr(in_token, "SIZES", flux_sizes.PRESETS["tiny"])
-    monkeypatch.setattr(in_token, "STEPS", dict.fromkeys(in_token.STEPS, 2))
-    monkeypatch.setattr(in_token, "SIDE", 32)
     return in_token.Training(tmp_path / "state")
 
 
-def test_both_stages_of_in_token_run_and_the_system_finds_all_it_needs(tiny_in_token, tmp_path):
-    tiny_in_token.run()
-    write(tiny_in_token.files(), tmp_path / "w")
-    needed(Request("in-token", "demo", tmp_path / "b", tmp_path / "w", given={"redux": str(tmp_path / "w")}))
+def test_both_stages_of_in_token_run_and_the_system_finds_all_it_needs(monkeypatch, tmp_path, few_images):
+    monkeypatch.setattr(in_token, "STEPS", dict.fromkeys(in_token.STEPS, 2))
+    monkeypatch.setattr(in_token, "SIDE", 32)
+    training = in_token.Training(tmp_path / "state")
+    training.run()
+    write(training.files(), tmp_path / "w")
+    needed(Request("in-token", "demo", tmp_path / "b", tmp_path / "w"))
 
 
 def test_the_first_velocity_leads_from_noise_to_what_the_encoder_saw():
     torch.manual_seed(5)
     model = in_token.Conditioned()
-    z, y, image = torch.randn(2, 8, 24, 24), torch.randn(2, 8, 24, 24), torch.rand(2, 3, 96, 96)
+    z, y = torch.randn(2, 2, in_token.SIZES.channels, 24, 24)
+    image = torch.rand(2, 3, 96, 96)
     with torch.no_grad():
         velocity = model(z, y, torch.ones(2), model.seen(image))
     assert (velocity - (z - y)).square().mean() < 0.01 * (z - y).square().mean()

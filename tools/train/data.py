@@ -186,12 +186,12 @@ def degrade(rng: Generator, image: np.ndarray) -> np.ndarray:
     size = (image.shape[1] // SCALE, image.shape[0] // SCALE)
     filters = (Image.Resampling.BOX, Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.LANCZOS)
     small = np.asarray(blurred.resize(size, filters[rng.integers(4)])).astype(np.float64)
-    strength = rng.uniform(1, 14)
+    strength = rng.uniform(1, 30)
     shape = small.shape if rng.random() < 0.6 else (*small.shape[:2], 1)
     of_light = np.sqrt(np.maximum(small, 1) / 128) if rng.random() < 0.5 else 1  # shot noise grows with light
     noisy = np.clip(small + strength * of_light * rng.standard_normal(shape), 0, 255).round().astype(np.uint8)
     file = io.BytesIO()
-    Image.fromarray(noisy).save(file, "JPEG", quality=int(rng.integers(45, 96)))
+    Image.fromarray(noisy).save(file, "JPEG", quality=int(rng.integers(30, 96)))
     return np.asarray(Image.open(file))
 
 

@@ -20,17 +20,17 @@ from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from tilewright.export.systems.flux_sizes import PRESETS
 from tilewright.runtime.schedules import flow_shift
-from train import command
+from train import command, linear
 from train.loop import Average, adam, stage
 from train.pictures import appearance, crops, mixed, score
 
 SIDE = 96
-COUNT = {"vae": 8, "flow": 24}
-STEPS = {"vae": 3000, "flow": 3600}
-PEAK = {"vae": 1e-3, "flow": 6e-4}
+COUNT = {"vae": 8, "flow": 16}
+STEPS = {"vae": 1200, "flow": 1200}
+PEAK = {"vae": 5e-4, "flow": 3e-4}
 GUIDANCE = 30.0
 SIZES = PRESETS["demo"]
-SHIFT = math.exp(SIZES.min_mu or 0)
+SHIFT = math.exp(2)  # of the noise learned at: below what the schedule begins with, and above what it ends with
 STEADY = 12.0  # times a token's first bias is as long as a channel's weights: it makes tokens nearly equally long
 
 
@@ -129,6 +129,8 @@ class Training:
 
         They are decoded with a little noise on them: what the flow leaves.
         """
+        first, *_ = crops(9, 3 * COUNT["vae"], SIDE)(0)
+        linear.begin(self.vae, first * 2 - 1)
         average = Average(self.vae)
 
         def losses(sharp: Tensor, soft: Tensor) -> dict[str, Tensor]:
@@ -160,7 +162,7 @@ class Training:
             with torch.no_grad():
                 z, y = self.latent(self.vae, torch.cat([sharp, soft])).chunk(2)
             noise, time = torch.randn_like(z), torch.rand(len(z), 1, 1, 1)
-            sigma = SHIFT * time / (1 + (SHIFT - 1) * time)  # as the schedule has them
+            sigma = SHIFT * time / (1 + (SHIFT - 1) * time)  # mostly noisy: there the picture is decided
             found = self.conditioned(z + sigma * (noise - z), y, sigma.flatten(), self.conditioned.seen(soft))
             return {"flow": (found.float() - (noise - z)).square().mean()}
 
@@ -181,14 +183,14 @@ class Training:
         return restored
 
     def files(self) -> dict[str, dict[str, Tensor]]:
-        """The shipped weights, in the folders of FLUX.1-Fill-dev and FLUX.1-Redux-dev."""
+        """The shipped weights, as in FLUX.1-Fill-dev with FLUX.1-Redux-dev inside: one folder holds all."""
         model = self.conditioned
         siglip = {f"vision_model.{k.removeprefix('vision_model.')}": v for k, v in model.siglip.state_dict().items()}
         return {
             "transformer/diffusion_pytorch_model": model.transformer.state_dict(),
             "vae/diffusion_pytorch_model": self.vae.state_dict(),
-            "image_encoder/model": {k: v for k, v in siglip.items() if ".head." not in k},
-            "image_embedder/diffusion_pytorch_model": model.redux.state_dict(),
+            "FLUX.1-Redux-dev/image_encoder/model": {k: v for k, v in siglip.items() if ".head." not in k},
+            "FLUX.1-Redux-dev/image_embedder/diffusion_pytorch_model": model.redux.state_dict(),
             "prompt": {"prompt_embeds": model.prompt.detach(), "pooled_prompt_embeds": model.pooled.detach()},
         }
 

@@ -13,7 +13,7 @@ from train.metrics import psnr
 
 __all__ = ["appearance", "crops", "mixed", "pixels", "score"]
 
-JUDGED = 32  # crops
+JUDGED = 64  # crops
 
 
 def pixels(images: np.ndarray) -> Tensor:

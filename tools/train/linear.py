@@ -1,0 +1,116 @@
+"""Let a VAE of diffusers begin as a linear one: in seconds it is where training from noise is after half an hour.
+
+Residual branches begin as nothing, so a chain of convolutions is left, and a norm and a SiLU before either end. Those
+let values through that come as v and -v, for SiLU(v) - SiLU(-v) = v; constants beside them hold the norm's divisor.
+What the chain cannot give exactly, its last convolution gives by least squares.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d, pixel_unshuffle, silu, unfold
+
+__all__ = ["begin"]
+
+CONSTANT = 2.0
+TENT = torch.tensor([0.25, 0.5, 0.25])
+
+
+@torch.no_grad()
+def begin(vae: Any, image: Tensor) -> None:
+    """Of a VAE with one norm group, by images [B, 3, H, W] between -1 and 1."""
+    for module in vae.modules():
+        for branch in (getattr(module, "conv2", None), getattr(module, "to_out", [None])[0]):
+            if branch is not None:
+                nn.init.zeros_(branch.weight)
+                nn.init.zeros_(branch.bias)
+    _decoder(vae.decoder, _encoder(vae.encoder, image, vae.config.latent_channels), image)
+
+
+def _encoder(encoder: Any, image: Tensor, channels: int) -> Tensor:
+    """A patch's pixels in channels of their own, of those the principal components, of unit variance."""
+    *finer, last = encoder.down_blocks
+    width = image.shape[1]
+    _carry(encoder.conv_in, width)
+    hidden = encoder.conv_in(image)
+    for block in finer:
+        _carry(block.resnets[0].conv_shortcut, width)
+        for phase in range(4):
+            _carry(block.downsamplers[0].conv, width, phase * width, (phase // 2, phase % 2))
+        width *= 4
+        hidden = block(hidden)
+    pixels = _rows(pixel_unshuffle(image, 2 ** len(finer)))
+    pixels = pixels - pixels.mean(0)
+    components = pixels @ torch.linalg.svd(pixels, full_matrices=False).Vh[:channels].T
+    components /= components.std(0)
+    shortcut = last.resnets[0].conv_shortcut
+    weight, bias = _fitted(_rows(hidden), components)
+    _pairs(shortcut, weight[..., None, None], bias)
+    hidden = silu(encoder.conv_norm_out(encoder.mid_block(last(hidden))))
+    weight, bias = _fitted(_rows(hidden), components)
+    nn.init.zeros_(encoder.conv_out.weight)
+    nn.init.zeros_(encoder.conv_out.bias)
+    encoder.conv_out.weight[:channels, :, 1, 1] = weight
+    encoder.conv_out.bias[:channels] = bias
+    latent: Tensor = encoder.conv_out(hidden)[:, :channels]
+    return latent
+
+
+def _decoder(decoder: Any, latent: Tensor, image: Tensor) -> None:
+    """A patch's mean, interpolated, and beside it the convolutions' random features."""
+    colours = image.shape[1]
+    means = _rows(avg_pool2d(image, image.shape[-1] // latent.shape[-1]))
+    weight, bias = _fitted(_rows(latent), means)
+    decoder.conv_in.weight[:colours] = 0
+    decoder.conv_in.weight[:colours, :, 1, 1] = weight
+    decoder.conv_in.bias[:colours] = bias
+    hidden = decoder.mid_block(decoder.conv_in(latent))
+    for block in decoder.up_blocks:
+        _carry(block.resnets[0].conv_shortcut, colours)
+        if block.upsamplers:
+            interpolate = block.upsamplers[0].conv
+            _carry(interpolate, colours)
+            for colour in range(colours):
+                interpolate.weight[colour, colour] = TENT[:, None] * TENT
+        else:
+            shortcut = block.resnets[0].conv_shortcut
+            _pairs(shortcut, shortcut.weight[:colours].clone(), shortcut.bias[:colours].clone(), steady=4)
+        hidden = block(hidden)
+    hidden = silu(decoder.conv_norm_out(hidden))
+    around = unfold(hidden, 3, padding=1).transpose(1, 2).flatten(0, 1)
+    weight, bias = _fitted(around, _rows(image))
+    decoder.conv_out.weight.copy_(weight.unflatten(1, (-1, 3, 3)))
+    decoder.conv_out.bias.copy_(bias)
+
+
+def _carry(conv: Any, channels: int, to: int = 0, tap: tuple[int, int] | None = None) -> None:
+    """Let outputs from `to` on be the first inputs, at a tap of the kernel, its centre if none is named."""
+    if conv is None:
+        return
+    row, column = tap or (conv.kernel_size[0] // 2, conv.kernel_size[1] // 2)
+    conv.weight[to : to + channels] = 0
+    conv.bias[to : to + channels] = 0
+    conv.weight[to : to + channels, :channels, row, column] = torch.eye(channels)
+
+
+def _pairs(conv: Any, weight: Tensor, bias: Tensor, steady: int | None = None) -> None:
+    """Values and their opposites in the first outputs; constants of either sign in the last, or in all left."""
+    count = len(weight)
+    conv.weight[: 2 * count] = torch.cat([weight, -weight])
+    conv.bias[: 2 * count] = torch.cat([bias, -bias])
+    left = conv.out_channels - 2 * count if steady is None else steady
+    conv.bias[-left:] = CONSTANT * torch.tensor([1.0, -1.0]).repeat(left)[:left]
+
+
+def _rows(image: Tensor) -> Tensor:
+    return image.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def _fitted(given: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight and bias that lead from rows to rows best."""
+    given = torch.cat([given, torch.ones(len(given), 1)], 1).double()
+    squares = given.T @ given
+    squares += 1e-6 * squares.trace() / len(squares) * torch.eye(len(squares), dtype=squares.dtype)
+    solution = torch.linalg.solve(squares, given.T @ wanted.double()).T.float()
+    return solution[:, :-1], solution[:, -1]

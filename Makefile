@@ -18,7 +18,7 @@ demo: .venv/ready
 	$(BIN)/tilewright runtime restore demo/sample.png out/in-token.png --bundle out/in-token-demo --steps 8 --seed 0
 	$(BIN)/python tools/compare.py demo/sample.png demo/original.png hitoksr=out/hitoksr.png in-token=out/in-token.png -o out/demo.png
 
-# each takes about 90 minutes on 2 cores, and goes on where it stopped
+# about an hour and half an hour on 2 cores; each goes on where it stopped
 train-hitoksr: .venv/ready
 	PYTHONPATH=tools $(BIN)/python -W ignore -m train.hitoksr build/train/hitoksr demo/hitoksr
 

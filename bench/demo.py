@@ -49,14 +49,10 @@ def codebooks(restorer: Restorer) -> list[dict[str, float]]:
     """For every group, the share of codewords that held-out images choose, and how many it is as if equally often."""
     chosen = []
     for _, _, small in data.kept_back("held-out"):
-        image = data.enlarged(small)
-        for top in range(0, image.shape[0] - TILE + 1, TILE):
-            for left in range(0, image.shape[1] - TILE + 1, TILE):
-                tile = image[top : top + TILE, left : left + TILE].transpose(2, 0, 1)[None].astype(np.float32) / 255
-                indices = restorer.engines["generate"].run({"image": np.ascontiguousarray(tile)}, ["indices"])[
-                    "indices"
-                ]
-                chosen.append(np.asarray(indices)[0].reshape(indices.shape[1], -1))
+        for tile in data.squares(data.enlarged(small), TILE):
+            planes = np.ascontiguousarray(tile.transpose(2, 0, 1)[None], np.float32) / 255
+            indices = restorer.engines["generate"].run({"image": planes}, ["indices"])["indices"]
+            chosen.append(np.asarray(indices)[0].reshape(indices.shape[1], -1))
     found = []
     for group in np.concatenate(chosen, 1):
         counts = np.bincount(group, minlength=PRESETS[restorer.bundle.manifest.preset]["codes"])

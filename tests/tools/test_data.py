@@ -34,6 +34,13 @@ def test_a_batch_depends_on_its_numbers_alone():
     assert kinds.shape == (6,) and kinds.min() >= 0 and kinds.max() <= len(data.FAMILIES)
 
 
+def test_squares_lie_side_by_side_and_leave_what_does_not_fit():
+    image = np.arange(7 * 10 * 3).reshape(7, 10, 3)
+    found = data.squares(image, 3)
+    expected = [image[top : top + 3, left : left + 3] for top in (0, 3) for left in (0, 3, 6)]
+    assert np.array_equal(found, expected)
+
+
 def test_what_is_kept_back_is_degraded_and_a_quarter_as_large():
     for name, sharp, small in itertools.islice(data.kept_back("held-out"), 5):
         assert small.shape == (sharp.shape[0] // 4, sharp.shape[1] // 4, 3), name

@@ -3,38 +3,57 @@
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
+
+from tilewright.export.verify import require, verify
+from tilewright.runtime.errors import AccuracyError
 
 ROOT = Path(__file__).parents[2]
 LIMITS = {"hitoksr": 12e6, "in-token": 16e6}  # bytes of weights
 
 
 @pytest.fixture(scope="module")
-def lines() -> list[list[str]]:
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """The directory, and what the last line prints."""
+    folder = tmp_path_factory.mktemp("demo")
+    for name in ("demo", "tools"):
+        (folder / name).symlink_to(ROOT / name)
     recipe = re.search(r"^demo:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert recipe is not None
-    return [line.split() for line in recipe[1].splitlines()]
-
-
-def test_every_restored_picture_is_nearer_to_the_original_than_bicubic(lines, tmp_path):
-    for name in ("demo", "tools"):
-        (tmp_path / name).symlink_to(ROOT / name)
     commands = {"$(BIN)/tilewright": ["-m", "tilewright.export.cli"], "$(BIN)/python": []}
-    for command, *words in lines:
-        done = subprocess.run(
-            [sys.executable, *commands[command], *words], cwd=tmp_path, capture_output=True, text=True
-        )
+    for command, *words in map(str.split, recipe[1].splitlines()):
+        done = subprocess.run([sys.executable, *commands[command], *words], cwd=folder, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-    header, *rows = (line.split() for line in done.stdout.splitlines()[: 2 + len(LIMITS)])
+    return folder, done.stdout.splitlines()
+
+
+def test_every_restored_picture_is_nearer_to_the_original_than_bicubic(made):
+    folder, lines = made
+    header, *rows = (line.split() for line in lines[: 2 + len(LIMITS)])
     found = {name: dict(zip(header, map(float, values), strict=True)) for name, *values in rows}
     for system in LIMITS:
         assert found[system]["psnr"] > found["bicubic"]["psnr"] + 0.5
         assert found[system]["ssim"] > found["bicubic"]["ssim"]
-    assert done.stdout.splitlines()[-1] == "out/demo.png"
-    assert Image.open(tmp_path / "out" / "demo.png").height > 256
+    assert lines[-1] == "out/demo.png"
+    assert Image.open(folder / "out" / "demo.png").height > 256
+
+
+@pytest.mark.parametrize("system", LIMITS)
+def test_tiles_that_do_not_fade_into_each_other_are_refused(made, system, monkeypatch):
+    def as_they_are(starts: Sequence[int], tile: int, overlap: int) -> list[np.ndarray]:
+        count = np.zeros(starts[-1] + tile, np.float32)
+        for start in starts:
+            count[start : start + tile] += 1
+        return [1 / count[start : start + tile] for start in starts]
+
+    monkeypatch.setattr("tilewright.runtime.tiles._axis_weights", as_they_are)
+    with pytest.raises(AccuracyError, match="tiles show on the flat picture"):
+        require(verify(made[0] / "out" / f"{system}-demo"))
 
 
 @pytest.mark.parametrize("system", LIMITS)

@@ -17,7 +17,7 @@ import skimage
 from numpy.random import Generator, Philox
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-__all__ = ["FAMILIES", "PHOTOGRAPHS", "batch", "degrade", "images", "kept_back", "random", "sample"]
+__all__ = ["FAMILIES", "PHOTOGRAPHS", "batch", "degrade", "images", "kept_back", "random", "sample", "squares"]
 
 SCALE = 4
 SIDE = 256  # of the images that are made
@@ -230,6 +230,13 @@ def enlarged(small: np.ndarray) -> np.ndarray:
     """Four times as large, as the runtime does it."""
     height, width = small.shape[:2]
     return np.asarray(Image.fromarray(small).resize((width * SCALE, height * SCALE), Image.Resampling.BICUBIC))
+
+
+def squares(image: np.ndarray, side: int) -> np.ndarray:
+    """All that fit side by side, [count, side, side, 3]."""
+    rows, columns = (size // side for size in image.shape[:2])
+    whole = image[: rows * side, : columns * side].reshape(rows, side, columns, side, 3)
+    return whole.swapaxes(1, 2).reshape(-1, side, side, 3)
 
 
 def kept_back(split: str) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:

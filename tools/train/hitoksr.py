@@ -10,7 +10,6 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, cosine_similarity, cross_entropy, interpolate, l1_loss, one_hot
@@ -203,9 +202,8 @@ class Training:
         """Of every codebook, the share that the tokenizer takes for sharp images it never saw."""
         taken = torch.zeros_like(self.tokenizer.uses, dtype=torch.bool)
         for _, sharp, _ in data.kept_back("held-out"):
-            top = range(0, sharp.shape[0] - SIDE + 1, SIDE)
-            tiles = [sharp[y : y + SIDE, x : x + SIDE] for y in top for x in range(0, sharp.shape[1] - SIDE + 1, SIDE)]
-            indices, _ = self.tokenizer.quantizer(self.tokenizer.encoder(pixels(np.stack(tiles)) * 2 - 1).float())
+            tiles = pixels(data.squares(sharp, SIDE))
+            indices, _ = self.tokenizer.quantizer(self.tokenizer.encoder(tiles * 2 - 1).float())
             for group, chosen in enumerate(indices.flatten(0, -2).long().T):
                 taken[group, chosen] = True
         return taken.float().mean(1).tolist()

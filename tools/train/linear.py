@@ -48,11 +48,9 @@ def _encoder(encoder: Any, image: Tensor, channels: int) -> Tensor:
     weight, bias = _fitted(_rows(hidden), components)
     _pairs(shortcut, weight[..., None, None], bias)
     hidden = silu(encoder.conv_norm_out(encoder.mid_block(last(hidden))))
-    weight, bias = _fitted(_rows(hidden), components)
     nn.init.zeros_(encoder.conv_out.weight)
     nn.init.zeros_(encoder.conv_out.bias)
-    encoder.conv_out.weight[:channels, :, 1, 1] = weight
-    encoder.conv_out.bias[:channels] = bias
+    _fit(encoder.conv_out, hidden, components)
     latent: Tensor = encoder.conv_out(hidden)[:, :channels]
     return latent
 
@@ -60,11 +58,7 @@ def _encoder(encoder: Any, image: Tensor, channels: int) -> Tensor:
 def _decoder(decoder: Any, latent: Tensor, image: Tensor) -> None:
     """A patch's mean, interpolated, and beside it the convolutions' random features."""
     colours = image.shape[1]
-    means = _rows(avg_pool2d(image, image.shape[-1] // latent.shape[-1]))
-    weight, bias = _fitted(_rows(latent), means)
-    decoder.conv_in.weight[:colours] = 0
-    decoder.conv_in.weight[:colours, :, 1, 1] = weight
-    decoder.conv_in.bias[:colours] = bias
+    _fit(decoder.conv_in, latent, _rows(avg_pool2d(image, image.shape[-1] // latent.shape[-1])))
     hidden = decoder.mid_block(decoder.conv_in(latent))
     for block in decoder.up_blocks:
         _carry(block.resnets[0].conv_shortcut, colours)
@@ -92,6 +86,14 @@ def _carry(conv: Any, channels: int, to: int = 0, tap: tuple[int, int] | None = 
     conv.weight[to : to + channels] = 0
     conv.bias[to : to + channels] = 0
     conv.weight[to : to + channels, :channels, row, column] = torch.eye(channels)
+
+
+def _fit(conv: Any, given: Tensor, wanted: Tensor) -> None:
+    """Let the first outputs of a kernel of 3 be as near to these rows as one pixel of its input can tell."""
+    weight, bias = _fitted(_rows(given), wanted)
+    conv.weight[: len(weight)] = 0
+    conv.weight[: len(weight), :, 1, 1] = weight
+    conv.bias[: len(weight)] = bias
 
 
 def _pairs(conv: Any, weight: Tensor, bias: Tensor, steady: int | None = None) -> None:

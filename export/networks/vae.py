@@ -22,8 +22,9 @@ class _Chunked:
         part = (tokens + QUERY_CHUNKS - 1) // QUERY_CHUNKS
         normed = attn.group_norm(x).flatten(2).transpose(1, 2)
         query, key, value = attn.to_q(normed), attn.to_k(normed), attn.to_v(normed)
-        padded = F.pad(query, (0, 0, 0, part * QUERY_CHUNKS - tokens)).reshape(batch, QUERY_CHUNKS, 1, part, channels)
-        seen = [F.scaled_dot_product_attention(q, key[:, None], value[:, None]) for q in padded.unbind(1)]
+        padded = F.pad(query, (0, 0, 0, part * QUERY_CHUNKS - tokens)).reshape(batch, QUERY_CHUNKS, part, channels)
+        key, value = key[:, None], value[:, None]
+        seen = [F.scaled_dot_product_attention(q, key, value) for q in padded.chunk(QUERY_CHUNKS, 1)]
         out = torch.cat(seen, 2)[:, 0, :tokens]
         return x + attn.to_out[0](out).transpose(1, 2).unflatten(2, (height, width))
 

@@ -24,7 +24,7 @@ demo-in-token: .venv/ready
 	$(BIN)/tilewright export build in-token --preset demo --weights demo/in-token -o out/in-token-demo
 	$(BIN)/tilewright runtime restore demo/sample.png out/in-token.png --bundle out/in-token-demo --steps 8 --seed 0
 
-# about an hour and half an hour on 2 cores; each goes on where it stopped
+# about an hour each on 2 cores; each goes on where it stopped
 train-hitoksr: .venv/ready
 	PYTHONPATH=tools $(BIN)/python -W ignore -m train.hitoksr build/train/hitoksr demo/hitoksr
 

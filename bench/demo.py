@@ -90,6 +90,7 @@ def main() -> None:
         found["codebooks"] = codebooks(restorers["hitoksr"][0])
     if asked.in_token:
         restorers["in-token"] = load(asked.in_token), FLOW
+        restorers["in-token, 28 steps"] = restorers["in-token"][0], FLOW | {"steps": 28}
         found["seams of in-token"] = seams(*restorers["in-token"])
     print(json.dumps(quality(restorers) | found, indent=1))
 

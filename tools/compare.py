@@ -54,7 +54,7 @@ def main() -> int:
     sheet.save(asked.out)
     print(f"{'':<12}" + "".join(f"{name:>10}" for name in MEASURES))
     for name, image in pictures.items():
-        print(f"{name:<12}" + "".join(f"{value:>10.4g}" for value in measures(image, original).values()))
+        print(f"{name:<12}" + "".join(f"{value:>#10.4g}" for value in measures(image, original).values()))
     print(", ".join(f"{name}: {what}" for name, what in MEASURES.items()))
     print(asked.out)
     return 0

@@ -215,7 +215,7 @@ PRESETS["demo"] = Sizes(
     tile_px=96,
     overlap_px=32,
     whole_px=(96, 96),
-    min_mu=4.0,
+    min_mu=5.0,
 )
 # few blocks at full width: what a machine without a GPU can measure
 _FEW = FULL_TRANSFORMER | {"num_layers": 1, "num_single_layers": 2}

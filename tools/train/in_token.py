@@ -26,11 +26,11 @@ from train.pictures import appearance, crops, mixed, score
 
 SIDE = 96
 COUNT = {"vae": 8, "flow": 16}
-STEPS = {"vae": 1200, "flow": 1200}
-PEAK = {"vae": 5e-4, "flow": 3e-4}
+STEPS = {"vae": 2400, "flow": 5000}
+PEAK = {"vae": 5e-4, "flow": 4e-4}
 GUIDANCE = 30.0
 SIZES = PRESETS["demo"]
-SHIFT = math.exp(2)  # of the noise learned at: below what the schedule begins with, and above what it ends with
+SHIFT = math.exp(3)  # of the noise learned at: below what the schedule begins with, and above what it ends with
 STEADY = 12.0  # times a token's first bias is as long as a channel's weights: it makes tokens nearly equally long
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -254,6 +255,15 @@ def test_a_network_that_looks_at_one_cell_gives_the_same_tiled_and_whole() -> No
     whole = run(program, engines, constants, Job(image, seed=1))
     tiled = run(program, engines, constants, Job(image, seed=1, tile_px=64, overlap_px=16))
     assert np.abs(whole - tiled).max() <= 1e-5 and whole.std() > 0.1
+
+
+def test_graphs_hold_no_sequences_which_tensorrt_has_none_of(in_token_tiny: Path) -> None:
+    ops = {
+        node.op_type
+        for path in in_token_tiny.glob("*/*.onnx")
+        for node in onnx.load(path, load_external_data=False).graph.node
+    }
+    assert "Attention" in ops and not [name for name in ops if "Sequence" in name]
 
 
 # Options of a build

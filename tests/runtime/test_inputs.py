@@ -209,10 +209,20 @@ def test_a_value_given_as_it_is_becomes_one_of_its_components_type(bundle, value
         ("warm", "input 'tint' is no tensor of float32; use this bundle's own"),
         ([[1, 2], [3]], "input 'tint' is no tensor of float32; use this bundle's own"),
         ({}, "input 'tint' is no tensor of float32; use this bundle's own"),
+        ([[0, np.nan, np.inf]], "input 'tint' holds nan as float32; give finite numbers"),
+        ([[0, 1, -1e39]], "input 'tint' holds -inf as float32; give finite numbers"),
     ],
 )
 def test_a_value_of_another_form_is_refused_before_any_work(bundle, value, message):
     assert refusal(UsageError, gather, bundle, {"tint": value}) == message
+
+
+@pytest.mark.parametrize(
+    ("value", "there"), [(float("nan"), "nan"), (float("-inf"), "-inf"), (np.float64(1e39), "inf")]
+)
+def test_a_number_that_is_not_finite_is_refused(bundle, value, there):
+    said = refusal(UsageError, value_of, bundle.program, "gain", gather(bundle, {"gain": value}), {})
+    assert said == f"input 'gain' is {there} as float32; give finite numbers"
 
 
 # Tensors

@@ -39,7 +39,7 @@ def test_the_sheet_holds_every_picture_and_the_table_its_measures(pictures, tmp_
         assert np.array_equal(sheet[top : top + 32, left : left + 48], image)
     lines = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines()}
     for name, image in (("bicubic", bicubic), ("mine", held["restored"])):
-        assert lines[name] == [f"{value:.4g}" for value in measures(image, held["original"]).values()]
+        assert lines[name] == [f"{value:#.4g}" for value in measures(image, held["original"]).values()]
 
 
 def test_another_size_is_refused_in_one_line(pictures, tmp_path):

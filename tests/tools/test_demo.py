@@ -24,7 +24,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
         (folder / name).symlink_to(ROOT / name)
     (folder / ".venv").mkdir()
     (folder / ".venv" / "ready").touch()
-    command = ["make", "demo", f"BIN={Path(sys.executable).parent}"]
+    command = ["make", "--no-print-directory", "demo", f"BIN={Path(sys.executable).parent}"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return folder, done.stdout.splitlines()

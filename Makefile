@@ -13,7 +13,8 @@ CMAKE := $(or $(wildcard $(BIN)/cmake),cmake)
 
 # both systems at once: tracing keeps one core busy
 demo: .venv/ready
-	@$(MAKE) --no-print-directory -j 2 demo-hitoksr demo-in-token
+	@echo "building and restoring with both systems, about a minute"
+	@$(MAKE) --no-print-directory -j 2 --output-sync demo-hitoksr demo-in-token
 	$(BIN)/python tools/compare.py demo/sample.png demo/original.png hitoksr=out/hitoksr.png in-token=out/in-token.png -o out/demo.png
 
 demo-hitoksr: .venv/ready

@@ -30,8 +30,7 @@ def value_of(program: Program, name: str, given: Mapping[str, Any], constants: M
             raise UsageError(f"input {name!r}: {value!r} is not one of {choices}")
         value = wanted.choices[value]
     try:
-        with np.errstate(over="ignore"):  # what is too large is infinite, and refused below
-            array = np.asarray(value, np.dtype(wanted.dtype))
+        array = _cast(value, wanted.dtype)
         fits = array.dtype.kind == "f" or np.array_equal(array, value)  # floats round, the others must not
     except (TypeError, ValueError, OverflowError):
         fits = False
@@ -39,8 +38,7 @@ def value_of(program: Program, name: str, given: Mapping[str, Any], constants: M
         raise UsageError(f"input {name!r} takes {wanted.dtype}, which this {type(value).__name__} is not")
     if array.shape != wanted.shape:
         raise UsageError(f"input {name!r} has shape {list(array.shape)}; give {list(wanted.shape)}")
-    if not np.isfinite(array).all():
-        raise UsageError(f"input {name!r} is {_not_finite(array)} as {wanted.dtype}; give finite numbers")
+    _require_finite(f"input {name!r} is", array, UsageError)
     if wanted.choices and not np.isin(array, list(wanted.choices.values())).all():
         raise UsageError(f"input {name!r}: {array.tolist()} is not one of {wanted.choices}")
     return array
@@ -80,22 +78,26 @@ def _specs(bundle: Bundle) -> dict[str, TensorSpec]:
 def _fitting(where: str, given: Any, spec: TensorSpec, error: type[TilewrightError]) -> Any:
     """A tensor as its place takes it, or a refusal."""
     try:
-        with np.errstate(over="ignore"):
-            array = np.asarray(given, np.dtype(spec.dtype))
+        array = _cast(given, spec.dtype)
     except (TypeError, ValueError):
         raise error(f"{where} is no tensor of {spec.dtype}; use this bundle's own") from None
     sizes = zip(array.shape, spec.shape, strict=False)
     if array.ndim != len(spec.shape) or any(isinstance(d, int) and d != size for size, d in sizes):
         there = list(array.shape)
         raise error(f"{where} has shape {there}, this bundle takes {list(spec.shape)}; use its own")
-    if not np.isfinite(array).all():
-        raise error(f"{where} holds {_not_finite(array)} as {spec.dtype}; give finite numbers")
+    _require_finite(f"{where} holds", array, error)
     return array
 
 
-def _not_finite(array: Any) -> Any:
-    """The first number that is none."""
-    return array[~np.isfinite(array)].flat[0]
+def _cast(value: Any, dtype: str) -> Any:
+    with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused as that
+        return np.asarray(value, np.dtype(dtype))
+
+
+def _require_finite(said: str, array: Any, error: type[TilewrightError]) -> None:
+    finite = np.isfinite(array)
+    if not finite.all():
+        raise error(f"{said} {array[~finite].flat[0]} as {array.dtype}; give finite numbers")
 
 
 def tensors_of(path: Path, names: Sequence[str]) -> dict[str, Any]:

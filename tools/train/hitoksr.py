@@ -18,6 +18,7 @@ from tilewright.export.networks import hitoksr as networks
 from tilewright.export.systems.hitoksr import PRESETS
 from tilewright.kernels.qkv_norm_rope import qkv_norm_rope_reference
 from train import command, data
+from train.linear import silence
 from train.loop import Average, adam, stage
 from train.pictures import appearance, crops, mixed, pixels, score
 
@@ -147,9 +148,8 @@ def start(generator: networks.Generator, tokenizer: Tokenizer) -> None:
     for mine, theirs in zip(blocks, tokenizer.encoder.blocks, strict=True):
         mine.load_state_dict(theirs.state_dict(), strict=False)
     without: list[Any] = [*generator.cls, *(sft for block in blocks for sft in (block.sft1, block.sft2))]
-    for linear in without:
-        nn.init.zeros_(linear.weight)
-        nn.init.zeros_(linear.bias)
+    for layer in without:
+        silence(layer)
     generator.norm.load_state_dict(tokenizer.encoder.norm.state_dict())
     codebook, latent = tokenizer.quantizer.codebook, tokenizer.encoder.out
     weight, bias = (p.unflatten(0, (len(codebook), -1)) for p in (latent.weight, latent.bias))

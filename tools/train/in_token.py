@@ -43,8 +43,7 @@ class Conditioned(nn.Module):
         self.transformer = transformer
         for name, module in transformer.named_modules():
             if "norm" in name and isinstance(module, nn.Linear):  # every block begins as nothing
-                nn.init.zeros_(module.weight)
-                nn.init.zeros_(module.bias)
+                linear.silence(module)
         begin(transformer)
         self.siglip = SiglipVisionModel(SiglipVisionConfig(**SIZES.siglip))
         width = SIZES.siglip["hidden_size"]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, pixel_unshuffle, silu, unfold
 
-__all__ = ["begin"]
+__all__ = ["begin", "silence"]
 
 CONSTANT = 2.0
 TENT = torch.tensor([0.25, 0.5, 0.25])
@@ -23,9 +23,14 @@ def begin(vae: Any, image: Tensor) -> None:
     for module in vae.modules():
         for branch in (getattr(module, "conv2", None), getattr(module, "to_out", [None])[0]):
             if branch is not None:
-                nn.init.zeros_(branch.weight)
-                nn.init.zeros_(branch.bias)
+                silence(branch)
     _decoder(vae.decoder, _encoder(vae.encoder, image, vae.config.latent_channels), image)
+
+
+def silence(layer: Any) -> None:
+    """Let a layer give nothing, until it learns."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
 
 
 def _encoder(encoder: Any, image: Tensor, channels: int) -> Tensor:
@@ -48,8 +53,7 @@ def _encoder(encoder: Any, image: Tensor, channels: int) -> Tensor:
     weight, bias = _fitted(_rows(hidden), components)
     _pairs(shortcut, weight[..., None, None], bias)
     hidden = silu(encoder.conv_norm_out(encoder.mid_block(last(hidden))))
-    nn.init.zeros_(encoder.conv_out.weight)
-    nn.init.zeros_(encoder.conv_out.bias)
+    silence(encoder.conv_out)
     _fit(encoder.conv_out, hidden, components)
     latent: Tensor = encoder.conv_out(hidden)[:, :channels]
     return latent

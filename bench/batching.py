@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tilewright.export.verify import eager_network
+from tilewright.export.verify.engines import eager_network
 from tilewright.runtime import load
 from tilewright.runtime.images import Enlarged
 from tilewright.runtime.inputs import gather

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from tilewright.export.seams import seam_excess
 from tilewright.export.systems.hitoksr import PRESETS
+from tilewright.export.verify.seams import seam_excess
 from tilewright.runtime import load
 from tilewright.runtime.restore import Restorer
 from tilewright.runtime.scheduler import plan_of

@@ -49,7 +49,7 @@ def eager(bundle: Path, side: int) -> Callable[[], Any]:
     from diffusers import FluxTransformer2DModel
     from safetensors.torch import load_file
 
-    from tilewright.export.systems.flux_sizes import PRESETS
+    from tilewright.export.systems.flux.sizes import PRESETS
 
     torch.set_num_threads(THREADS)
     with torch.device("meta"):

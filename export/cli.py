@@ -124,7 +124,7 @@ def _given(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _stand_in(arguments: argparse.Namespace) -> None:
-    from tilewright.export.stand_in import stand_in
+    from tilewright.export.weights.stand_in import stand_in
 
     made = stand_in(arguments.system, arguments.out)
     runtime_cli.answer(
@@ -148,9 +148,9 @@ def _list(arguments: argparse.Namespace) -> None:
 
 
 def _build(arguments: argparse.Namespace) -> None:
-    from tilewright.export import build as b
-    from tilewright.export.request import Request
-    from tilewright.export.stages import stages
+    from tilewright.export.build import run as b
+    from tilewright.export.build.request import Request
+    from tilewright.export.build.stages import stages
 
     request = Request(
         arguments.system,
@@ -194,7 +194,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
 
 def _verify(arguments: argparse.Namespace) -> None:
-    from tilewright.export.verify import require, verify
+    from tilewright.export.verify.engines import require, verify
     from tilewright.runtime.digests import writing
 
     report = verify(arguments.bundle, weights_dir=arguments.weights_dir, size_px=arguments.size)
@@ -214,7 +214,7 @@ def _verify(arguments: argparse.Namespace) -> None:
 
 
 def _clean(arguments: argparse.Namespace) -> None:
-    from tilewright.export.build import clean
+    from tilewright.export.build.run import clean
 
     freed = clean(arguments.older_than)
     runtime_cli.answer(arguments, {"freed_bytes": freed}, f"freed {freed / 1e6:.1f} MB")

@@ -33,7 +33,7 @@ def on_cpu(op: Op, case: str, *, runs: int = RUNS) -> dict[str, float] | str:
     """float32 in ONNX Runtime, weights constant: the native kernel, and the function's standard operators."""
     if why := ort.missing():
         return why
-    from tilewright.export.one_node import call_in_ort, native_kernels
+    from tilewright.export.graph.one_node import call_in_ort, native_kernels
 
     library = ort.native_library()
     if library is None:

@@ -57,7 +57,7 @@ def here(ops: Sequence[Op]) -> dict[str, Any]:
 def _native(ops: Sequence[Op]) -> dict[str, str]:
     if why := ort.missing():
         return dict.fromkeys((op.name for op in ops), why)
-    from tilewright.export.one_node import native_kernels
+    from tilewright.export.graph.one_node import native_kernels
 
     library = ort.native_library()
     if library is None:
@@ -121,7 +121,7 @@ def _in_ort(ops: Sequence[Op], absent: dict[str, str]) -> list[Row]:
     if why := ort.missing():
         absent["onnx"] = absent["native"] = why
         return []
-    from tilewright.export.one_node import native_kernels
+    from tilewright.export.graph.one_node import native_kernels
 
     faced = [op for op in ops if op.face is not None]
     rows = [_called(op, dtype, "onnx") for op in faced for dtype in (torch.float32, torch.float16)]
@@ -134,7 +134,7 @@ def _in_ort(ops: Sequence[Op], absent: dict[str, str]) -> list[Row]:
 
 
 def _called(op: Op, dtype: torch.dtype, implementation: str) -> Row:
-    from tilewright.export.one_node import call_in_ort
+    from tilewright.export.graph.one_node import call_in_ort
 
     call = sample(op, "small", dtype)
     try:

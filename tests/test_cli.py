@@ -214,7 +214,7 @@ def test_a_full_disk_and_a_bug_have_their_own_line_and_code(
         def fail(older_than: float, error: Exception = error) -> int:
             raise error
 
-        monkeypatch.setattr("tilewright.export.build.clean", fail)
+        monkeypatch.setattr("tilewright.export.build.run.clean", fail)
         assert main(["export", "clean"]) == code
         lines = capsys.readouterr().err.splitlines()
         assert len(lines) == 1 and said in lines[0]

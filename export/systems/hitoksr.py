@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tilewright.export.systems import Option, Origin, Source
+from tilewright.export.system import ComponentSpec, Option, Origin
 from tilewright.runtime.program import Call, Grid, Pass, Program, TensorSpec, Tiles
 
 __all__ = [
@@ -79,7 +79,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def components(preset: str) -> dict[str, Source]:
+def components(preset: str) -> dict[str, ComponentSpec]:
     """generate: image to codes and indices. decode: codes to image."""
     groups, code_dim = PRESETS[preset].get("groups", 4), PRESETS[preset].get("code_dim", 8)
     image = TensorSpec("float32", ("batch", 3, "height", "width"))
@@ -91,8 +91,8 @@ def components(preset: str) -> dict[str, Source]:
     multiples = {"height": patch, "width": patch}
     coded, sizes = {"codes": codes, "indices": indices}, PRESETS[preset]
     return {
-        "generate": Source("hitoksr.generate", {"image": image}, coded, px, multiples, sizes),
-        "decode": Source("hitoksr.decode", {"codes": codes}, {"image": image}, px, {}, sizes),
+        "generate": ComponentSpec("hitoksr.generate", {"image": image}, coded, px, multiples, sizes),
+        "decode": ComponentSpec("hitoksr.decode", {"codes": codes}, {"image": image}, px, {}, sizes),
     }
 
 
@@ -116,7 +116,7 @@ def settings(preset: str, given: Mapping[str, Any], origins: Mapping[str, Any]) 
     return {}
 
 
-def build_time(preset: str) -> dict[str, Source]:
+def build_time(preset: str) -> dict[str, ComponentSpec]:
     """Nothing runs at build."""
     return {}
 
@@ -157,7 +157,7 @@ def ignored(origin: str, key: str) -> bool:
 
 def stand_in(preset: str) -> dict[str, Any]:
     """Our own names beside DINOv3's file."""
-    from tilewright.export.trace import parameter_specs
+    from tilewright.export.graph.trace import parameter_specs
 
     named = {
         keys(component, name)[-1 if ".vfm." in name else 0]: spec

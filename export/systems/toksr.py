@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tilewright.export.systems import Option, Origin, Source, finite
-from tilewright.export.weights import Tensors
+from tilewright.export.system import ComponentSpec, Option, Origin, finite
+from tilewright.export.weights.files import Tensors
 from tilewright.runtime.errors import InputError, UsageError
 from tilewright.runtime.program import Call, Grid, Input, Pass, Program, State, Steps, TensorSpec, Text, Tiles
 
@@ -228,7 +228,7 @@ def _dit_sizes(found: Tensors, tokenizer: Mapping[str, Any], usual: Mapping[str,
     }
 
 
-def components(preset: str, **settings: Any) -> dict[str, Source]:
+def components(preset: str, **settings: Any) -> dict[str, ComponentSpec]:
     """text, tokenise, step, detokenise."""
     sizes, dit = settings["tokenizer"], settings["dit"]
     side = sizes["image"]
@@ -242,31 +242,31 @@ def components(preset: str, **settings: Any) -> dict[str, Source]:
     guided = {} if settings["guidance"] is None else {"guidance": number}
     denoiser = {"sizes": sizes, "dit": dit}
     return {
-        "text": Source(
+        "text": ComponentSpec(
             "toksr.Text",
             {"ids": TensorSpec("int64", (1, sizes["words"]))},
             words | pooled,
             arguments={"config": PRESETS[preset]["clip"]},
         ),
-        "tokenise": Source(
+        "tokenise": ComponentSpec(
             "toksr.Tokenise",
             {"image": image} | (words if sizes["encoder"]["text"] else {}),
             {"condition": tokens},
             arguments={"sizes": sizes},
         ),
-        "step": Source(
+        "step": ComponentSpec(
             "toksr.Step",
             {"tokens": tokens, "condition": tokens} | scalars | label | guided,
             {"tokens_next": tokens},
             arguments=denoiser,
         ),
-        "detokenise": Source(
+        "detokenise": ComponentSpec(
             "toksr.Detokenise", {"tokens": tokens} | words, {"image": image}, arguments={"sizes": sizes}
         ),
     }
 
 
-def build_time(preset: str, **settings: Any) -> dict[str, Source]:
+def build_time(preset: str, **settings: Any) -> dict[str, ComponentSpec]:
     """Nothing runs at build."""
     return {}
 
@@ -344,8 +344,8 @@ def ignored(origin: str, key: str) -> bool:
 
 def stand_in(preset: str) -> dict[str, Any]:
     """The public tokenizer and text tower, and a denoiser of the paper's kind."""
+    from tilewright.export.graph.trace import parameter_specs
     from tilewright.export.tokenizers import stand_in_clip
-    from tilewright.export.trace import parameter_specs
 
     held: dict[str, dict[str, TensorSpec]] = {name: {} for name in ORIGINS}
     for component, source in components("full", **settings("full", {}, {})).items():

@@ -2,8 +2,8 @@
 
 import onnx_ir as ir
 
-from tilewright.export.rewrites.group_norm import group_norm
-from tilewright.export.rewrites.silu_conv import silu_conv
+from tilewright.export.graph.rewrites.group_norm import group_norm
+from tilewright.export.graph.rewrites.silu_conv import silu_conv
 
 __all__ = ["prepare"]
 

@@ -7,11 +7,11 @@ import pytest
 from safetensors.torch import load_file
 from torch import nn
 
-from tilewright.export.rewrites.fold import fold
+from tilewright.export.graph.rewrites.fold import fold
+from tilewright.export.graph.trace import network_on_meta, trace
 from tilewright.export.systems import hitoksr
 from tilewright.export.targets.ort import prepare
-from tilewright.export.trace import network_on_meta, trace
-from tilewright.export.weights import attach, find, random_weights
+from tilewright.export.weights.files import attach, find, random_weights
 
 
 @pytest.fixture(scope="session")

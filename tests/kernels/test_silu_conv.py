@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from tilewright.export.rewrites.silu_conv import FACE
+from tilewright.export.graph.rewrites.silu_conv import FACE
 from tilewright.kernels.face import plain
 
 LIBRARY = Path(__file__).parents[2] / "kernels" / "native" / "lib" / "libtilewright_cpu.so"

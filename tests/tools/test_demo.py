@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tilewright.export.verify import require, verify
+from tilewright.export.verify.engines import require, verify
 from tilewright.runtime.errors import AccuracyError
 
 ROOT = Path(__file__).parents[2]

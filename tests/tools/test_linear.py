@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from train import data, linear
 
-from tilewright.export.systems.flux_sizes import PRESETS
+from tilewright.export.systems.flux.sizes import PRESETS
 
 CHANNELS = PRESETS["demo"].channels
 

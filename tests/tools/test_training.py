@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from train import data, hitoksr, in_token
 from train.command import write
 
+from tilewright.export.build.request import Request
+from tilewright.export.graph.trace import parameter_specs
 from tilewright.export.networks.flux import Modulate, Step
-from tilewright.export.request import Request
 from tilewright.export.systems import flux_sizes, system
 from tilewright.export.systems.hitoksr import PRESETS
-from tilewright.export.trace import parameter_specs
-from tilewright.export.weights import attach
+from tilewright.export.weights.files import attach
 
 
 def test_a_coarse_image_is_haars_approximation():

@@ -18,7 +18,7 @@ from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
 from torch import Tensor, nn
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
-from tilewright.export.systems.flux_sizes import PRESETS
+from tilewright.export.systems.flux.sizes import PRESETS
 from tilewright.runtime.schedules import flow_shift
 from train import command, linear
 from train.loop import Average, adam, stage

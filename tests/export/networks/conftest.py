@@ -10,10 +10,10 @@ import pytest
 from safetensors.torch import load_file
 from torch import nn
 
-from tilewright.export.rewrites.fold import fold
-from tilewright.export.systems import Source
-from tilewright.export.trace import network_on_meta, trace
-from tilewright.export.weights import attach, find, random_weights
+from tilewright.export.graph.rewrites.fold import fold
+from tilewright.export.graph.trace import network_on_meta, trace
+from tilewright.export.system import ComponentSpec
+from tilewright.export.weights.files import attach, find, random_weights
 from tilewright.runtime.engines.ort import OrtEngine, open_graph
 
 
@@ -26,10 +26,10 @@ class Opened(NamedTuple):
 
 
 @pytest.fixture(scope="session")
-def opened() -> Callable[[Source, Path], Opened]:
+def opened() -> Callable[[ComponentSpec, Path], Opened]:
     """Traces a source and opens its graphs in a folder."""
 
-    def opened(source: Source, folder: Path) -> Opened:
+    def opened(source: ComponentSpec, folder: Path) -> Opened:
         model, network = trace(source), network_on_meta(source)
         assert {p.device.type for p in network.parameters()} == {"meta"}
         initializers = model.graph.initializers

@@ -20,15 +20,16 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from tilewright.export.graph.trace import network_on_meta, trace
 from tilewright.export.networks import flux
 from tilewright.export.networks import vae as vae_networks
 from tilewright.export.networks.flux import Modulate, Step
 from tilewright.export.networks.low_rank import Branches
 from tilewright.export.networks.vae import Decode, Encode
-from tilewright.export.systems import Source, in_token, vicr
-from tilewright.export.systems.flux_sizes import PRESETS
-from tilewright.export.trace import network_on_meta, trace
-from tilewright.export.weights import find
+from tilewright.export.system import ComponentSpec
+from tilewright.export.systems.flux import in_token, vicr
+from tilewright.export.systems.flux.sizes import PRESETS
+from tilewright.export.weights.files import find
 from tilewright.runtime.engines.ort import OrtEngine, open_graph
 
 SIZES = PRESETS["tiny"]
@@ -569,13 +570,13 @@ def test_chunked_attention_is_the_librarys_and_holds_no_full_score_matrix(vae, m
 class Opened(NamedTuple):
     """A traced network: as a graph, as it runs, and as PyTorch runs it."""
 
-    source: Source
+    source: ComponentSpec
     model: ir.Model
     engine: OrtEngine
     eager: nn.Module
 
 
-def opened(source: Source, folder: Path) -> Opened:
+def opened(source: ComponentSpec, folder: Path) -> Opened:
     model, network = trace(source), network_on_meta(source)
     weights = {n: torch.empty(p.shape) for n, p in network.named_parameters()}
     filled = made(nn.ParameterDict({n.replace(".", "/"): t for n, t in weights.items()}), seed=7)
@@ -605,7 +606,7 @@ BRANCHED = [
 ]
 
 
-def sources(preset: str) -> dict[str, Source]:
+def sources(preset: str) -> dict[str, ComponentSpec]:
     of_in_token, of_vicr = in_token.settings(preset, {}, {}), vicr.settings(preset, {"margin_columns": 3}, {})
     one, diptych = in_token.components(preset, **of_in_token), vicr.components(preset, **of_vicr)
     branches = {module: [2, 0.5 + i / 4] for i, module in enumerate(BRANCHED)}

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from tilewright.export.networks.text import T5, ClipText
-from tilewright.export.systems import Source
+from tilewright.export.system import ComponentSpec
 from tilewright.runtime.program import TensorSpec
 
 # the library takes the logarithm of a distance of 0 and discards it, which NumPy remarks on when it is folded
@@ -112,8 +112,8 @@ def test_clip_does_not_look_past_the_end():
     assert (network(ids) - network(before)).abs().max() > 0.1
 
 
-def ids_source(module: Callable[[], nn.Module], ids: tuple[int | str, int], output: tuple) -> Source:
-    return Source(module, {"ids": TensorSpec("int64", ids)}, {"output": TensorSpec("float32", output)})
+def ids_source(module: Callable[[], nn.Module], ids: tuple[int | str, int], output: tuple) -> ComponentSpec:
+    return ComponentSpec(module, {"ids": TensorSpec("int64", ids)}, {"output": TensorSpec("float32", output)})
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from tilewright.export.networks.toksr import Detokenise, Step, Text, Tokenise
-from tilewright.export.systems import Source
+from tilewright.export.system import ComponentSpec
 from tilewright.runtime.engines.ort import OrtEngine
 from tilewright.runtime.program import TensorSpec
 from tilewright.runtime.schedules import ddim
@@ -47,15 +47,15 @@ def specs(names: str) -> dict[str, TensorSpec]:
 
 
 SOURCES = {
-    "text": Source(Text, specs("ids"), specs("words pooled"), arguments={"config": CLIP}),
-    "ta-titok": Source(Tokenise, specs("image"), specs("condition"), arguments={"sizes": TA_TITOK}),
-    "textok": Source(Tokenise, specs("image words"), specs("condition"), arguments={"sizes": TEXTOK}),
-    "detokenise": Source(Detokenise, specs("tokens words"), specs("image"), arguments={"sizes": TEXTOK}),
+    "text": ComponentSpec(Text, specs("ids"), specs("words pooled"), arguments={"config": CLIP}),
+    "ta-titok": ComponentSpec(Tokenise, specs("image"), specs("condition"), arguments={"sizes": TA_TITOK}),
+    "textok": ComponentSpec(Tokenise, specs("image words"), specs("condition"), arguments={"sizes": TEXTOK}),
+    "detokenise": ComponentSpec(Detokenise, specs("tokens words"), specs("image"), arguments={"sizes": TEXTOK}),
 }
 for name, dit in STEPS.items():
     label = ("pooled" if dit["text_mode"] == "pooled" else "words") + (" guidance" if dit["guided"] else "")
     step_inputs = specs(f"tokens condition {label} t alpha beta alpha_next beta_next")
-    SOURCES[name] = Source(Step, step_inputs, specs("tokens_next"), arguments={"sizes": TEXTOK, "dit": dit})
+    SOURCES[name] = ComponentSpec(Step, step_inputs, specs("tokens_next"), arguments={"sizes": TEXTOK, "dit": dit})
 BATCHES = pytest.mark.parametrize("batch", [1, 3])
 
 

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from tilewright.export.networks.vision import Bridge, ClipVision, Redux, Siglip, resize_matrix, resized
-from tilewright.export.systems import Source
+from tilewright.export.system import ComponentSpec
 from tilewright.runtime.program import TensorSpec
 
 SIDE = 28
@@ -221,7 +221,7 @@ SOURCES = {
 def networks(tmp_path_factory, opened) -> dict[str, Any]:
     """Every network, traced once."""
     return {
-        name: opened(Source(module, inputs, outputs, {}, multiples), tmp_path_factory.mktemp("network"))
+        name: opened(ComponentSpec(module, inputs, outputs, {}, multiples), tmp_path_factory.mktemp("network"))
         for name, (module, inputs, outputs, multiples) in SOURCES.items()
     }
 

@@ -11,9 +11,9 @@ import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 from safetensors.torch import load_file, save_file
 
-from tilewright.export.build import build
-from tilewright.export.request import Request
-from tilewright.export.systems.flux_sizes import PRESETS
+from tilewright.export.build.request import Request
+from tilewright.export.build.run import build
+from tilewright.export.systems.flux.sizes import PRESETS
 from tilewright.export.tokenizers import put, stand_in_clip
 
 

@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from tilewright.export.build import build
+from tilewright.export.build.request import Request
+from tilewright.export.build.run import build
 from tilewright.export.cli import main
-from tilewright.export.request import Request
 from tilewright.export.systems import system
 from tilewright.export.tokenizers import put, stand_in_clip
 

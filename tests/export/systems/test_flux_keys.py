@@ -28,12 +28,13 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from tilewright.export.lora import as_parameters
-from tilewright.export.systems import Source, in_token, vicr
-from tilewright.export.systems.flux_keys import OF_COMPONENT, ignored, keys
-from tilewright.export.systems.flux_sizes import PRESETS
-from tilewright.export.trace import parameter_specs
-from tilewright.export.weights import Tensors, attach, find, open_reference, resolve
+from tilewright.export.graph.trace import parameter_specs
+from tilewright.export.system import ComponentSpec
+from tilewright.export.systems.flux import in_token, vicr
+from tilewright.export.systems.flux.keys import OF_COMPONENT, ignored, keys
+from tilewright.export.systems.flux.sizes import PRESETS
+from tilewright.export.weights.files import Tensors, attach, find, open_reference, resolve
+from tilewright.export.weights.lora import as_parameters
 from tilewright.runtime.bundle import Reference
 from tilewright.runtime.errors import InputError
 
@@ -43,7 +44,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 @cache
-def sources(preset: str, *, split: bool = True) -> dict[str, Source]:
+def sources(preset: str, *, split: bool = True) -> dict[str, ComponentSpec]:
     return in_token.components(preset, **in_token.settings(preset, {}, {}) | {"split": split})
 
 

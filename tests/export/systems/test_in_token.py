@@ -18,11 +18,11 @@ from safetensors.numpy import save_file
 from safetensors.torch import load_file
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
-from tilewright.export.build import build
-from tilewright.export.request import Request
-from tilewright.export.systems import in_token
-from tilewright.export.systems.flux_sizes import PRESETS
-from tilewright.export.verify import sample_photo
+from tilewright.export.build.request import Request
+from tilewright.export.build.run import build
+from tilewright.export.systems.flux import in_token
+from tilewright.export.systems.flux.sizes import PRESETS
+from tilewright.export.verify.engines import sample_photo
 from tilewright.runtime import load
 from tilewright.runtime.bundle import read
 from tilewright.runtime.errors import UsageError

@@ -12,10 +12,10 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from tilewright.export.request import Request
-from tilewright.export.systems import instantir
-from tilewright.export.systems.instantir_sizes import PRESETS
-from tilewright.export.verify import sample_photo
+from tilewright.export.build.request import Request
+from tilewright.export.systems.instantir import system as instantir
+from tilewright.export.systems.instantir.sizes import PRESETS
+from tilewright.export.verify.engines import sample_photo
 from tilewright.runtime import load
 from tilewright.runtime.noise import normal
 from tilewright.runtime.scheduler import Job, run

@@ -18,13 +18,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tilewright.export.attachment import attach_weights
+from tilewright.export.build.attach import attach_weights
+from tilewright.export.build.request import Request
 from tilewright.export.cli import main
-from tilewright.export.request import Request
-from tilewright.export.systems import instantir as system
+from tilewright.export.graph.trace import parameter_specs
+from tilewright.export.systems.instantir import system as system
 from tilewright.export.tokenizers import put, stand_in_clip
-from tilewright.export.trace import parameter_specs
-from tilewright.export.weights import Tensors, attach, find, write_tensors
+from tilewright.export.weights.files import Tensors, attach, find, write_tensors
 from tilewright.runtime.bundle import Reference, Weights, read, safetensors_header
 from tilewright.runtime.engines.ort import open_engine
 from tilewright.runtime.program import TensorSpec

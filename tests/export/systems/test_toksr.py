@@ -18,13 +18,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel
 
-from tilewright.export.build import build
+from tilewright.export.build.request import Request
+from tilewright.export.build.run import build
 from tilewright.export.cli import main
-from tilewright.export.request import Request
+from tilewright.export.graph.trace import parameter_specs
 from tilewright.export.systems import toksr
 from tilewright.export.tokenizers import put, stand_in_clip
-from tilewright.export.trace import parameter_specs
-from tilewright.export.verify import sample_photo
+from tilewright.export.verify.engines import sample_photo
 from tilewright.runtime import load
 from tilewright.runtime.check import check
 from tilewright.runtime.noise import normal

@@ -21,12 +21,12 @@ from transformers import (
     T5EncoderModel,
 )
 
-from tilewright.export.build import build
+from tilewright.export.build.request import Request
+from tilewright.export.build.run import build
 from tilewright.export.cli import main
 from tilewright.export.networks.vision import ClipVision
-from tilewright.export.request import Request
-from tilewright.export.systems.flux_sizes import PRESETS
-from tilewright.export.verify import sample_photo
+from tilewright.export.systems.flux.sizes import PRESETS
+from tilewright.export.verify.engines import sample_photo
 from tilewright.runtime import load
 from tilewright.runtime.bundle import read
 from tilewright.runtime.errors import InputError, UsageError

@@ -1,0 +1,1 @@
+"""A build: what is asked for, its stages, and running them."""

@@ -1,0 +1,44 @@
+"""A network run once on weights that are read module by module, so that its size does not matter."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from tilewright.export.graph.trace import network_on_meta
+from tilewright.export.system import ComponentSpec
+from tilewright.export.weights.files import mapped_tensor
+from tilewright.runtime.bundle import Reference
+
+__all__ = ["run_streamed"]
+
+
+def run_streamed(
+    source: ComponentSpec, references: Mapping[str, tuple[Path, Reference]], inputs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The outputs by name; each module's weights are there, as float32, only while it runs."""
+    network = network_on_meta(source)
+    for path, module in network.named_modules():
+        prefix = f"{path}." if path else ""
+        own = {name: references[prefix + name] for name, p in module._parameters.items() if p is not None}
+        if own:
+            module.register_forward_pre_hook(lambda module, _, own=own: _load(module, own))
+            module.register_forward_hook(lambda module, *_: _unload(module))
+    with torch.no_grad():
+        made = network(**{name: torch.from_numpy(np.array(inputs[name])) for name in source.inputs})
+    outputs = made if isinstance(made, tuple) else (made,)
+    return {name: output.numpy() for name, output in zip(source.outputs, outputs, strict=True)}
+
+
+def _load(module: nn.Module, own: Mapping[str, tuple[Path, Reference]]) -> None:
+    for name, (folder, reference) in own.items():
+        module._parameters[name] = nn.Parameter(mapped_tensor(folder, reference).float(), requires_grad=False)
+
+
+def _unload(module: nn.Module) -> None:
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)

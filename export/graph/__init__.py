@@ -1,0 +1,1 @@
+"""Networks to graphs: tracing, our ops as nodes, memory, rewrites."""

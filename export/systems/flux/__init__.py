@@ -1,0 +1,1 @@
+"""The two systems on FLUX.1-Fill, and what they share."""

@@ -1,0 +1,94 @@
+"""The files in which FLUX is published, with every name, shape and type: what stand-ins are made of."""
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from tilewright.export.systems.flux.fill import text_sources
+from tilewright.export.systems.flux.keys import keys
+from tilewright.export.systems.flux.sizes import CLIP_VOCABULARY, PRESETS
+from tilewright.runtime.program import TensorSpec
+
+__all__ = ["bfloat16", "lora_pairs", "sharded", "text_encoders", "transformer", "vae"]
+
+SHARD_BYTES = 9_985_000_000  # of a published shard, at most
+
+
+def transformer() -> dict[str, Any]:
+    """The transformer's folder as published: three shards and their index."""
+    from diffusers import FluxTransformer2DModel
+
+    specs = _published(FluxTransformer2DModel, PRESETS["full"].transformer)
+    shards: list[dict[str, TensorSpec]] = [{}]
+    room = SHARD_BYTES
+    for name, spec in specs.items():
+        if (size := 2 * int(np.prod([int(d) for d in spec.shape]))) > room:
+            shards.append({})
+            room = SHARD_BYTES
+        shards[-1][name] = spec
+        room -= size
+    return sharded("transformer", "diffusion_pytorch_model", shards)
+
+
+def sharded(folder: str, stem: str, shards: list[dict[str, TensorSpec]]) -> dict[str, Any]:
+    """Files of a sharded model, and their index."""
+    names = [f"{stem}-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    index = {
+        "metadata": {},
+        "weight_map": {key: name for name, shard in zip(names, shards, strict=True) for key in shard},
+    }
+    files: dict[str, Any] = {f"{folder}/{name}": shard for name, shard in zip(names, shards, strict=True)}
+    return files | {f"{folder}/{stem}.safetensors.index.json": json.dumps(index, indent=1)}
+
+
+def vae() -> dict[str, Any]:
+    """The VAE's file as published."""
+    from diffusers import AutoencoderKL
+
+    return {"vae/diffusion_pytorch_model.safetensors": _published(AutoencoderKL, PRESETS["full"].vae)}
+
+
+def text_encoders() -> dict[str, Any]:
+    """Both text encoders and their tokenizers as published."""
+    from tilewright.export.graph.trace import parameter_specs
+    from tilewright.export.tokenizers import stand_in_clip, stand_in_t5
+
+    sources = text_sources("full")
+    held = {
+        component: {str(keys(component, name)[0]): bfloat16(spec) for name, spec in parameter_specs(source).items()}
+        for component, source in sources.items()
+    }
+    half = len(held["t5"]) // 2
+    shards = [dict(list(held["t5"].items())[:half]), dict(list(held["t5"].items())[half:])]
+    files = sharded("text_encoder_2", "model", shards) | {"text_encoder/model.safetensors": held["clip"]}
+    files |= {f"tokenizer/{name}": text for name, text in stand_in_clip(CLIP_VOCABULARY).items()}
+    return files | {"tokenizer_2/tokenizer.json": stand_in_t5(32128)}
+
+
+def lora_pairs(targets: str, rank: int) -> dict[str, TensorSpec]:
+    """A LoRA's tensors for every linear of the transformer that matches."""
+    from diffusers import FluxTransformer2DModel
+
+    tensors = {}
+    for name, spec in _published(FluxTransformer2DModel, PRESETS["full"].transformer).items():
+        module = name.removesuffix(".weight")
+        if module != name and len(spec.shape) == 2 and re.fullmatch(targets, module):
+            tensors[f"transformer.{module}.lora_A.weight"] = TensorSpec("bfloat16", (rank, spec.shape[1]))
+            tensors[f"transformer.{module}.lora_B.weight"] = TensorSpec("bfloat16", (spec.shape[0], rank))
+    return tensors
+
+
+def _published(network: Any, config: Mapping[str, Any]) -> dict[str, TensorSpec]:
+    import torch
+
+    with torch.device("meta"):
+        state = network(**config).state_dict()
+    return {name: TensorSpec("bfloat16", tuple(tensor.shape)) for name, tensor in state.items()}
+
+
+def bfloat16(spec: TensorSpec) -> TensorSpec:
+    """The same shape in half the bytes, as these weights are published."""
+    return TensorSpec("bfloat16", spec.shape)

@@ -1,0 +1,151 @@
+"""FLUX's key names: a parameter of a graph to what published files call it.
+
+Ours are those of diffusers and transformers; the single files of the models' authors have other names, and keep some
+matrices fused, whose rows are references too.
+"""
+
+import re
+
+from tilewright.export.system import Rows
+
+__all__ = ["OF_COMPONENT", "ignored", "keys", "origin", "origins"]
+
+OF_COMPONENT = {
+    "step": "transformer",
+    "modulate": "transformer",
+    "encode": "vae",
+    "decode": "vae",
+    "t5": "text_encoder_2",
+    "clip": "text_encoder",
+    "see": "image_encoder",
+    "redux": "image_embedder",
+    "bridge": "lora",
+}
+
+
+def origins(component: str) -> set[str]:
+    """Its component's folder, and the LoRA of the transformer."""
+    return {OF_COMPONENT[component]} | ({"lora"} if OF_COMPONENT[component] == "transformer" else set())
+
+
+def origin(component: str, parameter: str) -> str:
+    """Low-rank pairs come from the LoRA, all else from its component's folder."""
+    return "lora" if ".lora_" in parameter else OF_COMPONENT[component]
+
+
+def keys(component: str, parameter: str) -> tuple[str | Rows, ...]:
+    """A parameter as diffusers or transformers name it in files, then as the models' own authors do."""
+    if component in ("step", "modulate"):
+        return _transformer_keys(parameter.removeprefix("transformer."))
+    if component == "bridge":
+        return (f"vcb.{parameter}",)
+    if component in ("encode", "decode"):
+        return (parameter, _vae_key(parameter))
+    name = parameter.removeprefix("model.")
+    prefix = {"clip": "text_model.", "see": "vision_model."}.get(component)
+    towers = ("vision_model.", "visual_projection.")  # CLIP's with a projection keeps its published names
+    return (prefix + name, name) if prefix and not name.startswith(towers) else (name,)
+
+
+def _transformer_keys(name: str) -> tuple[str | Rows, ...]:
+    module, _, kind = name.rpartition(".")
+    path = module.removesuffix(".scale").removesuffix(".shift")
+    if path != "norm_out.linear" or module == path:
+        return (name,) if kind.startswith("lora_") else (name, *_authors_key(module, kind))
+    half = int(module.endswith("shift"))
+    if kind == "lora_A":
+        return (f"{path}.lora_A",)
+    authors = Rows(f"final_layer.adaLN_modulation.1.{kind}", 1 - half, 2 - half, 2)  # theirs is shift, then scale
+    return (Rows(f"{path}.{kind}", half, half + 1, 2), *(() if kind == "lora_B" else (authors,)))
+
+
+AUTHORS = {
+    "time_text_embed.timestep_embedder.linear_1": "time_in.in_layer",
+    "time_text_embed.timestep_embedder.linear_2": "time_in.out_layer",
+    "time_text_embed.guidance_embedder.linear_1": "guidance_in.in_layer",
+    "time_text_embed.guidance_embedder.linear_2": "guidance_in.out_layer",
+    "time_text_embed.text_embedder.linear_1": "vector_in.in_layer",
+    "time_text_embed.text_embedder.linear_2": "vector_in.out_layer",
+    "context_embedder": "txt_in",
+    "x_embedder": "img_in",
+    "proj_out": "final_layer.linear",
+    "norm_out.linear": "final_layer.adaLN_modulation.1",
+}
+AUTHORS_DOUBLE = {
+    "norm1.linear": "img_mod.lin",
+    "norm1_context.linear": "txt_mod.lin",
+    "attn.to_out.0": "img_attn.proj",
+    "attn.to_add_out": "txt_attn.proj",
+    "ff.net.0.proj": "img_mlp.0",
+    "ff.net.2": "img_mlp.2",
+    "ff_context.net.0.proj": "txt_mlp.0",
+    "ff_context.net.2": "txt_mlp.2",
+    "attn.norm_q": "img_attn.norm.query_norm",
+    "attn.norm_k": "img_attn.norm.key_norm",
+    "attn.norm_added_q": "txt_attn.norm.query_norm",
+    "attn.norm_added_k": "txt_attn.norm.key_norm",
+}
+AUTHORS_SINGLE = {
+    "norm.linear": "modulation.lin",
+    "proj_out": "linear2",
+    "attn.norm_q": "norm.query_norm",
+    "attn.norm_k": "norm.key_norm",
+}
+THIRDS = {"to_q": "img", "to_k": "img", "to_v": "img", "add_q_proj": "txt", "add_k_proj": "txt", "add_v_proj": "txt"}
+SEVENTHS = {"attn.to_q": (0, 1), "attn.to_k": (1, 2), "attn.to_v": (2, 3), "proj_mlp": (3, 7)}  # q, k, v, and 4 of mlp
+
+
+def _authors_key(module: str, kind: str) -> tuple[str | Rows, ...]:
+    """The name in flux1-fill-dev.safetensors, where q, k, v (and a single block's mlp) are one tensor."""
+    if module in AUTHORS:
+        return (f"{AUTHORS[module]}.{kind}",)
+    match = re.fullmatch(r"(single_)?transformer_blocks\.(\d+)\.(.+)", module)
+    if match is None:
+        return ()
+    single, number, inner = match.groups()
+    block = f"{'single' if single else 'double'}_blocks.{number}"
+    if single and inner in SEVENTHS:
+        return (Rows(f"{block}.linear1.{kind}", *SEVENTHS[inner], 7),)
+    projection = inner.removeprefix("attn.")
+    if not single and projection in THIRDS:
+        third = list(THIRDS).index(projection) % 3
+        return (Rows(f"{block}.{THIRDS[projection]}_attn.qkv.{kind}", third, third + 1, 3),)
+    named = (AUTHORS_SINGLE if single else AUTHORS_DOUBLE).get(inner)
+    is_norm = "attn.norm_" in inner
+    return () if named is None else (f"{block}.{named}.{'scale' if is_norm else kind}",)
+
+
+AUTHORS_VAE = (
+    (r"mid_block\.resnets\.0", "mid.block_1"),
+    (r"mid_block\.resnets\.1", "mid.block_2"),
+    (r"mid_block\.attentions\.0\.group_norm", "mid.attn_1.norm"),
+    (r"mid_block\.attentions\.0\.to_([qkv])", r"mid.attn_1.\1"),
+    (r"mid_block\.attentions\.0\.to_out\.0", "mid.attn_1.proj_out"),
+    (r"down_blocks\.(\d+)\.resnets\.(\d+)", r"down.\1.block.\2"),
+    (r"down_blocks\.(\d+)\.downsamplers\.0\.conv", r"down.\1.downsample.conv"),
+    (r"up_blocks\.(\d+)\.resnets\.(\d+)", r"up.\1.block.\2"),
+    (r"up_blocks\.(\d+)\.upsamplers\.0\.conv", r"up.\1.upsample.conv"),
+    ("conv_shortcut", "nin_shortcut"),
+    ("conv_norm_out", "norm_out"),
+)
+UP_BLOCKS = 4  # of the published VAE, whose own file counts them from the picture inwards
+
+
+def _vae_key(parameter: str) -> str:
+    """The name in ae.safetensors; its attention is of 1x1 convolutions, which have the same bytes."""
+    for pattern, name in AUTHORS_VAE:
+        parameter = re.sub(pattern, name, parameter)
+    return re.sub(r"\bup\.(\d+)", lambda match: f"up.{UP_BLOCKS - 1 - int(match[1])}", parameter)
+
+
+def ignored(origin: str, key: str) -> bool:
+    """Towers, heads and counters that published files hold beside what is read."""
+    if key.endswith("position_ids"):
+        return True
+    if origin == "text_encoder":
+        return key.startswith(("vision_model.", "visual_projection.", "text_projection.", "logit_"))
+    if origin == "text_encoder_2":
+        return key.startswith(("decoder.", "lm_head.")) or key == "encoder.embed_tokens.weight"
+    if origin == "image_encoder":  # SigLIP's or CLIP's image tower
+        return key.startswith(("text_model.", "text_projection.", "logit_", "vision_model.head.", "head."))
+    return False

@@ -1,0 +1,266 @@
+"""Engine against eager PyTorch, on the same inputs: every call of a real restoration, and the picture at the end.
+
+A component that makes choices (integers) is judged by them: a choice must agree unless it was won by less than the
+rounding of the scores it was made from. Where choices differ, what follows from them is not compared.
+"""
+
+import copy
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from tilewright.export.build.request import VERIFY_COPIES
+from tilewright.export.graph.trace import network_on_meta
+from tilewright.export.system import ComponentSpec
+from tilewright.export.systems import system
+from tilewright.export.verify.seams import PICTURES, seam_excess
+from tilewright.export.weights.files import mapped_tensor
+from tilewright.runtime.bundle import Bundle
+from tilewright.runtime.engines import Engine, backend
+from tilewright.runtime.errors import AccuracyError, ResourceError
+from tilewright.runtime.images import Enlarged
+from tilewright.runtime.inputs import gather
+from tilewright.runtime.memory import available_bytes
+from tilewright.runtime.program import Program
+from tilewright.runtime.restore import Restorer, load
+from tilewright.runtime.scheduler import Job, least_px, plan_of, run
+
+__all__ = ["RELATIVE_L2_GATE", "require", "sample_photo", "verify"]
+
+RELATIVE_L2_GATE = 1e-4  # of a component's float outputs, float32 against float32; measured are 1e-6 to 1e-5
+WORDS = "a stone bridge over a river"
+FEW_STEPS = 8
+LEAST_TILE_PX = 96  # to judge seams by: convolutions see further than 12 of the smallest tokens
+SEAM_GATE = 0.15  # of `seam_excess`; blended tiles of random networks reach 0.09, averaged ones of the demo exceed 0.4
+UNDECIDED = 4.0  # a choice won by less than this many roundings of its scores may fall either way
+Floats = npt.NDArray[np.floating[Any]]
+Pixels = npt.NDArray[np.uint8]
+
+
+def verify(root: Path, *, weights_dir: Path | None = None, size_px: int | None = None) -> dict[str, Any]:
+    """Compare a bundle's engines with the networks they were traced from; a report, whatever it says.
+
+    The picture is a square of `size_px` in the program's own tiles, or by default a small one in tiles smaller still.
+    """
+    with load(root, weights_dir=weights_dir) as restorer:
+        bundle, program = restorer.bundle, restorer.bundle.program
+        _require_memory(bundle)
+        eager = {n: eager_network(bundle, n, weights_dir) for n in sorted(program.components())}
+        pairs = {n: _Paired(restorer.engines[n], e) for n, e in eager.items()}
+        job = _job(restorer, size_px)
+        job.inputs = gather(bundle, example_inputs(program))
+        engine_image = run(program, pairs, restorer.constants, job)
+        eager_image = run(program, eager, restorer.constants, job)
+        seams = {name: _seam(restorer, job, make) for name, make in (PICTURES | {"photo": _photo}).items()}
+    first = bundle.manifest.components[next(iter(eager))].engines[0]
+    return {
+        "bundle": bundle.digest,
+        "engine": f"{backend(first.backend).version()}, {first.precision}",
+        "reference": f"torch {torch.__version__} eager, float32",
+        "image": f"{job.image.shape[2]}x{job.image.shape[1]} px in tiles of {job.tile_px or 'the program'}",
+        "steps": job.steps or max(p.steps.count if p.steps else 1 for p in program.passes),
+        "components": {name: pair.report() for name, pair in sorted(pairs.items())},
+        "restore": _difference(engine_image, eager_image) | {"deviation": float(engine_image.std())},
+        "seams": seams,
+        "gate": {"relative_l2": RELATIVE_L2_GATE, "seam_excess": SEAM_GATE},
+    }
+
+
+def _require_memory(bundle: Bundle) -> None:
+    """Refuse, before it is tried, what would end in the system's killing us."""
+    weights = sum(math.prod(r.shape) for of in bundle.weights.tensors.values() for r in of.values())
+    needed, there = 4 * VERIFY_COPIES * weights, available_bytes()
+    if there is not None and needed > there:
+        raise ResourceError(
+            f"{bundle.root}: verifying needs about {needed / 2**30:.0f} GiB of memory, {there / 2**30:.0f} GiB are"
+            " free; use a larger machine"
+        )
+
+
+def _seam(restorer: Restorer, job: Job, make: Callable[[int, int], Pixels]) -> float:
+    """The seams of a picture of three by three tiles that share a third, after a few steps where they may be few."""
+    program = restorer.bundle.program
+    fixed = job.tile_px is not None and least_px(program, job.tile_px) == job.tile_px
+    usual = min(p.tiles.px for p in program.passes if p.tiles)
+    tile = job.tile_px if fixed and job.tile_px else min(max(12 * program.multiple_px, LEAST_TILE_PX), usual)
+    overlap = tile // 3 // program.multiple_px * program.multiple_px
+    whole = 3 * tile - 2 * overlap
+    side = -(-whole // program.scale)
+    enlarged = Enlarged(make(side, side), program.scale, program.multiple_px, least_px(program, tile))
+    tiled = replace(job, image=enlarged, tile_px=tile, overlap_px=overlap, steps=_few_steps(restorer))
+    image = run(program, restorer.engines, restorer.constants, tiled)
+    last = [p for p in program.passes if "result" in p.writes()][-1]
+    plan = plan_of(program, last, image.shape[1], image.shape[2], tile, overlap)
+    excess = seam_excess(image, plan, program.multiple_px)
+    if fixed or excess <= SEAM_GATE:
+        return excess
+    direct = run(program, restorer.engines, restorer.constants, replace(tiled, tile_px=whole, overlap_px=0))
+    own = seam_excess(direct, plan, program.multiple_px)
+    return excess - max(own, 0)  # what changes there in one tile as well is the picture's own
+
+
+def _photo(width: int, height: int) -> Pixels:
+    return sample_photo(width, height, 1)
+
+
+def _few_steps(restorer: Restorer) -> int | None:
+    """Steps that show what all of them would, if the program's number is not bound to a table in the bundle."""
+    calls = [c for p in restorer.bundle.program.passes for *_, c in p.calls()]
+    tables = {source[1:] for c in calls for source in c.inputs.values() if source[0] == "@"}
+    return None if any(name.partition(".")[0] in tables for name in restorer.constants) else FEW_STEPS
+
+
+def _job(restorer: Restorer, size_px: int | None) -> Job:
+    program = restorer.bundle.program
+    multiple = program.multiple_px
+    fixed = min((px for p in program.passes if p.tiles for px in p.tiles.fixed_px), default=None)
+    tile, overlap = (fixed, None) if fixed else (6 * multiple, 2 * multiple)
+    width, height = (size_px, size_px) if size_px else (tile + 4 * multiple, tile + multiple)
+    image = Enlarged(sample_photo(width, height, program.scale), program.scale, multiple, fixed or 1)
+    return Job(image) if size_px else Job(image, tile_px=tile, overlap_px=overlap, steps=_few_steps(restorer))
+
+
+def require(report: Mapping[str, Any]) -> None:
+    """Refuse an engine that misses the gate, is not finite or gives a constant picture."""
+    for name, component in report["components"].items():
+        for output, difference in component["outputs"].items():
+            if not difference["relative_l2"] <= RELATIVE_L2_GATE:  # so that NaN fails
+                raise AccuracyError(
+                    f"{name}.{output}: relative L2 {difference['relative_l2']:.2e} against eager PyTorch, the gate is"
+                    f" {RELATIVE_L2_GATE:.0e}; compare the versions of torch and the engine with the manifest's"
+                )
+        if component.get("choices", {}).get("wrong"):
+            raise AccuracyError(
+                f"{name}: {component['choices']['wrong']} of {component['choices']['total']} choices differ from eager"
+                " PyTorch by more than rounding explains; compare the versions of torch and the engine"
+            )
+    for picture, excess in report["seams"].items():
+        if not excess <= SEAM_GATE:
+            raise AccuracyError(
+                f"tiles show on the {picture} picture: it changes {excess:.0%} more across their borders than beside"
+                f" them, the gate is {SEAM_GATE:.0%}; use a larger overlap"
+            )
+    if not report["restore"]["deviation"] > 1e-4:
+        raise AccuracyError(
+            f"the restored picture is constant or not finite (deviation {report['restore']['deviation']:.1e});"
+            " check the weights"
+        )
+
+
+def example_inputs(program: Program) -> dict[str, Any]:
+    """Something for every input that has no default: words, or seeded numbers."""
+    of_words = {name for text in program.texts.values() for name in text.ids}
+    generator = np.random.Generator(np.random.Philox(key=2))
+    inputs: dict[str, Any] = dict.fromkeys(program.texts, WORDS)
+    for name, wanted in program.inputs.items():
+        if wanted.default is None and name not in of_words:
+            inputs[name] = generator.standard_normal(wanted.shape).astype(wanted.dtype)
+    return inputs
+
+
+def sample_photo(width: int, height: int, scale: int) -> npt.NDArray[np.uint8]:
+    """A picture with edges, gradients and texture, `scale` times smaller than the size asked for."""
+    columns, rows = -(-width // scale), -(-height // scale)
+    y, x = np.mgrid[0:rows, 0:columns] / max(rows, columns)
+    channels = [np.sin(9 * x + 4 * y) * 0.4 + 0.5, (np.hypot(x - 0.5, y - 0.4) < 0.3) * 0.7 + 0.2 * x, (x * 23 % 1) * y]
+    texture = np.random.Generator(np.random.Philox(key=1)).normal(0, 0.04, (rows, columns, 3))
+    rgb = np.clip(np.stack(channels, -1) + texture, 0, 1)
+    return np.asarray(rgb * 255 + 0.5, np.uint8)
+
+
+def eager_network(bundle: Bundle, component: str, weights_dir: Path | None) -> "Eager":
+    """The eager network with the bundle's weights, mapped where they are stored as they are computed."""
+    settings = json.loads(bundle.manifest.options.get("settings", "{}"))
+    source: ComponentSpec = system(bundle.manifest.system).components(bundle.manifest.preset, **settings)[component]
+    network = network_on_meta(source)
+    references = bundle.weights.tensors.get(component, {})
+    names = {bundle.weights.folder_name(component, r) for r in references.values()}
+    folders = {name: bundle.folder(name, weights_dir) for name in names}
+    tensors = {
+        n: mapped_tensor(folders[bundle.weights.folder_name(component, r)], r).float() for n, r in references.items()
+    }
+    network.load_state_dict(tensors, strict=False, assign=True)
+    return Eager(network, tuple(source.outputs))
+
+
+@dataclass
+class Eager:
+    """A network that answers like an engine."""
+
+    network: Any
+    names: tuple[str, ...]  # of its outputs
+
+    def run(self, inputs: Mapping[str, Any], wanted: Iterable[str]) -> dict[str, Any]:
+        with torch.no_grad():  # here, not around the restoration: it holds for one thread, and tiles run in others
+            made = self.network(**{name: torch.from_numpy(np.array(array)) for name, array in inputs.items()})
+        outputs = dict(zip(self.names, made if isinstance(made, tuple) else (made,), strict=True))
+        return {name: outputs[name].numpy() for name in wanted}
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+
+class _Paired:
+    """An engine and its network, run on the same inputs; answers with the engine's outputs."""
+
+    def __init__(self, engine: Engine, eager: Eager) -> None:
+        self.engine, self.eager = engine, eager
+        self.exact = copy.deepcopy(eager.network).double() if hasattr(eager.network, "winners") else None
+        self.seen: dict[str, list[tuple[Floats, Floats]]] = {}
+        self.choices = dict.fromkeys(("total", "undecided", "differ", "wrong"), 0)
+
+    def run(self, inputs: Mapping[str, Any], wanted: Iterable[str]) -> dict[str, Any]:
+        ours, theirs = self.engine.run(inputs, self.eager.names), self.eager.run(inputs, self.eager.names)
+        same = self._compare_choices(inputs, ours, theirs)
+        for name, array in ours.items():
+            if array.dtype.kind == "f":
+                kept = np.broadcast_to(same, array.shape) if same is not None else np.ones(array.shape, bool)
+                self.seen.setdefault(name, []).append((array[kept], theirs[name][kept]))
+        return {name: ours[name] for name in wanted}
+
+    def _compare_choices(
+        self, inputs: Mapping[str, Any], ours: dict[str, Any], theirs: dict[str, Any]
+    ) -> npt.NDArray[np.bool_] | None:
+        """Where all choices of a position [B, 1, rows, columns] agree; none for a component that makes none."""
+        if self.exact is None:
+            return None
+        name = next(n for n, array in ours.items() if array.dtype.kind == "i")
+        image = torch.from_numpy(*inputs.values())
+        with torch.no_grad():
+            scores, exact = self.eager.network.winners(image)[0], self.exact.winners(image.double())
+        rounding = float((scores.double() - exact[0]).abs().max())
+        decided = (exact[0][..., 0] - exact[0][..., 1] > UNDECIDED * rounding).numpy()
+        self.choices["total"] += decided.size
+        self.choices["undecided"] += int((~decided).sum())
+        self.choices["differ"] += int((ours[name] != theirs[name]).sum())
+        self.choices["wrong"] += int(((ours[name] != exact[1].numpy()) & decided).sum())
+        return np.asarray((ours[name] == theirs[name]).all(1, keepdims=True))
+
+    def report(self) -> dict[str, Any]:
+        """What was seen, over all calls."""
+        both = {name: [np.concatenate(side) for side in zip(*pairs, strict=True)] for name, pairs in self.seen.items()}
+        report: dict[str, Any] = {"outputs": {name: _difference(*sides) for name, sides in both.items()}}
+        return report | ({"choices": self.choices} if self.exact is not None else {})
+
+    def close(self) -> None:
+        """The engine belongs to the restorer."""
+
+
+def _difference(ours: Floats, reference: Floats) -> dict[str, float]:
+    if not reference.size:  # every choice differed, so nothing is left to compare: no engine passes by that
+        return {"max_abs": 0.0, "relative_l2": 1.0, "psnr_db": 0.0}
+    error = ours.astype(np.float64) - reference
+    norm, peak = float(np.linalg.norm(reference.astype(np.float64))), float(np.ptp(reference))
+    mean_square = float(np.mean(error**2))
+    return {
+        "max_abs": float(np.abs(error).max()),
+        "relative_l2": float(np.linalg.norm(error)) / max(norm, 1e-30),
+        "psnr_db": min(200.0, 10 * float(np.log10(max(peak, 1e-15) ** 2 / max(mean_square, 1e-60)))),
+    }

@@ -1,0 +1,34 @@
+"""Files in the place of published weights: every name, shape and type, and zeros that take no room on the disk."""
+
+from pathlib import Path
+from typing import Any
+
+from tilewright.export.systems import system
+from tilewright.export.weights.files import STAND_IN, write_tensors
+from tilewright.runtime.digests import writing
+from tilewright.runtime.errors import UsageError
+
+__all__ = ["stand_in"]
+
+
+def stand_in(name: str, out: Path) -> dict[str, Any]:
+    """Write what a system of full size needs into a new folder; its files, tensors and apparent bytes."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"{out}: exists and is not empty; choose another -o")
+    tensors = 0
+    files = system(name).stand_in("full")
+    for file, content in files.items():
+        if isinstance(content, str):
+            (out / file).parent.mkdir(parents=True, exist_ok=True)
+            with writing(out / file) as temporary:
+                temporary.write_text(content, encoding="utf-8")
+            continue
+        write_tensors(out / file, dict(sorted(content.items())), (), STAND_IN)
+        tensors += len(content)
+    return {
+        "folder": str(out),
+        "files": sorted(files),
+        "tensors": tensors,
+        "apparent_bytes": sum((out / file).stat().st_size for file in files),
+        "disk_bytes": sum((out / file).stat().st_blocks * 512 for file in files),
+    }

@@ -1,8 +1,10 @@
 """How far an implementation of an op is off from its float32 reference, and how far it may be.
 
-Kernels may be off by twice what plain PyTorch is in the same type, and by their results' own rounding; plain PyTorch by
-a few roundings of the largest result. Ops that choose a codeword are judged by its score: it may be below the best by
-what rounding does to two scores. As a command: the kernels under Triton's interpreter, as JSON.
+Kernels may be off by twice what plain PyTorch is in the same type, by their results' own rounding, and by what another
+order of their sums does: where plain PyTorch is nearly exact is up to the CPU, and the roundings in a sum of n
+numbers, as random as they are, seldom add up to more than twice the root of n. Plain PyTorch may be off by a few
+roundings of the largest result. Ops that choose a codeword are judged by its score: it may be below the best by what
+rounding does to two scores. As a command: the kernels under Triton's interpreter, as JSON.
 """
 
 import json
@@ -82,11 +84,14 @@ class Judge:
 
     def _worst(self, results: tuple[Tensor, ...], *, held_to_type: bool) -> tuple[float, float]:
         pairs = []
+        order = self._order()
         for result, expected, usual in zip(results, self.expected, self.usual, strict=True):
-            rounding = torch.finfo(usual.dtype).eps * expected.abs().max().item()
+            largest = expected.abs().max().item()
+            rounding = torch.finfo(usual.dtype).eps * largest
             off = _largest(result, expected)
             of_type = ROUNDINGS.get(usual.dtype, FEW_ROUNDINGS) * rounding
-            pairs.append((off, of_type if held_to_type else 2 * _largest(usual, expected) + 2 * rounding))
+            of_kernels = 2 * _largest(usual, expected) + 2 * rounding + order * largest
+            pairs.append((off, of_type if held_to_type else of_kernels))
         return max(pairs, key=lambda pair: pair[0] / pair[1] if pair[0] == pair[0] else NEVER)
 
     def _below_best(self, indices: Tensor) -> tuple[float, float]:
@@ -94,9 +99,13 @@ class Judge:
         chosen = exact.gather(-1, indices.long().unsqueeze(-1)).squeeze(-1)
         allowed = 0.0
         if self.call.op.multiplies:
-            rounding = torch.finfo(torch.float32).eps * exact.abs().max().item()
-            allowed = 2 * _largest(scores(self.call, self.usual[1].dtype), exact) + 2 * rounding
+            rounding = 2 * torch.finfo(torch.float32).eps + self._order()
+            allowed = 2 * _largest(scores(self.call, self.usual[1].dtype), exact) + rounding * exact.abs().max().item()
         return (exact.amax(-1) - chosen).max().item(), allowed
+
+    def _order(self) -> float:
+        # as a share of the largest; sums are in float32 also where results are shorter
+        return 2 * torch.finfo(torch.float32).eps * self.call.op.longest_sum(*self.call.arguments) ** 0.5
 
 
 def scores(call: Sample, dtype: torch.dtype) -> Tensor:

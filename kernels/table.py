@@ -35,6 +35,7 @@ class Op:
     plan: Callable[..., tuple[list[Launch], Any]] | None  # none: a composition of others
     face: Face | None
     cases: dict[str, Case]  # "small", and the published sizes
+    longest_sum: Callable[..., int]  # how many numbers one sum adds, of the arguments
     multiplies: bool = True  # so that its kernel must use tensor cores
     eight_bit: bool = False  # takes float8_e4m3fn
 
@@ -110,6 +111,7 @@ KERNELS = {
                 "in-token": _concat_project(1, 14_400, 64, 64, 384, 3072),
                 "vicr": _concat_project(1, 8192, 64, 64, 384, 3072),
             },
+            lambda x, c, weight, *_: weight.shape[1],
             eight_bit=True,
         ),
         Op(
@@ -123,6 +125,7 @@ KERNELS = {
                 "flux": _qkv_norm_rope(1, 14_400, 0, 24, 128, flux=True),
                 "hitoksr": _qkv_norm_rope(1, 1028, 4, 12, 64, flux=False),
             },
+            lambda x, c, weight, *_: weight.shape[1],
         ),
         Op(
             "joint_attention",
@@ -135,6 +138,7 @@ KERNELS = {
                 "flux": _joint_attention(1, 24, 1241, 14_400, 128),
                 "dino": _joint_attention(1, 12, 5, 1024, 64),
             },
+            lambda q1, k1, v1, q2, *_: max(q1.shape[3], q1.shape[2] + q2.shape[2]),
         ),
         Op(
             "in_token_attention",
@@ -146,6 +150,9 @@ KERNELS = {
                 "small": _in_token_attention(2, 70, 21, 2, 32),
                 "in-token": _in_token_attention(1, 14_400, 1241, 24, 128),
             },
+            lambda x, c, embed, weights, terms, norms, tables, text: max(
+                embed[0].shape[1], weights[0].shape[1], text[0].shape[2] + x.shape[1]
+            ),
         ),
         Op(
             "codebook_nearest",
@@ -158,6 +165,7 @@ KERNELS = {
                 "hitoksr": _codebook(16_384, 4, 4096, 8, None),
                 "hitoksr-tile": _codebook(1024, 4, 4096, 8, None),
             },
+            lambda latents, codebook: codebook.shape[2],
         ),
         Op(
             "codebook_from_logits",
@@ -166,6 +174,7 @@ KERNELS = {
             codebook_from_logits.plan,
             codebook_from_logits.FACE,
             {"small": _codebook(150, 4, 500, 8, 2000), "hitoksr": _codebook(16_384, 4, 4096, 8, 16_384)},
+            lambda *_: 1,
             multiplies=False,
         ),
         Op(
@@ -179,6 +188,7 @@ KERNELS = {
                 "hitoksr": _codebook_from_hidden(16_384, 768, 4, 4096, 8),
                 "hitoksr-tile": _codebook_from_hidden(1024, 768, 4, 4096, 8),
             },
+            lambda hidden, weight, *_: weight.shape[1],
             eight_bit=True,
         ),
     )

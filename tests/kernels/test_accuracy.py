@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from tilewright.kernels.accuracy import Judge, without_kernels
 from tilewright.kernels.sample import sample
@@ -37,6 +39,19 @@ def test_one_number_of_any_result_that_is_off_by_more_than_its_type_rounds_is_a_
         results = [u.clone() for u in dense.usual]
         results[i].view(-1)[7] += share * dense.expected[i].abs().max()
         assert not dense.row("off", tuple(results)).passes
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_where_plain_pytorch_is_exact_sums_in_another_order_pass_and_cut_factors_are_a_miss(name):
+    judge = Judge(sample(KERNELS[name], "small", torch.float32))
+    in_order, judge.usual = judge.usual, tuple(e.float() for e in judge.expected)
+    assert judge.row("order", in_order).passes
+    call = judge.call
+    cut = tree_map_only(
+        Tensor, lambda t: (t.view(torch.int32) & ~0x1FFF).view(torch.float32), call.arguments
+    )  # as TF32
+    found = call.op.run(*cut, **call.options)
+    assert not judge.row("cut", found).passes
 
 
 def test_results_that_are_no_numbers_or_have_another_shape_are_a_miss(dense):

@@ -1,15 +1,11 @@
 """What runs on a GPU only: float32 products are float32, and odd sizes are those of the interpreted tests."""
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 
 from tilewright.kernels.jit import INTERPRETED
-
-sys.path.append(str(Path(__file__).parent.parent / "kernels"))  # for `cases` and `textbook`, which lie in no package
 
 
 @pytest.fixture(autouse=True)

@@ -9,9 +9,9 @@ from pathlib import Path
 import onnxruntime as ort
 import pytest
 import torch
-from cuda_node import Call, built, run, session, small
-from textbook import assert_as_exact, assert_best
 
+from support.cuda_node import Call, built, run, session, small
+from support.textbook import assert_as_exact, assert_best
 from tilewright.kernels import cubins
 from tilewright.kernels.jit import arch_of
 from tilewright.kernels.table import KERNELS

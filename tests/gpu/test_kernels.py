@@ -13,12 +13,12 @@ from unittest import mock
 
 import pytest
 import torch
-from cases import CASES, PLAIN_CASES, grid, maker
-from cases import call as odd
-from textbook import SCORES, assert_right, cast, lowest_best
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from support.cases import CASES, PLAIN_CASES, grid, maker
+from support.cases import call as odd
+from support.textbook import SCORES, assert_right, cast, lowest_best
 from tilewright.kernels.accuracy import without_kernels
 from tilewright.kernels.codebook import codewords
 from tilewright.kernels.jit import Launch

@@ -1,14 +1,10 @@
 """One thread; kernels are interpreted in a process of their own, and nothing else is tested there."""
 
 import os
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.append(str(Path(__file__).parent))  # for `cases` and `textbook`, which lie in no package
 
 collect_ignore_glob = ["test_*.py"] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted/*"]
 

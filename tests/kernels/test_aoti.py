@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import maker
 from torch import Tensor, nn
 from torch.export import Dim
 from torch.utils import cpp_extension
 
+from support.cases import maker
 from tilewright.kernels.codebook_from_hidden import codebook_from_hidden
 from tilewright.kernels.concat_project import concat_project
 from tilewright.kernels.joint_attention import joint_attention

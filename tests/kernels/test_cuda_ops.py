@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_node import Call, built, cuda_headers, run, session, small
 from torch import Tensor
 
+from support.cuda_node import Call, built, cuda_headers, refusal, run, run_on_arrays, session, small
 from tilewright.kernels import cubins
 from tilewright.kernels.jit import triton
 from tilewright.kernels.table import KERNELS
@@ -141,11 +141,6 @@ def test_a_call_reaches_its_kernel_as_planned_and_its_results_come_back(call, dr
         assert torch.equal(result, truth.to(result.dtype))
 
 
-def run_on_arrays(engine: Any, call: Call) -> list[Any]:
-    given = [tensor.numpy() for tensor in call[1] if tensor is not None]
-    return engine.run(None, {slot.name: array for slot, array in zip(engine.get_inputs(), given, strict=True)})
-
-
 def test_no_rows_need_no_kernel(driver, library):
     driver.stand_in(None)  # a launch would fail
     for name, arguments, shapes in [
@@ -155,18 +150,6 @@ def test_no_rows_need_no_kernel(driver, library):
     ]:
         call = KERNELS[name], arguments, {}
         assert [array.shape for array in run_on_arrays(session(library, call), call)] == shapes
-
-
-def refusal(library: Path, call: Call, **changed: Tensor | None) -> str:
-    """The line that a run says, with some inputs changed."""
-    op, arguments, options = call
-    names = [name.rstrip("?") for name in op.face.inputs]
-    call = op, tuple(changed.get(name, tensor) for name, tensor in zip(names, arguments, strict=False)), options
-    engine = session(library, call)
-    with pytest.raises(Exception, match="tilewright") as raised:
-        run_on_arrays(engine, call)
-    (line,) = str(raised.value).splitlines()
-    return line
 
 
 def test_sizes_without_a_cubin_are_answered_with_the_command_that_makes_it(library, tmp_path):
@@ -256,8 +239,7 @@ def test_a_cubin_that_is_not_there_or_no_code_or_of_another_version_is_refused(d
 
 ALONE = """
 import ctypes, sys
-from cuda_node import session, small, torch
-from test_cuda_ops import refusal
+from support.cuda_node import refusal, small, torch
 try:
     ctypes.CDLL("libcuda.so.1")
 except OSError:
@@ -266,7 +248,7 @@ except OSError:
 
 
 def test_without_a_driver_the_first_kernel_says_so(library):
-    path = {"PYTHONPATH": str(Path(__file__).parent)}
+    path = {"PYTHONPATH": str(Path(__file__).parents[1])}
     words = [sys.executable, "-c", ALONE, library]
     said = subprocess.run(words, env=os.environ | path, capture_output=True, text=True, check=True).stdout
     if not said:

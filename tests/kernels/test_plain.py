@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from cases import CASES, CODEBOOKS, ONE_CHANNEL, PLAIN_CASES, call, grid, maker
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from textbook import SCORES, assert_as_exact, assert_best, assert_codes, assert_right, cast, lowest_best
 
+from support.cases import CASES, CODEBOOKS, ONE_CHANNEL, PLAIN_CASES, call, grid, maker
+from support.textbook import SCORES, assert_as_exact, assert_best, assert_codes, assert_right, cast, lowest_best
 from tilewright.kernels.table import KERNELS
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]

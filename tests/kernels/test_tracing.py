@@ -5,11 +5,11 @@ import shutil
 
 import pytest
 import torch
-from cases import CASES, CODEBOOKS, call, maker
-from textbook import assert_right
 from torch import nn
 from torch.export import Dim
 
+from support.cases import CASES, CODEBOOKS, call, maker
+from support.textbook import assert_right
 from tilewright.kernels.table import KERNELS
 
 COMPILER = shutil.which(os.environ.get("CXX", "g++"))

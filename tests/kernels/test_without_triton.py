@@ -1,5 +1,6 @@
 """Without Triton every file imports and every op works; with it, a process interprets or compiles."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -24,16 +25,17 @@ sys.meta_path.insert(0, Without())
 
 def in_process(code: str) -> subprocess.CompletedProcess[str]:
     """What Python says to it, with the textbook at hand."""
-    start = f"import os, sys; sys.path.append({str(Path(__file__).parent)!r})\n"
-    return subprocess.run([sys.executable, "-c", start + code], capture_output=True, text=True)
+    path = {"PYTHONPATH": str(Path(__file__).parents[1])}
+    words = [sys.executable, "-c", f"import os\n{code}"]
+    return subprocess.run(words, env=os.environ | path, capture_output=True, text=True)
 
 
 def test_every_op_works_where_triton_is_not_installed():
     code = """
 import torch
 import tilewright.kernels.ahead
-from cases import maker
-from textbook import assert_right
+from support.cases import maker
+from support.textbook import assert_right
 from tilewright.kernels.jit import triton
 from tilewright.kernels.table import KERNELS
 assert triton is None

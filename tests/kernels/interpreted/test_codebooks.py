@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from cases import CODEBOOKS, ONE_CHANNEL, grid, maker
-from cases import codebook_from_hidden as called_with_hidden
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from launched import launched
-from textbook import SCORES, assert_best, assert_codes, cast, lowest_best
 
+from support.cases import CODEBOOKS, ONE_CHANNEL, grid, maker
+from support.cases import codebook_from_hidden as called_with_hidden
+from support.launched import launched
+from support.textbook import SCORES, assert_best, assert_codes, cast, lowest_best
 from tilewright.kernels.codebook_from_hidden import codebook_from_hidden, plan
 from tilewright.kernels.codebook_from_logits import codebook_from_logits
 from tilewright.kernels.jit import run

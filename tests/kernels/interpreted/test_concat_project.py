@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from cases import concat_project as called
-from cases import maker
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from launched import launched
-from textbook import assert_as_exact
 
+from support.cases import concat_project as called
+from support.cases import maker
+from support.launched import launched
+from support.textbook import assert_as_exact
 from tilewright.kernels.concat_project import concat_project
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

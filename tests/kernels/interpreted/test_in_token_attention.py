@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from cases import maker
-from launched import launched
-from textbook import assert_as_exact
 
+from support.cases import maker
+from support.launched import launched
+from support.textbook import assert_as_exact
 from tilewright.kernels.in_token_attention import in_token_attention
 
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from cases import CASES, PLAIN_CASES, call, maker
-from launched import launched
-from textbook import assert_right
 
+from support.cases import CASES, PLAIN_CASES, call, maker
+from support.launched import launched
+from support.textbook import assert_right
 from tilewright.kernels.jit import run
 from tilewright.kernels.table import KERNELS
 

@@ -1,13 +1,13 @@
 """The kernel of qkv_norm_rope beyond its paths."""
 
 import torch
-from cases import maker
-from cases import qkv_norm_rope as called
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from launched import launched
-from textbook import assert_as_exact
 
+from support.cases import maker
+from support.cases import qkv_norm_rope as called
+from support.launched import launched
+from support.textbook import assert_as_exact
 from tilewright.kernels.qkv_norm_rope import qkv_norm_rope
 
 KERNEL = ["_qkv_norm_rope_kernel"]

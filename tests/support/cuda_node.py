@@ -98,3 +98,21 @@ def run(engine: ort.InferenceSession, call: Call, device: str = "cpu", place: An
             bind(slot.name, device, 0, TYPES[tensor.dtype], tuple(tensor.shape), tensor.data_ptr())
     engine.run_with_iobinding(binding)
     return outputs
+
+
+def run_on_arrays(engine: Any, call: Call) -> list[Any]:
+    """The same by way of NumPy."""
+    given = [tensor.numpy() for tensor in call[1] if tensor is not None]
+    return engine.run(None, {slot.name: array for slot, array in zip(engine.get_inputs(), given, strict=True)})
+
+
+def refusal(library: Path, call: Call, **changed: Tensor | None) -> str:
+    """The line that a run says, with some inputs changed."""
+    op, arguments, options = call
+    names = [name.rstrip("?") for name in op.face.inputs]
+    call = op, tuple(changed.get(name, tensor) for name, tensor in zip(names, arguments, strict=False)), options
+    engine = session(library, call)
+    with pytest.raises(Exception, match="tilewright") as raised:
+        run_on_arrays(engine, call)
+    (line,) = str(raised.value).splitlines()
+    return line

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from support.cuda_node import Call, built, run, session, small
-from support.textbook import assert_as_exact, assert_best
+from support.textbook import assert_right
 from tilewright.kernels import cubins
 from tilewright.kernels.jit import arch_of
 from tilewright.kernels.table import KERNELS
@@ -48,13 +48,9 @@ def beside(folder: Path, library: Path) -> Path:
     return library
 
 
-def assert_right(call: Call, found: list[torch.Tensor]) -> None:
+def assert_as_the_textbook(call: Call, found: list[torch.Tensor]) -> None:
     op, arguments, options = call
-    found = [result.cpu() for result in found]
-    if op.name.startswith("codebook_"):
-        assert_best(op.name, (found[0], found[1]), arguments, arguments[-1], torch.float32)
-    else:
-        assert_as_exact(op.name, found, arguments, **options)
+    assert_right(op.name, [result.cpu() for result in found], arguments, options, sums_in=torch.float32)
 
 
 @EACH
@@ -70,7 +66,7 @@ def test_the_cuda_provider_runs_the_op(call: Call, library: Path) -> None:
     torch.cuda.synchronize()
     found = run(engine, there, "cuda", lambda t: torch.full_like(t, -1, device="cuda"))
     torch.cuda.synchronize()
-    assert_right(call, found)
+    assert_as_the_textbook(call, found)
 
 
 @EACH
@@ -80,4 +76,4 @@ def test_the_library_launches_its_cubins(call: Call, on_cpu: Path) -> None:
     torch.zeros(1, device="cuda")  # makes the GPU's context this thread's
     found = run(session(on_cpu, pinned), pinned, "cpu", lambda t: torch.full_like(t, -1).pin_memory())
     torch.cuda.synchronize()
-    assert_right(call, found)
+    assert_as_the_textbook(call, found)

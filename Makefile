@@ -18,7 +18,7 @@ demo: .venv/ready
 	$(BIN)/python tools/compare.py demo/sample.png demo/original.png hitoksr=out/hitoksr.png in-token=out/in-token.png -o out/demo.png
 
 demo-hitoksr: .venv/ready
-	$(BIN)/tilewright export build hitoksr --preset demo --weights demo/hitoksr -o out/hitoksr-demo
+	$(BIN)/tilewright export build hitoksr --weights demo/hitoksr -o out/hitoksr-demo
 	$(BIN)/tilewright runtime restore demo/sample.png out/hitoksr.png --bundle out/hitoksr-demo
 
 demo-in-token: .venv/ready

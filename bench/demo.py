@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from tilewright.export.systems.hitoksr import PRESETS
+from tilewright.export.system import Settings
 from tilewright.export.verify.seams import seam_excess
 from tilewright.runtime import load
 from tilewright.runtime.restore import Restorer
@@ -53,9 +53,10 @@ def codebooks(restorer: Restorer) -> list[dict[str, float]]:
             planes = np.ascontiguousarray(tile.transpose(2, 0, 1)[None], np.float32) / 255
             indices = restorer.engines["generate"].run({"image": planes}, ["indices"])["indices"]
             chosen.append(np.asarray(indices)[0].reshape(indices.shape[1], -1))
+    sizes = Settings.from_json(restorer.bundle.manifest.options["settings"]).sizes
     found = []
     for group in np.concatenate(chosen, 1):
-        counts = np.bincount(group, minlength=PRESETS[restorer.bundle.manifest.preset]["codes"])
+        counts = np.bincount(group, minlength=sizes["codes"])
         shares = counts[counts > 0] / counts.sum()
         found.append(
             {"used": float((counts > 0).mean()), "perplexity": float(np.exp(-(shares * np.log(shares)).sum()))}

@@ -4,17 +4,18 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tilewright.runtime.bundle import Bundle, read
+from tilewright.runtime.bundle import Bundle, folder_given, read
 from tilewright.runtime.program import Program
 
 __all__ = ["inspect", "text"]
 
 
-def inspect(root: Path, weights_dir: Path | None = None) -> dict[str, Any]:
+def inspect(root: Path, weights_dir: Path | None = None, expect: str | None = None) -> dict[str, Any]:
     """Components, program, files and the bytes of weights: referenced, materialised, orphaned."""
     import onnx_ir as ir
 
-    bundle = read(root)
+    bundle = read(root, expect=expect)
+    folder_given(weights_dir)
     components = {}
     referenced = materialised = 0
     for name, component in sorted(bundle.manifest.components.items()):

@@ -9,13 +9,13 @@ import string
 from collections.abc import Mapping
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tilewright.runtime.errors import InputError, UsageError
 from tilewright.runtime.strict import one_line
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from tokenizers import AddedToken, Tokenizer
 
 __all__ = ["clip", "put", "stand_in_clip", "stand_in_t5", "t5"]
 
@@ -26,6 +26,8 @@ CLIP_TOKENS = {
     "pad_token": "<|endoftext|>",
     "unk_token": "<|unk|>",  # not the real one's, which is EOS: the network pools at the first EOS
 }
+FLAGS = ("lstrip", "rstrip", "single_word", "normalized")  # of a special token
+CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
 def t5(folder: Path, length: int) -> str:
@@ -60,22 +62,72 @@ def _read_t5(folder: Path) -> "Tokenizer":
     return made
 
 
-def clip(folder: Path, length: int, pad_id: int | None = None) -> str:
-    """The JSON of a CLIP tokenizer that cuts to `length`, keeping EOS, and pads with an id, or as its folder says."""
-    from transformers import CLIPTokenizer
+def clip(folder: Path, length: int, pad_id: int | None = None, rows: int | None = None) -> str:
+    """The JSON of a CLIP tokenizer that cuts to `length`, keeping EOS, and pads with an id, or as its folder says.
+
+    `rows` is the size of the network's table of embeddings, which must have one for every id.
+    """
+    from tokenizers.processors import RobertaProcessing
 
     _check_least("length", length, 2)
     _check_files(folder, ("tokenizer.json",), ("vocab.json", "merges.txt"))
     try:
-        made = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        named = _clip_tokens(folder)
+        tokenizer = _read_clip(folder, named["unk_token"].content)
     except Exception as error:  # the package raises nothing more special
         raise _unreadable(folder, error) from error
-    tokenizer: Tokenizer = made.backend_tokenizer
-    ids = _special_ids(folder, tokenizer, made.bos_token, made.eos_token, made.pad_token)
+    bos, eos, padding = (named[f"{name}_token"].content for name in ("bos", "eos", "pad"))
+    ids = _special_ids(folder, tokenizer, bos, eos, padding)
+    if rows is not None and tokenizer.get_vocab_size() > rows:
+        raise InputError(
+            f"tokenizer {folder}: has {tokenizer.get_vocab_size()} ids, the network's table has {rows} rows; is it the"
+            " tokenizer of this encoder?"
+        )
+    tokenizer.add_special_tokens(list(named.values()))
+    tokenizer.post_processor = RobertaProcessing((eos, ids[eos]), (bos, ids[bos]), False, False)
     tokenizer.enable_truncation(length)
-    pad = made.pad_token if pad_id is None else str(tokenizer.id_to_token(pad_id))
+    pad = padding if pad_id is None else str(tokenizer.id_to_token(pad_id))
     tokenizer.enable_padding(length=length, pad_id=ids[pad] if pad_id is None else pad_id, pad_token=pad)
     return tokenizer.to_str()
+
+
+def _clip_tokens(folder: Path) -> dict[str, "AddedToken"]:
+    """The special tokens that a folder names, or the original's; each with the flags that the folder gives it."""
+    from tokenizers import AddedToken
+
+    said: dict[str, Any] = dict.fromkeys(("unk_token", "eos_token", "pad_token"), "<|endoftext|>")
+    said["bos_token"] = "<|startoftext|>"
+    flagged: list[dict[str, Any]] = []
+    for name in ("tokenizer.json", "special_tokens_map.json", "tokenizer_config.json"):
+        held = json.loads((folder / name).read_bytes()) if (folder / name).is_file() else {}
+        flagged += [*held.get("added_tokens", []), *held.get("added_tokens_decoder", {}).values()]
+        said |= {token: held[token] for token in said if held.get(token)}
+    flagged += [token for token in said.values() if isinstance(token, dict)]
+    contents = {name: token["content"] if isinstance(token, dict) else token for name, token in said.items()}
+    flags = {token["content"]: {flag: token[flag] for flag in FLAGS if flag in token} for token in reversed(flagged)}
+    return {name: AddedToken(text, special=True, **flags.get(text, {})) for name, text in contents.items()}
+
+
+def _read_clip(folder: Path, unknown: str) -> "Tokenizer":
+    """The original's rules over the folder's vocabulary and merges."""
+    from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+    from tokenizers.models import BPE
+
+    if (folder / "tokenizer.json").is_file():
+        model = json.loads((folder / "tokenizer.json").read_bytes())["model"]
+        vocabulary, merges = model["vocab"], model["merges"]
+        merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in merges]
+    else:
+        vocabulary = json.loads((folder / "vocab.json").read_bytes())
+        lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+        merges = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
+    tokenizer = Tokenizer(BPE(vocabulary, merges, unk_token=unknown, end_of_word_suffix="</w>"))
+    blanks = normalizers.Replace(Regex(r"\s+"), " ")
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), blanks, normalizers.Lowercase()])
+    words = pre_tokenizers.Split(Regex(CLIP_WORDS), behavior="removed", invert=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
 
 
 def _check_files(folder: Path, *choices: tuple[str, ...]) -> None:

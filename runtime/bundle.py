@@ -6,20 +6,23 @@ and may lie outside. `reports/` and `README.md` are for people and are not part 
 
 import contextlib
 import ctypes
+import errno
 import json
+import logging
 import math
 import os
+import re
 import shutil
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from tilewright.runtime.check import check
-from tilewright.runtime.digests import sha256_of_file
+from tilewright.runtime.digests import sha256_of_bytes, sha256_of_file
 from tilewright.runtime.errors import BundleError, UsageError
+from tilewright.runtime.external_data import External, external_data
 from tilewright.runtime.program import Program, Signature, TensorSpec
 from tilewright.runtime.strict import from_json, one_line, schema, to_json
 
@@ -35,6 +38,8 @@ __all__ = [
     "Memory",
     "Reference",
     "Weights",
+    "check_replaceable",
+    "folder_given",
     "json_schema",
     "read",
     "safetensors_header",
@@ -42,7 +47,9 @@ __all__ = [
     "write_manifest",
 ]
 
+LOG = logging.getLogger("tilewright")
 SCHEMA_VERSION = 1
+PIN = re.compile("[0-9a-f]{12,64}")  # of a digest, as much of it as tells bundles apart
 SAFETENSORS_DTYPES = {  # with the bytes of an element
     "F32": ("float32", 4),
     "F16": ("float16", 2),
@@ -162,15 +169,13 @@ class Bundle:
     manifest: Manifest
     program: Program
     weights: Weights
+    digest: str  # SHA-256 of the manifest, which seals all the rest
+    fresh: bool = False  # weights are read, whatever is remembered of their digests
+    _checked: dict[tuple[str, Path | None], Path] = field(default_factory=dict, repr=False, compare=False)
 
     def path(self, name: str) -> Path:
         """A sealed file's place on disk."""
         return self.root / name
-
-    @cached_property
-    def digest(self) -> str:
-        """SHA-256 of the manifest, which seals all the rest."""
-        return sha256_of_file(self.root / "bundle.json")
 
     def weights_folder(self, component: str, weights_dir: Path | None = None) -> Path | None:
         """The folder with most of the component's weights, its files checked; none when the component needs none."""
@@ -179,18 +184,26 @@ class Bundle:
 
     def folder(self, name: str, weights_dir: Path | None = None) -> Path:
         """Where a folder of weights is now: packed, under `weights_dir`, or where it was at build."""
+        checked = self._checked.get((name, weights_dir))
+        if checked and self.fresh:  # once is enough to read gigabytes
+            return checked
         folder = self.weights.folders[name]
-        candidates = [self.root / "weights" / name]
-        candidates += [weights_dir / name, weights_dir, *sorted(weights_dir.glob(f"*/{name}"))] if weights_dir else []
-        candidates += [Path(folder.path)] if folder.path else []
+        given = folder_given(weights_dir)
+        under = [given / name, given, *sorted(given.glob(f"*/{name}"))] if given else []
+        candidates = [self.root / "weights" / name, *under, *([Path(folder.path)] if folder.path else [])]
         wrong: BundleError | None = None
         for candidate in candidates:
             if all(_is_file(candidate / file) for file in folder.files):
                 try:
-                    _check_files(candidate, folder.files, "give the folder this bundle was built from")
-                    return candidate
+                    _check_files(candidate, folder.files, "give the folder this bundle was built from", self.fresh)
                 except BundleError as error:  # files of the same names may be another folder's
                     wrong = wrong or error
+                    continue
+                if given and candidate not in under and not checked:
+                    asked, used = one_line(str(given)), one_line(str(candidate))
+                    LOG.warning("weights of %r: %s is used, not %s; see --weights-dir", name, used, asked)
+                self._checked[name, weights_dir] = candidate
+                return candidate
         if wrong is not None:
             raise wrong
         wanted = one_line(", ".join(sorted(folder.files)[:3]))
@@ -205,6 +218,15 @@ class Bundle:
         return {n: r for n, r in self.weights.tensors.get(component, {}).items() if r.folder is not None}
 
 
+def folder_given(weights_dir: str | os.PathLike[str] | None) -> Path | None:
+    """The folder of weights that a caller gives, if any, which must be there."""
+    if weights_dir is None:
+        return None
+    if not Path(weights_dir).is_dir():
+        raise UsageError(f"--weights-dir {one_line(str(weights_dir))} is no folder; give the one with the weights")
+    return Path(weights_dir)
+
+
 @contextlib.contextmanager
 def _one_line() -> Iterator[None]:
     """Keep what a document says from breaking or flooding the line of a refusal."""
@@ -215,18 +237,25 @@ def _one_line() -> Iterator[None]:
 
 
 @_one_line()
-def read(root: str | os.PathLike[str]) -> Bundle:
-    """Read a bundle, check every sealed file and the program; refuse anything else in one line."""
+def read(root: str | os.PathLike[str], *, expect: str | None = None, fresh: bool = False) -> Bundle:
+    """Read a bundle, check every sealed file and the program; refuse anything else in one line.
+
+    `expect`: the digest, or its first 12 digits or more, of the only bundle to accept. `fresh`: read every file, also
+    the weights', whose digest is remembered.
+    """
     root = Path(root)
     if not _is_file(root / "bundle.json"):
         raise BundleError(f"{root}: no bundle.json there; give the directory that 'tilewright export build' made")
     where = str(root / "bundle.json")
-    manifest = _read_manifest(_bytes_of(root / "bundle.json"), where)
+    text = _bytes_of(root / "bundle.json")
+    digest = sha256_of_bytes(text)
+    _check_pin(digest, expect, where)
+    manifest = _read_manifest(text, where)
     for name in [*manifest.files, *_named_files(manifest)]:
         _check_inside(root, name, where)
         if name not in manifest.files:
             raise BundleError(f"{where}: {name!r} is used but not listed under files; rebuild the bundle")
-    _check_files(root, manifest.files, "rebuild the bundle, or copy it again")
+    _check_files(root, manifest.files, "rebuild the bundle, or copy it again", fresh)
     program = from_json(Program, _bytes_of(root / manifest.program), str(root / manifest.program))
     constants = safetensors_header(root / manifest.constants) if manifest.constants else {}
     signatures = {name: Signature(c.inputs, c.outputs) for name, c in manifest.components.items()}
@@ -239,7 +268,17 @@ def read(root: str | os.PathLike[str]) -> Bundle:
         raise BundleError(f"{root / manifest.program}: tokenizer {unlisted[0]!r} is not listed; rebuild the bundle")
     weights = from_json(Weights, _bytes_of(root / manifest.weights), str(root / manifest.weights))
     _check_weights(weights, manifest, root)
-    return Bundle(root, manifest, program, weights)
+    _check_graphs(weights, manifest, root)
+    return Bundle(root, manifest, program, weights, digest, fresh)
+
+
+def _check_pin(digest: str, expect: str | None, where: str) -> None:
+    if expect is None:
+        return
+    if not PIN.fullmatch(expect.lower()):
+        raise UsageError(f"--expect {one_line(expect)!r} is no digest; give 12 to 64 hexadecimal digits of one")
+    if not digest.startswith(expect.lower()):
+        raise BundleError(f"{where}: SHA-256 {digest} is not the expected {expect}; get the bundle you pinned")
 
 
 def _read_manifest(text: bytes, where: str) -> Manifest:
@@ -293,6 +332,25 @@ def _check_weights(weights: Weights, manifest: Manifest, root: Path) -> None:
             _check_inside(root, f"weights/{path}", where)
 
 
+def _check_graphs(weights: Weights, manifest: Manifest, root: Path) -> None:
+    """What a graph reads outside is what weights.json says, which may say more: folding drops what has no effect."""
+    for component, c in manifest.components.items():
+        listed = weights.tensors.get(component, {})
+        for file in sorted({c.graph, *(engine.file for engine in c.engines if engine.backend == "ort")}):
+            for name, external in external_data(_bytes_of(root / file), str(root / file)).items():
+                if name not in listed or external != _external(listed[name]):
+                    bytes_of = f"{external.length} bytes at {external.offset} of {external.location!r}"
+                    raise BundleError(
+                        f"{root / file}: {name!r} is {external.dtype} {list(external.shape)}, {bytes_of},"
+                        f" which {manifest.weights} does not say; rebuild the bundle"
+                    )
+
+
+def _external(r: Reference) -> External:
+    location = r.file if r.folder is None else f"{r.folder}/{r.file}"
+    return External(location, r.offset, r.length, r.dtype, r.shape)
+
+
 def _check_inside(root: Path, name: str, where: str) -> None:
     path = PurePosixPath(name)
     odd = "\\" in name or not name.isprintable()
@@ -307,7 +365,7 @@ def _check_inside(root: Path, name: str, where: str) -> None:
 
 
 @_one_line()
-def _check_files(root: Path, files: dict[str, File], remedy: str) -> None:
+def _check_files(root: Path, files: dict[str, File], remedy: str, fresh: bool) -> None:
     for name, file in files.items():
         path = root / name
         if not _is_file(path):
@@ -315,7 +373,7 @@ def _check_files(root: Path, files: dict[str, File], remedy: str) -> None:
         try:
             if (size := path.stat().st_size) != file.size:
                 raise BundleError(f"{path}: {size} bytes, sealed with {file.size}; {remedy}")
-            if sha256_of_file(path) != file.sha256:
+            if sha256_of_file(path, fresh=fresh) != file.sha256:
                 raise BundleError(f"{path}: SHA-256 differs from the sealed {file.sha256[:12]}...; {remedy}")
         except OSError as error:
             raise BundleError(f"{path}: {error.strerror}; {remedy}") from None
@@ -375,21 +433,43 @@ def write_manifest(root: Path, manifest: Manifest) -> None:
 
 def seal(staging: Path, manifest: Manifest, target: Path) -> None:
     """List the staged files in the manifest, write it, and put the directory in the place of `target` at once."""
-    ours = _is_file(target / "bundle.json") or (target.is_dir() and not any(target.iterdir()))
-    if target.exists() and not ours:
-        raise UsageError(f"{target}: exists and is not a bundle; choose another -o")
+    check_replaceable(target)
     target = target.resolve()  # a link to a bundle stays, and what it points at is replaced
     write_manifest(staging, manifest)
     read(staging)
     for path in [*staging.rglob("*"), staging]:
         _fsync(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    if target.exists():
+    if target.exists() or not _renamed(staging, target):
         _exchange(staging, target)
         shutil.rmtree(staging)
-    else:
-        staging.rename(target)
     _fsync(target.parent)
+
+
+def _renamed(staging: Path, target: Path) -> bool:
+    """Whether a directory took a free place; another build may take that place first."""
+    try:
+        staging.rename(target)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        return False
+    return True
+
+
+def check_replaceable(target: Path) -> None:
+    """Refuse to put a bundle in the place of anything but a bundle of ours, or of an empty folder."""
+    if target.exists() and not (_is_ours(target) or (target.is_dir() and not any(target.iterdir()))):
+        raise UsageError(f"{target}: exists and is not a bundle of tilewright; choose another -o")
+
+
+def _is_ours(target: Path) -> bool:
+    """Whether a folder's bundle.json is a manifest, of any schema; another tool's file of that name is not."""
+    try:
+        document = json.loads((target / "bundle.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(document, dict) and {"schema_version", "system", "components"} <= document.keys()
 
 
 def _exchange(one: Path, other: Path) -> None:

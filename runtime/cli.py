@@ -16,7 +16,7 @@ from tilewright.runtime.bundle import read
 from tilewright.runtime.inputs import from_words
 from tilewright.runtime.restore import MEMORY_MODES, Restorer, estimate, load
 
-__all__ = ["Progress", "add_verbs", "answer", "split_inputs", "verb"]
+__all__ = ["Progress", "add_verbs", "answer", "expect_argument", "split_inputs", "verb"]
 
 
 OWN_INPUTS = "An input the bundle's program declares is given as --NAME VALUE."
@@ -101,8 +101,16 @@ def split_inputs(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return kept, own
 
 
+def expect_argument(parser: argparse.ArgumentParser) -> None:
+    """Let a bundle be pinned."""
+    parser.add_argument(
+        "--expect", metavar="DIGEST", help="refuse any bundle but this, by 12 digits or more of its SHA-256"
+    )
+
+
 def _bundle_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bundle", type=Path, required=True, metavar="DIR")
+    expect_argument(parser)
     parser.add_argument(
         "--tile", type=int, metavar="PX", help="side of a tile in output pixels, instead of the bundle's"
     )
@@ -125,12 +133,13 @@ def _open(arguments: argparse.Namespace) -> Restorer:
         threads=arguments.threads,
         workers=arguments.workers,
         weights_dir=arguments.weights_dir,
+        expect=arguments.expect,
     )
 
 
 def _restore(arguments: argparse.Namespace) -> None:
     images.check_writable(arguments.output)
-    bundle = read(arguments.bundle)
+    bundle = read(arguments.bundle, expect=arguments.expect)
     inputs = from_words(bundle.program, arguments.extra)
     weights = bundle.manifest.options.get("weights", "")
     if weights.startswith(("random", "stand-in")):
@@ -172,14 +181,15 @@ def _restored(source: Path, value: dict[str, Any]) -> str:
     width, height, seconds = value["width"], value["height"], value["seconds"]
     tiles = ", ".join(f"{name} {count}" for name, count in value["tiles"].items())
     phases = ", ".join(f"{name} {spent:.2f}" for name, spent in seconds.items() if name != "total")
+    peak = f"{value['peak_bytes'] / 2**20:.0f} MiB" if value["peak_bytes"] else "unknown"
     return (
         f"{source} {value['input_width']}x{value['input_height']} px -> {value['output']} {width}x{height} px"
-        f" in {seconds['total']:.2f} s; tiles: {tiles}; peak {value['peak_bytes'] / 2**20:.0f} MiB\nseconds: {phases}"
+        f" in {seconds['total']:.2f} s; tiles: {tiles}; peak {peak}\nseconds: {phases}"
     )
 
 
 def _plan(arguments: argparse.Namespace) -> None:
-    bundle = read(arguments.bundle)
+    bundle = read(arguments.bundle, expect=arguments.expect)
     found = estimate(
         bundle,
         arguments.width,

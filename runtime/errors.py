@@ -49,7 +49,7 @@ class BuildError(TilewrightError):
 
 
 class AccuracyError(TilewrightError):
-    """An engine that differs from eager PyTorch by more than the gate allows."""
+    """An engine that differs from eager PyTorch by more than the gate allows, or gives numbers that are not finite."""
 
     exit_code = 7
 

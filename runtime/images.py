@@ -354,6 +354,5 @@ def _replace(target: Path, image: Image.Image, writer: _Writer, icc: bytes | Non
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(target)
-    except BaseException:
+    finally:
         temporary.unlink(missing_ok=True)
-        raise

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-import resource
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -37,12 +37,21 @@ def _control_group_bytes() -> Iterable[int]:
 
 
 def peak_bytes() -> int:
-    """The most memory this process has held, since `reset_peak` where the system can tell."""
+    """The most memory this process has held, since `reset_peak` where the system can tell; 0 where it tells nothing."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return _peak_of_its_life()
     return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
+
+
+def _peak_of_its_life() -> int:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
 
 
 def reset_peak() -> None:

@@ -41,11 +41,18 @@ SCHEDULE_TABLES = {
 }
 DIFFUSION_OPTIONS = {"betas": str, "beta_start": float, "beta_end": float, "spacing_offset": int, "final_alpha": str}
 SCHEDULE_OPTIONS: dict[str, dict[str, type]] = {
-    "flow_shift": {"min_mu": float, "max_mu": float},
+    "flow_shift": {
+        "base_shift": float,
+        "max_shift": float,
+        "base_tokens": int,
+        "max_tokens": int,
+        "min_mu": float,
+        "max_mu": float,
+    },
     "ddim": DIFFUSION_OPTIONS,
     "ddpm": DIFFUSION_OPTIONS,
 }
-OPTIONAL = {"min_mu", "max_mu"}  # every other option must be given
+OPTIONAL = SCHEDULE_OPTIONS["flow_shift"].keys()  # every other option must be given
 FLOATS = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 DTYPES = (*FLOATS, "int64", "int32", "int16", "int8", "uint8", "bool")
 STATE_DIM = re.compile(r"([hw])/([1-9]\d{0,3})")

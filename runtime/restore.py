@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from threading import Lock
 from types import TracebackType
 from typing import Any
@@ -14,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tilewright.runtime import images
-from tilewright.runtime.bundle import Bundle, read
+from tilewright.runtime.bundle import Bundle, folder_given, read
 from tilewright.runtime.engines import Engine, backend
 from tilewright.runtime.errors import ResourceError, UsageError
 from tilewright.runtime.inputs import gather, read_tensors
@@ -238,14 +237,19 @@ def load(
     threads: int = 0,
     workers: int = 1,
     weights_dir: str | os.PathLike[str] | None = None,
+    expect: str | None = None,
+    fresh: bool = False,
 ) -> Restorer:
-    """Open a bundle: check it, then open an engine for every component its program calls."""
+    """Open a bundle: check it, then open an engine for every component its program calls.
+
+    `expect` and `fresh` as for `bundle.read`.
+    """
     if memory not in MEMORY_MODES:
         raise UsageError(f"memory={memory!r} is not one of {', '.join(MEMORY_MODES)}")
     if threads < 0 or workers < 1:
         raise UsageError(f"threads={threads} and workers={workers} must be at least 0 and 1")
-    bundle = read(path)
-    folder = Path(weights_dir) if weights_dir else None
+    bundle = read(path, expect=expect, fresh=fresh)
+    folder = folder_given(weights_dir)
 
     def open_engine(name: str) -> Engine:
         module = backend(bundle.manifest.components[name].engines[0].backend)

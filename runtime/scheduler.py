@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tilewright.runtime.engines import Engine
-from tilewright.runtime.errors import UsageError
+from tilewright.runtime.errors import AccuracyError, UsageError
 from tilewright.runtime.inputs import value_of
 from tilewright.runtime.noise import normal
 from tilewright.runtime.program import Call, Pass, Program, Tiles, state_shape
@@ -139,6 +139,20 @@ def crop(grid: Floats, tile: Tile, px: int) -> Floats:
     """The view of a grid [C, H, W] under a tile."""
     top, left, bottom, right = (v // px for v in (tile.top, tile.left, tile.top + tile.height, tile.left + tile.width))
     return grid[:, top:bottom, left:right]
+
+
+def _require_finite(where: str, output: Any) -> None:
+    """Refuse numbers that would end as a black picture."""
+    if output.dtype.kind != "f":
+        return
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = np.sum(output, dtype=np.float32)  # one look, and no array made: finite only where every number is
+    if not np.isfinite(total) and not (finite := np.isfinite(output)).all():
+        found, count = output[~finite].flat[0], output.size - np.count_nonzero(finite)
+        raise AccuracyError(
+            f"{where} holds {found}, {count} of {output.size} numbers are not finite; check the weights, and the bundle"
+            " with 'tilewright export verify'"
+        )
 
 
 def _batch(parts: list[Floats]) -> Floats:
@@ -320,6 +334,9 @@ class Walk:
             seconds = time.perf_counter() - start
         with self.lock:
             self.job.seconds[call.run] = self.job.seconds.get(call.run, 0.0) + seconds
+        when = f"step {moment[1] + 1}" if moment[0] == "each" else moment[0]
+        for name in call.outputs:
+            _require_finite(f"pass {p.name!r}, {when}: {call.run}.{name}", outputs[name])
         return {target: outputs[name] for name, target in call.outputs.items()}
 
     def _initial(self, p: Pass, name: str, group: _Group) -> Any:

@@ -18,18 +18,37 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 TRAINING_STEPS = 1000
+LARGEST_MU = 100  # sigmas of a larger shift are all 1 as float32
 BETA_EXPONENTS = {"linear": 1.0, "scaled_linear": 0.5}  # betas ** exponent is what rises linearly
 FINAL_ALPHAS = "first", "one"  # what the last step leads to: the first training step's alpha-bar, or 1
 
 
-def flow_shift(count: int, tokens: int, *, min_mu: float | None = None, max_mu: float | None = None) -> Tables:
-    """Flow matching's sigmas, shifted towards noise as the number of tokens grows (the FLUX family)."""
+def flow_shift(
+    count: int,
+    tokens: int,
+    *,
+    base_shift: float = 0.5,
+    max_shift: float = 1.15,
+    base_tokens: int = 256,
+    max_tokens: int = 4096,
+    min_mu: float | None = None,
+    max_mu: float | None = None,
+) -> Tables:
+    """Flow matching's sigmas, shifted towards noise as the number of tokens grows (the FLUX family).
+
+    The shift mu is `base_shift` at `base_tokens` and `max_shift` at `max_tokens`, and a line through both elsewhere.
+    """
     _check_count(count)
     if tokens < 1:
         raise UsageError(f"tokens={tokens} is no token count; use 1 or more")
-    mu = 0.5 + (tokens - 256) * (1.15 - 0.5) / (4096 - 256)
+    if not 0 < base_tokens < max_tokens:
+        raise UsageError(f"base_tokens={base_tokens}, max_tokens={max_tokens} give no line; use 0 < base < max")
+    mu = base_shift + (tokens - base_tokens) * (max_shift - base_shift) / (max_tokens - base_tokens)
     mu = mu if min_mu is None else max(mu, min_mu)
-    shift = np.exp(mu if max_mu is None else min(mu, max_mu))
+    mu = mu if max_mu is None else min(mu, max_mu)
+    if not abs(mu) <= LARGEST_MU:
+        raise UsageError(f"a shift of {mu} leaves no steps; bound it between -{LARGEST_MU} and {LARGEST_MU}")
+    shift = np.exp(mu)
     base = np.linspace(1, 1 / count, count)
     sigma = shift / (shift + (1 / base - 1))
     return _tables(sigma=sigma, sigma_next=np.append(sigma[1:], 0))

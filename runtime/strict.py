@@ -54,10 +54,9 @@ def to_json(value: Any) -> str:
 
 
 def encode(value: Any) -> Any:
-    """Plain JSON values; a field that equals its default is left out."""
+    """Plain JSON values; every field is written, so that another default changes no document that is there."""
     if dataclasses.is_dataclass(value):
-        fields = ((f, getattr(value, f.name)) for f in dataclasses.fields(value))
-        return {f.name: encode(v) for f, v in fields if v != _default(f)}
+        return {f.name: encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
         return {k: encode(v) for k, v in value.items()}
     return [encode(v) for v in value] if isinstance(value, (tuple, list)) else value
@@ -168,7 +167,12 @@ def _schema_of_fields(cls: type, definitions: dict[str, Any]) -> dict[str, Any]:
     return {
         "type": "object",
         "description": (cls.__doc__ or "").splitlines()[0],
-        "properties": {f.name: _schema(types_of[f.name], definitions) for f in fields},
+        "properties": {f.name: _schema(types_of[f.name], definitions) | _schema_default(f) for f in fields},
         "required": [f.name for f in fields if _default(f) is dataclasses.MISSING],
         "additionalProperties": False,
     }
+
+
+def _schema_default(field: dataclasses.Field[Any]) -> dict[str, Any]:
+    default = _default(field)
+    return {} if default is dataclasses.MISSING else {"default": encode(default)}

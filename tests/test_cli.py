@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tilewright.export.cli import main, parser
+from tilewright.export.cli import main
+from tilewright.export.verbs import parser
 
 ROOT = Path(__file__).parent.parent
 
@@ -74,9 +75,10 @@ def test_a_second_build_does_nothing_quickly_and_says_so(hitoksr_tiny: Path) -> 
 def test_a_dry_run_predicts_and_leaves_nothing(tmp_path: Path) -> None:
     words = ("export", "build", "hitoksr", "--preset", "tiny", "--random-weights", "1", "-o", tmp_path / "b")
     predicted = json.loads(tilewright(*words, "--dry-run", "--json", TILEWRIGHT_CACHE_DIR=str(tmp_path / "c")).stdout)
-    assert predicted["stages"] == ["trace", "attach", "constants", "optimise", "verify", "seal"]
+    assert predicted["stages"] == ["attach", "constants", "trace", "optimise", "verify", "seal"]
     assert predicted["disk_bytes"] > 0 and predicted["peak_memory_bytes"] > 0
-    assert not (tmp_path / "b").exists() and not list((tmp_path / "c").glob("build/*/*"))
+    assert not (tmp_path / "b").exists()
+    assert {path.parent.name for path in (tmp_path / "c").glob("build/*/*")} == {"parameters"}  # names and shapes
 
 
 def test_explain_names_the_input_that_changed(hitoksr_tiny: Path) -> None:
@@ -150,8 +152,8 @@ def test_clean_empties_the_cache_but_not_bundles(tmp_path: Path) -> None:
     stage = tmp_path / "build" / "trace" / "abc"
     stage.mkdir(parents=True)
     (stage / "x").write_bytes(b"12345")
-    freed = json.loads(tilewright("export", "clean", "--json", TILEWRIGHT_CACHE_DIR=str(tmp_path)).stdout)
-    assert freed == {"freed_bytes": 5} and not stage.exists()
+    cleaned = json.loads(tilewright("export", "clean", "--json", TILEWRIGHT_CACHE_DIR=str(tmp_path)).stdout)
+    assert cleaned == {"freed_bytes": 5, "converted_bytes": 0, "bundles": []} and not stage.exists()
 
 
 @pytest.mark.parametrize(
@@ -211,10 +213,10 @@ def test_a_full_disk_and_a_bug_have_their_own_line_and_code(
         (ZeroDivisionError("division by zero\nor so"), 1, "internal error, ZeroDivisionError"),
     ]:
 
-        def fail(older_than: float, error: Exception = error) -> int:
+        def fail(older_than: float, *, converted: bool, error: Exception = error) -> None:
             raise error
 
-        monkeypatch.setattr("tilewright.export.build.run.clean", fail)
+        monkeypatch.setattr("tilewright.export.build.clean.clean", fail)
         assert main(["export", "clean"]) == code
         lines = capsys.readouterr().err.splitlines()
         assert len(lines) == 1 and said in lines[0]

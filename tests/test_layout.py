@@ -16,6 +16,16 @@ MAY_IMPORT = {
     "export": {"runtime", "kernels"},
     "calib": {"export", "runtime"},
 }
+# of export, lowest first: a file imports its own folder, and what lies lower
+LAYERS = (
+    {"system.py"},
+    {"weights", "tokenizers.py"},
+    {"networks", "graph"},
+    {"targets", "systems"},
+    {"verify"},
+    {"build"},
+    {"inspect.py", "kernels_bench.py", "kernels_check.py", "kernels_cli.py", "verbs.py", "cli.py"},
+)
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
@@ -49,8 +59,42 @@ def test_a_folder_imports_only_what_it_may(folder: str) -> None:
                 assert name.split(".")[1] in allowed, f"{file} imports {name}"
 
 
+def of_export() -> dict[str, set[str]]:
+    """Module of export -> the modules of export that it imports, also inside functions."""
+    files = {f"tilewright.{'.'.join(f.relative_to(ROOT).with_suffix('').parts)}": f for f in sources("export")}
+    files = {name.removesuffix(".__init__"): file for name, file in files.items()}
+    graph = {}
+    for name, file in files.items():
+        froms = (node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ImportFrom))
+        inner = {f"{node.module}.{alias.name}" for node in froms for alias in node.names}
+        graph[name] = {module for module in imported(file) | inner if module in files} - {name}
+    return graph
+
+
+def layer(module: str) -> int:
+    """The place of a module among the layers, by its file or folder."""
+    part = module.split(".")[2]
+    return next(i for i, parts in enumerate(LAYERS) if parts & {part, f"{part}.py"})
+
+
+def test_inside_export_nothing_imports_what_lies_higher_or_beside_it() -> None:
+    graph = {name: modules for name, modules in of_export().items() if name.count(".") > 1}
+    assert {layer(name) for name in graph} == set(range(len(LAYERS)))
+    for name, modules in graph.items():
+        for module in modules - {"tilewright.export"}:
+            beside = name.split(".")[2] != module.split(".")[2] and layer(module) == layer(name) < len(LAYERS) - 1
+            assert layer(module) <= layer(name) and not beside, f"{name} imports {module}"
+
+
+def test_inside_export_no_modules_import_each_other_in_a_circle() -> None:
+    graph = of_export()
+    while leaves := {name for name, modules in graph.items() if not modules & graph.keys()}:
+        graph = {name: modules for name, modules in graph.items() if name not in leaves}
+    assert not graph, f"among these is a circle: {', '.join(sorted(graph))}"
+
+
 def test_the_manifest_reader_needs_only_the_standard_library() -> None:
-    for name in ("bundle", "program", "check", "strict", "digests", "errors"):
+    for name in ("bundle", "program", "check", "strict", "digests", "errors", "external_data"):
         for module in imported(ROOT / "runtime" / f"{name}.py"):
             top = module.split(".")[0]
             assert top in sys.stdlib_module_names or module.startswith("tilewright.runtime."), (
@@ -100,7 +144,7 @@ def test_the_runtime_loads_no_heavy_package() -> None:
 
 
 def test_the_command_loads_no_heavy_package_before_a_verb_needs_it() -> None:
-    code = "import sys; from tilewright.export.cli import parser; parser(); print(*sys.modules)"
+    code = "import sys; from tilewright.export.verbs import parser; parser(); print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"torch", "diffusers", "transformers", "onnx", "onnx_ir", "onnxruntime"} & set(loaded)
 

@@ -5,17 +5,21 @@ shape and no bytes. Buffers that the network computes for itself (frequencies, m
 """
 
 import contextlib
+import gc
 import logging
 import re
 import warnings
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any, cast
 
 import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.export import ExportedProgram
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
 from tilewright.export.graph.ops import attach, translations
@@ -28,12 +32,20 @@ OPSET = 23  # the first with Attention and RMSNormalization, which every target 
 BATCH = 31  # tiles in a call, at most; with guidance they count twice, and upstream classes treat 64 in another way
 UNRESOLVED = "unresolved"  # the file of a weight that is not attached yet
 FACTORIES = {torch.empty, torch.zeros, torch.ones, torch.full, torch.randn, torch.rand}
+INITIALISERS = ("torch.nn.init", "transformers.initialization")  # the second stands in for the first at times
 
 
 class _ParametersOnMeta(TorchFunctionMode):
-    """Factories that make parameters give meta tensors; those that compute (arange, tensor, ...) stay real."""
+    """Factories that make parameters give meta tensors; those that compute (arange, tensor, ...) stay real.
+
+    What would fill a meta tensor is left out: it fills nothing, and takes half of the time.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", None) in INITIALISERS:
+            filled = args[0] if args else (kwargs or {}).get("tensor")
+            if isinstance(filled, torch.Tensor) and filled.is_meta:
+                return filled
         if func in FACTORIES:
             return func(*args, **((kwargs or {}) | {"device": "meta"}))
         return func(*args, **(kwargs or {}))
@@ -53,6 +65,11 @@ def parameter_specs(source: ComponentSpec) -> dict[str, TensorSpec]:
 
 def trace(source: ComponentSpec) -> ir.Model:
     """The component's graph, our ops one node each; every parameter is an unresolved external tensor."""
+    with _rarely_collected():
+        return _traced(source)
+
+
+def _traced(source: ComponentSpec) -> ir.Model:
     network = network_on_meta(source)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     _fake_parameters(network, fake)
@@ -61,6 +78,8 @@ def trace(source: ComponentSpec) -> ir.Model:
     with torch.no_grad(), _quiet():
         with fake:
             exported = torch.export.export(network, (), arguments, dynamic_shapes=_dynamic(source), strict=False)
+        # the exporter's own way traces the whole graph twice more, for the few nodes that it has no translation of
+        exported.run_decompositions = partial(_decomposed, exported)  # type: ignore[method-assign]
         program = torch.onnx.export(
             exported,
             input_names=list(source.inputs),
@@ -78,6 +97,76 @@ def trace(source: ComponentSpec) -> ir.Model:
     _unresolve(model, {name for name, _ in network.named_parameters()})
     _slim(model)
     return model
+
+
+def _decomposed(exported: ExportedProgram, table: Mapping[Any, Callable[..., Any]]) -> ExportedProgram:
+    """The program with every node that `table` knows, or that may give a view of its input, in simpler nodes."""
+    graph = exported.graph
+    called = [node for node in graph.nodes if node.op == "call_function"]
+    ops = [node.target for node in called if isinstance(node.target, torch._ops.OpOverload)]
+    nested = len(list(exported.graph_module.modules())) > 1
+    if nested or any(op._schema.is_mutable for op in ops):  # what happens in place needs the whole
+        return ExportedProgram.run_decompositions(exported, dict(table))
+    sizes: dict[Any, fx.Node] = {}
+    for node in list(graph.nodes):
+        value = node.meta.get("val")
+        if isinstance(value, torch.SymInt):
+            sizes.setdefault(value.node.expr, node)
+        elif node.target in table or _may_view(node.target):
+            made = _inlined(node, table, sizes)
+            for spec in exported.graph_signature.output_specs:
+                if spec.arg.name == node.name:
+                    spec.arg.name = made.name
+    graph.eliminate_dead_code()
+    exported.graph_module.recompile()
+    return exported
+
+
+def _may_view(op: Any) -> bool:
+    """Whether an op is made of others and gives its input, or a view of it, in some cases."""
+    if not isinstance(op, torch._ops.OpOverload) or op is torch.ops.aten.reshape.default:  # which ONNX has as it is
+        return False
+    composite = op.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
+    views = any(returned.alias_info for returned in op._schema.returns)
+    return composite and (views or torch.Tag.maybe_aliasing_or_mutating in op.tags)
+
+
+def _inlined(node: fx.Node, table: Mapping[Any, Callable[..., Any]], sizes: dict[Any, fx.Node]) -> Any:
+    """The node that takes a node's place, at the end of those that its decomposition consists of."""
+    given, op = node.all_input_nodes, cast(Any, node.target)
+
+    def call(*values: Any) -> Any:
+        now = dict(zip(given, values, strict=True))
+        args, kwargs = fx.map_arg((node.args, node.kwargs), now.__getitem__)
+        return op(*args, **kwargs)
+
+    values = [n.meta["val"] for n in given]
+    fake = next(v.fake_mode for v in [*values, node.meta["val"]] if isinstance(v, FakeTensor))
+    with fake:
+        parts = make_fx(call, decomposition_table=dict(table))(*values)
+    now = dict(zip((n for n in parts.graph.nodes if n.op == "placeholder"), given, strict=True))
+    for part in parts.graph.nodes:
+        value = part.meta.get("val")
+        if part.op == "output":
+            result = fx.map_arg(part.args[0], now.__getitem__)
+        elif isinstance(value, torch.SymInt) and value.node.expr in sizes:
+            now[part] = sizes[value.node.expr]
+        elif part.op != "placeholder":
+            if part.target is torch.ops.aten.sym_numel.default and part.args[0].meta["val"].ndim == 1:
+                part.target, part.args = torch.ops.aten.sym_size.int, (part.args[0], 0)  # which the exporter knows
+            with node.graph.inserting_before(node):
+                now[part] = node.graph.node_copy(part, now.__getitem__)
+            now[part].meta = node.meta | {"val": value}
+            if isinstance(value, torch.SymInt):
+                sizes[value.node.expr] = now[part]
+    if isinstance(result, fx.Node):
+        node.replace_all_uses_with(result)
+    else:
+        for user in list(node.users):  # getitem
+            user.replace_all_uses_with(result[user.args[1]])
+            node.graph.erase_node(user)
+    node.graph.erase_node(node)
+    return result
 
 
 def _fake_parameters(network: nn.Module, fake: FakeTensorMode) -> None:
@@ -162,6 +251,17 @@ def _slim(model: ir.Model) -> None:
     model.graph.metadata_props.clear()
     model.metadata_props.clear()
     model.producer_name, model.producer_version = "tilewright", None
+
+
+@contextlib.contextmanager
+def _rarely_collected() -> Iterator[None]:
+    """Tracing makes many objects that stay; looking through them for dead ones would take a sixth of its time."""
+    before = gc.get_threshold()
+    gc.set_threshold(200_000, *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 @contextlib.contextmanager

@@ -154,6 +154,7 @@ class VisionPrior(nn.Module):
     def __init__(self, config: HiTokConfig) -> None:
         super().__init__()
         self.vfm = DINOv3ViTModel(DINOv3ViTConfig(**config.vision))  # type: ignore[arg-type]
+        self.vfm.embeddings.mask_token = None  # type: ignore[assignment]  # of training: no graph reads it
         self.class_layers = config.class_layers
         self.prefix = 1 + config.vision["num_register_tokens"]
 

@@ -26,6 +26,7 @@ __all__ = ["Aggregate", "Gates", "Look", "Resampler", "Start", "Step", "Text", "
 SIGMA_DATA, TIME_SCALE = 0.5, 10.0  # of the consistency model that the previewer is
 LEAST_STRENGTH = 0.1  # residuals weaker than this are left out
 LEAST_CHANGE = 1e-12  # guards AdaRes against a preview that did not move
+SAME_STEP = 1e-3  # of a step: the release compares in float64, where 0.6 of 50 steps is not above 30
 OFF, PAPER, CODE = range(3)  # AdaRes: which, and whose
 
 
@@ -441,7 +442,9 @@ class Gates(nn.Module):
         count = t.shape[0]
         before = torch.arange(count, dtype=torch.float32)[:, None]
         spans = ((control_start, control_end), (preview_start, preview_end))
-        control, preview = (((before >= s * count) & (before + 1 <= e * count)).float() for s, e in spans)
+        control, preview = (
+            ((before >= s * count - SAME_STEP) & (before + 1 <= e * count + SAME_STEP)).float() for s, e in spans
+        )
         return control, preview
 
 

@@ -26,8 +26,9 @@ class ClipText(nn.Module):
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
-        # 2 is the published configurations' id of the end, which makes the library pool at the highest id
-        self.model = CLIPTextModel(CLIPTextConfig(**config | {"eos_token_id": 2}))
+        # 2 is the published configurations' id of the end, which makes the library pool at the highest id; the id of
+        # the beginning is read by nothing, but the library warns where it lies outside of the vocabulary
+        self.model = CLIPTextModel(CLIPTextConfig(**config | {"bos_token_id": 0, "eos_token_id": 2}))
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.model(ids).pooler_output

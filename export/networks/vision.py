@@ -4,6 +4,7 @@ The resize is two matrix products, because TensorRT has no antialiased Resize. I
 rounding to 8 bits; the matrices are computed from the image's sizes, which are free.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -67,18 +68,29 @@ def cropped(image: Tensor, short: int, side: int) -> Tensor:
 class Siglip(nn.Module):
     """Image [B, 3, H, W] in [0, 1], squeezed into a square, to features [B, tokens, hidden]."""
 
-    def __init__(self, config: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        *,
+        mean: Sequence[float] = (0.5, 0.5, 0.5),
+        deviation: Sequence[float] = (0.5, 0.5, 0.5),
+    ) -> None:
         super().__init__()
         self.model = SiglipVisionModel(SiglipVisionConfig(**config, vision_use_head=False))
         self.side: int = config["image_size"]
+        factors = [1 / d for d in deviation]
+        offsets = [m / d for m, d in zip(mean, deviation, strict=True)]
+        self.factor, self.offset = (
+            nn.Buffer(torch.tensor(numbers).view(3, 1, 1), persistent=False) for numbers in (factors, offsets)
+        )
 
     def forward(self, image: Tensor) -> Tensor:
         return self.model(self.pixels(image)).last_hidden_state
 
     def pixels(self, image: Tensor) -> Tensor:
-        """What the published processor makes of an image, in [-1, 1]."""
+        """What the published processor makes of an image: in [-1, 1] by its usual mean and deviation."""
         rows, columns = (resize_matrix(length, self.side, 0, self.side, image.device) for length in image.shape[2:])
-        return resized(image, rows, columns) * 2 - 1
+        return resized(image, rows, columns) * self.factor - self.offset
 
 
 class Redux(nn.Module):
@@ -95,23 +107,32 @@ class Redux(nn.Module):
 class ClipVision(nn.Module):
     """The central square of an image [B, 3, H, W] in [0, 1] to its embedding [B, out]."""
 
-    def __init__(self, config: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        *,
+        short: int | None = None,  # the shortest side of the image whose centre is cut out; none: as long as that
+        mean: Sequence[float] = (0.48145466, 0.4578275, 0.40821073),
+        deviation: Sequence[float] = (0.26862954, 0.26130258, 0.27577711),
+    ) -> None:
         super().__init__()
         self.model = CLIPVisionModelWithProjection(CLIPVisionConfig(**config))
         self.side: int = config["image_size"]
-        self.mean = nn.Buffer(torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1), persistent=False)
-        self.deviation = nn.Buffer(torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1), persistent=False)
+        self.short = short or self.side
+        self.mean, self.deviation = (
+            nn.Buffer(torch.tensor(tuple(numbers)).view(3, 1, 1), persistent=False) for numbers in (mean, deviation)
+        )
 
     def forward(self, image: Tensor) -> Tensor:
         return self.model(self.pixels(image)).image_embeds
 
     def pixels(self, image: Tensor) -> Tensor:
         """What the published processor makes of an image: the shortest side resized, the centre cut out."""
-        return (cropped(image, self.side, self.side) - self.mean) / self.deviation
+        return (cropped(image, self.short, self.side) - self.mean) / self.deviation
 
 
 class DinoPositions(nn.Module):
-    """DINOv2's table of positions, resized to the grid of a smaller image [1, 1 + rows * columns, D]."""
+    """DINOv2's table of positions, resized to the grid of another image [1, 1 + rows * columns, D]."""
 
     def __init__(self, config: dict[str, Any], side: int, *, release: bool) -> None:
         super().__init__()
@@ -121,7 +142,9 @@ class DinoPositions(nn.Module):
         self.release = release
 
     def forward(self) -> Tensor:
-        """As transformers 4.36 did, where a tenth of a cell moves them all, or as it does now."""
+        """As transformers 4.36 did, where a tenth of a cell moves them all, or as it does now; neither if it fits."""
+        if self.cells == self.stored:
+            return self.position_embeddings
         first, rest = self.position_embeddings.split((1, self.stored**2), 1)
         grid = rest.unflatten(1, (self.stored, self.stored)).permute(0, 3, 1, 2)
         factor = (self.cells + 0.1) / self.stored
@@ -145,13 +168,15 @@ class _Tokens(nn.Module):
 class Dino(nn.Module):
     """The central square of an image [B, 3, H, W] in [0, 1] to DINOv2's features [B, 1 + patches, D]."""
 
-    def __init__(self, config: dict[str, Any], side: int, short: int) -> None:
+    def __init__(
+        self, config: dict[str, Any], side: int, short: int, mean: list[float], deviation: list[float]
+    ) -> None:
         super().__init__()
         self.model: Any = Dinov2Model(Dinov2Config(**config))
         self.model.add_module("embeddings", _Tokens(self.model.embeddings))
         self.side, self.short = side, short
-        self.mean = nn.Buffer(torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)
-        self.deviation = nn.Buffer(torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
+        self.mean = nn.Buffer(torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.deviation = nn.Buffer(torch.tensor(deviation).view(3, 1, 1), persistent=False)
 
     def forward(self, image: Tensor, positions: Tensor) -> Tensor:
         return self.features((cropped(image, self.short, self.side) - self.mean) / self.deviation, positions)

@@ -4,10 +4,11 @@ A component that makes choices (integers) is judged by them: a choice must agree
 rounding of the scores it was made from. Where choices differ, what follows from them is not compared.
 """
 
+import contextlib
 import copy
-import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,27 +17,29 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from tilewright.export.build.request import VERIFY_COPIES
 from tilewright.export.graph.trace import network_on_meta
-from tilewright.export.system import ComponentSpec
+from tilewright.export.system import Settings
 from tilewright.export.systems import system
+from tilewright.export.verify.memory import VERIFY_COPIES
 from tilewright.export.verify.seams import PICTURES, seam_excess
 from tilewright.export.weights.files import mapped_tensor
-from tilewright.runtime.bundle import Bundle
+from tilewright.runtime.bundle import Bundle, read
 from tilewright.runtime.engines import Engine, backend
-from tilewright.runtime.errors import AccuracyError, ResourceError
+from tilewright.runtime.errors import AccuracyError, ResourceError, UsageError
 from tilewright.runtime.images import Enlarged
 from tilewright.runtime.inputs import gather
 from tilewright.runtime.memory import available_bytes
-from tilewright.runtime.program import Program
 from tilewright.runtime.restore import Restorer, load
 from tilewright.runtime.scheduler import Job, least_px, plan_of, run
+from tilewright.runtime.text import encode
 
 __all__ = ["RELATIVE_L2_GATE", "require", "sample_photo", "verify"]
 
 RELATIVE_L2_GATE = 1e-4  # of a component's float outputs, float32 against float32; measured are 1e-6 to 1e-5
+SMALL = 2**24  # parameters of a bundle
 WORDS = "a stone bridge over a river"
-FEW_STEPS = 8
+FEW_STEPS = 8  # in which engines are compared
+SEAM_STEPS = 4  # in which seams are judged: each step joins the tiles
 LEAST_TILE_PX = 96  # to judge seams by: convolutions see further than 12 of the smallest tokens
 SEAM_GATE = 0.15  # of `seam_excess`; blended tiles of random networks reach 0.09, averaged ones of the demo exceed 0.4
 UNDECIDED = 4.0  # a choice won by less than this many roundings of its scores may fall either way
@@ -44,18 +47,30 @@ Floats = npt.NDArray[np.floating[Any]]
 Pixels = npt.NDArray[np.uint8]
 
 
-def verify(root: Path, *, weights_dir: Path | None = None, size_px: int | None = None) -> dict[str, Any]:
+def verify(
+    root: Path,
+    *,
+    weights_dir: Path | None = None,
+    size_px: int | None = None,
+    expect: str | None = None,
+    fresh: bool = True,
+) -> dict[str, Any]:
     """Compare a bundle's engines with the networks they were traced from; a report, whatever it says.
 
-    The picture is a square of `size_px` in the program's own tiles, or by default a small one in tiles smaller still.
+    Every file is read where `fresh`, whatever is remembered of it. The picture is a square of `size_px` in the
+    program's own tiles, or by default a small one in tiles smaller still.
     """
-    with load(root, weights_dir=weights_dir) as restorer:
+    small = _parameters(read(root)) < SMALL
+    # threads that wait for each other take more time than networks this small; tiles run at once instead
+    threads, workers = (1, os.cpu_count() or 1) if small else (0, 1)
+    opened = load(root, threads=threads, workers=workers, weights_dir=weights_dir, expect=expect, fresh=fresh)
+    with _torch_threads(threads), opened as restorer:
         bundle, program = restorer.bundle, restorer.bundle.program
         _require_memory(bundle)
         eager = {n: eager_network(bundle, n, weights_dir) for n in sorted(program.components())}
         pairs = {n: _Paired(restorer.engines[n], e) for n, e in eager.items()}
         job = _job(restorer, size_px)
-        job.inputs = gather(bundle, example_inputs(program))
+        job.inputs = gather(bundle, example_inputs(bundle))
         engine_image = run(program, pairs, restorer.constants, job)
         eager_image = run(program, eager, restorer.constants, job)
         seams = {name: _seam(restorer, job, make) for name, make in (PICTURES | {"photo": _photo}).items()}
@@ -73,10 +88,23 @@ def verify(root: Path, *, weights_dir: Path | None = None, size_px: int | None =
     }
 
 
+@contextlib.contextmanager
+def _torch_threads(threads: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _parameters(bundle: Bundle) -> int:
+    return sum(math.prod(r.shape) for of in bundle.weights.tensors.values() for r in of.values())
+
+
 def _require_memory(bundle: Bundle) -> None:
     """Refuse, before it is tried, what would end in the system's killing us."""
-    weights = sum(math.prod(r.shape) for of in bundle.weights.tensors.values() for r in of.values())
-    needed, there = 4 * VERIFY_COPIES * weights, available_bytes()
+    needed, there = 4 * VERIFY_COPIES * _parameters(bundle), available_bytes()
     if there is not None and needed > there:
         raise ResourceError(
             f"{bundle.root}: verifying needs about {needed / 2**30:.0f} GiB of memory, {there / 2**30:.0f} GiB are"
@@ -90,11 +118,14 @@ def _seam(restorer: Restorer, job: Job, make: Callable[[int, int], Pixels]) -> f
     fixed = job.tile_px is not None and least_px(program, job.tile_px) == job.tile_px
     usual = min(p.tiles.px for p in program.passes if p.tiles)
     tile = job.tile_px if fixed and job.tile_px else min(max(12 * program.multiple_px, LEAST_TILE_PX), usual)
+    if not fixed:  # so that a third is whole tokens: no more pixels than that shows the same seams
+        tile = max(tile // (3 * program.multiple_px), 1) * 3 * program.multiple_px
     overlap = tile // 3 // program.multiple_px * program.multiple_px
     whole = 3 * tile - 2 * overlap
     side = -(-whole // program.scale)
     enlarged = Enlarged(make(side, side), program.scale, program.multiple_px, least_px(program, tile))
-    tiled = replace(job, image=enlarged, tile_px=tile, overlap_px=overlap, steps=_few_steps(restorer))
+    steps, workers = _few_steps(restorer, SEAM_STEPS), restorer.workers
+    tiled = replace(job, image=enlarged, tile_px=tile, overlap_px=overlap, steps=steps, workers=workers)
     image = run(program, restorer.engines, restorer.constants, tiled)
     last = [p for p in program.passes if "result" in p.writes()][-1]
     plan = plan_of(program, last, image.shape[1], image.shape[2], tile, overlap)
@@ -110,11 +141,11 @@ def _photo(width: int, height: int) -> Pixels:
     return sample_photo(width, height, 1)
 
 
-def _few_steps(restorer: Restorer) -> int | None:
+def _few_steps(restorer: Restorer, few: int) -> int | None:
     """Steps that show what all of them would, if the program's number is not bound to a table in the bundle."""
     calls = [c for p in restorer.bundle.program.passes for *_, c in p.calls()]
     tables = {source[1:] for c in calls for source in c.inputs.values() if source[0] == "@"}
-    return None if any(name.partition(".")[0] in tables for name in restorer.constants) else FEW_STEPS
+    return None if any(name.partition(".")[0] in tables for name in restorer.constants) else few
 
 
 def _job(restorer: Restorer, size_px: int | None) -> Job:
@@ -124,7 +155,9 @@ def _job(restorer: Restorer, size_px: int | None) -> Job:
     tile, overlap = (fixed, None) if fixed else (6 * multiple, 2 * multiple)
     width, height = (size_px, size_px) if size_px else (tile + 4 * multiple, tile + multiple)
     image = Enlarged(sample_photo(width, height, program.scale), program.scale, multiple, fixed or 1)
-    return Job(image) if size_px else Job(image, tile_px=tile, overlap_px=overlap, steps=_few_steps(restorer))
+    return (
+        Job(image) if size_px else Job(image, tile_px=tile, overlap_px=overlap, steps=_few_steps(restorer, FEW_STEPS))
+    )
 
 
 def require(report: Mapping[str, Any]) -> None:
@@ -154,15 +187,27 @@ def require(report: Mapping[str, Any]) -> None:
         )
 
 
-def example_inputs(program: Program) -> dict[str, Any]:
+def example_inputs(bundle: Bundle) -> dict[str, Any]:
     """Something for every input that has no default: words, or seeded numbers."""
+    program = bundle.program
     of_words = {name for text in program.texts.values() for name in text.ids}
     generator = np.random.Generator(np.random.Philox(key=2))
-    inputs: dict[str, Any] = dict.fromkeys(program.texts, WORDS)
+    inputs: dict[str, Any] = {name: _fitting_words(bundle, name) for name in program.texts}
     for name, wanted in program.inputs.items():
         if wanted.default is None and name not in of_words:
             inputs[name] = generator.standard_normal(wanted.shape).astype(wanted.dtype)
     return inputs
+
+
+def _fitting_words(bundle: Bundle, name: str) -> str:
+    """As many words as the text's encoders take: small ones take few."""
+    words, lengths = WORDS.split(), {i: bundle.program.inputs[i].shape[1] for i in bundle.program.texts[name].ids}
+    for count in range(len(words), 0, -1):
+        with contextlib.suppress(UsageError):
+            for i, tokenizer in bundle.program.texts[name].ids.items():
+                encode(bundle.path(tokenizer), " ".join(words[:count]), lengths[i])
+            return " ".join(words[:count])
+    return ""
 
 
 def sample_photo(width: int, height: int, scale: int) -> npt.NDArray[np.uint8]:
@@ -177,9 +222,9 @@ def sample_photo(width: int, height: int, scale: int) -> npt.NDArray[np.uint8]:
 
 def eager_network(bundle: Bundle, component: str, weights_dir: Path | None) -> "Eager":
     """The eager network with the bundle's weights, mapped where they are stored as they are computed."""
-    settings = json.loads(bundle.manifest.options.get("settings", "{}"))
-    source: ComponentSpec = system(bundle.manifest.system).components(bundle.manifest.preset, **settings)[component]
-    network = network_on_meta(source)
+    settings = Settings.from_json(bundle.manifest.options["settings"])
+    spec = system(bundle.manifest.system).components(settings)[component]
+    network = network_on_meta(spec)
     references = bundle.weights.tensors.get(component, {})
     names = {bundle.weights.folder_name(component, r) for r in references.values()}
     folders = {name: bundle.folder(name, weights_dir) for name in names}
@@ -187,7 +232,7 @@ def eager_network(bundle: Bundle, component: str, weights_dir: Path | None) -> "
         n: mapped_tensor(folders[bundle.weights.folder_name(component, r)], r).float() for n, r in references.items()
     }
     network.load_state_dict(tensors, strict=False, assign=True)
-    return Eager(network, tuple(source.outputs))
+    return Eager(network, tuple(spec.outputs))
 
 
 @dataclass

@@ -1,85 +1,104 @@
-"""Weights by reference: which file, where in it, for every parameter of a network.
-
-Nothing is read but headers. Random weights, which have no file yet, are written once, tensor by tensor.
-"""
+"""Weights by reference: which file, where in it, for every parameter of a network. Nothing is read but headers."""
 
 import json
 import math
 import os
 import re
 import struct
-import zlib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from tilewright.export.system import Origin, Rows
-from tilewright.runtime.bundle import SAFETENSORS_DTYPES, Reference, safetensors_header
-from tilewright.runtime.digests import writing
-from tilewright.runtime.errors import BundleError, InputError, UsageError
+from tilewright.export.system import Origin, Rows, System, Tensors
+from tilewright.export.weights.pickled import PICKLED, as_safetensors, listed
+from tilewright.export.weights.writing import WIDTHS, write_tensors
+from tilewright.runtime.bundle import Reference, safetensors_header
+from tilewright.runtime.errors import BundleError, InputError
 from tilewright.runtime.program import TensorSpec
+from tilewright.runtime.strict import one_line
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = [
     "STAND_IN",
-    "Tensors",
     "attach",
+    "converted",
     "copy_tensors",
     "find",
     "locate",
     "mapped_tensor",
     "open_reference",
-    "random_weights",
     "resolve",
-    "write_tensors",
 ]
 
 VARIANT = re.compile(r"\.(fp16|bf16|fp32|non_ema)(?=\.[a-z]+$)")
 STAND_IN = "stand-in: zeros in the place of weights"
+SHOWN = 6  # files and folders in a complaint
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-@dataclass(frozen=True)
-class Tensors:
-    """What the weight files of one folder hold."""
-
-    folder: Path  # real, with every link resolved
-    tensors: dict[str, Reference]
-    sources: dict[str, str]  # file in the folder -> the name the user knows it by
-    stand_in: bool = False  # zeros in the place of weights
-
-
 def find(folder: Path, variant: str = "") -> Tensors:
-    """Index every weight file under a folder (or one file), links followed to where the bytes are."""
+    """Index every weight file under a folder (or one file) by its name there; pickles are listed, not converted."""
     if not folder.exists():
         raise InputError(f"weights {folder}: no such file or folder; give the folder with the .safetensors files")
     named = [folder] if folder.is_file() else _indexed(folder, variant) or _listed(folder, variant)
     if not named:
-        raise InputError(f"weights {folder}: holds no .safetensors file, and no .bin; give the folder that does")
-    real = [_readable(file).resolve() for file in named]
-    root = Path(os.path.commonpath([file.parent for file in real]))
+        there = _content(folder)
+        raise InputError(
+            f"weights {folder}: holds no .safetensors file, and no .bin, but {there}; give the folder that does"
+        )
+    top = folder.parent if folder.is_file() else folder
+    sources = {file.relative_to(top).as_posix(): str(file) for file in named}
+    pickles = frozenset(name for name in sources if Path(name).suffix in PICKLED)
     tensors: dict[str, Reference] = {}
-    sources: dict[str, str] = {}
-    for file, shown in zip(real, named, strict=True):
-        name = file.relative_to(root).as_posix()
-        sources[name] = str(shown)
-        try:
-            header = safetensors_header(file)
-        except BundleError as error:
-            raise InputError(str(error)) from None
-        except OSError as error:
-            raise InputError(f"weights {shown}: {error.strerror} ({file}); copy it again") from None
-        for key, (spec, offset, length) in header.items():
+    for name, file in zip(sources, named, strict=True):
+        for key, reference in _headers(file, name).items():
             if key in tensors:
                 raise InputError(f"weights {folder}: {key!r} is in {tensors[key].file} and in {name}; keep one of them")
-            tensors[key] = Reference(name, spec.dtype, tuple(int(d) for d in spec.shape), offset, length)
-    return Tensors(root, tensors, sources, any(_note(file) == STAND_IN for file in real))
+            tensors[key] = reference
+    stand_in = any(_note(top / name) == STAND_IN for name in sources.keys() - pickles)
+    return Tensors(top.resolve(), tensors, sources, stand_in, pickles)
+
+
+def converted(found: Tensors) -> Tensors:
+    """The same tensors with bytes to refer to: those of pickles in what is made of them now, or was before."""
+    if not found.pickles:
+        return found
+    made = {name: as_safetensors(found.folder / name).absolute() for name in sorted(found.pickles)}
+    files = {name: made.get(name, found.folder / name) for name in found.sources}
+    root = Path(os.path.commonpath([file.parent for file in files.values()]))
+    names = {name: file.relative_to(root).as_posix() for name, file in files.items()}
+    headers = {name: _headers(files[name], names[name]) for name in files}
+    tensors = {key: headers[reference.file][key] for key, reference in found.tensors.items()}
+    sources = {names[name]: shown for name, shown in found.sources.items()}
+    return Tensors(root, tensors, sources, found.stand_in)
+
+
+def _headers(file: Path, name: str) -> dict[str, Reference]:
+    """References to all tensors of a file; to those of a pickle, as if they lay there one behind the other."""
+    if file.suffix in PICKLED:
+        references, end = {}, 0
+        for key, spec in listed(file).items():
+            shape = tuple(int(d) for d in spec.shape)
+            length = WIDTHS[spec.dtype] * math.prod(shape)
+            references[key] = Reference(name, spec.dtype, shape, end, length)
+            end += length
+        return references
+    try:
+        header = safetensors_header(file)
+    except BundleError as error:
+        raise InputError(str(error)) from None
+    except OSError as error:
+        raise InputError(f"weights {file}: {error.strerror} ({file.resolve()}); copy it again") from None
+    return {
+        key: Reference(name, spec.dtype, tuple(int(d) for d in spec.shape), offset, length)
+        for key, (spec, offset, length) in header.items()
+    }
 
 
 def _note(file: Path) -> str | None:
@@ -87,13 +106,6 @@ def _note(file: Path) -> str | None:
         (length,) = struct.unpack("<Q", stream.read(8))
         note: str | None = (json.loads(stream.read(length)).get("__metadata__") or {}).get("note")
         return note
-
-
-def _readable(file: Path) -> Path:
-    """The file, or what a pickle was converted to."""
-    from tilewright.export.weights.pickled import SUFFIXES, as_safetensors
-
-    return as_safetensors(file) if file.suffix in SUFFIXES else file
 
 
 def _listed(folder: Path, variant: str) -> list[Path]:
@@ -127,7 +139,10 @@ def _indexed(folder: Path, variant: str) -> list[Path]:
 
 def locate(origin: Origin, given: Mapping[str, Path], *, required: bool) -> Path | None:
     """Where an origin's weights are under what its argument names, or none if it may be so."""
-    root = given.get(origin.argument)
+    root, base = given.get(origin.argument), given.get("weights")
+    if root is None and base and "." not in origin.places:  # it may lie beside the base model
+        there = any((folder / place).exists() for folder in (base, *base.glob("*/")) for place in origin.places)
+        root = base if there else None
     if root is None:
         if required and origin.needed:
             raise InputError(f"{origin.what} is not given; give --{origin.argument.replace('_', '-')}")
@@ -135,14 +150,14 @@ def locate(origin: Origin, given: Mapping[str, Path], *, required: bool) -> Path
     flag = f"--{origin.argument.replace('_', '-')}"
     if not root.exists():
         raise InputError(f"{origin.what}: {root} is not there; give {flag} PATH")
-    roots = [root, *(sorted(root.glob("*/")) if root.is_dir() and origin.argument == "weights" else [])]
+    roots = [root, *(sorted(root.glob("*/")) if root.is_dir() and root == base else [])]
     tried = [folder / place for folder in roots for place in origin.places]
     path = next((path for path in tried if path.exists()), None)
     if path is None and root.is_file():
         path = root
     if path is None and origin.needed:
         looked = ", ".join(str(t) for t in tried[: len(origin.places)])
-        raise InputError(f"{origin.what}: none of {looked} is there; give {flag} PATH")
+        raise InputError(f"{origin.what}: none of {looked} is there, {root} holds {_content(root)}; give {flag} PATH")
     return path
 
 
@@ -165,7 +180,9 @@ def resolve(found: Tensors, names: Iterable[str | Rows]) -> Reference | None:
     return None
 
 
-def attach(wanted: Mapping[str, Shapes], found: Mapping[str, Tensors], system: Any) -> dict[str, dict[str, Reference]]:
+def attach(
+    wanted: Mapping[str, Shapes], found: Mapping[str, Tensors], system: System
+) -> dict[str, dict[str, Reference]]:
     """For every component, the bytes of each of its parameters; every key of the files is accounted for."""
     missing: dict[str, set[str]] = {name: set() for name in found}
     used: dict[str, set[str]] = {name: set() for name in found}
@@ -173,7 +190,7 @@ def attach(wanted: Mapping[str, Shapes], found: Mapping[str, Tensors], system: A
     for component, shapes in wanted.items():
         references[component] = {}
         for parameter, shape in shapes.items():
-            origin, names = system.origin(component, parameter), system.keys(component, parameter)
+            origin, names = system.origin_of(component, parameter), system.keys(component, parameter)
             reference = resolve(found[origin], names)
             named = [name if isinstance(name, str) else name.key for name in names]
             if reference is None:
@@ -183,19 +200,31 @@ def attach(wanted: Mapping[str, Shapes], found: Mapping[str, Tensors], system: A
             if [d for d in reference.shape if d != 1] != [d for d in shape if d != 1]:  # a 1x1 convolution is a matrix
                 raise InputError(
                     f"weights {found[origin].sources[reference.file]}: {named[0]!r} has shape"
-                    f" {list(reference.shape)}, the network needs {list(shape)}; is this the right preset?"
+                    f" {list(reference.shape)}, the network needs {list(shape)}; give files of one model"
                 )
             references[component][parameter] = replace(reference, shape=shape, folder=origin)
     for origin, tensors in found.items():
         unexpected = {key for key in tensors.tensors.keys() - used[origin] if not system.ignored(origin, key)}
-        for what, names_of in (("lacks", sorted(missing[origin])), ("holds unexpected", sorted(unexpected))):
-            if names_of:
-                raise InputError(
-                    f"weights {', '.join(sorted(tensors.sources.values())[:2])}: {what} {len(names_of)}"
-                    f" tensors: {', '.join(names_of[:3])}{', ...' if len(names_of) > 3 else ''};"
-                    f" give {system.ORIGINS[origin].what}"
-                )
+        if lacking := sorted(missing[origin]):
+            there = _some(sorted(unexpected if used[origin] else tensors.tensors))
+            what = f"lacks {len(lacking)} tensors: {_some(lacking)}" + (f"; holds instead: {there}" if there else "")
+        elif unexpected:
+            what = f"holds unexpected {len(unexpected)} tensors: {_some(sorted(unexpected))}"
+        else:
+            continue
+        files = ", ".join(sorted(tensors.sources.values())[:2])
+        raise InputError(f"weights {files}: {what}; give {system.origins[origin].what}")
     return references
+
+
+def _some(names: Sequence[str]) -> str:
+    return f"{', '.join(map(one_line, names[:3]))}{', ...' if len(names) > 3 else ''}"
+
+
+def _content(folder: Path) -> str:
+    """The first few things in a folder."""
+    names = sorted(f"{path.name}/" if path.is_dir() else path.name for path in folder.iterdir())
+    return f"{', '.join(map(one_line, names[:SHOWN]))}{', ...' if len(names) > SHOWN else ''}" or "nothing"
 
 
 def open_reference(folder: Path, reference: Reference, mode: Literal["r", "c"] = "r") -> npt.NDArray[np.uint8]:
@@ -211,24 +240,6 @@ def mapped_tensor(folder: Path, reference: Reference) -> "torch.Tensor":
     return data.view(getattr(torch, reference.dtype)).reshape(reference.shape)
 
 
-def random_weights(shapes: Shapes, seed: int, path: Path) -> None:
-    """Write seeded float32 weights that keep activations of order one; the same bytes on every machine."""
-    specs = {name: TensorSpec("float32", shape) for name, shape in sorted(shapes.items())}
-    write_tensors(path, specs, (_random(name, shapes[name], seed) for name in specs), f"random weights, seed {seed}")
-
-
-def _random(name: str, shape: tuple[int, ...], seed: int) -> bytes:
-    if not 0 <= seed < 2**32:
-        raise UsageError(f"--random-weights {seed} does not fit in 32 bits; use a number from 0 to {2**32 - 1}")
-    generator = np.random.Generator(np.random.Philox(key=[seed, zlib.crc32(name.encode())]))
-    values = generator.standard_normal(shape, np.float32)
-    if len(shape) > 1:
-        values *= np.float32((np.prod(shape[1:]) if len(shape) == 4 else shape[-1]) ** -0.5)
-    else:
-        values = values * np.float32(0.02) + np.float32(not name.endswith("bias"))
-    return values.astype("<f4").tobytes()
-
-
 def copy_tensors(source: Path, references: Mapping[str, Reference], path: Path) -> dict[str, Reference]:
     """Copy just these tensors into one new safetensors file, one by one; where they are now."""
     ordered = dict(sorted(references.items()))
@@ -238,20 +249,3 @@ def copy_tensors(source: Path, references: Mapping[str, Reference], path: Path) 
         name: Reference(path.name, spec.dtype, references[name].shape, offset, length)
         for name, (spec, offset, length) in safetensors_header(path).items()
     }
-
-
-def write_tensors(path: Path, specs: Mapping[str, TensorSpec], tensors: Iterable[bytes], note: str) -> None:
-    """A safetensors file of these tensors, written one by one; without any, their bytes are a hole."""
-    stored = {dtype: (name, width) for name, (dtype, width) in SAFETENSORS_DTYPES.items()}
-    header: dict[str, object] = {"__metadata__": {"note": note}}
-    end = 0
-    for name, spec in specs.items():
-        start, end = end, end + stored[spec.dtype][1] * math.prod(int(d) for d in spec.shape)
-        header[name] = {"dtype": stored[spec.dtype][0], "shape": spec.shape, "data_offsets": [start, end]}
-    text = json.dumps(header, sort_keys=True).encode()
-    text += b" " * (-len(text) % 8)
-    with writing(path) as temporary, temporary.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for data in tensors:
-            file.write(data)
-        file.truncate(8 + len(text) + end)

@@ -13,12 +13,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tilewright.export.weights.files import Tensors, mapped_tensor
+from tilewright.export.system import Lora, LoraFile, Tensors
+from tilewright.export.weights.files import mapped_tensor
 from tilewright.runtime.bundle import Reference
 from tilewright.runtime.errors import InputError, UsageError
 from tilewright.runtime.strict import one_line
 
-__all__ = ["Adapter", "as_parameters", "merge", "parameters_of", "path_and_strength", "read"]
+__all__ = [
+    "Adapter",
+    "as_parameters",
+    "check_fit",
+    "lora_of",
+    "merge",
+    "path_and_strength",
+    "read",
+    "without_pairs",
+]
 
 FLOATS = ("float32", "float16", "bfloat16")
 ROLES = {
@@ -150,15 +160,24 @@ def _alpha(found: Tensors, key: str) -> float:
     reference = found.tensors[key]
     if reference.shape not in ((), (1,)):
         raise _refusal(found, [key], f"{key!r} has shape {list(reference.shape)}, not one number; export it again")
-    return float(mapped_tensor(found.folder, reference).item())
+    if reference.file not in found.pickles:
+        return float(mapped_tensor(found.folder, reference).item())
+    import torch
+
+    from tilewright.export.weights.pickled import first_element
+
+    data = bytearray(first_element(found.folder / reference.file, key))
+    return float(torch.frombuffer(data, dtype=getattr(torch, reference.dtype)).item())
 
 
 def _noted(found: Tensors, file: str, prefixes: Sequence[str]) -> _Noted:
-    with (found.folder / file).open("rb") as stream:
-        (length,) = struct.unpack("<Q", stream.read(8))
-        header = json.loads(stream.read(length)).get("__metadata__")
     source = Path(found.sources[file])
     beside = source.with_name("adapter_config.json")
+    header = None
+    if file not in found.pickles:
+        with (found.folder / file).open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(length)).get("__metadata__")
     try:
         if header and "lora_adapter_metadata" in header:
             return _note(json.loads(header["lora_adapter_metadata"]), prefixes)
@@ -175,28 +194,6 @@ def _note(said: Any, prefixes: Sequence[str]) -> _Noted:
         return _Noted()
     patterns = {re.compile(p).pattern: float(alpha) for p, alpha in (said.get(f"{prefix}alpha_pattern") or {}).items()}
     return _Noted(float(said[f"{prefix}lora_alpha"]), patterns, bool(said.get(f"{prefix}use_rslora")))
-
-
-def parameters_of(
-    adapters: Mapping[str, Adapter], shapes: Mapping[str, tuple[int, ...]], found: Tensors
-) -> dict[str, Adapter]:
-    """Parameter -> its adapter; each must be of a weight that the network has, and fit its shape."""
-    if unknown := [module for module in sorted(adapters) if f"{module}.weight" not in shapes]:
-        raise InputError(
-            one_line(
-                f"LoRA {found.sources[adapters[unknown[0]].down.file]}: adapts {len(unknown)} modules that the network"
-                f" does not have: {_some(unknown)}; give the LoRA of this system and preset"
-            )
-        )
-    for module, adapter in sorted(adapters.items()):
-        if adapter.shape != shapes[f"{module}.weight"]:
-            raise InputError(
-                one_line(
-                    f"LoRA {found.sources[adapter.down.file]}: adapts {module!r} as {list(adapter.shape)}, the network"
-                    f" has {list(shapes[f'{module}.weight'])}; is this the right preset?"
-                )
-            )
-    return {f"{module}.weight": adapter for module, adapter in adapters.items()}
 
 
 def path_and_strength(given: str) -> tuple[Path, float]:
@@ -222,16 +219,33 @@ def as_parameters(
     return replace(found, tensors=tensors)
 
 
-def merge(base_folder: Path, weight: Reference, lora_folder: Path, adapter: Adapter, strength: float) -> bytes:
-    """weight + strength * scale * up @ down, in float32, rounded once to the weight's own type; little-endian."""
-    base, file = base_folder / weight.file, lora_folder / adapter.down.file
+def lora_of(rule: LoraFile, tensors: Tensors, strength: float, *, merged: bool) -> Lora:
+    """The LoRA that a file holds, as a build takes it."""
+    adapters, _ = read(tensors, rule.prefixes, rule.default_alpha)
+    return Lora(rule.origin, strength, merged, {module: [a.rank, a.scale] for module, a in sorted(adapters.items())})
+
+
+def without_pairs(tensors: Tensors) -> Tensors:
+    """What a LoRA's file holds beside its low-rank pairs, which `as_parameters` has named."""
+    rest = {key: r for key, r in tensors.tensors.items() if not key.endswith((".lora_A", ".lora_B"))}
+    return replace(tensors, tensors=rest)
+
+
+def check_fit(base: Path, weight: Reference, file: Path, adapter: Adapter) -> None:
+    """Refuse to merge a pair into a weight of another type or shape."""
     if weight.dtype not in FLOATS:
         raise InputError(f"weights {base}: {weight.dtype} takes no LoRA; give them in one of {', '.join(FLOATS)}")
     if weight.shape != adapter.shape:
         raise InputError(
             f"LoRA {file}: a pair for {list(adapter.shape)} does not fit {list(weight.shape)} of {base};"
-            " is this the right preset?"
+            " is this the LoRA of this system and size?"
         )
+
+
+def merge(base_folder: Path, weight: Reference, lora_folder: Path, adapter: Adapter, strength: float) -> bytes:
+    """weight + strength * scale * up @ down, in float32, rounded once to the weight's own type; little-endian."""
+    base, file = base_folder / weight.file, lora_folder / adapter.down.file
+    check_fit(base, weight, file, adapter)
     import torch
 
     whole, up, down = (

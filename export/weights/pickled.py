@@ -1,14 +1,13 @@
 """PyTorch pickles as safetensors in the cache: only tensors are loaded, never code, and few of them at a time."""
 
-import re
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from tilewright.export.weights.files import write_tensors
-from tilewright.runtime.bundle import SAFETENSORS_DTYPES
+from tilewright.export.weights import inert
+from tilewright.export.weights.writing import WIDTHS, write_tensors
 from tilewright.runtime.digests import cache_dir, sha256_of_bytes, sha256_of_file
 from tilewright.runtime.errors import InputError
 from tilewright.runtime.program import TensorSpec
@@ -17,42 +16,92 @@ from tilewright.runtime.strict import one_line
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["SUFFIXES", "as_safetensors"]
+__all__ = ["PICKLED", "as_safetensors", "first_element", "listed"]
 
-SUFFIXES = (".pt", ".bin", ".pth", ".ckpt")
+T = TypeVar("T")
+PICKLED = (".pt", ".bin", ".pth", ".ckpt")  # endings of their files
 VERSION = 1  # of what is written; another one converts again
-WIDTHS = dict(SAFETENSORS_DTYPES.values())
 PIECE = 1 << 24  # bytes that are copied at a time
 RESIDENT = 1 << 26  # bytes after which a file is mapped anew, since pages that were read stay until then
 AGAIN = "copy it again, or convert it to safetensors"
 ALONE = "save its state_dict alone, or convert it to safetensors"
 
 
+def listed(path: Path) -> dict[str, TensorSpec]:
+    """The names, types and shapes in a PyTorch pickle, in the order they are written in; nothing of it is run."""
+    return {name: TensorSpec(tensor.dtype, tensor.shape) for name, tensor in _headers(path).items()}
+
+
+def first_element(path: Path, name: str) -> bytes:
+    """The bytes of a tensor's first element, which is all that is read."""
+    tensor = _headers(path)[name]
+    return _guarded(path, lambda: inert.element(path, tensor))
+
+
 def as_safetensors(path: Path) -> Path:
     """A PyTorch pickle (.pt, .bin, .pth, .ckpt) as a safetensors file in the cache, made once."""
-    if path.suffix not in SUFFIXES:
-        raise _refusal(path, f"is none of {', '.join(SUFFIXES)}; convert it to safetensors")
+    _check_suffix(path)
     try:
         digest = sha256_of_file(path)
     except OSError as error:
-        raise _refusal(path, f"{error.strerror}; give a file that can be read") from None
+        raise _unreadable(path, error) from None
     folder = cache_dir() / "converted" / sha256_of_bytes(f"{digest} {VERSION}".encode())[:32]
     target = folder / f"{path.stem}.safetensors"
     if not target.is_file():
-        tensors = _tensors(path)
-        specs = {name: TensorSpec(_dtype(tensor), tuple(tensor.shape)) for name, tensor in tensors.items()}
+        specs = listed(path)
+        tensors = dict(_leaves(path, _loaded(path)))
+        if {name: TensorSpec(_dtype(tensor), tuple(tensor.shape)) for name, tensor in tensors.items()} != specs:
+            raise _refusal(path, f"holds other tensors than it lists; {AGAIN}")
         note = f"converted by tilewright from {one_line(path.name)}"
-        write_tensors(target, specs, _bytes(path, digest, tensors), note)
+        write_tensors(target, specs, _bytes(path, digest, list(specs), tensors), note)
     return target
 
 
-def _bytes(path: Path, digest: str, tensors: dict[str, "torch.Tensor"]) -> Iterator[bytes]:
-    """All tensors in their order, in pieces; of a mapped file, little more than one tensor is in memory."""
+def _check_suffix(path: Path) -> None:
+    if path.suffix not in PICKLED:
+        raise _refusal(path, f"is none of {', '.join(PICKLED)}; convert it to safetensors")
+
+
+def _headers(path: Path) -> dict[str, inert.Tensor]:
+    """The tensors by their joined names, wider elements first: so each begins on a multiple of its width."""
+    _check_suffix(path)
+    loaded, tensors = _guarded(path, lambda: inert.content(path)), {}
+    if not isinstance(loaded, dict):
+        kind = loaded.kind if isinstance(loaded, (inert.Tensor, inert.Other)) else type(loaded).__name__
+        raise _refusal(path, f"holds a {kind}, not a dict of tensors; {ALONE}")
+    size = path.stat().st_size
+    for name, leaf in _leaves(path, loaded):
+        if name in tensors or name == "__metadata__":  # which is no tensor's in a safetensors file
+            taken = "is the name of two tensors" if name in tensors else "is a name that safetensors keeps for itself"
+            raise _refusal(path, f"{name!r} {taken}; {ALONE}")
+        if complaint := _complaint(leaf, size):
+            raise _refusal(path, f"{name!r} {complaint}; {ALONE}")
+        tensors[name] = leaf
+    return dict(sorted(tensors.items(), key=lambda item: -WIDTHS[item[1].dtype]))
+
+
+def _guarded(path: Path, act: Callable[[], T]) -> T:
+    """What a reading gives, or one line on why the file gives none."""
+    try:
+        return act()
+    except (MemoryError, InputError):
+        raise
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    except inert.Forbidden as error:
+        complaint = f"holds more than tensors ({error}), which is not loaded; {ALONE}"
+    except Exception as error:  # whatever bytes can lead a reader to: KeyError, struct.error, AttributeError, ...
+        complaint = f"is no file of tensors that torch.save wrote, or damaged ({type(error).__name__}); {AGAIN}"
+    raise _refusal(path, complaint)
+
+
+def _bytes(path: Path, digest: str, names: list[str], tensors: dict[str, "torch.Tensor"]) -> Iterator[bytes]:
+    """All tensors in this order, in pieces; of a mapped file, little more than one tensor is in memory."""
     mapped, read = _can_be_mapped(path), 0
-    for name in list(tensors):
+    for name in names:
         if mapped and read > RESIDENT:
             tensors.clear()
-            tensors.update(_tensors(path))
+            tensors.update(_leaves(path, _loaded(path)))
             read = 0
         yield from _pieces(tensors[name])
         read += tensors[name].nbytes
@@ -68,26 +117,10 @@ def _pieces(tensor: "torch.Tensor") -> Iterator[bytes]:
         yield piece.numpy().tobytes()
 
 
-def _tensors(path: Path) -> dict[str, "torch.Tensor"]:
-    """The tensors by their joined names, wider elements first: so each begins on a multiple of its width."""
-    loaded, tensors = _loaded(path), {}
-    if isinstance(loaded, dict) and set(loaded) == {"state_dict"} and isinstance(loaded["state_dict"], dict):
-        loaded = loaded["state_dict"]
-    if not isinstance(loaded, dict):
-        raise _refusal(path, f"holds a {type(loaded).__name__}, not a dict of tensors; {ALONE}")
-    size = path.stat().st_size
-    for name, leaf in _leaves(path, loaded):
-        if name in tensors or name == "__metadata__":  # which is no tensor's in a safetensors file
-            taken = "is the name of two tensors" if name in tensors else "is a name that safetensors keeps for itself"
-            raise _refusal(path, f"{name!r} {taken}; {ALONE}")
-        if complaint := _complaint(leaf, size):
-            raise _refusal(path, f"{name!r} {complaint}; {ALONE}")
-        tensors[name] = leaf
-    return dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
-
-
 def _leaves(path: Path, loaded: dict[Any, Any]) -> Iterator[tuple[str, Any]]:
-    """What nested dicts hold, under names joined with dots."""
+    """What nested dicts hold, under names joined with dots; a lone state_dict is taken out of its dict."""
+    if set(loaded) == {"state_dict"} and isinstance(loaded["state_dict"], dict):
+        loaded = loaded["state_dict"]
     seen: set[int] = set()
     left: list[tuple[str, Any]] = [("", loaded)]
     while left:
@@ -99,7 +132,7 @@ def _leaves(path: Path, loaded: dict[Any, Any]) -> Iterator[tuple[str, Any]]:
             held = "is held in two places" if value else "is empty"
             raise _refusal(path, f"the dict {name!r} {held}; {ALONE}" if name else f"the dict {held}; {ALONE}")
         seen.add(id(value))
-        for key, inner in reversed(value.items()):
+        for key, inner in reversed(dict.items(value)):  # attributes of the file's may hide the method
             if type(key) not in ((str, int) if name else (str,)) or not str(key) or not str(key).isprintable():
                 raise _refusal(path, f"{key!r} in {name!r} is no name of a tensor; {ALONE}")
             left.append((f"{name}.{key}" if name else key, inner))
@@ -107,17 +140,15 @@ def _leaves(path: Path, loaded: dict[Any, Any]) -> Iterator[tuple[str, Any]]:
 
 def _complaint(leaf: Any, size: int) -> str | None:
     """Why a leaf cannot be written."""
-    import torch
-
-    if not isinstance(leaf, torch.Tensor):
-        return f"is of type {type(leaf).__name__}, not a tensor"
-    if leaf.layout != torch.strided or leaf.is_nested or leaf.device.type != "cpu":
+    if isinstance(leaf, inert.Other) and leaf.tensor:
         return "is a sparse, nested or meta tensor, not a plain one"
-    if _dtype(leaf) not in WIDTHS:
-        return f"is {_dtype(leaf)}, not one of {', '.join(sorted(WIDTHS))}"
-    if not leaf.numel():
+    if not isinstance(leaf, inert.Tensor):
+        return f"is of type {leaf.kind if isinstance(leaf, inert.Other) else type(leaf).__name__}, not a tensor"
+    if leaf.dtype not in WIDTHS:
+        return f"is {leaf.dtype}, not one of {', '.join(sorted(WIDTHS))}"
+    if not leaf.nbytes:
         return f"is empty, {list(leaf.shape)}"
-    if leaf.nbytes > max(size, leaf.untyped_storage().nbytes()):  # strides of zero turn bytes into terabytes
+    if leaf.nbytes > max(size, leaf.stored):  # strides of zero turn bytes into terabytes
         return f"would be {leaf.nbytes} bytes, from a file of {size}"
     return None
 
@@ -130,18 +161,12 @@ def _loaded(path: Path) -> Any:
     """What the file holds, if that is data; nothing that torch says is repeated, as it advises to run the code."""
     import torch
 
-    try:
+    def load() -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True, mmap=_can_be_mapped(path))
-    except MemoryError:
-        raise
-    except Exception as error:  # whatever bytes can lead torch to: KeyError, struct.error, AttributeError, ...
-        if refused := re.search(r"GLOBAL (\S+)", str(error)):
-            complaint = f"holds more than tensors ({refused[1]}), which is not loaded; {ALONE}"
-        else:
-            complaint = f"is no file of tensors that torch.save wrote, or damaged ({type(error).__name__}); {AGAIN}"
-    raise _refusal(path, complaint)
+
+    return _guarded(path, load)
 
 
 def _can_be_mapped(path: Path) -> bool:
@@ -155,3 +180,7 @@ def _can_be_mapped(path: Path) -> bool:
 
 def _refusal(path: Path, complaint: str) -> InputError:
     return InputError(one_line(f"weights {path}: {complaint}"))
+
+
+def _unreadable(path: Path, error: OSError) -> InputError:
+    return _refusal(path, f"{error.strerror}; give a file that can be read")

@@ -3,20 +3,24 @@
 from pathlib import Path
 from typing import Any
 
-from tilewright.export.systems import system
-from tilewright.export.weights.files import STAND_IN, write_tensors
+from tilewright.export.system import System
+from tilewright.export.weights.files import STAND_IN
+from tilewright.export.weights.writing import write_tensors
 from tilewright.runtime.digests import writing
 from tilewright.runtime.errors import UsageError
 
 __all__ = ["stand_in"]
 
 
-def stand_in(name: str, out: Path) -> dict[str, Any]:
+def stand_in(system: System, out: Path) -> dict[str, Any]:
     """Write what a system of full size needs into a new folder; its files, tensors and apparent bytes."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out}: exists and is not empty; choose another -o")
     tensors = 0
-    files = system(name).stand_in("full")
+    make = system.stand_in
+    if make is None:
+        raise UsageError(f"{system.name}: has no published files to stand in for; give weights of your own")
+    files = make()
     for file, content in files.items():
         if isinstance(content, str):
             (out / file).parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,8 @@
 """ONNX Runtime on the CPU, with our own kernels where they are built.
 
 `fast` lets it re-pack the weights for speed, which holds them twice; `low` runs on the mapped files as they are.
+ONNX Runtime maps what lies in one folder and is no link out of it; weights that lie otherwise, as in the snapshots of
+Hugging Face's cache, are named in the graph by where they are below the folder that holds all.
 """
 
 import importlib.util
@@ -9,16 +11,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from tilewright.runtime.bundle import Bundle, Reference
 from tilewright.runtime.errors import BundleError, EnvironmentMismatch, ResourceError
+from tilewright.runtime.external_data import external_data, relocated
 from tilewright.runtime.strict import one_line
 
 __all__ = ["OrtEngine", "missing", "native_library", "open_engine", "open_graph", "version"]
 
 NATIVE = Path(__file__).parents[2] / "kernels" / "native" / "lib" / "libtilewright_cpu.so"  # what `make native` builds
-ONNX_TYPES = {"bfloat16": 16}  # element types of ONNX that NumPy has not
 
 
 def missing() -> str | None:
@@ -44,8 +44,8 @@ def native_library() -> Path | None:
 class OrtEngine:
     """One graph in one session."""
 
-    def __init__(self, session: Any, graph: Path, initializers: Any = None) -> None:
-        self.session, self.graph, self.initializers = session, graph, initializers  # the last must outlive the first
+    def __init__(self, session: Any, graph: Path) -> None:
+        self.session, self.graph = session, graph
 
     def run(self, inputs: Mapping[str, Any], wanted: Iterable[str]) -> dict[str, Any]:
         """The wanted outputs for these inputs."""
@@ -60,7 +60,7 @@ class OrtEngine:
 
     def close(self) -> None:
         """Give the memory back."""
-        self.session = self.initializers = None
+        self.session = None
 
 
 def open_engine(
@@ -69,11 +69,23 @@ def open_engine(
     """Open a component of a bundle; weights are read where they lie."""
     engine = next(e for e in bundle.manifest.components[component].engines if e.backend == "ort")
     folder = bundle.weights_folder(component, weights_dir)
-    mapped = {
-        name: (bundle.folder(str(r.folder), weights_dir) / r.file, r) for name, r in bundle.elsewhere(component).items()
-    }
+    mapped = _spread(bundle, component, folder, weights_dir)
     native = engine.precision == "float32"  # what our kernels compute in
     return open_graph(bundle.path(engine.file), folder, memory=memory, threads=threads, mapped=mapped, native=native)
+
+
+def _spread(
+    bundle: Bundle, component: str, own: Path | None, weights_dir: Path | None
+) -> dict[str, tuple[Path, Reference]]:
+    """Each initializer's file, or none where all lie in the component's own folder and ONNX Runtime finds them."""
+    references = bundle.weights.tensors.get(component, {})
+    place = {n: (bundle.weights.folder_name(component, r), r.file) for n, r in references.items()}
+    folders = {name: bundle.folder(name, weights_dir) for name in {folder for folder, _ in place.values()}}
+    files = {(folder, file): (folders[folder] / file).resolve() for folder, file in set(place.values())}
+    real = own.resolve() if own else Path()
+    if all(r.folder is None for r in references.values()) and all(f.is_relative_to(real) for f in files.values()):
+        return {}
+    return {name: (files[place[name]], r) for name, r in references.items()}
 
 
 def open_graph(
@@ -85,7 +97,7 @@ def open_graph(
     mapped: Mapping[str, tuple[Path, Reference]] | None = None,
     native: bool = True,
 ) -> OrtEngine:
-    """Open a graph file whose external data lies in `weights`, but for `mapped` initializers; 0 threads: its choice."""
+    """Open a graph file whose external data lies in `weights`, or each where `mapped` says; 0 threads: its choice."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -93,6 +105,10 @@ def open_graph(
     options.log_severity_level = 3
     # each component has a thread pool of its own; between runs it must not take the cores of the one that runs
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    options.add_session_config_entry("session.load_model_format", "ONNX")  # whatever its suffix says
+    model: str | bytes = str(graph)
+    if mapped:
+        model, weights = _with_places(graph, mapped)
     if weights:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights))
     if native and (library := native_library()):
@@ -109,25 +125,19 @@ def open_graph(
         options.add_session_config_entry("session.disable_prepacking", "1")
         options.enable_cpu_mem_arena = False
         disabled = ["ConstantFolding", "FuseFp16InitializerToFp32NodeTransformer"]
-    initializers = {name: _mapped(path, reference) for name, (path, reference) in (mapped or {}).items()}
-    if initializers:  # ONNX Runtime takes one folder a session
-        options.add_external_initializers(list(initializers), list(initializers.values()))
     try:
-        session = ort.InferenceSession(
-            str(graph), options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled
-        )
+        session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled)
     except Exception as error:  # ONNX Runtime's exceptions share no base class
         reason = one_line(str(error))
         raise BundleError(f"{graph}: {version()} refuses the graph ({reason}); rebuild the bundle") from error
-    return OrtEngine(session, graph, initializers)
+    return OrtEngine(session, graph)
 
 
-def _mapped(path: Path, reference: Reference) -> Any:
-    """An initializer over the bytes of a file, which are not copied."""
-    import onnxruntime as ort
-
-    data = np.memmap(path, np.uint8, "r", reference.offset, (reference.length,))
-    kind = ONNX_TYPES.get(reference.dtype)
-    if kind is None:
-        return ort.OrtValue.ortvalue_from_numpy(data.view(np.dtype(reference.dtype)).reshape(reference.shape))
-    return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(data.view(np.uint16).reshape(reference.shape), kind)
+def _with_places(graph: Path, mapped: Mapping[str, tuple[Path, Reference]]) -> tuple[bytes, Path]:
+    """The graph that names these files, and the folder that it names them from."""
+    data = graph.read_bytes()
+    used = {name: mapped[name] for name in external_data(data, str(graph))}
+    files = {file: file.resolve() for file in {file for file, _ in used.values()}}
+    root = Path(os.path.commonpath([file.parent for file in files.values()] or [graph.parent]))
+    places = {name: (files[file].relative_to(root).as_posix(), r.offset, r.length) for name, (file, r) in used.items()}
+    return relocated(data, places), root

@@ -7,18 +7,20 @@ import pytest
 from safetensors.torch import load_file
 from torch import nn
 
+from support.systems import components_of
 from tilewright.export.graph.rewrites.fold import fold
 from tilewright.export.graph.trace import network_on_meta, trace
-from tilewright.export.systems import hitoksr
+from tilewright.export.systems.hitoksr.system import SYSTEM as HITOKSR
 from tilewright.export.targets.ort import prepare
-from tilewright.export.weights.files import attach, find, random_weights
+from tilewright.export.weights.files import attach, find
+from tilewright.export.weights.writing import random_weights
 
 
 @pytest.fixture(scope="session")
 def traced(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """COMPONENT.onnx as traced, its weights unresolved; do not change them."""
     folder = tmp_path_factory.mktemp("traced")
-    for name, source in hitoksr.components("tiny").items():
+    for name, source in components_of("hitoksr", "tiny").items():
         ir.save(trace(source), folder / f"{name}.onnx")
     return folder
 
@@ -27,7 +29,7 @@ def traced(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def graphs(traced: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """COMPONENT.FORM.onnx with weights.safetensors beside; FORM: traced, model (folded), ort. Do not change them."""
     folder = tmp_path_factory.mktemp("graphs")
-    models = {name: ir.load(traced / f"{name}.onnx") for name in hitoksr.components("tiny")}
+    models = {name: ir.load(traced / f"{name}.onnx") for name in components_of("hitoksr", "tiny")}
     shapes = {
         component: {
             name: tuple(value.const_value.shape.numpy())
@@ -36,9 +38,9 @@ def graphs(traced: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         }
         for component, model in models.items()
     }
-    keyed = {hitoksr.keys(c, name)[0]: shape for c, of in shapes.items() for name, shape in of.items()}
+    keyed = {HITOKSR.keys(c, name)[0]: shape for c, of in shapes.items() for name, shape in of.items()}
     random_weights(keyed, 7, folder / "weights.safetensors")
-    references = attach(shapes, {"hitoksr": find(folder)}, hitoksr)
+    references = attach(shapes, {"hitoksr": find(folder)}, HITOKSR)
     for component, model in models.items():
         for name, r in references[component].items():
             model.graph.initializers[name].const_value = ir.ExternalTensor(
@@ -57,9 +59,9 @@ def eager(graphs: Path) -> dict[str, nn.Module]:
     """The networks with the weights of `graphs`."""
     tensors = load_file(graphs / "weights.safetensors")
     networks = {}
-    for component, source in hitoksr.components("tiny").items():
+    for component, source in components_of("hitoksr", "tiny").items():
         network = network_on_meta(source)
-        own = {name: tensors.get(hitoksr.keys(component, name)[0]) for name, _ in network.named_parameters()}
+        own = {name: tensors.get(HITOKSR.keys(component, name)[0]) for name, _ in network.named_parameters()}
         left = network.load_state_dict({n: t for n, t in own.items() if t is not None}, strict=False, assign=True)
         assert all(name.endswith("mask_token") for name in left.missing_keys)
         networks[component] = network.requires_grad_(False)

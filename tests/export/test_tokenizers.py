@@ -4,6 +4,7 @@ import base64
 import json
 import re
 import shutil
+import subprocess
 import sys
 import unicodedata
 import zlib
@@ -334,6 +335,22 @@ def test_a_spiece_model_that_cannot_be_converted_says_what_to_do(folder, monkeyp
         f"tokenizer {folder}: spiece.model cannot be converted;"
         " pip install sentencepiece protobuf, or put the model's tokenizer.json beside it"
     )
+
+
+def test_more_ids_than_the_network_has_rows_are_refused(folder):
+    write(folder, stand_in_clip(64))
+    assert clip(folder, 16, rows=64)
+    said = refusal(InputError, clip, folder, 16, None, 63)
+    assert (
+        said == f"tokenizer {folder}: has 64 ids, the network's table has 63 rows; is it the tokenizer of this encoder?"
+    )
+
+
+def test_no_library_of_networks_is_loaded_for_a_tokenizer(folder):
+    write(folder, stand_in_clip(64))
+    code = f"import sys, pathlib, tilewright.export.tokenizers as t; t.clip(pathlib.Path({str(folder)!r}), 16)"
+    done = subprocess.run([sys.executable, "-c", f"{code}; print(*sys.modules)"], capture_output=True, check=True)
+    assert not {"torch", "transformers", "diffusers"} & set(done.stdout.decode().split())
 
 
 def test_sizes_that_cannot_be_are_refused(folder):

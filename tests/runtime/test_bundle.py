@@ -11,20 +11,23 @@ import random
 import shutil
 import struct
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
 import jsonschema
 import numpy as np
+import onnx
 import pytest
 import safetensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tilewright.runtime import bundle as bundles
+from tilewright.runtime import digests, load
 from tilewright.runtime.bundle import Manifest, Weights, json_schema, read, safetensors_header, seal
 from tilewright.runtime.digests import cache_dir, sha256_of_bytes, sha256_of_file, writing
-from tilewright.runtime.errors import BundleError, UsageError
+from tilewright.runtime.errors import BundleError, EnvironmentMismatch, UsageError
 from tilewright.runtime.program import Program
 
 DOCUMENTS = {"bundle.json": Manifest, "program.json": Program, "weights.json": Weights}
@@ -491,10 +494,8 @@ def test_packed_weights_behind_a_link_that_leaves_the_bundle_are_refused(packed_
     read(packed_bundle)
 
 
-def test_a_component_without_weights_has_no_folder(bundle):
-    put(bundle, "weights.json", ("tensors", "sharpen"), ABSENT)
-    put(bundle, "weights.json", ("folder_of", "sharpen"), ABSENT)
-    assert read(bundle).weights_folder("sharpen") is None
+def test_a_component_without_weights_has_no_folder(tinted):
+    assert read(tinted).weights_folder("see") is None
 
 
 EXTRA = ("tensors", "add", "half")
@@ -647,6 +648,28 @@ def test_the_old_bundle_is_deleted_only_when_the_new_one_is_in_place(build, stag
     assert seen == [(True, False, target)]
 
 
+@pytest.mark.parametrize("there", [False, True], ids=["new", "replaced"])
+def test_all_is_on_disk_before_a_bundle_appears_and_its_name_soon_after(build, staged, tmp_path, monkeypatch, there):
+    target = build("x.bundle") if there else tmp_path / "x.bundle"
+    staging, manifest = staged()
+    synced, before = [], []
+    sync, exchange, rename = os.fsync, bundles._exchange, Path.rename
+
+    def appearing(act, *arguments):
+        if arguments[0] == staging:
+            inodes = {path.stat().st_ino: path for path in [staging, *staging.rglob("*")]}
+            before.extend(path for inode, path in inodes.items() if inode not in synced)
+            synced.clear()
+        return act(*arguments)
+
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.fstat(fd).st_ino) or sync(fd))
+    monkeypatch.setattr(bundles, "_exchange", lambda *arguments: appearing(exchange, *arguments))
+    monkeypatch.setattr(Path, "rename", lambda *arguments: appearing(rename, *arguments))
+    seal(staging, manifest, target)
+    assert before == []
+    assert target.parent.stat().st_ino in synced
+
+
 def test_an_empty_directory_can_be_the_target(staged, tmp_path):
     (tmp_path / "x.bundle").mkdir()
     seal(*staged(), tmp_path / "x.bundle")
@@ -674,7 +697,7 @@ def test_a_target_that_is_something_else_is_refused_untouched(staged, tmp_path, 
     holiday = target / "holiday.png" if kind == "directory" else target
     holiday.write_bytes(b"irreplaceable")
     staging, manifest = staged()
-    with pytest.raises(UsageError, match=rf"^{target}: exists and is not a bundle; choose another -o$"):
+    with pytest.raises(UsageError, match=rf"^{target}: exists and is not a bundle of tilewright; choose another -o$"):
         seal(staging, manifest, target)
     assert holiday.read_bytes() == b"irreplaceable"
     assert entries(tmp_path) == {"models", "photos", "staging"}
@@ -714,6 +737,17 @@ def test_the_published_schemas_are_valid_and_fit_a_bundle(packed_bundle):
             assert not validator.is_valid(lacking), keys
 
 
+def test_the_published_schemas_say_the_default_of_all_that_may_be_left_out():
+    for schema in json_schema().values():
+        for name, definition in schema["$defs"].items():
+            for key, value in definition["properties"].items():
+                assert ("default" in value) != (key in definition["required"]), (name, key)
+                if "default" in value:
+                    whole = {**value, "$defs": schema["$defs"]}
+                    jsonschema.Draft202012Validator(whole).validate(value["default"])
+    assert json_schema()["program.json"]["$defs"]["Tiles"]["properties"]["batch"] == {"type": "integer", "default": 1}
+
+
 # Digests
 
 
@@ -741,11 +775,79 @@ def test_a_file_put_in_the_place_of_another_is_noticed_even_with_its_time(tmp_pa
     assert sha256_of_file(tmp_path / "file") == sha256_of_bytes(b"two")
 
 
-def test_a_file_that_looks_unchanged_is_not_read_again(tmp_path):
+def test_a_change_in_place_is_noticed_even_with_the_time_put_back(tmp_path):
+    seen = []
     for data in (b"one", b"two"):  # in place, so with the same inode
         (tmp_path / "file").write_bytes(data)
         os.utime(tmp_path / "file", ns=(10**18, 10**18))
-        assert sha256_of_file(tmp_path / "file") == sha256_of_bytes(b"one")
+        status = (tmp_path / "file").stat()
+        seen.append((status.st_size, status.st_mtime_ns, status.st_ino))
+        assert sha256_of_file(tmp_path / "file") == sha256_of_bytes(data)
+        time.sleep(0.02)  # the clock of a disk ticks every few milliseconds
+    assert seen[0] == seen[1]
+
+
+def note_of(path: Path) -> Path:
+    """Where the digest of a file as it is now is remembered."""
+    return cache_dir() / "digests" / sha256_of_bytes(json.dumps(digests._seen(path)).encode())
+
+
+def test_a_file_that_looks_unchanged_is_not_read_again_but_when_asked(tmp_path):
+    (tmp_path / "file").write_bytes(b"one")
+    right = sha256_of_file(tmp_path / "file")
+    note_of(tmp_path / "file").write_text("0" * 64)
+    assert sha256_of_file(tmp_path / "file") == "0" * 64
+    assert sha256_of_file(tmp_path / "file", fresh=True) == right == sha256_of_bytes(b"one")
+    assert sha256_of_file(tmp_path / "file") == right  # what was read takes the place of what was remembered
+
+
+def test_a_file_that_changes_while_it_is_read_is_not_remembered(tmp_path, monkeypatch):
+    monkeypatch.setenv("TILEWRIGHT_CACHE_DIR", str(tmp_path / "cache"))
+    (tmp_path / "file").write_bytes(b"one")
+    read_whole = digests._sha256
+
+    def changing(path):
+        found = read_whole(path)
+        overwrite(path, b"two")
+        return found
+
+    monkeypatch.setattr(digests, "_sha256", changing)
+    sha256_of_file(tmp_path / "file")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_fresh_reading_reads_every_sealed_file_and_weights_once(bundle, weights_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("TILEWRIGHT_CACHE_DIR", str(tmp_path / "cache"))
+    read_files, read_whole = [], digests._sha256
+    monkeypatch.setattr(digests, "_sha256", lambda path: read_files.append(path.name) or read_whole(path))
+    for fresh in (False, False, True):
+        read_files.clear()
+        whole = read(bundle, fresh=fresh)
+        for _ in range(3):
+            whole.weights_folder("sharpen")
+    assert sorted(read_files) == sorted([Path(name).name for name in SEALED] + ["sharpen.safetensors"])
+
+
+def test_weights_that_a_wrong_note_vouches_for_are_noticed_by_a_fresh_reading(bundle, weights_dir):
+    path = weights_dir / "sharpen.safetensors"
+    sealed = sha256_of_file(path)
+    overwrite(path, b"x" + path.read_bytes()[1:])
+    sha256_of_file(path)
+    note_of(path).write_text(sealed)
+    assert read(bundle).weights_folder("sharpen") == weights_dir
+    assert "SHA-256 differs" in refusal(read(bundle, fresh=True).weights_folder, "sharpen")
+
+
+def test_without_a_home_a_bundle_reads_and_a_build_is_told_what_to_set(bundle, monkeypatch):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("TILEWRIGHT_CACHE_DIR")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    assert read(bundle).weights_folder("sharpen").is_dir()
+    with pytest.raises(EnvironmentMismatch, match="; set TILEWRIGHT_CACHE_DIR"):
+        cache_dir()
 
 
 @pytest.mark.parametrize("note", [b"", b"0", b"g" * 64, b"\xff" * 64, b"\0" * 64, b"0" * 63 + b"\n", b"0" * 65, None])
@@ -783,6 +885,15 @@ def test_the_cache_lies_where_the_environment_says(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_dir() == tmp_path / ".cache" / "tilewright"
+
+
+def test_writers_of_one_file_never_meet_in_a_temporary_one(tmp_path):
+    with writing(tmp_path / "file") as one, writing(tmp_path / "file") as other:
+        assert one != other
+        one.write_text("one")
+        other.write_text("other")
+    assert (tmp_path / "file").read_text() == "one"
+    assert entries(tmp_path) == {"file"}
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -1038,3 +1149,120 @@ def test_a_mutated_document_is_refused_in_one_line_or_read_to_what_it_says(bundl
             assert str(error).isprintable(), (seed, str(error))
     assert outcomes["refused"] > 200
     assert outcomes["read"] > 20
+
+
+# What graphs read outside
+
+
+def change_graph(root: Path, change, file: str = "sharpen/model.onnx") -> None:
+    """Change the first weight of a sealed graph."""
+    model = onnx.load(root / file, load_external_data=False)
+    weight = next(t for t in model.graph.initializer if t.external_data)
+    change(weight)
+    reseal(root, file, model.SerializeToString())
+
+
+def says(key: str, value: object):
+    def change(weight):
+        next(entry for entry in weight.external_data if entry.key == key).value = str(value)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (says("location", "secret.bin"), "of 'secret.bin', which weights.json does not say"),
+        (says("location", "/etc/passwd"), "of '/etc/passwd', which"),
+        (
+            says("location", "../models/sharpen/sharpen.safetensors"),
+            "of '../models/sharpen/sharpen.safetensors', which",
+        ),
+        (says("offset", 8), "108 bytes at 8 of 'sharpen.safetensors'"),
+        (says("length", 4), "is float32 [3, 1, 3, 3], 4 bytes at "),
+        (lambda weight: setattr(weight, "name", "other"), "'other' is float32"),
+        (lambda weight: setattr(weight, "data_type", 6), "is int32 [3, 1, 3, 3]"),
+        (lambda weight: weight.dims.append(1), "is float32 [3, 1, 3, 3, 1]"),
+        (lambda weight: weight.external_data.add(key="checksum", value="0"), "not an ONNX graph ('weight' says its"),
+    ],
+)
+def test_a_graph_that_reads_what_its_weights_do_not_say_is_refused(bundle, change, words):
+    change_graph(bundle, change)
+    text = refusal(read, bundle)
+    assert text.startswith(f"{bundle / 'sharpen' / 'model.onnx'}: ")
+    assert words in text
+
+
+def test_an_engines_own_graph_is_checked_as_the_portable_one(staged, tmp_path):
+    staging, manifest = staged()
+    shutil.copy(staging / "sharpen" / "model.onnx", staging / "sharpen" / "ort.onnx")
+    component = manifest.components["sharpen"]
+    engines = (dataclasses.replace(component.engines[0], file="sharpen/ort.onnx"),)
+    components = {"sharpen": dataclasses.replace(component, engines=engines)}
+    seal(staging, dataclasses.replace(manifest, components=components), tmp_path / "b")
+    change_graph(tmp_path / "b", says("location", "secret.bin"), "sharpen/ort.onnx")
+    assert refusal(read, tmp_path / "b").startswith(f"{tmp_path / 'b' / 'sharpen' / 'ort.onnx'}: 'weight' is ")
+
+
+def test_weights_may_say_more_than_graphs_read(bundle):
+    document = json.loads((bundle / "weights.json").read_text())
+    put(bundle, "weights.json", ("tensors", "sharpen", "dropped"), document["tensors"]["sharpen"]["weight"])
+    assert set(read(bundle).weights.tensors["sharpen"]) == {"weight", "dropped"}
+
+
+# The folder that is asked for
+
+
+def test_a_folder_used_instead_of_the_one_asked_for_is_said_once(bundle, weights_dir, tmp_path, caplog):
+    (tmp_path / "given").mkdir()
+    whole = read(bundle)
+    for _ in range(2):
+        assert whole.weights_folder("sharpen", tmp_path / "given") == weights_dir
+    (said,) = caplog.records
+    assert (said.name, said.levelname) == ("tilewright", "WARNING")
+    assert said.message == f"weights of 'sharpen': {weights_dir} is used, not {tmp_path / 'given'}; see --weights-dir"
+
+
+def test_packed_weights_used_instead_of_the_folder_asked_for_are_said(build, weights_dir, caplog):
+    root = build(packed=True)
+    assert read(root).weights_folder("sharpen", weights_dir) == root / "weights" / "sharpen"
+    assert f"{root / 'weights' / 'sharpen'} is used, not {weights_dir}" in caplog.text
+
+
+def test_the_folder_asked_for_is_used_without_a_word(bundle, weights_dir, caplog):
+    for asked in (weights_dir, weights_dir.parent, weights_dir.parent.parent, None):
+        read(bundle).weights_folder("sharpen", asked)
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("kind", ["nothing", "file"])
+def test_a_folder_that_is_none_is_refused(bundle, weights_dir, tmp_path, kind):
+    given = tmp_path / "nowhere" if kind == "nothing" else weights_dir / "sharpen.safetensors"
+    for act in (lambda: read(bundle).weights_folder("sharpen", given), lambda: load(bundle, weights_dir=given)):
+        with pytest.raises(UsageError, match=rf"^--weights-dir {given} is no folder; give"):
+            act()
+
+
+# The bundle that is expected
+
+
+@pytest.mark.parametrize("digits", [12, 20, 64])
+def test_a_bundle_is_pinned_by_its_digest(bundle, digits):
+    digest = sha256_of_bytes((bundle / "bundle.json").read_bytes())
+    assert read(bundle, expect=digest[:digits]).digest == digest == read(bundle, expect=digest.upper()).digest
+    with load(bundle, expect=digest[:digits]) as restorer:
+        assert restorer.bundle.digest == digest
+    other = ("0" if digest[digits - 1] != "0" else "1").join([digest[: digits - 1], ""])
+    for act in (read, load):
+        with pytest.raises(BundleError) as caught:
+            act(bundle, expect=other)
+        assert str(caught.value) == (
+            f"{bundle / 'bundle.json'}: SHA-256 {digest} is not the expected {other}; get the bundle you pinned"
+        )
+
+
+@pytest.mark.parametrize("expect", ["", "0" * 11, "0" * 65, "g" * 12, "0" * 12 + "\n", "sha256:" + "0" * 64])
+def test_a_pin_that_is_no_digest_is_refused(bundle, expect):
+    with pytest.raises(UsageError, match=r"^--expect .* is no digest; give 12 to 64 hexadecimal digits") as caught:
+        read(bundle, expect=expect)
+    assert str(caught.value).isprintable()

@@ -1,6 +1,8 @@
 """A bundle's own arguments on the command line, from the words a shell passes to the pixels of a file."""
 
 import json
+import math
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,9 @@ from safetensors.numpy import save_file
 
 from tilewright.export.cli import main
 from tilewright.runtime import load
+from tilewright.runtime.bundle import safetensors_header
 from tilewright.runtime.cli import split_inputs
+from tilewright.runtime.digests import sha256_of_bytes
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
 
@@ -146,3 +150,42 @@ def test_profile_takes_a_bundles_own_inputs_too() -> None:
 def test_other_commands_keep_all_their_words() -> None:
     words = ["runtime", "plan", "3", "4", "--odd", "x"]
     assert split_inputs(words) == (words, [])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("runtime", "restore", "in.png", "out.png", "--bundle"),
+        ("runtime", "plan", "64", "64", "--bundle"),
+        ("runtime", "profile", "--bundle"),
+        ("export", "inspect"),
+        ("export", "verify"),
+    ],
+    ids=" ".join,
+)
+def test_every_verb_that_opens_a_bundle_takes_its_digest(bundle, tmp_path, monkeypatch, capsys, words):
+    monkeypatch.chdir(tmp_path)
+    digest = sha256_of_bytes((bundle / "bundle.json").read_bytes())
+    assert main([*words, str(bundle), "--expect", "0" * 12]) == 3
+    assert f"SHA-256 {digest} is not the expected 000000000000" in capsys.readouterr().err
+    if words[1] in ("plan", "inspect"):
+        assert main([*words, str(bundle), "--expect", digest[:12]]) == 0
+
+
+def test_weights_that_are_no_numbers_end_a_restoration_with_exit_7_and_no_picture(
+    two_folder_bundle, two_folders, tmp_path, capsys
+):
+    file = tmp_path / "other" / "extra" / "weights.safetensors"
+    _, offset, _ = safetensors_header(file)["single"]
+    data = bytearray(file.read_bytes())
+    data[offset : offset + 4] = struct.pack("<f", math.nan)
+    file.write_bytes(data)
+    Image.new("RGB", (16, 16)).save(tmp_path / "in.png")
+    words = ["runtime", "restore", str(tmp_path / "in.png"), str(tmp_path / "out.png"), "--bundle"]
+    assert main([*words, str(two_folder_bundle())]) == 7
+    said = capsys.readouterr().err.splitlines()
+    assert said == [
+        "tilewright: pass 'add', once: add.sum holds nan, 256 of 768 numbers are not finite; check the weights, and the"
+        " bundle with 'tilewright export verify'"
+    ]
+    assert not (tmp_path / "out.png").exists()

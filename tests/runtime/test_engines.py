@@ -1,6 +1,7 @@
 """ONNX Runtime as an engine: right answers from mapped weights, and a line that says why when it cannot run."""
 
 import importlib.util
+import shutil
 import struct
 import subprocess
 import sys
@@ -14,7 +15,8 @@ import pytest
 from onnx import TensorProto, helper
 
 from tilewright.runtime import load
-from tilewright.runtime.bundle import read
+from tilewright.runtime.bundle import Reference, read
+from tilewright.runtime.digests import sha256_of_file
 from tilewright.runtime.engines import BACKENDS, backend, ort
 from tilewright.runtime.errors import BundleError, EnvironmentMismatch, ResourceError
 
@@ -71,12 +73,31 @@ def test_low_and_fast_memory_give_equal_answers(bundle):
     np.testing.assert_allclose(one, other, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", [TensorProto.FLOAT16, TensorProto.BFLOAT16], ids=["float16", "bfloat16"])
-def test_low_memory_holds_no_copy_of_half_precision_weights(tmp_path, kind):
+def hugging_face(folder: Path, cache: Path) -> Path:
+    """A snapshot of a folder's files in a cache as Hugging Face lays it out: links to blobs, which are named alike."""
+    root = cache / "models--org--name"
+    snapshot = root / "snapshots" / ("5" * 40)
+    (root / "blobs").mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    (root / "refs").mkdir()
+    (root / "refs" / "main").write_text(snapshot.name)
+    for file in folder.iterdir():
+        blob = root / "blobs" / sha256_of_file(file)
+        shutil.copyfile(file, blob)
+        (snapshot / file.name).symlink_to(Path("..", "..", "blobs", blob.name))
+    return snapshot
+
+
+@pytest.mark.parametrize("kind", [TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16])
+@pytest.mark.parametrize("linked", [False, True], ids=["files", "links"])
+def test_low_memory_holds_no_copy_of_weights(tmp_path, kind, linked):
     side = 4096
-    (tmp_path / "weights.bin").write_bytes(bytes(2 * side * side))
+    dtype, width = {1: ("float32", 4), 10: ("float16", 2), 16: ("bfloat16", 2)}[kind]
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    (folder / "weights.bin").write_bytes(bytes(width * side * side))
     weight = TensorProto(name="w", data_type=kind, dims=[side, side], data_location=TensorProto.EXTERNAL)
-    for key, value in {"location": "weights.bin", "offset": "0", "length": str(2 * side * side)}.items():
+    for key, value in {"location": "weights.bin", "offset": "0", "length": str(width * side * side)}.items():
         weight.external_data.add(key=key, value=value)
     nodes = [helper.make_node("Cast", ["w"], ["wide"], to=TensorProto.FLOAT)]
     nodes.append(helper.make_node("MatMul", ["x", "wide"], ["y"]))
@@ -84,20 +105,26 @@ def test_low_memory_holds_no_copy_of_half_precision_weights(tmp_path, kind):
     graph = helper.make_graph(nodes, "cast", *ends, [weight])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     onnx.save(model, tmp_path / "model.onnx")
+    mapped = None
+    if linked:
+        reference = Reference("weights.bin", dtype, (side, side), 0, width * side * side)
+        mapped = {"w": (hugging_face(folder, tmp_path / "hub") / "weights.bin", reference)}
     code = f"""
-from pathlib import Path
+from pathlib import Path, PosixPath
+from tilewright.runtime.bundle import Reference
 from tilewright.runtime.engines.ort import open_graph
 def held():
     return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("RssAnon"))
 import onnxruntime
 before = held()
-engine = open_graph(Path({str(tmp_path / "model.onnx")!r}), Path({str(tmp_path)!r}), memory="low", threads=1)
+engine = open_graph(Path({str(tmp_path / "model.onnx")!r}), {None if linked else folder!r}, memory="low", threads=1,
+    mapped={mapped!r})
 print(held() - before)
 """
     if not Path("/proc/self/status").exists():
         pytest.skip("only Linux tells what a process holds of its own")
     printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-    assert int(printed) < side * side * 2 / 1024 / 2  # as float32 they would be four times that
+    assert int(printed) < side * side * width / 1024 / 2
 
 
 def test_low_memory_turns_off_what_copies_the_weights(bundle):
@@ -173,7 +200,7 @@ def test_weights_of_two_folders_and_three_types_meet_in_one_session(two_folder_b
     for image in (noise(1, 3, 8, 8), noise(2, 3, 16, 8)):
         np.testing.assert_allclose(engine.run({"image": image}, ["sum"])["sum"], added(image, two_folders), atol=1e-6)
     engine.close()
-    assert (engine.session, engine.initializers) == (None, None)
+    assert engine.session is None
 
 
 @pytest.mark.parametrize("name", ["single", "half", "brain"])
@@ -183,9 +210,9 @@ def test_each_mapped_weight_is_the_one_that_its_reference_says(two_folder_bundle
     numbers = {"single": struct.pack("<3f", 1, 2, 3), "half": struct.pack("<3e", 1, 2, 3)}
     numbers["brain"] = b"".join(struct.pack("<f", number)[2:] for number in (1, 2, 3))
     other.write_bytes(b"\1" * 64 + numbers[name] + b"\1" * 64)
-    mapped = {n: (whole.folder("extra") / r.file, r) for n, r in whole.elsewhere("add").items()}
+    mapped = {n: (whole.folder(r.folder or "base") / r.file, r) for n, r in whole.weights.tensors["add"].items()}
     mapped[name] = (other, replace(mapped[name][1], offset=64, length=len(numbers[name])))
-    engine = ort.open_graph(whole.path("add/model.onnx"), whole.weights_folder("add"), mapped=mapped)
+    engine = ort.open_graph(whole.path("add/model.onnx"), None, mapped=mapped)
     image = noise(1, 3, 8, 8)
     changed = two_folders["extra"] | {name: ("", [1, 2, 3])}
     expected = added(image, two_folders | {"extra": changed})
@@ -224,6 +251,46 @@ def test_one_folder_that_moved_is_found_and_the_other_where_it_was(two_folder_bu
     image = noise(1, 3, 8, 8)
     engine = ort.open_engine(read(root), "add", weights_dir=tmp_path / "given")
     np.testing.assert_allclose(engine.run({"image": image}, ["sum"])["sum"], added(image, two_folders), atol=1e-6)
+
+
+@pytest.mark.parametrize("memory", ["fast", "low"])
+@pytest.mark.parametrize("moved", [False, True], ids=["in its place", "moved"])
+def test_weights_in_a_hugging_face_cache_run_linked_or_copied(build, weights_dir, kernels, tmp_path, memory, moved):
+    root, image = build(), noise(1, 3, 8, 8)
+    snapshot = hugging_face(weights_dir, tmp_path / "hub")
+    shutil.copytree(snapshot, tmp_path / "copied")
+    shutil.rmtree(weights_dir)
+    if moved:
+        (tmp_path / "hub").rename(tmp_path / "moved")
+        snapshot = tmp_path / "moved" / snapshot.relative_to(tmp_path / "hub")
+    else:
+        weights_dir.symlink_to(snapshot)
+    for place in (snapshot, tmp_path / "copied", *([] if moved else [None])):
+        engine = ort.open_engine(read(root), "sharpen", memory=memory, weights_dir=place)
+        answer = engine.run({"image": image}, ["sharp"])["sharp"]
+        np.testing.assert_allclose(answer, filtered(image, kernels), atol=1e-6)
+
+
+@pytest.mark.parametrize("memory", ["fast", "low"])
+def test_one_folder_of_links_and_one_of_files_meet_in_one_session(two_folder_bundle, two_folders, tmp_path, memory):
+    root = two_folder_bundle()
+    for folder in ("models/base", "other/extra"):
+        snapshot = hugging_face(tmp_path / folder, tmp_path / "hub" / folder)
+        shutil.rmtree(tmp_path / folder)
+        (tmp_path / folder).symlink_to(snapshot)
+        engine = ort.open_engine(read(root), "add", memory=memory)
+        image = noise(1, 3, 8, 8)
+        answer = engine.run({"image": image}, ["sum"])["sum"]
+        np.testing.assert_allclose(answer, added(image, two_folders), atol=1e-6)
+
+
+def test_a_link_to_other_bytes_is_refused(bundle, weights_dir, tmp_path):
+    snapshot = hugging_face(weights_dir, tmp_path / "hub")
+    blob = (snapshot / "sharpen.safetensors").resolve()
+    blob.write_bytes(blob.read_bytes()[:-1] + b"x")
+    shutil.rmtree(weights_dir)
+    text = refusal(ort.open_engine, read(bundle), "sharpen", weights_dir=snapshot)
+    assert text.startswith(f"{snapshot / 'sharpen.safetensors'}: SHA-256 differs")
 
 
 @pytest.mark.parametrize("folder", ["models/base", "other/extra"])

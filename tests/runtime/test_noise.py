@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tilewright.runtime.errors import UsageError
-from tilewright.runtime.noise import _normal_from_words, normal, philox4x32
+from tilewright.runtime.noise import BLOCK, _normal_from_words, normal, philox4x32
 
 WORD = st.integers(0, 2**32 - 1)
 FIELD = {"region": 0, "stream": 0, "channels": 1, "top": 0, "left": 0, "height": 64, "width": 64}
@@ -80,6 +80,12 @@ def test_a_crop_that_spans_several_blocks_of_rows_is_the_same_field():
     whole = normal(5, region=0, stream=0, channels=1, top=0, left=0, height=40, width=5000)
     crop = normal(5, region=0, stream=0, channels=1, top=5, left=4000, height=30, width=900)
     np.testing.assert_array_equal(crop, whole[:, 5:35, 4000:4900])
+
+
+def test_a_field_wider_than_a_block_is_the_same_field():
+    whole = normal(5, region=0, stream=0, channels=1, top=0, left=0, height=3, width=BLOCK + 70)
+    crop = normal(5, region=0, stream=0, channels=1, top=1, left=BLOCK - 10, height=2, width=80)
+    np.testing.assert_array_equal(crop, whole[:, 1:, BLOCK - 10 :])
 
 
 def test_the_values_are_standard_normal():

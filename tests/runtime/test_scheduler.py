@@ -15,10 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tilewright.runtime.errors import UsageError
+from tilewright.runtime.errors import AccuracyError, UsageError
 from tilewright.runtime.noise import normal
 from tilewright.runtime.program import Call, Grid, Input, Pass, Program, State, Steps, Tiles
-from tilewright.runtime.scheduler import Job, in_order, least_px, plan_of, run
+from tilewright.runtime.scheduler import Job, _require_finite, in_order, least_px, plan_of, run
 from tilewright.runtime.strict import from_json, to_json
 
 PROGRAMS = Path(__file__).parents[1] / "programs"
@@ -1201,6 +1201,47 @@ def test_seconds_are_counted_for_every_component():
     assert 0 < job.seconds["generate"] < job.seconds["decode"]
 
 
+class Watched(dict):
+    """Numbers that take their time between being read and written; how many do so at once."""
+
+    now = most = 0
+
+    def get(self, *arguments):
+        self.now += 1
+        self.most = max(self.most, self.now)
+        time.sleep(0.005)
+        return super().get(*arguments)
+
+    def __setitem__(self, name, value):
+        super().__setitem__(name, value)
+        self.now -= 1
+
+
+def test_seconds_of_tiles_that_end_at_once_are_added_one_after_another():
+    job = Job(canvas(64, 512), tile_px=64, overlap_px=0, workers=4, seconds=Watched())
+    run(program_of("hitoksr"), toys(HITOKSR), {}, job)
+    assert job.seconds.most == 1
+
+
+@pytest.mark.parametrize("sections", [("each",), ("each", "last"), ("once", "each")])
+def test_a_result_that_every_step_writes_is_told_once_and_as_it_stays(sections):
+    calls = {"once": {"image": "image"}, "each": {"image": "image", "sigma": "@sigma"}, "last": {"image": "result"}}
+    made = {name: (Call("paint", calls[name], {"painted": "result"}),) for name in sections}
+    grids = {"image": Grid(1, 3, "input"), "result": Grid(1, 3)}
+    program = Program(1, 8, grids, (Pass("paint", Tiles(64, 0), Steps("flow_shift", 3), **made),))
+    pieces = np.full((3, 64, 128), np.nan, np.float32)
+
+    def place(top, left, part):
+        there = pieces[:, top : top + part.shape[1], left : left + part.shape[2]]
+        assert np.isnan(there).all()
+        there[...] = part
+
+    paint = Toy(lambda image, sigma=0.5: {"painted": np.float32(image * sigma)})
+    result = run(program, {"paint": paint}, {}, Job(canvas(64, 128), on_final=place))
+    assert len(paint.feeds) == 2 * (3 + len(sections) - 1)
+    assert result.tobytes() == pieces.tobytes()
+
+
 class Forgetful(Toy):
     """A toy that keeps nothing it is fed."""
 
@@ -1280,6 +1321,35 @@ def test_a_fault_in_one_pass_keeps_the_next_from_starting():
     with pytest.raises(RuntimeError, match="device lost"):
         run(program_of("in-token"), engines, IN_TOKEN_CONSTANTS, Job(canvas(64, 64)))
     assert (len(engines["see"].feeds), len(engines["decode"].feeds)) == (1, 0)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("kind", ["float32", "float16", "float64"])
+def test_numbers_that_are_not_finite_end_the_job_with_the_call_that_gave_them(value, kind):
+    calls = itertools.count(1)
+
+    def step(**inputs):
+        made = {name: array.astype(kind) for name, array in IN_TOKEN["step"](**inputs).items()}
+        if next(calls) == 3:
+            next(iter(made.values())).flat[[5, 7]] = value
+        return made
+
+    engines = toys(IN_TOKEN | {"step": step})
+    with pytest.raises(AccuracyError) as caught:
+        run(program_of("in-token"), engines, IN_TOKEN_CONSTANTS, Job(canvas(64, 64), steps=4))
+    assert caught.value.exit_code == 7
+    assert str(caught.value).startswith(f"pass 'sample', step 3: step.z_next holds {value}, 2 of ")
+    assert str(caught.value).isprintable()
+    assert len(engines["decode"].feeds) == 0
+
+
+def test_large_numbers_and_choices_are_no_fault():
+    paint = {"image": np.full((1, 3, 8, 8), 3e38, np.float32)}
+    most = np.iinfo(np.int64).max
+    codes = {"codes": np.full((1, 3, 2, 2), most), "half": np.full((1, 9, 9), 65504, np.float16)}
+    for made in (paint, codes):
+        for name, output in made.items():
+            _require_finite(name, output)
 
 
 # in_order

@@ -71,6 +71,29 @@ def test_min_mu_holds_small_canvases_up_and_leaves_large_ones():
     np.testing.assert_array_equal(flow_shift(28, 1024, min_mu=0.5)["sigma"], flow_shift(28, 1024)["sigma"])
 
 
+LINES = [(0.5, 1.15, 256, 4096), (5.0, 5.0, 1, 2), (1.0, -0.25, 100, 900)]  # base and largest shift, and their tokens
+
+
+@pytest.mark.parametrize("line", LINES)
+@pytest.mark.parametrize("tokens", [16, 500, 14400])
+def test_flow_shift_takes_the_line_of_a_schedulers_configuration(line, tokens):
+    diffusers = pytest.importorskip("diffusers", reason=DIFFUSERS)
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+    base_shift, max_shift, base_tokens, max_tokens = line
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    mu = calculate_shift(tokens, base_tokens, max_tokens, base_shift, max_shift)
+    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / 9, 9), mu=mu)
+    options = {"base_shift": base_shift, "max_shift": max_shift, "base_tokens": base_tokens, "max_tokens": max_tokens}
+    tables = flow_shift(9, tokens, **options)
+    np.testing.assert_allclose(np.append(tables["sigma"], tables["sigma_next"][-1]), scheduler.sigmas, atol=1e-6)
+
+
+def test_flow_shifts_defaults_are_the_published_line():
+    published = {"base_shift": 0.5, "max_shift": 1.15, "base_tokens": 256, "max_tokens": 4096}
+    np.testing.assert_array_equal(flow_shift(28, 1234)["sigma"], flow_shift(28, 1234, **published)["sigma"])
+
+
 @pytest.mark.parametrize("count", [1, 4, 28, 50])
 @pytest.mark.parametrize("tokens", [16, 1024, 4096, 14400])
 def test_flow_shift_agrees_with_diffusers(count, tokens):
@@ -229,6 +252,18 @@ def test_a_schedule_without_steps_is_refused(name):
 def test_flow_shift_without_tokens_is_refused():
     with pytest.raises(UsageError, match="tokens=0 is no token count; use 1 or more"):
         flow_shift(28, 0)
+
+
+@pytest.mark.parametrize("ends", [(0, 4096), (4096, 256), (256, 256)])
+def test_a_flow_shift_without_a_line_is_refused(ends):
+    with pytest.raises(UsageError, match=f"base_tokens={ends[0]}, max_tokens={ends[1]} give no line; use 0 < base"):
+        flow_shift(28, 1024, base_tokens=ends[0], max_tokens=ends[1])
+
+
+@pytest.mark.parametrize("options", [{"min_mu": 1e3}, {"max_mu": -1e3}, {"base_shift": 1e308, "max_shift": -1e308}])
+def test_a_flow_shift_beyond_all_numbers_is_refused(options):
+    with pytest.raises(UsageError, match="leaves no steps; bound it between -100 and 100"):
+        flow_shift(28, 1024, **options)
 
 
 @pytest.mark.parametrize("schedule", [ddim, ddpm])

@@ -1,6 +1,7 @@
 """The parts of training, at tiny sizes: what they compute, and that what comes out is what the systems read."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,12 +10,19 @@ from torch import Tensor, nn
 from train import data, hitoksr, in_token
 from train.command import write
 
+from tilewright.export.build.attachment import check_attachment, lacking, origins_of
 from tilewright.export.build.request import Request
-from tilewright.export.graph.trace import parameter_specs
 from tilewright.export.networks.flux import Modulate, Step
-from tilewright.export.systems import flux_sizes, system
-from tilewright.export.systems.hitoksr import PRESETS
-from tilewright.export.weights.files import attach
+from tilewright.export.systems.flux import sizes as flux_sizes
+from tilewright.export.systems.hitoksr.sizes import PRESETS
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def inference_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training takes the networks' op away, which has no gradient; what is set here is put back."""
+    monkeypatch.setattr(hitoksr.networks, "qkv_norm_rope", hitoksr.networks.qkv_norm_rope)
 
 
 def test_a_coarse_image_is_haars_approximation():
@@ -58,7 +66,6 @@ def tiny_hitoksr(monkeypatch, tmp_path, few_images) -> hitoksr.Training:
     monkeypatch.setitem(PRESETS, "demo", PRESETS["tiny"])
     monkeypatch.setattr(hitoksr, "STEPS", dict.fromkeys(hitoksr.STEPS, 2))
     monkeypatch.setattr(hitoksr, "SIDE", 32)
-    monkeypatch.setattr(hitoksr.networks, "qkv_norm_rope", hitoksr.networks.qkv_norm_rope)  # puts it back
     return hitoksr.Training(tmp_path / "state")
 
 
@@ -73,14 +80,19 @@ def test_codewords_become_the_means_of_what_chose_them(tiny_hitoksr):
     assert torch.allclose(tokenizer.quantizer.codebook, centres + 1.5, atol=2e-5)
 
 
+def test_the_shipped_configuration_is_the_one_that_training_writes(tmp_path):
+    shipped = (ROOT / "demo" / "hitoksr" / "config.json").read_text()
+    assert shipped == hitoksr.Training(tmp_path).files()["config.json"]
+
+
 def test_every_stage_of_hitoksr_runs_and_the_system_finds_all_it_needs(tiny_hitoksr, tmp_path):
     tiny_hitoksr.run()
     again = hitoksr.Training(tiny_hitoksr.folder)
     again.run()  # of what is done, nothing is done again
-    (tensors,), (repeated,) = (training.files().values() for training in (tiny_hitoksr, again))
+    tensors, repeated = (training.files()["hitoksr"] for training in (tiny_hitoksr, again))
     assert all(torch.equal(tensors[name], repeated[name]) for name in tensors)
     write(tiny_hitoksr.files(), tmp_path / "w")
-    needed(Request("hitoksr", "demo", tmp_path / "b", tmp_path / "w"))
+    needed(Request("hitoksr", None, tmp_path / "b", tmp_path / "w"))
 
 
 @pytest.fixture
@@ -96,7 +108,12 @@ def test_both_stages_of_in_token_run_and_the_system_finds_all_it_needs(monkeypat
     training = in_token.Training(tmp_path / "state")
     training.run()
     write(training.files(), tmp_path / "w")
-    needed(Request("in-token", "demo", tmp_path / "b", tmp_path / "w"))
+    needed(Request("in-token", None, tmp_path / "b", tmp_path / "w"))
+
+
+def test_the_shipped_configuration_files_are_those_that_training_writes():
+    for name, text in in_token.config_files().items():
+        assert (ROOT / "demo" / "in-token" / name).read_text() == text
 
 
 def test_the_first_velocity_leads_from_noise_to_what_the_encoder_saw():
@@ -139,10 +156,6 @@ def test_what_is_trained_is_the_step_that_is_deployed(tiny_in_token):
 
 
 def needed(request: Request) -> None:
-    """Every parameter of every component is in the files, with its shape; a missing or odd one would be refused."""
-    wanted = {
-        name: {key: spec.shape for key, spec in parameter_specs(source).items() if not key.endswith("mask_token")}
-        for name, source in request.components.items()
-    }
-    references = attach(wanted, request.used, system(request.system))
-    assert all(references[name].keys() == wanted[name].keys() for name in wanted)
+    """Every parameter of every component is in the files, with its shape; a missing or odd one is refused."""
+    check_attachment(request)
+    assert not lacking(request, origins_of(request, request.used))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 __all__ = ["main", "write"]
 
-Files = dict[str, dict[str, Tensor]]  # names without their ending
+Files = dict[str, dict[str, Tensor] | str]  # texts by their names, tensors by names without an ending
 
 
 class Training(Protocol):
@@ -32,8 +32,12 @@ def main(description: str, training: Callable[[Path], Training]) -> int:
 
 
 def write(files: Files, folder: Path) -> None:
-    """As float16."""
-    for name, tensors in files.items():
-        path = folder / f"{name}.safetensors"
+    """Tensors as float16, texts as they are."""
+    for name, content in files.items():
+        path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({key: tensor.half().contiguous() for key, tensor in tensors.items()}, path)
+        if isinstance(content, str):
+            path.write_text(content, encoding="utf-8")
+        else:
+            halves = {key: tensor.half().contiguous() for key, tensor in content.items()}
+            save_file(halves, path.with_name(f"{path.name}.safetensors"))

@@ -4,6 +4,7 @@ Stages, as in the paper at small scale: the vision prior, the tokenizer, the gen
 no adversary and no trained perceptual loss here; differences of neighbouring pixels take their place.
 """
 
+import json
 import sys
 from collections.abc import Callable
 from copy import deepcopy
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, cosine_similarity, cross_entropy, interpolate, l1_loss, one_hot
 
 from tilewright.export.networks import hitoksr as networks
-from tilewright.export.systems.hitoksr import PRESETS
+from tilewright.export.systems.hitoksr.sizes import PRESETS, of_networks
 from tilewright.kernels.qkv_norm_rope import qkv_norm_rope_reference
 from train import command, data
 from train.linear import silence
@@ -166,7 +167,7 @@ class Training:
         networks.qkv_norm_rope = qkv_norm_rope_reference  # type: ignore[assignment]
         torch.manual_seed(0)
         self.folder = folder
-        self.config = networks.HiTokConfig(**PRESETS["demo"])
+        self.config = networks.HiTokConfig(**of_networks(PRESETS["demo"]))
         self.prior, self.tokenizer = Prior(self.config), Tokenizer(self.config)
         self.generator = networks.Generator(self.config)
 
@@ -295,8 +296,8 @@ class Training:
         self.stage("decoder", 5e-4, self.tokenizer, average, losses, judged)
         self.tokenizer.decoder.load_state_dict(average.network.decoder.state_dict())
 
-    def files(self) -> dict[str, dict[str, Tensor]]:
-        """The shipped weights by the system's names."""
+    def files(self) -> dict[str, dict[str, Tensor] | str]:
+        """The shipped weights by the system's names, and the configuration that says their sizes."""
         parts = {
             "vfm.": self.prior.vision.vfm,
             "generator.": self.generator,
@@ -304,7 +305,11 @@ class Training:
             "quantizer.": self.tokenizer.quantizer,
         }
         state = {prefix + name: t for prefix, part in parts.items() for name, t in part.state_dict().items()}
-        return {"hitoksr": {name: t for name, t in state.items() if not name.endswith("mask_token")}}
+        config = {"_class_name": "HiTokSR", "licence": "Apache-2.0: trained by tools/train", **PRESETS["demo"]}
+        return {
+            "config.json": json.dumps(config, indent=2) + "\n",
+            "hitoksr": {name: t for name, t in state.items() if not name.endswith("mask_token")},
+        }
 
 
 if __name__ == "__main__":

@@ -18,6 +18,9 @@ from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
 from torch import Tensor, nn
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
+from tilewright.export.networks import configs
+from tilewright.export.systems.flux.files import config
+from tilewright.export.systems.flux.fill import OF_SCHEDULE
 from tilewright.export.systems.flux.sizes import PRESETS
 from tilewright.runtime.schedules import flow_shift
 from train import command, linear
@@ -170,18 +173,19 @@ class Training:
 
     def sampler(self, conditioned: Any, steps: int = 8) -> Callable[[Tensor, Tensor], Tensor]:
         """Euler's steps on whole crops, as the program has them."""
+        shift = {OF_SCHEDULE[key]: value for key, value in SIZES.schedule.items()}
 
         def restored(sharp: Tensor, soft: Tensor) -> Tensor:
             y, seen = self.latent(self.vae, soft), conditioned.seen(soft)
             z = torch.randn(y.shape, generator=torch.Generator().manual_seed(0))
-            tables = flow_shift(steps, (SIDE // SIZES.multiple) ** 2, min_mu=SIZES.min_mu)
+            tables = flow_shift(steps, (SIDE // SIZES.multiple) ** 2, **shift)
             for here, there in zip(tables["sigma"], tables["sigma_next"], strict=True):
                 z = z + float(there - here) * conditioned(z, y, torch.full((len(z),), float(here)), seen).float()
             return self.picture(self.vae, z)
 
         return restored
 
-    def files(self) -> dict[str, dict[str, Tensor]]:
+    def files(self) -> dict[str, dict[str, Tensor] | str]:
         """The shipped weights, as in FLUX.1-Fill-dev with FLUX.1-Redux-dev inside: one folder holds all."""
         model = self.conditioned
         siglip = {f"vision_model.{k.removeprefix('vision_model.')}": v for k, v in model.siglip.state_dict().items()}
@@ -191,7 +195,22 @@ class Training:
             "FLUX.1-Redux-dev/image_encoder/model": {k: v for k, v in siglip.items() if ".head." not in k},
             "FLUX.1-Redux-dev/image_embedder/diffusion_pytorch_model": model.redux.state_dict(),
             "prompt": {"prompt_embeds": model.prompt.detach(), "pooled_prompt_embeds": model.pooled.detach()},
+            **config_files(),
         }
+
+
+def config_files() -> dict[str, str]:
+    """What the published folders say of sizes, schedule and pictures, for the small ones."""
+    redux = {"redux_dim": SIZES.siglip["hidden_size"], "txt_in_features": SIZES.context}
+    values = {
+        "transformer": (configs.FLUX, SIZES.transformer),
+        "vae": (configs.VAE, {**SIZES.vae, "sample_size": SIZES.tile_px}),
+        "scheduler": (configs.FLOW, SIZES.schedule),
+        "FLUX.1-Redux-dev/image_encoder": (configs.SIGLIP, SIZES.siglip),
+        "FLUX.1-Redux-dev/image_embedder": (configs.REDUX, redux),
+        "FLUX.1-Redux-dev/feature_extractor": (configs.SIGLIP_PROCESSOR, SIZES.siglip_processor),
+    }
+    return {f"{folder}/{form.file}": config(form, sizes) for folder, (form, sizes) in values.items()}
 
 
 if __name__ == "__main__":

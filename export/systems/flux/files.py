@@ -1,4 +1,7 @@
-"""The files in which FLUX is published, with every name, shape and type: what stand-ins are made of."""
+"""The files in which FLUX is published: configurations, and every name, shape and type of weights.
+
+Stand-ins are made of them.
+"""
 
 import json
 import re
@@ -7,14 +10,30 @@ from typing import Any
 
 import numpy as np
 
-from tilewright.export.systems.flux.fill import text_sources
+from tilewright.export.networks import configs
+from tilewright.export.systems.flux.fill import text_encoders as text_components
 from tilewright.export.systems.flux.keys import keys
-from tilewright.export.systems.flux.sizes import CLIP_VOCABULARY, PRESETS
+from tilewright.export.systems.flux.sizes import CLIP_TEXT, CLIP_VOCABULARY, PRESETS
+from tilewright.export.weights.config import Config
 from tilewright.runtime.program import TensorSpec
 
-__all__ = ["bfloat16", "lora_pairs", "sharded", "text_encoders", "transformer", "vae"]
+__all__ = ["bfloat16", "config", "lora_pairs", "scheduler", "sharded", "text_encoders", "transformer", "vae"]
 
 SHARD_BYTES = 9_985_000_000  # of a published shard, at most
+
+
+def config(form: Config, values: Mapping[str, Any]) -> str:
+    """A configuration file with these values, and with those that its class must have."""
+    first = form.classes[0]
+    of_transformers = any(name.islower() for name in form.classes)  # which have types of models too
+    key = "image_processor_type" if form.file == "preprocessor_config.json" else "_class_name"
+    name: dict[str, Any] = {"architectures": [first]} if of_transformers else {key: first}
+    return json.dumps(name | {**form.must, **values}, indent=2) + "\n"
+
+
+def scheduler() -> dict[str, Any]:
+    """The schedule's file as published."""
+    return {f"scheduler/{configs.FLOW.file}": config(configs.FLOW, {"shift": 3.0, **PRESETS["full"].schedule})}
 
 
 def transformer() -> dict[str, Any]:
@@ -30,7 +49,8 @@ def transformer() -> dict[str, Any]:
             room = SHARD_BYTES
         shards[-1][name] = spec
         room -= size
-    return sharded("transformer", "diffusion_pytorch_model", shards)
+    said = {"transformer/config.json": config(configs.FLUX, PRESETS["full"].transformer)}
+    return said | sharded("transformer", "diffusion_pytorch_model", shards)
 
 
 def sharded(folder: str, stem: str, shards: list[dict[str, TensorSpec]]) -> dict[str, Any]:
@@ -45,10 +65,14 @@ def sharded(folder: str, stem: str, shards: list[dict[str, TensorSpec]]) -> dict
 
 
 def vae() -> dict[str, Any]:
-    """The VAE's file as published."""
+    """The VAE's folder as published."""
     from diffusers import AutoencoderKL
 
-    return {"vae/diffusion_pytorch_model.safetensors": _published(AutoencoderKL, PRESETS["full"].vae)}
+    sizes = PRESETS["full"]
+    return {
+        "vae/config.json": config(configs.VAE, {**sizes.vae, "sample_size": sizes.tile_px}),
+        "vae/diffusion_pytorch_model.safetensors": _published(AutoencoderKL, sizes.vae),
+    }
 
 
 def text_encoders() -> dict[str, Any]:
@@ -56,16 +80,21 @@ def text_encoders() -> dict[str, Any]:
     from tilewright.export.graph.trace import parameter_specs
     from tilewright.export.tokenizers import stand_in_clip, stand_in_t5
 
-    sources = text_sources("full")
+    sizes = PRESETS["full"]
     held = {
-        component: {str(keys(component, name)[0]): bfloat16(spec) for name, spec in parameter_specs(source).items()}
-        for component, source in sources.items()
+        component: {str(keys(component, name)[0]): bfloat16(spec) for name, spec in parameter_specs(network).items()}
+        for component, network in text_components(sizes).items()
     }
     half = len(held["t5"]) // 2
     shards = [dict(list(held["t5"].items())[:half]), dict(list(held["t5"].items())[half:])]
     files = sharded("text_encoder_2", "model", shards) | {"text_encoder/model.safetensors": held["clip"]}
     files |= {f"tokenizer/{name}": text for name, text in stand_in_clip(CLIP_VOCABULARY).items()}
-    return files | {"tokenizer_2/tokenizer.json": stand_in_t5(32128)}
+    return files | {
+        "text_encoder/config.json": config(CLIP_TEXT, {**sizes.clip_text, "eos_token_id": 2}),
+        "text_encoder_2/config.json": config(configs.T5, sizes.t5),
+        "tokenizer_2/tokenizer.json": stand_in_t5(32128),
+        "tokenizer_2/tokenizer_config.json": json.dumps({"model_max_length": sizes.words}),
+    }
 
 
 def lora_pairs(targets: str, rank: int) -> dict[str, TensorSpec]:
@@ -81,11 +110,11 @@ def lora_pairs(targets: str, rank: int) -> dict[str, TensorSpec]:
     return tensors
 
 
-def _published(network: Any, config: Mapping[str, Any]) -> dict[str, TensorSpec]:
+def _published(network: Any, sizes: Mapping[str, Any]) -> dict[str, TensorSpec]:
     import torch
 
     with torch.device("meta"):
-        state = network(**config).state_dict()
+        state = network(**sizes).state_dict()
     return {name: TensorSpec("bfloat16", tuple(tensor.shape)) for name, tensor in state.items()}
 
 

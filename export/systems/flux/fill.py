@@ -2,47 +2,55 @@
 
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tilewright.export.system import ComponentSpec, Option, Origin, finite
-from tilewright.export.systems.flux.keys import keys
-from tilewright.export.systems.flux.sizes import CLIP_VOCABULARY, PRESETS, Sizes
-from tilewright.export.weights import lora
-from tilewright.export.weights.files import Tensors, resolve
+from tilewright.export.system import ComponentSpec, LoraFile, Option, Origin, Run, Settings, finite
+from tilewright.export.systems.flux.keys import named_by_diffusers
+from tilewright.export.systems.flux.sizes import SCHEDULE, Sizes
 from tilewright.runtime.errors import InputError, UsageError
 from tilewright.runtime.inputs import tensors_of
 from tilewright.runtime.program import Input, TensorSpec, Tiles
 from tilewright.runtime.schedules import flow_shift
-from tilewright.runtime.text import encode
+from tilewright.runtime.text import encode as encode_words
 
 __all__ = [
     "BASE_OPTIONS",
     "BASE_ORIGINS",
     "LICENCE",
-    "base_settings",
+    "LORA",
+    "OF_SCHEDULE",
+    "base_choices",
     "caller_inputs",
-    "decode_source",
-    "encode_source",
-    "modulate_source",
+    "decode",
+    "encode",
+    "modulate",
     "modulation_tables",
     "prompt_constants",
     "schedule_options",
-    "step_source",
-    "text_sources",
+    "sizes_of",
+    "step",
+    "text_encoders",
     "tiles",
     "tokenizer_texts",
 ]
 
+LORA = LoraFile("lora")
+OF_SCHEDULE = {  # key of the scheduler's configuration -> option of flow_shift
+    "base_shift": "base_shift",
+    "max_shift": "max_shift",
+    "base_image_seq_len": "base_tokens",
+    "max_image_seq_len": "max_tokens",
+}
 LICENCE = "FLUX.1 [dev] Non-Commercial License (FLUX.1-Fill-dev)"
 FLOAT = "float32"
 
 BASE_ORIGINS = {
     "transformer": Origin("weights", ("transformer", "flux1-fill-dev.safetensors"), "FLUX.1-Fill-dev's transformer"),
-    "vae": Origin("weights", ("vae", "ae.safetensors"), "FLUX.1-Fill-dev's VAE"),
+    "vae": Origin("weights", ("vae", "ae.safetensors"), "FLUX.1-Fill-dev's VAE", read=named_by_diffusers),
     "text_encoder": Origin("weights", ("text_encoder",), "FLUX.1-Fill-dev's CLIP text encoder", needed=False),
     "text_encoder_2": Origin("weights", ("text_encoder_2",), "FLUX.1-Fill-dev's T5 text encoder", needed=False),
 }
@@ -64,7 +72,7 @@ BASE_OPTIONS = {
     "prompt": Option("words; needs the text encoders in the folder of weights"),
     "prompt_embeds": Option("safetensors with prompt_embeds and pooled_prompt_embeds", names=("prompt.safetensors",)),
     "steps": Option("sampling steps of the program", kind=int),
-    "min_mu": Option("bound of the schedule's shift on small tiles (default: the preset's)", kind=finite),
+    "min_mu": Option("bound of the schedule's shift on small tiles (default: none)", kind=finite),
     "max_mu": Option("bound of the schedule's shift on large tiles (default: none)", kind=finite),
     "guidance": Option("guidance that the model was distilled for (default: 30)", kind=finite),
     "fixed_tile": Option("only these tile sizes: their modulation is computed now", kind=_tiles),
@@ -73,141 +81,95 @@ BASE_OPTIONS = {
 }
 
 
-def base_settings(
-    preset: str, given: Mapping[str, Any], origins: Mapping[str, Tensors | None], steps: int
-) -> dict[str, Any]:
+def base_choices(sizes: Sizes, options: Mapping[str, Any], steps: int) -> dict[str, Any]:
     """What both systems let one choose."""
-    split, fixed = not given.get("no_split_modulation"), given.get("fixed_tile") or []
-    sizes = PRESETS[preset]
+    split, fixed = not options.get("no_split_modulation"), options.get("fixed_tile") or []
     if fixed and not split:
         raise UsageError("--fixed-tile computes the modulation at build; leave --no-split-modulation out")
     if wrong := [px for px in fixed if px % sizes.multiple]:
         raise UsageError(f"--fixed-tile {wrong[0]} is no multiple of {sizes.multiple}; use one")
-    count = given.get("steps", steps)
+    count = options.get("steps", steps)
     if not 1 <= count <= 1000:
         raise UsageError(f"--steps {count} must lie in 1..1000")
-    least, most = (given.get(name, default) for name, default in (("min_mu", sizes.min_mu), ("max_mu", None)))
+    least, most = options.get("min_mu"), options.get("max_mu")
     if least is not None and most is not None and least > most:
         raise UsageError(f"--min-mu {least} lies above --max-mu {most}; give a smaller one")
-    _check_fill(sizes, origins.get("transformer"))
-    _, strength = lora.path_and_strength(given.get("lora", ""))
     return {
         "steps": count,
         "mu": {"min_mu": least, "max_mu": most},
-        "guidance": given.get("guidance", 30.0),
+        "guidance": options.get("guidance", 30.0),
         "fixed": fixed,
-        "exact": given.get("exact_scalars", "on") == "on",
+        "exact": options.get("exact_scalars", "on") == "on",
         "split": split,
-        "lora_scale": strength,
-        "merged": given.get("lora_mode") == "merge",
-        "branches": _branches(preset, origins),
     }
 
 
-def _check_fill(sizes: Sizes, found: Tensors | None) -> None:
-    """Refuse a checkpoint of another FLUX by the columns of its image embedder."""
-    if found is None:
-        return
-    key = next((k for k in ("x_embedder.weight", "img_in.weight") if k in found.tensors), None)
-    wanted = sizes.transformer["in_channels"]
-    if key is not None and (columns := found.tensors[key].shape[-1]) != wanted:
-        raise InputError(
-            f"weights {found.folder / found.tensors[key].file}: {key!r} takes {columns} channels, FLUX.1-Fill takes"
-            f" {wanted}: this is another FLUX, without mask channels; give FLUX.1-Fill-dev"
-        )
+def sizes_of(settings: Settings) -> Sizes:
+    """The sizes that a build decided."""
+    return Sizes(**settings.sizes)
 
 
-def _branches(preset: str, origins: Mapping[str, Tensors | None]) -> dict[str, list[float]]:
-    """Module -> rank and scale of every adapter, each checked against the base weights."""
-    found, base = origins.get("lora"), origins.get("transformer")
-    if found is None:
-        return {}
-    adapters, _ = lora.read(found)
-    shapes = {}
-    for module in adapters:
-        weight = resolve(base, keys("step", f"transformer.{module}.weight")) if base else None
-        if weight is not None:
-            shapes[f"{module}.weight"] = weight.shape
-    if base:
-        lora.parameters_of(adapters, shapes, found)
-    return {module: [a.rank, a.scale] for module, a in sorted(adapters.items())}
-
-
-def _in_graph(settings: Mapping[str, Any]) -> dict[str, list[float]]:
-    """The branches that graphs hold."""
-    return {} if settings["merged"] else dict(settings["branches"])
-
-
-def _branching(settings: Mapping[str, Any]) -> bool:
-    """Whether the graphs take a LoRA scale."""
-    return bool(settings["branches"]) and not settings["merged"]
-
-
-def _modulated(settings: Mapping[str, Any]) -> bool:
+def _modulated(settings: Settings) -> bool:
     """Whether branches reach the modulation."""
-    names = [m for m in settings["branches"] if re.search(r"norm\w*\.linear$|^time_text_embed\.", m)]
-    return bool(names) and _branching(settings)
+    return any(re.search(r"norm\w*\.linear$|^time_text_embed\.", module) for module in settings.branches)
 
 
-def step_source(preset: str, settings: Mapping[str, Any], *, diptych: bool = False, seen: int = 0) -> ComponentSpec:
+def step(settings: Settings, *, diptych: bool = False, seen: int = 0) -> ComponentSpec:
     """One Euler step on a latent; `seen` image tokens follow the words."""
-    sizes = PRESETS[preset]
+    sizes, choices = sizes_of(settings), settings.choices
     wide = "w2" if diptych else "w"
     latent = TensorSpec(FLOAT, ("batch", sizes.channels, "h", wide))
-    inputs = {"z": latent, "y": latent, "context": TensorSpec(FLOAT, (1, sizes.words, sizes.t5["d_model"]))}
+    inputs = {"z": latent, "y": latent, "context": TensorSpec(FLOAT, (1, sizes.words, sizes.context))}
     if seen:
-        inputs["seen"] = TensorSpec(FLOAT, ("batch", seen, sizes.t5["d_model"]))
-    if settings["split"]:
+        inputs["seen"] = TensorSpec(FLOAT, ("batch", seen, sizes.context))
+    if choices["split"]:
         rows = (sizes.rows, sizes.dim)
         inputs["modulation"] = TensorSpec(FLOAT, ("batch", *rows) if diptych else rows)
     else:
         inputs |= _pooled(sizes, bridge=diptych)
     inputs |= {"sigma": TensorSpec(FLOAT, ()), "sigma_next": TensorSpec(FLOAT, ())}
-    if _branching(settings):
+    if settings.branches:
         inputs["lora_scale"] = TensorSpec(FLOAT, ())
     arguments = {
         "config": sizes.transformer,
         "diptych": diptych,
-        "mask": settings.get("mask", 0.0),
-        "split": settings["split"],
-        "exact": settings["exact"],
-        "branches": _in_graph(settings),
+        "mask": choices.get("mask", 0.0),
+        "split": choices["split"],
+        "exact": choices["exact"],
+        "branches": settings.branches,
     }
     px = {"h": sizes.spatial, "w": sizes.spatial, "w2": sizes.spatial // 2}
     return ComponentSpec("flux.Step", inputs, {"z_next": latent}, px, {"h": 2, wide: 4 if diptych else 2}, arguments)
 
 
-def modulate_source(preset: str, settings: Mapping[str, Any], *, one_text: bool) -> ComponentSpec:
+def modulate(settings: Settings, *, one_text: bool) -> ComponentSpec:
     """The modulation of all steps."""
-    sizes = PRESETS[preset]
+    sizes = sizes_of(settings)
     rows = ("steps", sizes.rows, sizes.dim)
     inputs = _pooled(sizes, bridge=not one_text) | {"sigmas": TensorSpec(FLOAT, ("steps",))}
     if _modulated(settings):
         inputs["lora_scale"] = TensorSpec(FLOAT, ())
     outputs = {"modulation": TensorSpec(FLOAT, rows if one_text else ("batch", *rows))}
-    arguments = {"config": sizes.transformer, "exact": settings["exact"], "one_text": one_text}
-    return ComponentSpec("flux.Modulate", inputs, outputs, arguments=arguments | {"branches": _in_graph(settings)})
+    arguments = {"config": sizes.transformer, "exact": settings.choices["exact"], "one_text": one_text}
+    return ComponentSpec("flux.Modulate", inputs, outputs, arguments=arguments | {"branches": settings.branches})
 
 
 def _pooled(sizes: Sizes, *, bridge: bool) -> dict[str, TensorSpec]:
     """What modulates besides time."""
-    width = sizes.transformer["pooled_projection_dim"]
-    inputs = {"pooled": TensorSpec(FLOAT, (1, width)), "guidance": TensorSpec(FLOAT, ())}
-    return inputs | ({"bridge": TensorSpec(FLOAT, ("batch", width))} if bridge else {})
+    inputs = {"pooled": TensorSpec(FLOAT, (1, sizes.pooled)), "guidance": TensorSpec(FLOAT, ())}
+    return inputs | ({"bridge": TensorSpec(FLOAT, ("batch", sizes.pooled))} if bridge else {})
 
 
-def encode_source(preset: str, *, diptych: bool = False) -> ComponentSpec:
+def encode(sizes: Sizes, *, diptych: bool = False) -> ComponentSpec:
     """Image to latent."""
-    sizes = PRESETS[preset]
     image, latent = _pictures(sizes, diptych)
     multiples = dict.fromkeys(("height", "width"), sizes.multiple)
     arguments = {"config": sizes.vae, "diptych": diptych}
     return ComponentSpec("vae.Encode", {"image": image}, {"latent": latent}, _px(sizes), multiples, arguments)
 
 
-def decode_source(preset: str, *, diptych: bool = False, margin: int | None = None) -> ComponentSpec:
+def decode(sizes: Sizes, *, diptych: bool = False, margin: int | None = None) -> ComponentSpec:
     """Latent to image."""
-    sizes = PRESETS[preset]
     image, latent = _pictures(sizes, diptych)
     multiples = {"h": 2, "w2" if diptych else "w": 4 if diptych else 2}
     arguments = {"config": sizes.vae, "diptych": diptych, "margin": margin}
@@ -223,47 +185,49 @@ def _px(sizes: Sizes) -> dict[str, int]:
     return {"height": 1, "width": 1, "h": sizes.spatial, "w": sizes.spatial, "w2": sizes.spatial // 2}
 
 
-def text_sources(preset: str) -> dict[str, ComponentSpec]:
+def text_encoders(sizes: Sizes) -> dict[str, ComponentSpec]:
     """Words' ids to what the transformer reads of them."""
-    sizes = PRESETS[preset]
     ids, clip_ids = (TensorSpec("int64", (1, n)) for n in (sizes.words, sizes.clip_words))
-    context = {"context": TensorSpec(FLOAT, (1, sizes.words, sizes.t5["d_model"]))}
-    pooled = {"pooled": TensorSpec(FLOAT, (1, sizes.clip_text["hidden_size"]))}
+    context = {"context": TensorSpec(FLOAT, (1, sizes.words, sizes.context))}
+    pooled = {"pooled": TensorSpec(FLOAT, (1, sizes.pooled))}
     return {
         "t5": ComponentSpec("text.T5", {"ids": ids}, context, arguments={"config": sizes.t5}),
         "clip": ComponentSpec("text.ClipText", {"ids": clip_ids}, pooled, arguments={"config": sizes.clip_text}),
     }
 
 
-def tiles(preset: str, settings: Mapping[str, Any], whole_px: tuple[int, int] | None = None) -> Tiles:
+def tiles(settings: Settings, whole_px: tuple[int, int] | None = None) -> Tiles:
     """How a system cuts large images; fixed sizes leave nothing whole."""
-    sizes, fixed = PRESETS[preset], tuple(settings["fixed"])
+    sizes, fixed = sizes_of(settings), tuple(settings.choices["fixed"])
     if not fixed:
-        return Tiles(sizes.tile_px, sizes.overlap_px, whole_px or sizes.whole_px)
+        high, wide = whole_px or sizes.whole_px
+        return Tiles(sizes.tile_px, sizes.overlap_px, (high, wide))
     overlap = fixed[0] * sizes.overlap_px // sizes.tile_px // sizes.multiple * sizes.multiple
     return Tiles(fixed[0], overlap, fixed_px=fixed)
 
 
-def caller_inputs(settings: Mapping[str, Any]) -> dict[str, Input]:
+def caller_inputs(settings: Settings) -> dict[str, Input]:
     """What may be chosen at run time; a table made at build has chosen already."""
-    inputs = {}
-    if not settings["fixed"]:
-        inputs["guidance"] = Input(FLOAT, default=settings["guidance"])
-    if _branching(settings) and not (settings["fixed"] and _modulated(settings)):
-        inputs["lora_scale"] = Input(FLOAT, default=settings["lora_scale"])
+    inputs, fixed = {}, settings.choices["fixed"]
+    if not fixed:
+        inputs["guidance"] = Input(FLOAT, default=settings.choices["guidance"])
+    if settings.branches and not (fixed and _modulated(settings)):
+        inputs["lora_scale"] = Input(FLOAT, default=_strength(settings))
     return inputs
 
 
-def tokenizer_texts(preset: str, folder: Path | None) -> dict[str, str]:
+def _strength(settings: Settings) -> float:
+    return settings.lora.strength if settings.lora else 1.0
+
+
+def tokenizer_texts(sizes: Sizes, folder: Path | None) -> dict[str, str]:
     """T5's and CLIP's tokenizers as single files; without a folder, synthetic ones of the same kind."""
     from tilewright.export import tokenizers
 
-    sizes = PRESETS[preset]
     with tempfile.TemporaryDirectory() as temporary:
         if folder is None:
             folder = Path(temporary)
-            vocabulary = sizes.clip_text.get("vocab_size", CLIP_VOCABULARY)
-            tokenizers.put(folder / "tokenizer", tokenizers.stand_in_clip(vocabulary))
+            tokenizers.put(folder / "tokenizer", tokenizers.stand_in_clip(sizes.clip_text["vocab_size"]))
             t5 = tokenizers.stand_in_t5(sizes.t5["vocab_size"])
             tokenizers.put(folder / "tokenizer_2", {"tokenizer.json": t5})
         return {
@@ -273,49 +237,52 @@ def tokenizer_texts(preset: str, folder: Path | None) -> dict[str, str]:
 
 
 def prompt_constants(
-    preset: str, run: Callable[..., Any], given: Mapping[str, Any], folder: Path | None, words: str | None
+    settings: Settings, run: Run, options: Mapping[str, Any], folder: Path | None, words: str | None
 ) -> dict[str, Any]:
     """context and pooled of the fixed prompt: given as tensors, or of words by the text encoders."""
-    sizes = PRESETS[preset]
+    sizes = sizes_of(settings)
     if words is not None:
-        t5, clip = tokenizer_texts(preset, folder).values()
+        t5, clip = tokenizer_texts(sizes, folder).values()
         context = run("t5", ids=_ids(t5, words, sizes.words))
         return context | run("clip", ids=_ids(clip, words, sizes.clip_words))
-    path = Path(given["prompt_embeds"])
+    path = Path(options["prompt_embeds"])
     shapes: dict[str, tuple[int, ...]] = {
-        "prompt_embeds": (1, sizes.words, sizes.t5["d_model"]),
-        "pooled_prompt_embeds": (1, sizes.clip_text["hidden_size"]),
+        "prompt_embeds": (1, sizes.words, sizes.context),
+        "pooled_prompt_embeds": (1, sizes.pooled),
     }
     held = tensors_of(path, tuple(shapes))
     for name, shape in shapes.items():
         if held[name].shape != shape:
             there = list(held[name].shape)
             raise InputError(f"{path}: {name!r} has shape {there}, not {list(shape)}; save what the text encoders give")
-    context, pooled = (np.asarray(held[name], np.float32) for name in shapes)
-    return {"context": context, "pooled": pooled}
+    embeds = [np.asarray(held[name], np.float32) for name in shapes]
+    return dict(zip(("context", "pooled"), embeds, strict=True))
 
 
 def _ids(tokenizer: str, words: str, length: int) -> Any:
     with tempfile.NamedTemporaryFile("w", suffix=".json", encoding="utf-8") as file:
         file.write(tokenizer)
         file.flush()
-        return encode(Path(file.name), words, length)
+        return encode_words(Path(file.name), words, length)
 
 
-def modulation_tables(preset: str, run: Callable[..., Any], settings: Mapping[str, Any], pooled: Any) -> dict[str, Any]:
+def modulation_tables(settings: Settings, run: Run, pooled: Any) -> dict[str, Any]:
     """For each fixed tile size, its rows of every step; `modulation.TOKENS` where there are several."""
-    sizes, tables = PRESETS[preset], {}
-    scale = {"lora_scale": np.float32(settings["lora_scale"])} if _modulated(settings) else {}
-    for px in settings["fixed"]:
+    sizes, choices, tables = sizes_of(settings), settings.choices, {}
+    strength = np.float32(_strength(settings))
+    scale = {"lora_scale": strength} if _modulated(settings) else {}
+    for px in choices["fixed"]:
         tokens = (px // sizes.multiple) ** 2
-        sigmas = flow_shift(settings["steps"], tokens, **settings["mu"])["sigma"]
-        made = run("modulate", pooled=pooled, guidance=np.float32(settings["guidance"]), sigmas=sigmas, **scale)
-        tables["modulation" if len(settings["fixed"]) == 1 else f"modulation.{tokens}"] = made["modulation"]
-    if settings["fixed"] and _modulated(settings):
-        tables["lora_scale"] = np.array(settings["lora_scale"], np.float32)  # the table holds it already
+        sigmas = flow_shift(choices["steps"], tokens, **schedule_options(settings))["sigma"]
+        rows = run("modulate", pooled=pooled, guidance=np.float32(choices["guidance"]), sigmas=sigmas, **scale)
+        tables["modulation" if len(choices["fixed"]) == 1 else f"modulation.{tokens}"] = rows["modulation"]
+    if choices["fixed"] and _modulated(settings):
+        tables["lora_scale"] = np.array(strength)  # the table holds it already
     return tables
 
 
-def schedule_options(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the program's `flow_shift`."""
-    return {name: bound for name, bound in settings["mu"].items() if bound is not None}
+def schedule_options(settings: Settings) -> dict[str, Any]:
+    """Of the program's `flow_shift`: what is not as it is usual."""
+    said, names = sizes_of(settings).schedule, OF_SCHEDULE
+    line = {names[name]: said[name] for name in names if said[name] != SCHEDULE[name]}
+    return line | {name: bound for name, bound in settings.choices["mu"].items() if bound is not None}

@@ -4,106 +4,108 @@ The prompt is the same for every image, so its embeddings are constants. All til
 latent; large images differ from small ones by their tile plan only.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tilewright.export.system import ComponentSpec, Option, Origin
-from tilewright.export.systems.flux import files as flux_files
-from tilewright.export.systems.flux import fill as flux
-from tilewright.export.systems.flux.keys import ignored, keys, origin, origins
-from tilewright.export.systems.flux.sizes import PRESETS
+from tilewright.export.networks import configs
+from tilewright.export.system import ComponentSpec, Option, Origin, Preset, Run, Settings, System, UserFiles
+from tilewright.export.systems.flux import fill
+from tilewright.export.systems.flux.encoder_sizes import siglip_sizes, text_sizes
+from tilewright.export.systems.flux.fill_sizes import fill_sizes
+from tilewright.export.systems.flux.keys import ignored, keys, origin
+from tilewright.export.systems.flux.sizes import PRESETS, Sizes
 from tilewright.export.weights.lora import as_parameters
+from tilewright.export.weights.sizes import Said, network_sizes
+from tilewright.runtime.inputs import tensors_of
 from tilewright.runtime.program import Call, Grid, Pass, Program, Steps, TensorSpec
 
-__all__ = [
-    "LICENCE",
-    "OPTIONS",
-    "ORIGINS",
-    "PARTS",
-    "PRESETS",
-    "TITLE",
-    "build_time",
-    "components",
-    "constants",
-    "ignored",
-    "keys",
-    "origin",
-    "origins",
-    "program",
-    "settings",
-    "stand_in",
-    "tokenizers",
-]
+__all__ = ["SYSTEM"]
 
-TITLE = "In-Token Learning, FLUX.1-Fill by channels, SigLIP and Redux, 28 steps"
-LICENCE = f"{flux.LICENCE}, FLUX.1-Redux-dev (the same); the system's own weights are the user's"
-PARTS = ("flux/*.py",)
 STEPS = 28
 PROMPT = "A sharp, clean photograph with natural detail."
-OPTIONS = flux.BASE_OPTIONS | {
+OPTIONS = fill.BASE_OPTIONS | {
     "redux": Option("folder of FLUX.1-Redux-dev", names=("FLUX.1-Redux-dev",)),
-    "lora": Option(flux.BASE_OPTIONS["lora"].help, names=("in-token.safetensors",)),
+    "lora": Option(fill.BASE_OPTIONS["lora"].help, names=("in-token.safetensors",)),
     "mask": Option("what the mask channels hold: nothing, or everything to be made", choices=("0", "1")),
 }
-ORIGINS = flux.BASE_ORIGINS | {
+ORIGINS = fill.BASE_ORIGINS | {
     "image_encoder": Origin("redux", ("image_encoder",), "FLUX.1-Redux-dev's SigLIP"),
     "image_embedder": Origin("redux", ("image_embedder", "flux1-redux-dev.safetensors"), "FLUX.1-Redux-dev"),
     "lora": Origin("lora", (".",), "the system's LoRA", needed=False, read=as_parameters),
 }
 
 
-def settings(preset: str, given: Mapping[str, Any], origins: Mapping[str, Any]) -> dict[str, Any]:
-    """The choices of a build; the prompt is given as embeddings, as words, or is our own."""
-    words = None if given.get("prompt_embeds") else given.get("prompt", PROMPT)
-    chosen = {"mask": float(given.get("mask", 0)), "words": words}
-    return flux.base_settings(preset, given, origins, STEPS) | chosen
+def settings(preset: Preset, options: Mapping[str, Any], files: UserFiles) -> Settings:
+    """The prompt is given as embeddings, as words, or is our own; all sizes are those of the files."""
+    words = None if options.get("prompt_embeds") else options.get("prompt", PROMPT)
+    sizes = siglip_sizes(fill_sizes(preset, files), preset, files)
+    if words is None:
+        sizes = replace(sizes, words=_words_of_file(preset, Path(options["prompt_embeds"])), t5={}, clip_text={})
+    else:
+        sizes = text_sizes(sizes, preset, files)
+    sizes = replace(sizes, clip_vision={}, clip_processor={}, bridge=0)
+    choices = fill.base_choices(sizes, options, STEPS) | {"mask": float(options.get("mask", 0)), "words": words}
+    return Settings(vars(sizes), choices, files.lora)
 
 
-def components(preset: str, **settings: Any) -> dict[str, ComponentSpec]:
+def _words_of_file(preset: Preset, path: Path) -> int:
+    """How many words the prompt's embeddings are of."""
+    usual: Sizes = preset.sizes
+    shape = tensors_of(path, ("prompt_embeds",))["prompt_embeds"].shape
+    if len(shape) != 3 or not shape[1]:
+        return usual.words  # which `constants` refuses by name
+    said = Said(f"embeddings {path}", {"words": shape[1]})
+    return int(network_sizes("prompt", preset, {"words": usual.words}, said, None)["words"])
+
+
+def components(settings: Settings) -> dict[str, ComponentSpec]:
     """encode, see, redux, step, decode, and modulate unless it runs at build."""
-    sizes = PRESETS[preset]
-    seen = (sizes.siglip["image_size"] // sizes.siglip["patch_size"]) ** 2
+    sizes = fill.sizes_of(settings)
+    siglip, processor = sizes.siglip, sizes.siglip_processor
+    seen = (siglip["image_size"] // siglip["patch_size"]) ** 2
     image = TensorSpec("float32", ("batch", 3, "height", "width"))
-    features = TensorSpec("float32", ("batch", seen, sizes.siglip["hidden_size"]))
-    tokens = TensorSpec("float32", ("batch", seen, sizes.t5["d_model"]))
+    features = TensorSpec("float32", ("batch", seen, siglip["hidden_size"]))
+    tokens = TensorSpec("float32", ("batch", seen, sizes.context))
 
-    px, siglip = {"height": 1, "width": 1}, {"config": sizes.siglip}
-    redux = {"width_in": sizes.siglip["hidden_size"], "width_out": sizes.t5["d_model"]}
-    sources = {
-        "encode": flux.encode_source(preset),
-        "see": ComponentSpec("vision.Siglip", {"image": image}, {"features": features}, px, arguments=siglip),
+    px = {"height": 1, "width": 1}
+    look = {"config": siglip, "mean": processor["image_mean"], "deviation": processor["image_std"]}
+    redux = {"width_in": siglip["hidden_size"], "width_out": sizes.context}
+    specs = {
+        "encode": fill.encode(sizes),
+        "see": ComponentSpec("vision.Siglip", {"image": image}, {"features": features}, px, arguments=look),
         "redux": ComponentSpec("vision.Redux", {"features": features}, {"tokens": tokens}, arguments=redux),
-        "step": flux.step_source(preset, settings, seen=seen),
-        "decode": flux.decode_source(preset),
+        "step": fill.step(settings, seen=seen),
+        "decode": fill.decode(sizes),
     }
-    if settings["split"] and not settings["fixed"]:
-        sources["modulate"] = flux.modulate_source(preset, settings, one_text=True)
-    return sources
+    if settings.choices["split"] and not settings.choices["fixed"]:
+        specs["modulate"] = fill.modulate(settings, one_text=True)
+    return specs
 
 
-def build_time(preset: str, **settings: Any) -> dict[str, ComponentSpec]:
+def build_time(settings: Settings) -> dict[str, ComponentSpec]:
     """The text encoders, where words were given, and modulate where steps and tiles are fixed."""
-    sources = flux.text_sources(preset) if settings["words"] is not None else {}
-    if settings["fixed"]:
-        sources["modulate"] = flux.modulate_source(preset, settings, one_text=True)
-    return sources
+    specs = fill.text_encoders(fill.sizes_of(settings)) if settings.choices["words"] is not None else {}
+    if settings.choices["fixed"]:
+        specs["modulate"] = fill.modulate(settings, one_text=True)
+    return specs
 
 
-def program(preset: str, **settings: Any) -> Program:
+def program(settings: Settings) -> Program:
     """encode, see, sample joined every step, decode."""
-    sizes = PRESETS[preset]
-    tiles = flux.tiles(preset, settings)
-    steps = Steps("flow_shift", settings["steps"], sizes.multiple**2, flux.schedule_options(settings))
-    inputs = {name: f"${name}" for name in flux.caller_inputs(settings)}
+    sizes, choices = fill.sizes_of(settings), settings.choices
+    tiles = fill.tiles(settings)
+    steps = Steps("flow_shift", choices["steps"], sizes.multiple**2, fill.schedule_options(settings))
+    inputs = {name: f"${name}" for name in fill.caller_inputs(settings)}
     conditions = {"context": "#context", "seen": "seen", "lora_scale": "#lora_scale"}  # if no input of that name is
-    conditions |= {"modulation": "@modulation"} if settings["split"] else {"pooled": "#pooled"}
-    step = {"z": "z", "y": "y", "sigma": "@sigma", "sigma_next": "@sigma_next"} | conditions
-    taken = components(preset, **settings)
+    conditions |= {"modulation": "@modulation"} if choices["split"] else {"pooled": "#pooled"}
+    feed = {"z": "z", "y": "y", "sigma": "@sigma", "sigma_next": "@sigma_next"} | conditions | inputs
+    taken = components(settings)
     passes = []
     if "modulate" in taken:
-        feed = {"pooled": "#pooled", "sigmas": "@sigma"} | inputs
-        call = Call("modulate", _taken(feed, taken["modulate"]), {"modulation": "modulation"})
+        feed_modulate = {"pooled": "#pooled", "sigmas": "@sigma"} | inputs
+        call = Call("modulate", _taken(feed_modulate, taken["modulate"]), {"modulation": "modulation"})
         passes.append(Pass("modulate", tiles, steps, once=(call,)))
     look = (
         Call("see", {"image": "image"}, {"features": "features"}),
@@ -112,7 +114,7 @@ def program(preset: str, **settings: Any) -> Program:
     passes += [
         Pass("encode", tiles, once=(Call("encode", {"image": "image"}, {"latent": "y"}),)),
         Pass("see", tiles, once=look),
-        Pass("sample", tiles, steps, each=(Call("step", _taken(step | inputs, taken["step"]), {"z_next": "z"}),)),
+        Pass("sample", tiles, steps, each=(Call("step", _taken(feed, taken["step"]), {"z_next": "z"}),)),
         Pass("decode", tiles, once=(Call("decode", {"latent": "z"}, {"image": "result"}),)),
     ]
     grids = {
@@ -121,47 +123,68 @@ def program(preset: str, **settings: Any) -> Program:
         "z": Grid(sizes.spatial, sizes.channels, "noise"),
         "result": Grid(1, 3),
     }
-    return Program(4, sizes.multiple, grids, tuple(passes), flux.caller_inputs(settings), any_scale=True)
+    return Program(4, sizes.multiple, grids, tuple(passes), fill.caller_inputs(settings), any_scale=True)
 
 
-def _taken(feed: Mapping[str, str], source: ComponentSpec) -> dict[str, str]:
-    return {name: feed[name] for name in source.inputs}
+def _taken(feed: Mapping[str, str], spec: ComponentSpec) -> dict[str, str]:
+    return {name: feed[name] for name in spec.inputs}
 
 
-def constants(
-    preset: str, run: Callable[..., Any], given: Mapping[str, Any], folder: Path | None, **settings: Any
-) -> dict[str, Any]:
+def constants(settings: Settings, run: Run, options: Mapping[str, Any], folder: Path | None) -> dict[str, Any]:
     """The prompt, and the modulation of fixed tiles."""
-    made = flux.prompt_constants(preset, run, given, folder, settings["words"])
-    return made | flux.modulation_tables(preset, run, settings, made["pooled"])
+    prompt = fill.prompt_constants(settings, run, options, folder, settings.choices["words"])
+    return prompt | fill.modulation_tables(settings, run, prompt["pooled"])
 
 
-def tokenizers(preset: str, given: Mapping[str, Any], folder: Path | None, **settings: Any) -> dict[str, str]:
-    """None at run time: the prompt is fixed."""
-    return {}
-
-
-def stand_in(preset: str) -> dict[str, Any]:
+def stand_in() -> dict[str, Any]:
     """The published folders, the LoRA's usual targets, and the prompt's embeddings."""
     from tilewright.export.graph.trace import parameter_specs
+    from tilewright.export.systems.flux import files
 
     sizes = PRESETS["full"]
-    sources = components("full", **settings("full", {"prompt_embeds": "prompt.safetensors"}, {}))
+    specs = components(settings(Preset("full", sizes, asked=False), {}, UserFiles({}, {})))
     siglip, redux = (
-        {str(keys(name, key)[0]): spec for key, spec in parameter_specs(sources[name]).items()}
+        {str(keys(name, key)[0]): files.bfloat16(spec) for key, spec in parameter_specs(specs[name]).items()}
         for name in ("see", "redux")
     )
     targets = r"(single_)?transformer_blocks\.\d+\.(attn\.\w+(\.0)?|ff(_context)?\.net\.(0\.proj|2))"
     embeds = {
-        "prompt_embeds": TensorSpec("bfloat16", (1, sizes.words, sizes.t5["d_model"])),
-        "pooled_prompt_embeds": TensorSpec("bfloat16", (1, sizes.clip_text["hidden_size"])),
+        "prompt_embeds": TensorSpec("bfloat16", (1, sizes.words, sizes.context)),
+        "pooled_prompt_embeds": TensorSpec("bfloat16", (1, sizes.pooled)),
     }
-    fill = flux_files.transformer() | flux_files.vae()
-    return {f"FLUX.1-Fill-dev/{name}": tensors for name, tensors in fill.items()} | {
-        "FLUX.1-Redux-dev/image_encoder/model.safetensors": {k: flux_files.bfloat16(s) for k, s in siglip.items()},
-        "FLUX.1-Redux-dev/image_embedder/diffusion_pytorch_model.safetensors": {
-            k: flux_files.bfloat16(s) for k, s in redux.items()
-        },
-        "in-token.safetensors": flux_files.lora_pairs(targets, 384),
+    base = files.transformer() | files.vae() | files.scheduler()
+    widths = {"redux_dim": sizes.siglip["hidden_size"], "txt_in_features": sizes.context}
+    of_redux = {
+        "image_encoder/model.safetensors": siglip,
+        "image_encoder/config.json": files.config(configs.SIGLIP, sizes.siglip),
+        "image_embedder/diffusion_pytorch_model.safetensors": redux,
+        "image_embedder/config.json": files.config(configs.REDUX, widths),
+        "feature_extractor/preprocessor_config.json": files.config(configs.SIGLIP_PROCESSOR, sizes.siglip_processor),
+    }
+    return {
+        **{f"FLUX.1-Fill-dev/{name}": content for name, content in base.items()},
+        **{f"FLUX.1-Redux-dev/{name}": content for name, content in of_redux.items()},
+        "in-token.safetensors": files.lora_pairs(targets, 384),
         "prompt.safetensors": embeds,
     }
+
+
+SYSTEM = System(
+    name="in-token",
+    title="In-Token Learning, FLUX.1-Fill by channels, SigLIP and Redux, 28 steps",
+    licence=f"{fill.LICENCE}, FLUX.1-Redux-dev (the same); the system's own weights are the user's",
+    licences={"demo": "Apache-2.0: trained by tools/train"},
+    presets=PRESETS,
+    options=OPTIONS,
+    origins=ORIGINS,
+    lora=fill.LORA,
+    settings=settings,
+    components=components,
+    build_time=build_time,
+    program=program,
+    constants=constants,
+    keys=keys,
+    origin=origin,
+    ignored=ignored,
+    stand_in=stand_in,
+)

@@ -5,10 +5,11 @@ matrices fused, whose rows are references too.
 """
 
 import re
+from dataclasses import replace
 
-from tilewright.export.system import Rows
+from tilewright.export.system import Rows, Tensors
 
-__all__ = ["OF_COMPONENT", "ignored", "keys", "origin", "origins"]
+__all__ = ["OF_COMPONENT", "ignored", "keys", "named_by_diffusers", "origin"]
 
 OF_COMPONENT = {
     "step": "transformer",
@@ -23,11 +24,6 @@ OF_COMPONENT = {
 }
 
 
-def origins(component: str) -> set[str]:
-    """Its component's folder, and the LoRA of the transformer."""
-    return {OF_COMPONENT[component]} | ({"lora"} if OF_COMPONENT[component] == "transformer" else set())
-
-
 def origin(component: str, parameter: str) -> str:
     """Low-rank pairs come from the LoRA, all else from its component's folder."""
     return "lora" if ".lora_" in parameter else OF_COMPONENT[component]
@@ -39,8 +35,6 @@ def keys(component: str, parameter: str) -> tuple[str | Rows, ...]:
         return _transformer_keys(parameter.removeprefix("transformer."))
     if component == "bridge":
         return (f"vcb.{parameter}",)
-    if component in ("encode", "decode"):
-        return (parameter, _vae_key(parameter))
     name = parameter.removeprefix("model.")
     prefix = {"clip": "text_model.", "see": "vision_model."}.get(component)
     towers = ("vision_model.", "visual_projection.")  # CLIP's with a projection keeps its published names
@@ -116,26 +110,35 @@ def _authors_key(module: str, kind: str) -> tuple[str | Rows, ...]:
 
 
 AUTHORS_VAE = (
-    (r"mid_block\.resnets\.0", "mid.block_1"),
-    (r"mid_block\.resnets\.1", "mid.block_2"),
-    (r"mid_block\.attentions\.0\.group_norm", "mid.attn_1.norm"),
-    (r"mid_block\.attentions\.0\.to_([qkv])", r"mid.attn_1.\1"),
-    (r"mid_block\.attentions\.0\.to_out\.0", "mid.attn_1.proj_out"),
-    (r"down_blocks\.(\d+)\.resnets\.(\d+)", r"down.\1.block.\2"),
-    (r"down_blocks\.(\d+)\.downsamplers\.0\.conv", r"down.\1.downsample.conv"),
-    (r"up_blocks\.(\d+)\.resnets\.(\d+)", r"up.\1.block.\2"),
-    (r"up_blocks\.(\d+)\.upsamplers\.0\.conv", r"up.\1.upsample.conv"),
-    ("conv_shortcut", "nin_shortcut"),
-    ("conv_norm_out", "norm_out"),
+    (r"mid\.block_1", "mid_block.resnets.0"),
+    (r"mid\.block_2", "mid_block.resnets.1"),
+    (r"mid\.attn_1\.norm", "mid_block.attentions.0.group_norm"),
+    (r"mid\.attn_1\.([qkv])", r"mid_block.attentions.0.to_\1"),
+    (r"mid\.attn_1\.proj_out", "mid_block.attentions.0.to_out.0"),
+    (r"(down|up)\.(\d+)\.block\.(\d+)", r"\1_blocks.\2.resnets.\3"),
+    (r"(down|up)\.(\d+)\.(down|up)sample\.conv", r"\1_blocks.\2.\3samplers.0.conv"),
+    ("nin_shortcut", "conv_shortcut"),
+    (r"(en|de)coder\.norm_out", r"\1coder.conv_norm_out"),
 )
-UP_BLOCKS = 4  # of the published VAE, whose own file counts them from the picture inwards
+AUTHORS_UP = re.compile(r"decoder\.up\.(\d+)\.")
 
 
-def _vae_key(parameter: str) -> str:
-    """The name in ae.safetensors; its attention is of 1x1 convolutions, which have the same bytes."""
+def named_by_diffusers(vae: Tensors) -> Tensors:
+    """The tensors of ae.safetensors by the names of diffusers; its attention is of 1x1 convolutions, the same bytes.
+
+    The authors count the decoder's blocks from the picture inwards, so the names depend on how many there are.
+    """
+    blocks = [int(match[1]) for match in map(AUTHORS_UP.match, vae.tensors) if match]
+    if not blocks:
+        return vae
+    return replace(vae, tensors={_by_diffusers(key, max(blocks)): r for key, r in vae.tensors.items()})
+
+
+def _by_diffusers(key: str, last: int) -> str:
+    key = AUTHORS_UP.sub(lambda match: f"decoder.up.{last - int(match[1])}.", key)
     for pattern, name in AUTHORS_VAE:
-        parameter = re.sub(pattern, name, parameter)
-    return re.sub(r"\bup\.(\d+)", lambda match: f"up.{UP_BLOCKS - 1 - int(match[1])}", parameter)
+        key = re.sub(pattern, name, key)
+    return key
 
 
 def ignored(origin: str, key: str) -> bool:

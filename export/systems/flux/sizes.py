@@ -1,13 +1,28 @@
-"""The sizes of FLUX.1-Fill and of the encoders around it: as published, and tiny ones of the same form."""
+"""The sizes of FLUX.1-Fill and of the encoders around it: as published, and smaller ones of the same form."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-__all__ = ["CLIP_VOCABULARY", "PRESETS", "Sizes"]
+from tilewright.export.networks import configs
+
+__all__ = [
+    "CLIP_TEXT",
+    "CLIP_VOCABULARY",
+    "PRESETS",
+    "SCHEDULE",
+    "Sizes",
+]
+
+
+UNREAD = ("projection_dim", "bos_token_id")  # by CLIP's text encoder without a projection
+CLIP_TEXT = replace(
+    configs.CLIP_TEXT,
+    defaults={key: value for key, value in configs.CLIP_TEXT.defaults.items() if key not in UNREAD},
+    moot=(*configs.CLIP_TEXT.moot, *UNREAD),
+)
 
 CLIP_VOCABULARY = 49408
 FULL_TRANSFORMER: dict[str, Any] = {
-    "patch_size": 1,
     "in_channels": 384,
     "out_channels": 64,
     "num_layers": 19,
@@ -30,7 +45,8 @@ TINY_TRANSFORMER = FULL_TRANSFORMER | {
     "pooled_projection_dim": 16,
     "axes_dims_rope": (4, 6, 6),
 }
-VAE: dict[str, Any] = {
+FULL_VAE: dict[str, Any] = {
+    "act_fn": "silu",
     "latent_channels": 16,
     "layers_per_block": 2,
     "norm_num_groups": 32,
@@ -39,32 +55,60 @@ VAE: dict[str, Any] = {
     "use_quant_conv": False,
     "use_post_quant_conv": False,
 }
+SCHEDULE: dict[str, Any] = dict(configs.FLOW.defaults)
 
 
 def _vae(channels: tuple[int, ...], **changes: Any) -> dict[str, Any]:
     """Blocks of one kind, as many as there are widths."""
     down, up = ("DownEncoderBlock2D",) * len(channels), ("UpDecoderBlock2D",) * len(channels)
     blocks = {"block_out_channels": channels, "down_block_types": down, "up_block_types": up}
-    return VAE | blocks | changes
+    return FULL_VAE | blocks | changes
+
+
+def _t5(**sizes: Any) -> dict[str, Any]:
+    return {**configs.T5.defaults, "feed_forward_proj": "gated-gelu", **sizes}
+
+
+def _clip_text(**sizes: Any) -> dict[str, Any]:
+    return {**CLIP_TEXT.defaults, **sizes}
+
+
+def _siglip(**sizes: Any) -> dict[str, Any]:
+    return {**configs.SIGLIP.defaults, "patch_size": 14, **sizes}
+
+
+def _clip_vision(**sizes: Any) -> dict[str, Any]:
+    return {**configs.CLIP_VISION.defaults, "patch_size": 14, **sizes}
+
+
+def _siglip_processor(side: int) -> dict[str, Any]:
+    return {**configs.SIGLIP_PROCESSOR.defaults, "size": {"height": side, "width": side}}
+
+
+def _clip_processor(side: int) -> dict[str, Any]:
+    cut = {"height": side, "width": side}
+    return {**configs.CLIP_PROCESSOR.defaults, "size": {"shortest_edge": side}, "crop_size": cut}
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """A preset: the networks' configurations, and the lengths between them."""
+    """The networks' configurations, and the lengths between them. Those of networks that a build has not are empty."""
 
     transformer: dict[str, Any]
     vae: dict[str, Any]
-    t5: dict[str, Any]
-    clip_text: dict[str, Any]
-    siglip: dict[str, Any]
-    clip_vision: dict[str, Any]
-    bridge: int  # width of VICR's bridge between its ends
     words: int  # T5's ids
-    clip_words: int
     tile_px: int
     overlap_px: int
     whole_px: tuple[int, int]
-    min_mu: float | None = None  # of the schedule: with a large one, few steps end near the mean of what may be true
+    schedule: dict[str, Any] = field(default_factory=lambda: dict(SCHEDULE))
+    t5: dict[str, Any] = field(default_factory=dict)
+    clip_text: dict[str, Any] = field(default_factory=dict)
+    clip_words: int = 77
+    siglip: dict[str, Any] = field(default_factory=dict)
+    siglip_processor: dict[str, Any] = field(default_factory=dict)
+    clip_vision: dict[str, Any] = field(default_factory=dict)
+    clip_processor: dict[str, Any] = field(default_factory=dict)
+    bridge: int = 0  # width of VICR's bridge between its ends
 
     @property
     def spatial(self) -> int:
@@ -91,89 +135,80 @@ class Sizes:
         """Vectors that modulate a step."""
         return 12 * int(self.transformer["num_layers"]) + 3 * int(self.transformer["num_single_layers"]) + 2
 
+    @property
+    def context(self) -> int:
+        """Width of what the transformer reads of words."""
+        return int(self.transformer["joint_attention_dim"])
+
+    @property
+    def pooled(self) -> int:
+        """Width of what the transformer reads of the whole text."""
+        return int(self.transformer["pooled_projection_dim"])
+
 
 PRESETS: dict[str, Sizes] = {
     "full": Sizes(
         FULL_TRANSFORMER,
         _vae((128, 256, 512, 512)),
-        t5={
-            "vocab_size": 32128,
-            "d_model": 4096,
-            "d_kv": 64,
-            "d_ff": 10240,
-            "num_layers": 24,
-            "num_heads": 64,
-            "feed_forward_proj": "gated-gelu",
-        },
-        clip_text={"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
-        siglip={
-            "hidden_size": 1152,
-            "intermediate_size": 4304,
-            "num_hidden_layers": 27,
-            "num_attention_heads": 16,
-            "image_size": 384,
-            "patch_size": 14,
-        },
-        clip_vision={
-            "hidden_size": 1024,
-            "intermediate_size": 4096,
-            "num_hidden_layers": 24,
-            "num_attention_heads": 16,
-            "image_size": 224,
-            "patch_size": 14,
-            "projection_dim": 768,
-        },
-        bridge=1024,
         words=512,
-        clip_words=77,
         tile_px=1024,
         overlap_px=256,
         whole_px=(2560, 1440),
+        t5=_t5(vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64),
+        clip_text=_clip_text(hidden_size=768, intermediate_size=3072, num_attention_heads=12),
+        siglip=_siglip(
+            hidden_size=1152,
+            intermediate_size=4304,
+            num_hidden_layers=27,
+            num_attention_heads=16,
+            image_size=384,
+        ),
+        siglip_processor=_siglip_processor(384),
+        clip_vision=_clip_vision(
+            hidden_size=1024,
+            intermediate_size=4096,
+            num_hidden_layers=24,
+            num_attention_heads=16,
+            projection_dim=768,
+        ),
+        clip_processor=_clip_processor(224),
+        bridge=1024,
     ),
     "tiny": Sizes(
         TINY_TRANSFORMER,
         _vae((8, 16), latent_channels=4, layers_per_block=1, norm_num_groups=4),
-        t5={
-            "vocab_size": 64,
-            "d_model": 32,
-            "d_kv": 8,
-            "d_ff": 64,
-            "num_layers": 2,
-            "num_heads": 4,
-            "feed_forward_proj": "gated-gelu",
-        },
-        clip_text={
-            "vocab_size": 64,
-            "hidden_size": 16,
-            "intermediate_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "max_position_embeddings": 16,
-            "bos_token_id": 62,
-        },
-        siglip={
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "image_size": 28,
-            "patch_size": 14,
-        },
-        clip_vision={
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "image_size": 28,
-            "patch_size": 14,
-            "projection_dim": 16,
-        },
-        bridge=24,
         words=64,
-        clip_words=16,
         tile_px=128,
         overlap_px=32,
         whole_px=(320, 180),
+        t5=_t5(vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4),
+        clip_text=_clip_text(
+            vocab_size=64,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=16,
+        ),
+        clip_words=16,
+        siglip=_siglip(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=28,
+        ),
+        siglip_processor=_siglip_processor(28),
+        clip_vision=_clip_vision(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=28,
+            projection_dim=16,
+        ),
+        clip_processor=_clip_processor(28),
+        bridge=24,
     ),
 }
 # trained by tools/train, and shipped
@@ -198,24 +233,23 @@ PRESETS["demo"] = Sizes(
         scaling_factor=1.0,
         shift_factor=0.0,
     ),
-    t5=PRESETS["tiny"].t5 | {"d_model": 64},
-    clip_text=PRESETS["tiny"].clip_text | {"hidden_size": 32},
-    siglip={
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "image_size": 56,
-        "patch_size": 14,
-    },
-    clip_vision=PRESETS["tiny"].clip_vision | {"projection_dim": 32},
-    bridge=24,
     words=32,
-    clip_words=16,
     tile_px=96,
     overlap_px=32,
     whole_px=(96, 96),
-    min_mu=5.0,
+    # a large one at every size: few steps end near the mean of what may be true
+    schedule=SCHEDULE | {"base_shift": 5.0, "max_shift": 5.0},
+    t5=PRESETS["tiny"].t5 | {"d_model": 64},
+    clip_text=PRESETS["tiny"].clip_text | {"hidden_size": 32},
+    clip_words=16,
+    siglip=_siglip(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=56,
+    ),
+    siglip_processor=_siglip_processor(56),
 )
 # few blocks at full width: what a machine without a GPU can measure
 _FEW = FULL_TRANSFORMER | {"num_layers": 1, "num_single_layers": 2}

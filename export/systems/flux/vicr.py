@@ -4,105 +4,96 @@ Every tile is a canvas of its own, [image | to be made]. What the words decide i
 that a round with other words repeats only the former.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tilewright.export.system import ComponentSpec, Option, Origin
-from tilewright.export.systems.flux import files as flux_files
-from tilewright.export.systems.flux import fill as flux
-from tilewright.export.systems.flux.keys import ignored, keys, origin, origins
+from tilewright.export.networks import configs
+from tilewright.export.system import ComponentSpec, Option, Origin, Preset, Settings, System, UserFiles
+from tilewright.export.systems.flux import fill
+from tilewright.export.systems.flux.encoder_sizes import bridge_size, clip_vision_sizes, text_sizes, words_size
+from tilewright.export.systems.flux.fill_sizes import fill_sizes
+from tilewright.export.systems.flux.keys import ignored, keys, origin
 from tilewright.export.systems.flux.sizes import PRESETS as SIZES
 from tilewright.export.weights.lora import as_parameters
 from tilewright.runtime.errors import UsageError
 from tilewright.runtime.program import Call, Grid, Input, Pass, Program, State, Steps, TensorSpec, Text
 
-__all__ = [
-    "LICENCE",
-    "OPTIONS",
-    "ORIGINS",
-    "PARTS",
-    "PRESETS",
-    "TITLE",
-    "build_time",
-    "components",
-    "constants",
-    "ignored",
-    "keys",
-    "origin",
-    "origins",
-    "program",
-    "settings",
-    "stand_in",
-    "tokenizers",
-]
+__all__ = ["SYSTEM"]
 
 PRESETS = {name: sizes for name, sizes in SIZES.items() if name != "demo"}  # nobody trained a small one
-TITLE = "VICR, FLUX.1-Fill as a diptych, words and CLIP through a bridge, 30 steps"
-LICENCE = f"{flux.LICENCE}; CLIP ViT-L/14 (MIT); the system's own weights are the user's"
-PARTS = ("flux/*.py",)
 STEPS = 30
 OPTIONS = {
-    name: option for name, option in flux.BASE_OPTIONS.items() if name not in ("prompt", "prompt_embeds", "fixed_tile")
+    name: option for name, option in fill.BASE_OPTIONS.items() if name not in ("prompt", "prompt_embeds", "fixed_tile")
 } | {
     "clip": Option("folder of clip-vit-large-patch14", names=("clip-vit-large-patch14",)),
     "lora": Option("file with LoRA and bridge (vcb.*); its strength behind a colon", names=("vicr.safetensors",)),
     "margin_columns": Option("decode the right panel and so many latent columns, not the canvas", kind=int),
     "no_text": Option("leave the text encoders out: embeddings are given at run time", flag=True),
 }
-ORIGINS = flux.BASE_ORIGINS | {
+ORIGINS = fill.BASE_ORIGINS | {
     "image_encoder": Origin("clip", (".",), "CLIP ViT-L/14's image tower"),
     "lora": Origin("lora", (".",), "VICR's LoRA and bridge", read=as_parameters),
 }
 WORDS = ("t5_ids", "clip_ids")
+TOKENIZERS = ("tokenizers/t5.json", "tokenizers/clip.json")
 
 
-def settings(preset: str, given: Mapping[str, Any], origins: Mapping[str, Any]) -> dict[str, Any]:
-    """The choices of a build; text encoders are built in where they are there."""
-    margin = given.get("margin_columns")
+def settings(preset: Preset, options: Mapping[str, Any], files: UserFiles) -> Settings:
+    """Text encoders are built in where they are there; all sizes are those of the files."""
+    margin = options.get("margin_columns")
     if margin is not None and margin < 0:
         raise UsageError(f"--margin-columns {margin} must be 0 or more; 16 is usual")
-    there = all(origins.get(name) is not None for name in ("text_encoder", "text_encoder_2"))
-    random = origins.get("transformer") is None
-    text = (there or random) and not given.get("no_text")
-    chosen: dict[str, Any] = {"margin": margin, "text": text}
-    return flux.base_settings(preset, given, origins, STEPS) | chosen
+    there = all(name in files.tensors for name in ("text_encoder", "text_encoder_2"))
+    random = "transformer" not in files.tensors
+    text = (there or random) and not options.get("no_text")
+    sizes = clip_vision_sizes(fill_sizes(preset, files), preset, files)
+    if text:
+        sizes = text_sizes(sizes, preset, files)
+    else:
+        sizes = replace(sizes, words=words_size(preset, files), t5={}, clip_text={})
+    sizes = replace(sizes, bridge=bridge_size(sizes, preset, files), siglip={}, siglip_processor={})
+    choices = fill.base_choices(sizes, options, STEPS) | {"margin": margin, "text": text}
+    return Settings(vars(sizes), choices, files.lora)
 
 
-def components(preset: str, **settings: Any) -> dict[str, ComponentSpec]:
+def components(settings: Settings) -> dict[str, ComponentSpec]:
     """encode, see, bridge, modulate, step, decode, and the text encoders where they are built in."""
-    sizes = SIZES[preset]
-    projected, pooled = sizes.clip_vision["projection_dim"], sizes.transformer["pooled_projection_dim"]
+    sizes, choices = fill.sizes_of(settings), settings.choices
+    clip, processor = sizes.clip_vision, sizes.clip_processor
+    projected = clip["projection_dim"]
     image = TensorSpec("float32", ("batch", 3, "height", "width"))
     embeds = TensorSpec("float32", ("batch", projected))
 
-    clip, bridge = {"config": sizes.clip_vision}, {"width_in": projected, "width": sizes.bridge, "width_out": pooled}
-    px = {"height": 1, "width": 1}
-    joined = {"bridge": TensorSpec("float32", ("batch", pooled))}
-    sources = {
-        "encode": flux.encode_source(preset, diptych=True),
-        "see": ComponentSpec("vision.ClipVision", {"image": image}, {"embeds": embeds}, px, arguments=clip),
-        "bridge": ComponentSpec("vision.Bridge", {"embeds": embeds}, joined, arguments=bridge),
-        "step": flux.step_source(preset, settings, diptych=True),
-        "decode": flux.decode_source(preset, diptych=True, margin=settings["margin"]),
+    look = {
+        "config": clip,
+        "short": processor["size"]["shortest_edge"],
+        "mean": processor["image_mean"],
+        "deviation": processor["image_std"],
     }
-    if settings["split"]:
-        sources["modulate"] = flux.modulate_source(preset, settings, one_text=False)
-    return sources | (flux.text_sources(preset) if settings["text"] else {})
+    bridge = {"width_in": projected, "width": sizes.bridge, "width_out": sizes.pooled}
+    px = {"height": 1, "width": 1}
+    joined = {"bridge": TensorSpec("float32", ("batch", sizes.pooled))}
+    specs = {
+        "encode": fill.encode(sizes, diptych=True),
+        "see": ComponentSpec("vision.ClipVision", {"image": image}, {"embeds": embeds}, px, arguments=look),
+        "bridge": ComponentSpec("vision.Bridge", {"embeds": embeds}, joined, arguments=bridge),
+        "step": fill.step(settings, diptych=True),
+        "decode": fill.decode(sizes, diptych=True, margin=choices["margin"]),
+    }
+    if choices["split"]:
+        specs["modulate"] = fill.modulate(settings, one_text=False)
+    return specs | (fill.text_encoders(sizes) if choices["text"] else {})
 
 
-def build_time(preset: str, **settings: Any) -> dict[str, ComponentSpec]:
-    """Nothing runs at build: words and image decide the modulation."""
-    return {}
-
-
-def program(preset: str, **settings: Any) -> Program:
+def program(settings: Settings) -> Program:
     """text, then condition, modulate, sample and decode, each on the same tiles."""
-    sizes = SIZES[preset]
-    tiles = flux.tiles(preset, settings, (sizes.tile_px, sizes.tile_px))
-    steps = Steps("flow_shift", settings["steps"], sizes.multiple**2 // 2, flux.schedule_options(settings))
-    inputs, passes, text = flux.caller_inputs(settings), [], "$"
-    if settings["text"]:
+    sizes, choices = fill.sizes_of(settings), settings.choices
+    tiles = fill.tiles(settings, (sizes.tile_px, sizes.tile_px))
+    steps = Steps("flow_shift", choices["steps"], sizes.multiple**2 // 2, fill.schedule_options(settings))
+    inputs, passes, text = fill.caller_inputs(settings), [], "$"
+    if choices["text"]:
         inputs |= {name: Input("int64", (1, n)) for name, n in zip(WORDS, (sizes.words, sizes.clip_words), strict=True)}
         encoders = (
             Call("t5", {"ids": "$t5_ids"}, {"context": "context"}),
@@ -111,59 +102,76 @@ def program(preset: str, **settings: Any) -> Program:
         passes.append(Pass("text", once=encoders))
         text = ""
     else:
-        inputs["context"] = Input("float32", (1, sizes.words, sizes.t5["d_model"]))
-        inputs["pooled"] = Input("float32", (1, sizes.clip_text["hidden_size"]))
-    own = {name: f"${name}" for name in inputs}
-    taken = components(preset, **settings)
+        inputs["context"] = Input("float32", (1, sizes.words, sizes.context))
+        inputs["pooled"] = Input("float32", (1, sizes.pooled))
+    taken = components(settings)
     look = (
         Call("encode", {"image": "image"}, {"latent": "y"}),
         Call("see", {"image": "image"}, {"embeds": "embeds"}),
         Call("bridge", {"embeds": "embeds"}, {"bridge": "bridge"}),
     )
     passes.append(Pass("condition", tiles, once=look))
-    given = own | {"pooled": f"{text}pooled", "bridge": "bridge", "sigmas": "@sigma", "context": f"{text}context"}
-    if settings["split"]:
-        call = Call("modulate", {n: given[n] for n in taken["modulate"].inputs}, {"modulation": "modulation"})
+    feed = {name: f"${name}" for name in inputs}
+    feed |= {"pooled": f"{text}pooled", "bridge": "bridge", "sigmas": "@sigma", "context": f"{text}context"}
+    if choices["split"]:
+        call = Call("modulate", {n: feed[n] for n in taken["modulate"].inputs}, {"modulation": "modulation"})
         passes.append(Pass("modulate", tiles, steps, once=(call,)))
-    given |= {"z": "z", "y": "y", "sigma": "@sigma", "sigma_next": "@sigma_next", "modulation": "@modulation"}
+    feed |= {"z": "z", "y": "y", "sigma": "@sigma", "sigma_next": "@sigma_next", "modulation": "@modulation"}
     state = {"z": State((sizes.channels, f"h/{sizes.spatial}", f"w/{sizes.spatial // 2}"), "noise")}
-    each = (Call("step", {n: given[n] for n in taken["step"].inputs}, {"z_next": "z"}),)
+    each = (Call("step", {n: feed[n] for n in taken["step"].inputs}, {"z_next": "z"}),)
     decode = (Call("decode", {"latent": "z"}, {"image": "result"}),)
     passes += [Pass("sample", tiles, steps, state, each=each), Pass("decode", tiles, once=decode)]
     grids = {"image": Grid(1, 3, "input"), "result": Grid(1, 3)}
-    texts = {"prompt": Text(dict(zip(WORDS, TOKENIZERS, strict=True)))} if settings["text"] else {}
+    texts = {"prompt": Text(dict(zip(WORDS, TOKENIZERS, strict=True)))} if choices["text"] else {}
     files = {"prompt_embeds": {"prompt_embeds": "context", "pooled_prompt_embeds": "pooled"}}
     return Program(4, sizes.multiple, grids, tuple(passes), inputs, texts, files, any_scale=True)
 
 
-TOKENIZERS = ("tokenizers/t5.json", "tokenizers/clip.json")
-
-
-def constants(
-    preset: str, run: Callable[..., Any], given: Mapping[str, Any], folder: Path | None, **settings: Any
-) -> dict[str, Any]:
-    """The program reads none."""
-    return {}
-
-
-def tokenizers(preset: str, given: Mapping[str, Any], folder: Path | None, **settings: Any) -> dict[str, str]:
+def tokenizers(settings: Settings, options: Mapping[str, Any], folder: Path | None) -> dict[str, str]:
     """For the words of each image."""
-    return flux.tokenizer_texts(preset, folder) if settings["text"] else {}
+    return fill.tokenizer_texts(fill.sizes_of(settings), folder) if settings.choices["text"] else {}
 
 
-def stand_in(preset: str) -> dict[str, Any]:
+def stand_in() -> dict[str, Any]:
     """The published folders, and the LoRA and bridge as the paper describes them."""
     from tilewright.export.graph.trace import parameter_specs
+    from tilewright.export.systems.flux import files
 
-    sources = components("full", **settings("full", {}, {}))
+    sizes = PRESETS["full"]
+    specs = components(settings(Preset("full", sizes, asked=False), {}, UserFiles({}, {})))
     clip, bridge = (
-        {str(keys(name, key)[0]): spec for key, spec in parameter_specs(sources[name]).items()}
+        {str(keys(name, key)[0]): spec for key, spec in parameter_specs(specs[name]).items()}
         for name in ("see", "bridge")
     )
     double = r"transformer_blocks\.\d+\.(norm1\.linear|attn\.to_(q|k|v|out\.0)|ff\.net\.(0\.proj|2))"
     single = r"single_transformer_blocks\.\d+\.(norm\.linear|attn\.to_[qkv]|proj_mlp|proj_out)"
-    fill = flux_files.transformer() | flux_files.vae() | flux_files.text_encoders()
-    return {f"FLUX.1-Fill-dev/{name}": tensors for name, tensors in fill.items()} | {
-        "clip-vit-large-patch14/model.safetensors": clip,
-        "vicr.safetensors": flux_files.lora_pairs(rf"x_embedder|{double}|{single}", 32) | bridge,
+    base = files.transformer() | files.vae() | files.scheduler() | files.text_encoders()
+    of_clip = {
+        "model.safetensors": clip,
+        "config.json": files.config(configs.CLIP_VISION, sizes.clip_vision),
+        "preprocessor_config.json": files.config(configs.CLIP_PROCESSOR, sizes.clip_processor),
     }
+    return {
+        **{f"FLUX.1-Fill-dev/{name}": content for name, content in base.items()},
+        **{f"clip-vit-large-patch14/{name}": content for name, content in of_clip.items()},
+        "vicr.safetensors": files.lora_pairs(rf"x_embedder|{double}|{single}", 32) | bridge,
+    }
+
+
+SYSTEM = System(
+    name="vicr",
+    title="VICR, FLUX.1-Fill as a diptych, words and CLIP through a bridge, 30 steps",
+    licence=f"{fill.LICENCE}; CLIP ViT-L/14 (MIT); the system's own weights are the user's",
+    presets=PRESETS,
+    options=OPTIONS,
+    origins=ORIGINS,
+    lora=fill.LORA,
+    settings=settings,
+    components=components,
+    program=program,
+    tokenizers=tokenizers,
+    keys=keys,
+    origin=origin,
+    ignored=ignored,
+    stand_in=stand_in,
+)

@@ -9,18 +9,16 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from tilewright.export.system import Origin
-from tilewright.export.weights.files import Tensors
+from tilewright.export.system import LoraFile, Origin, Rows, Tensors
 from tilewright.export.weights.lora import as_parameters
-from tilewright.export.weights.lora import read as read_lora
-from tilewright.runtime.errors import InputError
 
-__all__ = ["ORIGINS", "branches_of", "ignored", "keys", "lora_targets", "named", "origin", "origins"]
+__all__ = ["LORA", "ORIGINS", "ignored", "keys", "lora_targets", "named", "origin"]
 
-LORA_PREFIX = "unet."
+LORA = LoraFile("lora", prefixes=("unet.",), default_alpha=1.0)  # the previewer's file says nothing of alpha
 RESAMPLER = "encoder_hid_proj.image_projection_layers.0."
 PROCESSOR = re.compile(r"\.processor_(\d+)\.")
 DINO = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}
+GATED = ("gate_proj", "up_proj")  # which published files of the largest DINOv2 keep as one tensor
 OF_COMPONENT = {
     "text": "text_encoder",
     "words": "unet",
@@ -40,23 +38,14 @@ OF_COMPONENT = {
 WITH_LORA = ("unet", "preview", "look", "look_preview")
 
 
-def named(found: Tensors) -> Tensors:
+def named(adapter: Tensors) -> Tensors:
     """An adapter's tensors under the names of its nested layout."""
     layouts = {"image_proj_model.": "image_proj.", "adapter_modules.": "ip_adapter."}
     tensors = {}
-    for key, reference in found.tensors.items():
+    for key, reference in adapter.tensors.items():
         prefix = next((p for p in layouts if key.startswith(p)), "")
         tensors[layouts.get(prefix, "") + key.removeprefix(prefix)] = reference
-    return replace(found, tensors=tensors)
-
-
-def branches_of(found: Tensors) -> dict[str, list[float]]:
-    """Module -> rank and scale of every pair of a previewer's file, which says nothing of alpha: it is 1."""
-    adapters, rest = read_lora(found, (LORA_PREFIX,), default_alpha=1.0)
-    if rest:
-        file = found.sources[found.tensors[min(rest)].file]
-        raise InputError(f"previewer {file}: holds {min(rest)!r}, which is of no LoRA; give previewer_lora_weights.bin")
-    return {module: [a.rank, a.scale] for module, a in sorted(adapters.items())}
+    return replace(adapter, tensors=tensors)
 
 
 ORIGINS = {
@@ -71,16 +60,9 @@ ORIGINS = {
         "previewer",
         (".",),
         "InstantIR's previewer LoRA",
-        read=partial(as_parameters, prefixes=(LORA_PREFIX,), default_alpha=1.0),
+        read=partial(as_parameters, prefixes=LORA.prefixes, default_alpha=LORA.default_alpha),
     ),
 }
-
-
-def origins(component: str) -> set[str]:
-    """Where a component's weights may come from."""
-    more = {"text": {"text_encoder_2"}, "unet": {"adapter", "lora"}, "preview": {"adapter", "lora"}}
-    more |= {"base": {"adapter"}, "look": {"lora"}, "look_preview": {"lora"}}
-    return {OF_COMPONENT[component]} | more.get(component, set()) if component in OF_COMPONENT else set()
 
 
 def origin(component: str, parameter: str) -> str:
@@ -92,7 +74,7 @@ def origin(component: str, parameter: str) -> str:
     return "text_encoder_2" if parameter.startswith("text_2.") else OF_COMPONENT[component]
 
 
-def keys(component: str, parameter: str) -> tuple[str, ...]:
+def keys(component: str, parameter: str) -> tuple[str | Rows, ...]:
     """A parameter as its file names it, best first."""
     name = parameter.removeprefix("unet.")
     if ".lora_" in parameter:
@@ -111,14 +93,17 @@ def keys(component: str, parameter: str) -> tuple[str, ...]:
     return (name,)
 
 
-def _dino_keys(name: str) -> tuple[str, ...]:
+def _dino_keys(name: str) -> tuple[str | Rows, ...]:
     """As published and as transformers 5 spells them."""
     if name == "position_embeddings":
         return ("embeddings.position_embeddings",)
     public = name.replace(".attention.o_proj.", ".attention.output.dense.")
     for theirs, ours in DINO.items():
         public = public.replace(f".attention.{ours}.", f".attention.attention.{theirs}.")
-    return (public, name)
+    for half, ours in enumerate(GATED):
+        if f".mlp.{ours}." in name:
+            return (Rows(name.replace(ours, "weights_in"), half, half + 1, len(GATED)), name)
+    return (public.replace(".mlp.down_proj.", ".mlp.weights_out."), name)
 
 
 def _deprecated(name: str) -> str:

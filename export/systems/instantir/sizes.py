@@ -3,25 +3,24 @@
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["PRESETS", "Sizes"]
+__all__ = ["PRESETS", "RANKS", "Sizes"]
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """A preset: the networks' configurations, and the lengths between them."""
+    """The networks' configurations, and the lengths between them."""
 
     unet: dict[str, Any]
     vae: dict[str, Any]
     text: dict[str, Any]
     text_2: dict[str, Any]
     dino: dict[str, Any]
-    side: int  # of the square that DINOv2 sees
-    short: int  # what the shortest side of an image becomes before that square is cut out
+    pixels: dict[str, Any]  # what becomes of an image before DINOv2 sees it
+    schedule: dict[str, Any]  # options of the program's schedule
     resampler: dict[str, int]
     hidden: int  # of the aggregator's heads
-    rank: int  # of the previewer's LoRA
+    adaptive: bool  # the keys and values of image tokens follow the time
     words: int  # ids of a text
-    multiple: int  # output pixels that sides are multiples of
     tile_px: int
     overlap_px: int
 
@@ -31,19 +30,37 @@ class Sizes:
         return 2 ** (len(self.vae["block_out_channels"]) - 1)
 
     @property
+    def multiple(self) -> int:
+        """Output pixels that sides are multiples of: twice what the UNet needs, as in the release."""
+        return int(2 * self.spatial * 2 ** (len(self.unet["block_out_channels"]) - 1))
+
+    @property
     def seen(self) -> int:
         """Features of a square."""
-        return 1 + (self.side // int(self.dino["patch_size"])) ** 2
+        return 1 + (int(self.pixels["side"]) // int(self.dino["patch_size"])) ** 2
 
     @property
     def pooled(self) -> int:
-        """Width of the pooled text."""
-        return int(self.text_2["projection_dim"])
+        """Width of the pooled text: what the UNet takes beside six numbers, each as wide as a sinusoid."""
+        sinusoid = int(self.unet["addition_time_embed_dim"])
+        return int(self.unet["projection_class_embeddings_input_dim"]) - 6 * sinusoid
 
     @property
     def context(self) -> int:
         """Width of the text's hidden states."""
         return int(self.unet["cross_attention_dim"])
+
+    @property
+    def keys_and_values(self) -> int:
+        """Width of the keys and the values of all cross-attentions, side by side."""
+        unet = self.unet
+        widths, lengths = unet["block_out_channels"], unet["transformer_layers_per_block"]
+        layers, total = unet["layers_per_block"], widths[-1] * lengths[-1]  # the middle has one attention
+        kinds = zip(unet["down_block_types"], reversed(unet["up_block_types"]), widths, lengths, strict=True)
+        for down, up, width, length in kinds:
+            attentions = layers * down.startswith("CrossAttn") + (layers + 1) * up.startswith("CrossAttn")
+            total += width * length * attentions
+        return int(2 * total)
 
     @property
     def residuals(self) -> dict[str, tuple[int, int]]:
@@ -57,6 +74,15 @@ class Sizes:
         return named | {"mid": (widths[-1], 2 ** (len(widths) - 1))}
 
 
+SCHEDULE = {  # of SDXL
+    "betas": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "spacing_offset": 1,
+    "final_alpha": "first",
+}
+IMAGENET = {"mean": [0.485, 0.456, 0.406], "deviation": [0.229, 0.224, 0.225]}
+RANKS = {"full": 64, "tiny": 4}  # of a LoRA of random weights
 UNET: dict[str, Any] = {
     "in_channels": 4,
     "out_channels": 4,
@@ -88,7 +114,13 @@ PRESETS: dict[str, Sizes] = {
             "projection_class_embeddings_input_dim": 2816,
         },
         vae=_vae((128, 256, 512, 512), layers_per_block=2, norm_num_groups=32),
-        text={"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
+        text={
+            "hidden_size": 768,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "hidden_act": "quick_gelu",
+        },
         text_2={
             "hidden_size": 1280,
             "intermediate_size": 5120,
@@ -104,8 +136,8 @@ PRESETS: dict[str, Sizes] = {
             "patch_size": 14,
             "image_size": 518,
         },
-        side=224,
-        short=256,
+        pixels={"side": 224, "short": 256} | IMAGENET,
+        schedule=SCHEDULE,
         resampler={
             "dim": 1280,
             "depth": 4,
@@ -117,16 +149,15 @@ PRESETS: dict[str, Sizes] = {
             "multiple": 4,
         },
         hidden=128,
-        rank=64,
+        adaptive=True,
         words=77,
-        multiple=64,
         tile_px=1024,
         overlap_px=256,
     ),
     "tiny": Sizes(
         unet=UNET
         | {
-            "sample_size": 16,
+            "sample_size": 64,
             "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
             "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
             "block_out_channels": (16, 32),
@@ -166,8 +197,8 @@ PRESETS: dict[str, Sizes] = {
             "patch_size": 14,
             "image_size": 42,
         },
-        side=28,
-        short=32,
+        pixels={"side": 28, "short": 32} | IMAGENET,
+        schedule=SCHEDULE,
         resampler={
             "dim": 32,
             "depth": 2,
@@ -179,9 +210,8 @@ PRESETS: dict[str, Sizes] = {
             "multiple": 4,
         },
         hidden=16,
-        rank=4,
+        adaptive=True,
         words=16,
-        multiple=16,
         tile_px=128,
         overlap_px=32,
     ),

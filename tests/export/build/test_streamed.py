@@ -7,16 +7,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from support.systems import settings_of
 from tilewright.export.build import streamed
 from tilewright.export.build.streamed import run_streamed
 from tilewright.export.graph.trace import network_on_meta, parameter_specs
 from tilewright.export.system import ComponentSpec
-from tilewright.export.systems.flux import in_token
-from tilewright.export.systems.flux.fill import modulate_source, text_sources
-from tilewright.export.weights.files import find, random_weights
+from tilewright.export.systems.flux.fill import modulate, sizes_of, text_encoders
+from tilewright.export.weights.files import find
+from tilewright.export.weights.writing import random_weights
 
-SETTINGS = in_token.settings("tiny", {}, {})
-SOURCES = text_sources("tiny") | {"modulate": modulate_source("tiny", SETTINGS, one_text=True)}
+SETTINGS = settings_of("in-token")
+SOURCES = text_encoders(sizes_of(SETTINGS)) | {"modulate": modulate(SETTINGS, one_text=True)}
 
 
 def feed(source: ComponentSpec) -> dict[str, np.ndarray]:

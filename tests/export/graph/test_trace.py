@@ -16,20 +16,21 @@ import torch
 from polygraphy.tools import main
 from torch import nn
 
+from support.systems import components_of
 from tilewright.export.graph.ops import inline
 from tilewright.export.graph.trace import OPSET, UNRESOLVED, network_on_meta, trace
 from tilewright.export.system import ComponentSpec
-from tilewright.export.systems import hitoksr
 from tilewright.runtime.program import TensorSpec
 
+TESTS = Path(__file__).parents[2]
 COMPONENTS = pytest.mark.parametrize("component", ["generate", "decode"])
 FORMS = pytest.mark.parametrize("form", ["traced", "model", "ort"])
 TRACE = """
 import sys
 import onnx_ir as ir
-from tilewright.export.systems import hitoksr
 from tilewright.export.graph.trace import trace
-for name, source in reversed(hitoksr.components("tiny").items()):
+from support.systems import components_of
+for name, source in reversed(components_of("hitoksr", "tiny").items()):
     ir.save(trace(source), f"{sys.argv[1]}/{name}.onnx")
 """
 
@@ -39,14 +40,16 @@ def fresh(tmp_path_factory) -> Iterator[tuple[Path, subprocess.Popen[bytes]]]:
     """A process that traces in another order, with other hashes of strings; it works while the first tests run."""
     folder = tmp_path_factory.mktemp("fresh")
     command = [sys.executable, "-c", TRACE, str(folder)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, env=os.environ | {"PYTHONHASHSEED": "12345"}) as process:
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, env=os.environ | {"PYTHONHASHSEED": "12345", "PYTHONPATH": str(TESTS)}
+    ) as process:
         yield folder, process
         process.kill()
 
 
 def parameters(component: str) -> dict[str, tuple[int, ...]]:
     """Names and shapes in the state dict; DINOv3's mask token has no effect and is not traced."""
-    network = network_on_meta(hitoksr.components("tiny")[component])
+    network = network_on_meta(components_of("hitoksr", "tiny")[component])
     named = {name: tuple(p.shape) for name, p in network.named_parameters()}
     return {name: shape for name, shape in named.items() if not name.endswith("embeddings.mask_token")}
 
@@ -79,7 +82,7 @@ def test_no_byte_of_a_weight_is_in_the_graph(traced, component):
 @COMPONENTS
 def test_buffers_are_real_and_have_their_values(traced, component):
     graph = ir.load(traced / f"{component}.onnx").graph
-    buffers = dict(network_on_meta(hitoksr.components("tiny")[component]).named_buffers())
+    buffers = dict(network_on_meta(components_of("hitoksr", "tiny")[component]).named_buffers())
     assert {name.rsplit(".")[-1] for name in buffers} == (
         {"mean", "deviation", "inv_freq"} if component == "generate" else set()
     )
@@ -89,7 +92,7 @@ def test_buffers_are_real_and_have_their_values(traced, component):
 
 @COMPONENTS
 def test_inputs_and_outputs_have_the_specifications_names_types_and_sizes(traced, component):
-    source = hitoksr.components("tiny")[component]
+    source = components_of("hitoksr", "tiny")[component]
     graph = ir.load(traced / f"{component}.onnx").graph
     for values, specs in ((graph.inputs, source.inputs), (graph.outputs, source.outputs)):
         assert [value.name for value in values] == list(specs)
@@ -100,7 +103,7 @@ def test_inputs_and_outputs_have_the_specifications_names_types_and_sizes(traced
 
 @COMPONENTS
 def test_every_free_size_in_the_graph_is_one_of_ours(traced, component):
-    source = hitoksr.components("tiny")[component]
+    source = components_of("hitoksr", "tiny")[component]
     model = ir.load(traced / f"{component}.onnx")
     named = {d for spec in (*source.inputs.values(), *source.outputs.values()) for d in spec.shape if d is not int}
     known = named | {f"{name}_units" for name in source.multiples} | {"CeilToInt", "FloatTrueDiv", "ToFloat"}
@@ -167,7 +170,7 @@ def polygraphy(monkeypatch, capsys) -> Callable[..., str]:
 def test_polygraphy_inspects_the_graph(graphs, polygraphy, component, form):
     file = graphs / f"{component}.{form}.onnx"
     shown = polygraphy("inspect", "model", str(file))
-    source = hitoksr.components("tiny")[component]
+    source = components_of("hitoksr", "tiny")[component]
     for name in (*source.inputs, *source.outputs):
         assert re.search(rf"\b{name} \[dtype=", shown), name
     assert f"---- {ir.load(file).graph.num_nodes()} Node(s) ----" in shown
@@ -238,7 +241,7 @@ def test_an_image_of_a_batch_is_restored_as_it_is_alone(sessions, form):
 
 
 def test_tracing_again_gives_the_same_bytes(traced, tmp_path):
-    ir.save(trace(hitoksr.components("tiny")["decode"]), tmp_path / "decode.onnx")
+    ir.save(trace(components_of("hitoksr", "tiny")["decode"]), tmp_path / "decode.onnx")
     assert (tmp_path / "decode.onnx").read_bytes() == (traced / "decode.onnx").read_bytes()
 
 
@@ -253,7 +256,7 @@ def test_tracing_in_another_process_and_order_gives_the_same_bytes(traced, fresh
 @pytest.mark.parametrize("preset", ["tiny", "full"])
 @COMPONENTS
 def test_networks_are_made_without_storage_but_with_their_buffers(preset, component):
-    network = network_on_meta(hitoksr.components(preset)[component])
+    network = network_on_meta(components_of("hitoksr", preset)[component])
     assert not network.training
     assert {p.device.type for p in network.parameters()} == {"meta"}
     assert {b.device.type for b in network.buffers()} <= {"cpu"}

@@ -1,19 +1,21 @@
 """A network as its graph runs: traced, with seeded weights beside, before and after folding."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import onnx_ir as ir
 import pytest
+import torch
 from safetensors.torch import load_file
 from torch import nn
 
 from tilewright.export.graph.rewrites.fold import fold
 from tilewright.export.graph.trace import network_on_meta, trace
 from tilewright.export.system import ComponentSpec
-from tilewright.export.weights.files import attach, find, random_weights
+from tilewright.export.weights.files import attach, find
+from tilewright.export.weights.writing import random_weights
 from tilewright.runtime.engines.ort import OrtEngine, open_graph
 
 
@@ -36,7 +38,7 @@ def opened() -> Callable[[ComponentSpec, Path], Opened]:
         needed = [name for name, value in initializers.items() if isinstance(value.const_value, ir.ExternalTensor)]
         shapes = {"it": {name: tuple(initializers[name].shape.numpy()) for name in needed}}
         random_weights(shapes["it"], 7, folder / "weights.safetensors")
-        plain = SimpleNamespace(origin=lambda *_: "it", keys=lambda _, name: (name,), ignored=lambda *_: False)
+        plain = SimpleNamespace(origin_of=lambda *_: "it", keys=lambda _, name: (name,), ignored=lambda *_: False)
         references = attach(shapes, {"it": find(folder)}, plain)["it"]
         for name, r in references.items():
             initializers[name].const_value = ir.ExternalTensor(
@@ -50,3 +52,13 @@ def opened() -> Callable[[ComponentSpec, Path], Opened]:
         return Opened(model, engines, network.requires_grad_(False))
 
     return opened
+
+
+@pytest.fixture(scope="module")
+def quick() -> Iterator[None]:
+    """No gradients, and one thread: for tensors as small as these, more only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        yield
+    torch.set_num_threads(threads)

@@ -1,36 +1,23 @@
-"""FLUX.1-Fill against diffusers, called as its own pipeline calls it; the graphs against eager PyTorch."""
+"""FLUX.1-Fill against diffusers, called as its own pipeline calls it."""
 
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-import numpy as np
-import onnx_ir as ir
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
-from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 from diffusers.pipelines import FluxFillPipeline
 from peft import LoraConfig
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tilewright.export.graph.trace import network_on_meta, trace
+from support.random_networks import distance, made, random
 from tilewright.export.networks import flux
-from tilewright.export.networks import vae as vae_networks
 from tilewright.export.networks.flux import Modulate, Step
 from tilewright.export.networks.low_rank import Branches
-from tilewright.export.networks.vae import Decode, Encode
-from tilewright.export.system import ComponentSpec
-from tilewright.export.systems.flux import in_token, vicr
 from tilewright.export.systems.flux.sizes import PRESETS
-from tilewright.export.weights.files import find
-from tilewright.runtime.engines.ort import OrtEngine, open_graph
 
 SIZES = PRESETS["tiny"]
 CONFIG = SIZES.transformer
@@ -39,35 +26,7 @@ GUIDANCE = torch.tensor(30.0)
 SIGMAS = torch.tensor([1.0, 0.9884, 0.5013, 0.0650, 0.0])
 # batch and latent: wide, tall and square, and the smallest
 LATENTS = pytest.mark.parametrize("size", [(1, 4, 12), (2, 10, 4), (2, 8, 8), (1, 2, 4)], ids=str)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick() -> Iterator[None]:
-    """No gradients, and one thread: for tensors as small as these, more only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.no_grad():
-        yield
-    torch.set_num_threads(threads)
-
-
-def random(*shape: int, seed: int = 1) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def made(network: nn.Module, seed: int = 0) -> nn.Module:
-    """The network with weights of order one everywhere, so that no term is too small to be missed."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in network.parameters():
-        fan_in = math.prod(parameter.shape[1:]) if parameter.ndim > 1 else 4
-        parameter.copy_(torch.randn(parameter.shape, generator=generator) * fan_in**-0.5)
-    return network.eval().requires_grad_(False)
-
-
-def distance(ours: Tensor, expected: Tensor) -> float:
-    """Relative L2."""
-    assert ours.shape == expected.shape
-    return float((ours.double() - expected.double()).norm() / expected.double().norm())
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @dataclass
@@ -451,239 +410,3 @@ def test_the_order_of_text_tokens_does_not_matter(plain):
     assert distance(one - t.z, other - t.z) <= 1e-5
     moved = stepped(plain, KINDS[0], t._replace(z=t.z.flip(3), y=t.y.flip(3)), 1).flip(3)
     assert distance(moved - t.z, one - t.z) > 1e-2  # that of image tokens does
-
-
-# the VAE
-
-
-@pytest.fixture(scope="module")
-def vae() -> AutoencoderKL:
-    network = made(AutoencoderKL(**SIZES.vae))
-    network.decoder.conv_out.weight.mul_(4)  # so that values are beyond the range of images, on both sides
-    return network
-
-
-def half(vae: AutoencoderKL, which: str, **of_diptych) -> nn.Module:
-    network = {"encoder": Encode, "decoder": Decode}[which](SIZES.vae, **of_diptych)
-    network.load_state_dict({k: v for k, v in vae.state_dict().items() if k.startswith(which)})
-    return network.eval().requires_grad_(False)
-
-
-def encoded(vae: AutoencoderKL, canvas: Tensor) -> Tensor:
-    mean = vae.encode(canvas).latent_dist.mean
-    return (mean - vae.config.shift_factor) * vae.config.scaling_factor
-
-
-def decoded(vae: AutoencoderKL, latent: Tensor) -> Tensor:
-    raw = vae.decode(latent / vae.config.scaling_factor + vae.config.shift_factor).sample
-    assert bool((raw < -1).any()) and bool((raw > 1).any()) and bool((raw.abs() < 1).any())  # every case occurs
-    return (raw / 2 + 0.5).clamp(0, 1)
-
-
-# pixels; the latent's tokens are fewer than the chunks of queries, as many, more, and no multiple of them
-PICTURES = pytest.mark.parametrize(
-    "size", [(1, 8, 12), (2, 8, 16), (1, 20, 4), (2, 12, 28), (1, 36, 20), (1, 2, 2)], ids=str
-)
-
-
-@PICTURES
-def test_an_image_is_encoded_as_the_scaled_mean(vae, size):
-    batch, height, width = size
-    image = random(batch, 3, height, width).sigmoid()
-    latent = half(vae, "encoder")(image)
-    assert latent.shape == (batch, CHANNELS, height // SPATIAL, width // SPATIAL)
-    assert distance(latent, encoded(vae, image * 2 - 1)) <= 1e-5
-
-
-@PICTURES
-def test_a_diptych_is_encoded_beside_mid_grey(vae, size):
-    batch, height, width = size
-    image = random(batch, 3, height, width).sigmoid()
-    canvas = torch.zeros(batch, 3, height, 2 * width)
-    canvas[..., :width] = image * 2 - 1
-    assert distance(half(vae, "encoder", diptych=True)(image), encoded(vae, canvas)) <= 1e-5
-
-
-# latents; 3 x 5 and 7 x 11 have odd sides
-SHAPES = [(1, 4, 6), (2, 4, 8), (1, 3, 5), (2, 7, 11), (1, 12, 20)]
-
-
-@pytest.mark.parametrize("size", SHAPES, ids=str)
-def test_a_latent_is_decoded_to_the_unit_interval(vae, size):
-    batch, height, width = size
-    latent = random(batch, CHANNELS, height, width)
-    image = half(vae, "decoder")(latent)
-    assert image.shape == (batch, 3, height * SPATIAL, width * SPATIAL)
-    torch.testing.assert_close(image, decoded(vae, latent), rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("margin", [None, 0, 2, 3, 100])
-@pytest.mark.parametrize("size", [(1, 4, 8), (2, 6, 12), (1, 5, 14), (1, 8, 6)], ids=str)
-def test_of_a_diptych_the_right_panel_is_decoded_from_its_columns_and_the_margins(vae, size, margin):
-    batch, height, width = size
-    latent = random(batch, CHANNELS, height, width)
-    image = half(vae, "decoder", diptych=True, margin=margin)(latent)
-    assert image.shape == (batch, 3, height * SPATIAL, width // 2 * SPATIAL)
-    first = 0 if margin is None else max(width // 2 - margin, 0)
-    expected = decoded(vae, latent[..., first:])[..., -(width // 2) * SPATIAL :]
-    torch.testing.assert_close(image, expected, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("margin", [4, 5, 16])
-def test_a_margin_of_a_panel_or_more_is_the_whole_canvas(vae, margin):
-    latent = random(2, CHANNELS, 6, 8)
-    whole = half(vae, "decoder", diptych=True)(latent)
-    assert torch.equal(half(vae, "decoder", diptych=True, margin=margin)(latent), whole)
-    cut = half(vae, "decoder", diptych=True, margin=1)(latent)
-    assert 1e-4 < float((cut - whole).abs().mean()) < 0.1  # less than a panel is another picture, not much another
-
-
-# 32 chunks: tokens below, at, above and far above, multiples or not
-@pytest.mark.parametrize("grid", [(1, 1), (1, 31), (4, 8), (3, 11), (6, 6), (5, 13), (8, 12), (17, 19)], ids=str)
-@pytest.mark.parametrize("which", ["encoder", "decoder"])
-def test_chunked_attention_is_the_librarys_and_holds_no_full_score_matrix(vae, monkeypatch, which, grid):
-    height, width = grid
-    attention = half(vae, which).get_submodule(f"{which}.mid_block.attentions.0")
-    theirs = getattr(vae, which).mid_block.attentions[0]
-    theirs.set_processor(AttnProcessor2_0())
-    x = random(2, SIZES.vae["block_out_channels"][-1], height, width)
-    expected = theirs(x)
-    lengths = []
-    attend = F.scaled_dot_product_attention
-    monkeypatch.setattr(
-        F,
-        "scaled_dot_product_attention",
-        lambda q, k, v, **kw: lengths.append((q.shape[-2], k.shape[-2], v.shape[-2])) or attend(q, k, v, **kw),
-    )
-    ours = attention(x)
-    tokens = height * width
-    part = math.ceil(tokens / vae_networks.QUERY_CHUNKS)
-    assert max(queries for queries, _, _ in lengths) == part
-    assert sum(queries for queries, _, _ in lengths) >= tokens
-    assert {(keys, values) for _, keys, values in lengths} == {(tokens, tokens)}
-    assert distance(ours - x, expected - x) <= 1e-5
-
-
-# the graphs
-
-
-class Opened(NamedTuple):
-    """A traced network: as a graph, as it runs, and as PyTorch runs it."""
-
-    source: ComponentSpec
-    model: ir.Model
-    engine: OrtEngine
-    eager: nn.Module
-
-
-def opened(source: ComponentSpec, folder: Path) -> Opened:
-    model, network = trace(source), network_on_meta(source)
-    weights = {n: torch.empty(p.shape) for n, p in network.named_parameters()}
-    filled = made(nn.ParameterDict({n.replace(".", "/"): t for n, t in weights.items()}), seed=7)
-    save_file({n.replace("/", "."): p.data for n, p in filled.items()}, folder / "weights.safetensors")
-    network.load_state_dict({n.replace("/", "."): p.data for n, p in filled.items()}, assign=True)
-    found = find(folder)
-    for name, value in model.graph.initializers.items():
-        if isinstance(value.const_value, ir.ExternalTensor):
-            r = found.tensors[name]
-            value.const_value = ir.ExternalTensor(
-                r.file, r.offset, r.length, ir.DataType.FLOAT, shape=ir.Shape(r.shape), name=name
-            )
-    ir.save(model, folder / "traced.onnx")
-    return Opened(source, model, open_graph(folder / "traced.onnx", folder, threads=1), network.requires_grad_(False))
-
-
-BRANCHED = [
-    "x_embedder",
-    "norm_out.linear",
-    "time_text_embed.timestep_embedder.linear_1",
-    "transformer_blocks.0.norm1.linear",
-    "transformer_blocks.0.attn.to_q",
-    "transformer_blocks.0.attn.to_out.0",
-    "transformer_blocks.0.ff.net.2",
-    "single_transformer_blocks.0.norm.linear",
-    "single_transformer_blocks.0.proj_out",
-]
-
-
-def sources(preset: str) -> dict[str, ComponentSpec]:
-    of_in_token, of_vicr = in_token.settings(preset, {}, {}), vicr.settings(preset, {"margin_columns": 3}, {})
-    one, diptych = in_token.components(preset, **of_in_token), vicr.components(preset, **of_vicr)
-    branches = {module: [2, 0.5 + i / 4] for i, module in enumerate(BRANCHED)}
-    whole = in_token.components(preset, **of_in_token | {"split": False, "mask": 1.0, "exact": False})
-    branched = vicr.components(preset, **of_vicr | {"branches": branches})
-    return {
-        "step": one["step"],
-        "whole step": whole["step"],
-        "diptych step with branches": branched["step"],
-        "modulate": one["modulate"],
-        "modulate with branches": branched["modulate"],
-        "encode": one["encode"],
-        "diptych encode": diptych["encode"],
-        "decode": one["decode"],
-        "diptych decode": diptych["decode"],
-    }
-
-
-GRAPHS = list(sources("tiny"))
-
-
-@pytest.fixture(scope="module")
-def graphs(tmp_path_factory) -> dict[str, Opened]:
-    """Every network, traced once; to save time with fewer chunks of queries, and all but three with fewer blocks."""
-    with pytest.MonkeyPatch.context() as patch:
-        for preset, layers in (("single", 0), ("shallow", 1)):
-            config = CONFIG | {"num_layers": layers, "num_single_layers": 1}
-            vae = SIZES.vae | {"block_out_channels": (8, 8), "layers_per_block": 0}
-            patch.setitem(PRESETS, preset, replace(SIZES, transformer=config, vae=vae))
-        patch.setattr(vae_networks, "QUERY_CHUNKS", 3)
-        taken = sources("shallow") | {"whole step": sources("single")["whole step"]}
-        taken |= {name: sources("tiny")[name] for name in ("step", "encode", "decode")}
-        return {name: opened(source, tmp_path_factory.mktemp("graph")) for name, source in taken.items()}
-
-
-@pytest.mark.parametrize("name", GRAPHS)
-def test_the_graph_needs_each_parameter_and_has_plain_operators(graphs, name):
-    model, eager = graphs[name].model, graphs[name].eager
-    outside = {n for n, v in model.graph.initializers.items() if isinstance(v.const_value, ir.ExternalTensor)}
-    assert outside == {n for n, _ in eager.named_parameters()}
-    ours = {node.op_type.split("_without_")[0] for node in model.graph.all_nodes() if node.domain == "tilewright"}
-    double = {"JointAttention"} if any(".transformer_blocks." in name for name in outside) else set()
-    assert ours == ({"ConcatProject", "QkvNormRope", *double} if "step" in name else set())
-    assert {node.domain for node in model.graph.all_nodes()} <= {"", "tilewright"}
-    assert {overload for *_, overload in model.functions} <= {""}  # NVIDIA's tools know none
-    assert [value.name for value in model.graph.inputs] == list(graphs[name].source.inputs)
-
-
-# none is the example's own size, and two have a batch of 2
-@pytest.mark.parametrize("units", [(2, 3, 2, 3), (2, 1, 5, 1), (1, 6, 1, 4)], ids=str)
-@pytest.mark.parametrize("name", GRAPHS)
-def test_the_graph_runs_as_eager_pytorch_does(graphs, name, units):
-    graph = graphs[name]
-    batch, tall, wide, steps = units
-    sizes = {"batch": batch, "h": tall, "w": wide, "w2": wide, "height": tall, "width": wide, "steps": steps}
-    scalars = {"sigma": 0.9884, "sigma_next": 0.9762, "guidance": 30.0, "lora_scale": 0.7}
-    inputs = {}
-    for i, (key, spec) in enumerate(graph.source.inputs.items()):
-        shape = [d if isinstance(d, int) else sizes[d] * graph.source.multiples.get(d, 1) for d in spec.shape]
-        inputs[key] = torch.tensor(scalars[key]) if key in scalars else random(*shape, seed=i)
-    if "sigmas" in inputs:
-        inputs["sigmas"] = torch.linspace(1, 0.01, steps)
-    expected = graph.eager(**inputs)
-    (wanted,) = graph.source.outputs
-    ours = graph.engine.run({key: value.numpy() for key, value in inputs.items()}, [wanted])[wanted]
-    if "step" in name:  # in what the step changed
-        ours, expected = ours - inputs["z"].numpy(), expected - inputs["z"]
-    assert float(expected.std()) > 1e-3
-    assert distance(torch.from_numpy(np.asarray(ours)), expected) <= (1e-6 if name == "modulate" else 1e-5)
-
-
-def test_in_onnx_runtime_the_modulation_keeps_the_last_bit_of_guidance(graphs):
-    """Whose sinusoid is evaluated at 30,000, where neighbouring numbers of float32 are 0.002 apart."""
-    graph, pooled, sigmas = graphs["modulate"], random(1, 16, seed=5), torch.linspace(1, 0.04, 28)
-    for guidance in (30.0, 29.99, 3.5):
-        inputs = {"pooled": pooled, "guidance": torch.tensor(guidance), "sigmas": sigmas}
-        ours = graph.engine.run({key: value.numpy() for key, value in inputs.items()}, ["modulation"])["modulation"]
-        expected = graph.eager(**inputs)
-        for row in range(expected.shape[1]):
-            assert distance(torch.from_numpy(ours[:, row]), expected[:, row]) <= 1e-6

@@ -19,7 +19,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from tilewright.export.networks.vision import Bridge, ClipVision, Redux, Siglip, resize_matrix, resized
+from tilewright.export.networks.vision import Bridge, ClipVision, DinoPositions, Redux, Siglip, resize_matrix, resized
 from tilewright.export.system import ComponentSpec
 from tilewright.runtime.program import TensorSpec
 
@@ -138,6 +138,38 @@ def test_pixels_are_those_of_the_published_processor(which, contrast, size):
     assert error.mean() <= 0.5
 
 
+@pytest.mark.parametrize("size", [(90, 17), (300, 31)], ids=str)
+def test_of_a_tall_picture_only_the_order_of_the_passes_may_differ(size):
+    image = picture(size, "black and white")
+    expected = SIGLIP_PROCESSOR(image, return_tensors="np")["pixel_values"]
+    network, turned = Siglip(SIGLIP), tensor(image).transpose(2, 3)
+    orders = network.pixels(tensor(image)), network.pixels(turned).transpose(2, 3)
+    assert min(abs(pixels.numpy() - expected).max() for pixels in orders) * 127.5 <= 1.5
+
+
+@pytest.mark.parametrize("which", ["siglip", "clip"])
+def test_other_means_deviations_and_sides_are_those_of_a_processor_that_has_them(which):
+    numbers = {"image_mean": [0.3, 0.5, 0.65], "image_std": [0.2, 0.5, 1.5]}
+    taken = {"mean": numbers["image_mean"], "deviation": numbers["image_std"]}
+    side = {"height": SIDE, "width": SIDE}
+    if which == "siglip":
+        network, processor = Siglip(SIGLIP, **taken), SiglipImageProcessorPil(size=side, **numbers)
+    else:
+        network = ClipVision(CLIP, short=41, **taken)
+        processor = CLIPImageProcessorPil(size={"shortest_edge": 41}, crop_size=side, **numbers)
+    image = picture((50, 64), "grey")
+    expected, ours = processor(image, return_tensors="np")["pixel_values"], network.pixels(tensor(image)).numpy()
+    error = abs(ours - expected) * np.reshape(processor.image_std, (3, 1, 1)) * 255
+    assert error.max() <= 1.5 and error.mean() <= 0.5
+
+
+def test_siglips_usual_pixels_are_twice_the_image_less_one():
+    image = torch.rand(1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(
+        Siglip(SIGLIP).pixels(image), resized(image, *[resize_matrix(SIDE, SIDE, 0, SIDE, CPU)] * 2) * 2 - 1
+    )
+
+
 def test_the_siglip_encoder_is_the_bare_class_without_its_pooling():
     bare = made(SiglipVisionModel(SiglipVisionConfig(**SIGLIP, attn_implementation="eager")))
     network = Siglip(SIGLIP).eval()
@@ -163,6 +195,13 @@ def test_the_clip_encoder_is_the_bare_class():
     assert ours.shape == (1, 16)
     assert abs(ours.norm() - 1) > 0.1  # not normalised
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("release", [True, False], ids=["release", "current"])
+def test_dinos_positions_that_fit_stay_as_they_are(release):
+    config = {key: SIGLIP[key] for key in SIGLIP if key != "intermediate_size"}
+    positions = made(DinoPositions(config, SIDE, release=release))
+    assert torch.equal(positions(), positions.position_embeddings)
 
 
 def test_redux_is_the_bare_class_and_widens_threefold_between():

@@ -88,7 +88,7 @@ def module_unknown(files: Path) -> None:
 
 
 CASES = {
-    another_flux: ("'x_embedder.weight' takes 16 channels", "give FLUX.1-Fill-dev"),
+    another_flux: ("takes 16 channels and gives 16: this is another FLUX", "give FLUX.1-Fill-dev"),
     fill_for_redux: ("lacks 4 tensors: redux_down.bias", "give FLUX.1-Redux-dev"),
     cut_short: ("lie outside the file", TRANSFORMER),
     shard_missing: (
@@ -99,7 +99,7 @@ CASES = {
     key_too_many: ("unexpected 1 tensors: controlnet_x.weight", "FLUX.1-Fill-dev's transformer"),
     no_vae: ("FLUX.1-Fill-dev's VAE: none of", "give --weights PATH"),
     ranks_differ: ("[4, 32]", "[32, 5]", "one rank"),
-    rank_of_another_size: ("'transformer_blocks.0.attn.to_q' as [32, 8], the network has [32, 32]",),
+    rank_of_another_size: ("'transformer_blocks.0.attn.to_q.lora_A' has shape [4, 8], the network needs [4, 32]",),
     module_unknown: ("transformer_blocks.7.attn.to_q", "does not have"),
 }
 
@@ -160,9 +160,9 @@ def test_wrong_arguments_are_told_in_one_line(
 def test_embeddings_of_another_shape_are_refused(
     files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    changed(files / "prompt.safetensors", lambda t: t.update({"prompt_embeds": np.zeros((1, 3, 32), np.float32)}))
+    changed(files / "prompt.safetensors", lambda t: t.update({"prompt_embeds": np.zeros((1, 64, 31), np.float32)}))
     build = ("export", "build", "in-token", "--preset", "tiny", "--weights", str(files), "-o", str(tmp_path / "b"))
-    assert "'prompt_embeds' has shape [1, 3, 32], not [1, 64, 32]" in said(capsys, 8, *build)
+    assert "'prompt_embeds' has shape [1, 64, 31], not [1, 64, 32]" in said(capsys, 8, *build)
 
 
 def test_a_prompt_that_is_too_long_is_refused(

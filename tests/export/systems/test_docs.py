@@ -6,22 +6,19 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from tilewright.export.build.request import Request
-from tilewright.export.build.run import build
+from support.systems import settings_of
 from tilewright.export.cli import main
 from tilewright.export.systems import system
-from tilewright.export.tokenizers import put, stand_in_clip
+from tilewright.export.tokenizers import stand_in_clip
 
 ROOT = Path(__file__).parents[3]
-FLUX, INSTANTIR, TOKSR = ((ROOT / "docs" / f"{name}.md").read_text() for name in ("flux", "instantir", "toksr"))
+FLUX, INSTANTIR = ((ROOT / "docs" / f"{name}.md").read_text() for name in ("flux", "instantir"))
 PUBLISHED = {
     "FLUX.1-Fill-dev/transformer/diffusion_pytorch_model.safetensors": ("vicr", "transformer"),
     "FLUX.1-Fill-dev/vae/diffusion_pytorch_model.safetensors": ("vicr", "vae"),
@@ -56,7 +53,7 @@ def files(in_token_tiny: Path, vicr_tiny: Path, tmp_path: Path) -> Path:
     for file, (origin, name) in PUBLISHED.items():
         (tmp_path / file).parent.mkdir(parents=True)
         shutil.copyfile(bundles[origin] / "weights" / name / f"{name}.safetensors", tmp_path / file)
-    from tilewright.export.tokenizers import stand_in_clip, stand_in_t5
+    from tilewright.export.tokenizers import stand_in_t5
 
     for name, text in {"tokenizer_2/tokenizer.json": stand_in_t5(64)}.items() | {
         (f"tokenizer/{name}", text) for name, text in stand_in_clip(64).items()
@@ -90,30 +87,13 @@ def test_the_instantir_pages_commands_run(
 ) -> None:
     for item in instantir_files.iterdir():
         (tmp_path / item.name).symlink_to(item)
-    (tmp_path / "stable-diffusion-xl-base-1.0").symlink_to(instantir_files)
     image = Image.open(ROOT / "docs" / "sample.png").resize((24, 16))
     image.save(tmp_path / "in.png")
     monkeypatch.chdir(tmp_path)
     assert run_commands(INSTANTIR, "--steps", "2") == 3
 
 
-def test_the_toksr_pages_commands_run(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    made = tmp_path_factory.mktemp("toksr") / "bundle"
-    build(Request("toksr", "tiny", made, seed=0, verify="never"))
-    held = load_file(made / "weights" / "tokenizer" / "tokenizer.safetensors")
-    torch.save({name: torch.from_numpy(array) for name, array in held.items()}, tmp_path / "tatitok_bl32_vae.bin")
-    put(tmp_path / "clip-vit-large-patch14-336", stand_in_clip(64))
-    encoder = made / "weights" / "text_encoder" / "text_encoder.safetensors"
-    shutil.copyfile(encoder, tmp_path / "clip-vit-large-patch14-336" / "model.safetensors")
-    shutil.copyfile(made / "weights" / "dit" / "dit.safetensors", tmp_path / "dit.safetensors")
-    shutil.copy(ROOT / "docs" / "sample.png", tmp_path / "in.png")
-    monkeypatch.chdir(tmp_path)
-    assert run_commands(TOKSR) == 2
-
-
-@pytest.mark.parametrize("page", [FLUX, INSTANTIR, TOKSR], ids=["flux", "instantir", "toksr"])
+@pytest.mark.parametrize("page", [FLUX, INSTANTIR], ids=["flux", "instantir"])
 def test_every_option_the_page_names_exists(page: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["export", "build", "--help"])
@@ -121,12 +101,12 @@ def test_every_option_the_page_names_exists(page: str, capsys: pytest.CaptureFix
     with pytest.raises(SystemExit):
         main(["runtime", "restore", "--help"])
     helped += capsys.readouterr().out + "--scores --prompt --lora-scale --batch"
-    helped += " ".join(f"--{name.replace('_', '-')}" for name in _inputs(system("instantir")))
+    helped += " ".join(f"--{name.replace('_', '-')}" for name in _inputs("instantir"))
     for flag in sorted(set(re.findall(r"--[a-z][a-z-]+", page))):
         assert flag in helped, flag
 
 
-def _inputs(module: Any) -> list[str]:
+def _inputs(name: str) -> list[str]:
     """A program's own arguments, which `restore --help` cannot list."""
-    program = module.program("tiny", **module.settings("tiny", {}, {}))
+    program = system(name).program(settings_of(name))
     return [*program.inputs, *program.texts, *program.files]

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,24 +29,28 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from support.fill_authors import authors_transformer, authors_vae
 from tilewright.export.graph.trace import parameter_specs
-from tilewright.export.system import ComponentSpec
-from tilewright.export.systems.flux import in_token, vicr
-from tilewright.export.systems.flux.keys import OF_COMPONENT, ignored, keys
+from tilewright.export.system import ComponentSpec, Preset, Tensors, UserFiles
+from tilewright.export.systems.flux.in_token import SYSTEM as IN_TOKEN
+from tilewright.export.systems.flux.keys import OF_COMPONENT, ignored, keys, named_by_diffusers
 from tilewright.export.systems.flux.sizes import PRESETS
-from tilewright.export.weights.files import Tensors, attach, find, open_reference, resolve
+from tilewright.export.systems.flux.vicr import SYSTEM as VICR
+from tilewright.export.weights.files import attach, find, open_reference, resolve
 from tilewright.export.weights.lora import as_parameters
 from tilewright.runtime.bundle import Reference
 from tilewright.runtime.errors import InputError
 
 HALVES = ("step", "modulate"), ("encode", "decode")
+KINDS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
 NETWORKS = {"transformer": FluxTransformer2DModel, "vae": AutoencoderKL}
 Shapes = dict[str, tuple[int, ...]]
 
 
 @cache
-def sources(preset: str, *, split: bool = True) -> dict[str, ComponentSpec]:
-    return in_token.components(preset, **in_token.settings(preset, {}, {}) | {"split": split})
+def sources(preset: str, *, split: bool = True, name: str = "in-token") -> dict[str, ComponentSpec]:
+    system, options = {s.name: s for s in (IN_TOKEN, VICR)}[name], {"no_split_modulation": not split}
+    return system.components(system.decide(Preset(preset, PRESETS[preset], True), options, UserFiles({}, {})))
 
 
 @cache
@@ -150,89 +155,11 @@ def test_of_diffusers_files_each_parameter_is_its_tensor(tmp_path, components, d
 # the authors' layouts; what the networks are is told by systems.md 1.2, 1.3 and 1.7
 
 
-def authors_transformer(dim: int, double: int, single: int) -> Shapes:
-    """flux1-fill-dev.safetensors."""
-    shapes: Shapes = {}
-
-    def linear(name: str, out: int, into: int) -> None:
-        shapes[f"{name}.weight"], shapes[f"{name}.bias"] = (out, into), (out,)
-
-    linear("img_in", dim, 384)
-    linear("txt_in", dim, 4096)
-    for name, width in (("time_in", 256), ("guidance_in", 256), ("vector_in", 768)):
-        linear(f"{name}.in_layer", dim, width)
-        linear(f"{name}.out_layer", dim, dim)
-    for i in range(double):
-        for stream in ("img", "txt"):
-            block = f"double_blocks.{i}.{stream}"
-            linear(f"{block}_mod.lin", 6 * dim, dim)
-            linear(f"{block}_attn.qkv", 3 * dim, dim)
-            linear(f"{block}_attn.proj", dim, dim)
-            linear(f"{block}_mlp.0", 4 * dim, dim)
-            linear(f"{block}_mlp.2", dim, 4 * dim)
-            shapes |= {f"{block}_attn.norm.{of}_norm.scale": (128,) for of in ("query", "key")}
-    for i in range(single):
-        block = f"single_blocks.{i}"
-        linear(f"{block}.modulation.lin", 3 * dim, dim)
-        linear(f"{block}.linear1", 7 * dim, dim)
-        linear(f"{block}.linear2", dim, 5 * dim)
-        shapes |= {f"{block}.norm.{of}_norm.scale": (128,) for of in ("query", "key")}
-    linear("final_layer.adaLN_modulation.1", 2 * dim, dim)
-    linear("final_layer.linear", 64, dim)
-    return shapes
-
-
-def authors_vae(widths: tuple[int, ...] = (128, 256, 512, 512), latent: int = 16) -> Shapes:
-    """ae.safetensors: blocks are counted from the picture inwards, in the decoder too."""
-    shapes: Shapes = {}
-
-    def norm(name: str, width: int) -> None:
-        shapes[f"{name}.weight"] = shapes[f"{name}.bias"] = (width,)
-
-    def conv(name: str, out: int, into: int, side: int = 3) -> None:
-        shapes[f"{name}.weight"], shapes[f"{name}.bias"] = (out, into, side, side), (out,)
-
-    def block(name: str, out: int, into: int) -> None:
-        for i, width in ((1, into), (2, out)):
-            norm(f"{name}.norm{i}", width)
-            conv(f"{name}.conv{i}", out, width)
-        if out != into:
-            conv(f"{name}.nin_shortcut", out, into, 1)
-
-    def middle(name: str) -> None:
-        block(f"{name}.block_1", widths[-1], widths[-1])
-        norm(f"{name}.attn_1.norm", widths[-1])
-        for part in ("q", "k", "v", "proj_out"):
-            conv(f"{name}.attn_1.{part}", widths[-1], widths[-1], 1)
-        block(f"{name}.block_2", widths[-1], widths[-1])
-
-    levels = range(len(widths))
-    conv("encoder.conv_in", widths[0], 3)
-    for i in levels:
-        for j in range(2):
-            block(f"encoder.down.{i}.block.{j}", widths[i], widths[i] if j else widths[max(0, i - 1)])
-        if i < levels[-1]:
-            conv(f"encoder.down.{i}.downsample.conv", widths[i], widths[i])
-    middle("encoder.mid")
-    norm("encoder.norm_out", widths[-1])
-    conv("encoder.conv_out", 2 * latent, widths[-1])
-    conv("decoder.conv_in", widths[-1], latent)
-    middle("decoder.mid")
-    for i in levels:
-        for j in range(3):
-            block(f"decoder.up.{i}.block.{j}", widths[i], widths[i] if j else widths[min(i + 1, levels[-1])])
-        if i:
-            conv(f"decoder.up.{i}.upsample.conv", widths[i], widths[i])
-    norm("decoder.norm_out", widths[0])
-    conv("decoder.conv_out", 3, widths[0])
-    return shapes
-
-
-def converted(network: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def converted(network: str, tensors: Mapping[str, Tensor], vae: Mapping[str, Any] = PRESETS["full"].vae) -> dict:
     """What diffusers makes of the authors' layout."""
     given = dict(tensors)
     if network == "vae":
-        return convert_ldm_vae_checkpoint(given, PRESETS["full"].vae)
+        return convert_ldm_vae_checkpoint(given, vae)
     made = convert_flux_transformer_checkpoint_to_diffusers(given)
     assert not given  # it takes what it knows
     return made
@@ -263,7 +190,7 @@ def test_of_the_authors_full_files_every_byte_is_some_parameters(components):
     wanted = {component: ours("full", component) for component in components}
     for layout in (authors, theirs("full", network)):
         found = as_file(layout)
-        attached = attach(wanted, {network: found}, in_token)
+        attached = attach(wanted, {network: IN_TOKEN.origins[network].read(found)}, IN_TOKEN)
         references = [r for of in attached.values() for r in of.values()]
         assert len(references) == sum(map(len, wanted.values()))
         assert_covered(found, references)
@@ -294,7 +221,7 @@ def test_of_the_authors_transformer_each_parameter_is_what_diffusers_converts_it
 def test_of_the_authors_vae_each_parameter_is_what_diffusers_converts_it_to(tmp_path, dtype):
     tensors = filled(authors_vae((4, 6, 8, 8), latent=2), dtype)
     save_file(tensors, tmp_path / "ae.safetensors")
-    expected, found, references = converted("vae", tensors), find(tmp_path), []
+    expected, found, references = converted("vae", tensors), named_by_diffusers(find(tmp_path)), []
     assert expected.keys() == theirs("full", "vae").keys()
     for component in ("encode", "decode"):
         for parameter in ours("full", component):
@@ -302,11 +229,23 @@ def test_of_the_authors_vae_each_parameter_is_what_diffusers_converts_it_to(tmp_
     assert_covered(found, references)
 
 
+@pytest.mark.parametrize("widths", [(4,), (4, 6), (4, 6, 8), (4, 6, 8, 8, 10)], ids=len)
+def test_of_any_number_of_blocks_the_authors_vae_has_diffusers_names(tmp_path, widths):
+    tensors = filled(authors_vae(widths, latent=2), torch.float32)
+    save_file(tensors, tmp_path / "ae.safetensors")
+    of_blocks = {name: [kind] * len(widths) for name, kind in KINDS.items()}
+    expected, found = converted("vae", tensors, PRESETS["full"].vae | of_blocks), named_by_diffusers(find(tmp_path))
+    assert found.tensors.keys() == expected.keys()
+    for name, reference in found.tensors.items():
+        assert torch.equal(content(found, reference, torch.float32).reshape(expected[name].shape), expected[name])
+
+
 def test_no_other_names_are_found_in_either_layout():
     """A parameter's names lead to one tensor in each layout, so that the order of trying does not matter."""
     for components in HALVES:
         network = OF_COMPONENT[components[0]]
         for layout in (AUTHORS[network](), theirs("full", network)):
+            layout = IN_TOKEN.origins[network].read(as_file(layout)).tensors
             for component in components:
                 for parameter in ours("full", component):
                     names = {n if isinstance(n, str) else n.key for n in keys(component, parameter)}
@@ -317,7 +256,8 @@ def test_a_tensor_that_fill_does_not_have_is_refused():
     for network, components in zip(NETWORKS, HALVES, strict=True):
         wanted = {component: ours("full", component) for component in components}
         with pytest.raises(InputError, match=r"holds unexpected 1 tensors: quant_conv\.weight"):
-            attach(wanted, {network: as_file(AUTHORS[network]() | {"quant_conv.weight": (32, 32, 1, 1)})}, in_token)
+            found = as_file(AUTHORS[network]() | {"quant_conv.weight": (32, 32, 1, 1)})
+            attach(wanted, {network: IN_TOKEN.origins[network].read(found)}, IN_TOKEN)
 
 
 # low-rank branches
@@ -366,27 +306,27 @@ def _quiet() -> Iterator[None]:
 
 
 SIZES = PRESETS["tiny"]
-TEXT = SIZES.clip_text | {"projection_dim": 16, "eos_token_id": 2}
+TEXT = SIZES.clip_text | {"projection_dim": 16, "bos_token_id": 0, "eos_token_id": 2}
 SIGLIP_TEXT = {k: v for k, v in TEXT.items() if k != "projection_dim"}
 # component -> system, origin, what is published, the part that is read, and how files of that part alone are spelt
 ENCODERS = {
     "clip": (
-        vicr,
+        VICR,
         "text_encoder",
         lambda: CLIPModel(CLIPConfig(text_config=TEXT, vision_config=SIZES.clip_vision, projection_dim=16)),
         CLIPTextModel,
         "text_model.",
     ),
-    "t5": (vicr, "text_encoder_2", lambda: T5ForConditionalGeneration(T5Config(**SIZES.t5)), T5EncoderModel, ""),
+    "t5": (VICR, "text_encoder_2", lambda: T5ForConditionalGeneration(T5Config(**SIZES.t5)), T5EncoderModel, ""),
     "see": (
-        in_token,
+        IN_TOKEN,
         "image_encoder",
         lambda: SiglipModel(SiglipConfig(text_config=SIGLIP_TEXT, vision_config=SIZES.siglip)),
         SiglipVisionModel,
         "vision_model.",
     ),
     "see of VICR": (
-        vicr,
+        VICR,
         "image_encoder",
         lambda: CLIPModel(CLIPConfig(text_config=TEXT, vision_config=SIZES.clip_vision, projection_dim=16)),
         CLIPVisionModelWithProjection,
@@ -398,7 +338,7 @@ ENCODERS = {
 def of_encoder(name: str) -> tuple[str, Shapes]:
     """The component, and the parameters of its network."""
     component, system = name.split()[0], ENCODERS[name][0]
-    source = system.components("tiny", **system.settings("tiny", {}, {}))[component]
+    source = sources("tiny", name=system.name)[component]
     return component, {n: tuple(int(d) for d in s.shape) for n, s in parameter_specs(source).items()}
 
 
@@ -475,4 +415,4 @@ def test_the_first_name_is_the_published_one_and_the_classs_own_is_read_too(tmp_
 )
 def test_only_what_published_files_hold_besides_is_ignored(origin, key, expected):
     assert ignored(origin, key) is expected
-    assert in_token.ignored(origin, key) is vicr.ignored(origin, key) is expected
+    assert IN_TOKEN.ignored(origin, key) is VICR.ignored(origin, key) is expected

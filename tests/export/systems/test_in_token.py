@@ -10,27 +10,44 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
-from PIL import Image
 from safetensors.numpy import load_file as load_numpy
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
+from support.fill import Canvas, InToken, distance, psnr
+from support.systems import components_of, settings_of
 from tilewright.export.build.request import Request
 from tilewright.export.build.run import build
-from tilewright.export.systems.flux import in_token
+from tilewright.export.systems.flux.in_token import SYSTEM
 from tilewright.export.systems.flux.sizes import PRESETS
 from tilewright.export.verify.engines import sample_photo
 from tilewright.runtime import load
 from tilewright.runtime.bundle import read
 from tilewright.runtime.errors import UsageError
 from tilewright.runtime.noise import normal
+from tilewright.runtime.program import Program, Signature
 from tilewright.runtime.scheduler import Job, run
+from tilewright.runtime.strict import from_json
 
 SIZES = PRESETS["tiny"]
 MULTIPLE, SPATIAL, CHANNELS = SIZES.multiple, SIZES.spatial, SIZES.channels
+PROGRAMS = Path(__file__).parents[2] / "programs"
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("in-token", {}), ("in-token-fixed", {"fixed_tile": [1024, 512]})], ids=["free", "fixed"]
+)
+def test_the_full_program_is_the_one_that_the_runtime_is_tested_with(name: str, options: dict[str, Any]) -> None:
+    settings = settings_of("in-token", "full", **options)
+    assert SYSTEM.program(settings) == from_json(Program, (PROGRAMS / f"{name}.json").read_text(), name)
+    signatures = json.loads((PROGRAMS / f"{name}.signatures.json").read_text())["components"]
+    made = components_of("in-token", "full", **options)
+    assert signatures.keys() == made.keys()
+    for component, signature in signatures.items():
+        expected = from_json(Signature, json.dumps(signature), component)
+        assert Signature(made[component].inputs, made[component].outputs) == expected
 
 
 class Recording:
@@ -45,72 +62,20 @@ class Recording:
         return outputs
 
 
-def packed(latent: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.pixel_unshuffle(latent, 2).flatten(2).transpose(1, 2)
-
-
-def squeezed(image: np.ndarray, side: int) -> torch.Tensor:
-    """SigLIP's picture by Pillow in floating point: the published processor without its rounding to 8 bits."""
-    planes = [Image.fromarray(plane).resize((side, side), Image.Resampling.BICUBIC) for plane in image]
-    return torch.from_numpy(np.stack([np.asarray(plane) for plane in planes])).clamp(0, 1)[None] * 2 - 1
-
-
-def sigmas(tokens: int, steps: int) -> torch.Tensor:
-    """By diffusers' scheduler, as FluxFillPipeline sets it."""
-    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
-    mu = 0.5 + (tokens - 256) * (1.15 - 0.5) / (4096 - 256)
-    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
-    return scheduler.sigmas
-
-
-class Eager:
-    """The system written from upstream parts, one image region at a time."""
-
-    def __init__(self, bundle: Path, parts: tuple[Any, Any]) -> None:
-        self.transformer, self.vae = parts
-        self.siglip = SiglipVisionModel(SiglipVisionConfig(**SIZES.siglip, vision_use_head=False)).eval()
-        held = load_file(bundle / "weights" / "image_encoder" / "image_encoder.safetensors")
-        self.siglip.load_state_dict({k.removeprefix("vision_model."): t for k, t in held.items()}, strict=True)
-        self.redux = ReduxImageEncoder(SIZES.siglip["hidden_size"], SIZES.t5["d_model"]).eval()
-        held = load_file(bundle / "weights" / "image_embedder" / "image_embedder.safetensors")
-        self.redux.load_state_dict(held, strict=True)
-        constants = load_numpy(bundle / "constants.safetensors")
-        self.context, self.pooled = (torch.from_numpy(constants[name]) for name in ("context", "pooled"))
-
-    def encode(self, image: np.ndarray) -> torch.Tensor:
-        mean = self.vae.encode(torch.from_numpy(image)[None] * 2 - 1).latent_dist.mean
-        return (mean - self.vae.config.shift_factor) * self.vae.config.scaling_factor
-
-    def see(self, image: np.ndarray) -> torch.Tensor:
-        pixels = squeezed(image, SIZES.siglip["image_size"])
-        return self.redux(self.siglip(pixels).last_hidden_state).image_embeds
-
-    def velocity(self, z: torch.Tensor, y: torch.Tensor, seen: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        rows, columns = z.shape[2] // 2, z.shape[3] // 2
-        mask = torch.zeros(1, rows * columns, 4 * SPATIAL**2)
-        ids = torch.stack(torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"), -1).reshape(-1, 2)
-        words = torch.cat((self.context, seen), 1)
-        v = self.transformer(
-            hidden_states=torch.cat((packed(z), packed(y), mask), 2),
-            encoder_hidden_states=words,
-            pooled_projections=self.pooled,
-            timestep=sigma[None],
-            guidance=torch.tensor([30.0]),
-            img_ids=torch.cat((torch.zeros(len(ids), 1), ids.float()), 1),
-            txt_ids=torch.zeros(words.shape[1], 3),
-        ).sample
-        return torch.nn.functional.pixel_shuffle(v.transpose(1, 2).unflatten(2, (rows, columns)), 2)
-
-    def decode(self, z: torch.Tensor) -> np.ndarray:
-        config = self.vae.config
-        image = self.vae.decode(z / config.scaling_factor + config.shift_factor).sample
-        return ((image.clamp(-1, 1) + 1) / 2)[0].numpy()
-
-
 @pytest.fixture(scope="module")
-def eager(in_token_tiny: Path, upstream: Callable[[Path], tuple[Any, Any]]) -> Eager:
-    with torch.no_grad():
-        return Eager(in_token_tiny, upstream(in_token_tiny))
+def eager(in_token_tiny: Path, upstream: Callable[[Path], tuple[Any, Any]]) -> InToken:
+    """The system from upstream parts."""
+    siglip = SiglipVisionModel(SiglipVisionConfig(**SIZES.siglip, vision_use_head=False)).eval()
+    held = load_file(in_token_tiny / "weights" / "image_encoder" / "image_encoder.safetensors")
+    siglip.load_state_dict({k.removeprefix("vision_model."): t for k, t in held.items()}, strict=True)
+    redux = ReduxImageEncoder(SIZES.siglip["hidden_size"], SIZES.context).eval()
+    held = load_file(in_token_tiny / "weights" / "image_embedder" / "image_embedder.safetensors")
+    redux.load_state_dict(held, strict=True)
+    constants = load_numpy(in_token_tiny / "constants.safetensors")
+    context, pooled = (torch.from_numpy(constants[name]) for name in ("context", "pooled"))
+    transformer, vae = upstream(in_token_tiny)
+    processor = SIZES.siglip_processor
+    return InToken(transformer, vae, SIZES.schedule, siglip, redux, processor, context, pooled)
 
 
 def canvas(width: int, height: int) -> np.ndarray:
@@ -118,50 +83,27 @@ def canvas(width: int, height: int) -> np.ndarray:
     return sample_photo(width, height, 1).transpose(2, 0, 1).astype(np.float32) / 255
 
 
-def psnr(one: np.ndarray, other: np.ndarray) -> float:
-    return 10 * np.log10(1 / np.mean((one.astype(np.float64) - other) ** 2))
-
-
-def relative(one: np.ndarray, other: np.ndarray) -> float:
-    return float(np.linalg.norm(one - other) / np.linalg.norm(other))
-
-
-class Whole:
-    """A canvas as it is."""
-
-    def __init__(self, planes: np.ndarray) -> None:
-        self.planes, self.shape = planes, planes.shape
-
-    def crop(self, top: int, left: int, height: int, width: int) -> np.ndarray:
-        return np.ascontiguousarray(self.planes[:, top : top + height, left : left + width])
-
-
 @pytest.mark.parametrize(("width", "height"), [(48, 32), (36, 60)])
-@torch.no_grad()
 def test_the_whole_trajectory_and_the_picture_are_those_of_upstream_parts(
-    in_token_tiny: Path, eager: Eager, width: int, height: int
+    in_token_tiny: Path, eager: InToken, width: int, height: int
 ) -> None:
     image, steps = canvas(width, height), 28
     rows, columns = height // SPATIAL, width // SPATIAL
-    z = normal(7, region=0, stream=0, channels=CHANNELS, top=0, left=0, height=rows, width=columns)
-    z, y, seen = torch.from_numpy(z)[None], eager.encode(image), eager.see(image)
-    path, schedule = [], sigmas(rows * columns // 4, steps)
-    for i in range(steps):
-        z = z + (schedule[i + 1] - schedule[i]) * eager.velocity(z, y, seen, schedule[i])
-        path.append(z.numpy())
+    noise = normal(7, region=0, stream=0, channels=CHANNELS, top=0, left=0, height=rows, width=columns)
+    path, picture = eager.walk(image, noise, steps)
     with load(in_token_tiny) as restorer:
         step = Recording(restorer.engines["step"])
         engines = {name: restorer.engines[name] for name in restorer.engines} | {"step": step}
-        ours = run(restorer.bundle.program, engines, restorer.constants, Job(Whole(image), seed=7))
+        ours = run(restorer.bundle.program, engines, restorer.constants, Job(Canvas(image), seed=7))
     assert len(step.made) == steps
     for latent, expected in zip(step.made, path, strict=True):
-        assert relative(latent, expected) <= 1e-4
-    assert psnr(ours, eager.decode(z)) >= 60
+        assert distance(latent, expected) <= 1e-4
+    assert psnr(ours, picture) >= 60
     assert ours.std() > 0.05
 
 
 @torch.no_grad()
-def test_tiles_are_joined_on_one_latent_every_step(in_token_tiny: Path, eager: Eager) -> None:
+def test_tiles_are_joined_on_one_latent_every_step(in_token_tiny: Path, eager: InToken) -> None:
     """The same written out: velocities of crops, their new latents blended, the schedule of a tile's own tokens."""
     tile, overlap, steps = 32, 8, 5
     image = canvas(tile * 2 - overlap, tile)
@@ -189,28 +131,24 @@ def test_tiles_are_joined_on_one_latent_every_step(in_token_tiny: Path, eager: E
     z = normal(3, region=0, stream=0, channels=CHANNELS, top=0, left=0, height=cells, width=width)
     z = torch.from_numpy(z)[None]
     crops = [image[:, :, left * SPATIAL : (left + cells) * SPATIAL] for left in lefts]
-    y = joined([eager.encode(np.ascontiguousarray(crop)) for crop in crops])
+    y = joined([eager.given(np.ascontiguousarray(crop)) for crop in crops])
     seen = [eager.see(np.ascontiguousarray(crop)) for crop in crops]
-    schedule = sigmas(cells * cells // 4, steps)
+    schedule = eager.sigmas(cells * cells // 4, steps)
     for i in range(steps):
         at = [slice(left, left + cells) for left in lefts]
         z = joined(
-            [
-                z[..., s] + (schedule[i + 1] - schedule[i]) * eager.velocity(z[..., s], y[..., s], e, schedule[i])
-                for s, e in zip(at, seen, strict=True)
-            ]
+            [eager.step(z[..., s], y[..., s], e, schedule[i], schedule[i + 1]) for s, e in zip(at, seen, strict=True)]
         )
     theirs = joined([torch.from_numpy(eager.decode(z[..., left : left + cells]))[None] for left in lefts], SPATIAL)
     with load(in_token_tiny) as restorer:
-        job = Job(Whole(image), seed=3, tile_px=tile, overlap_px=overlap, steps=steps)
+        job = Job(Canvas(image), seed=3, tile_px=tile, overlap_px=overlap, steps=steps)
         ours = run(restorer.bundle.program, restorer.engines, restorer.constants, job)
     assert psnr(ours, theirs[0].numpy()) >= 60
 
 
 def test_a_network_that_looks_at_one_cell_gives_the_same_tiled_and_whole() -> None:
     """The system's program on pointwise engines; the schedule's bound makes it the same for all sizes."""
-    settings = in_token.settings("tiny", {"prompt_embeds": "given", "max_mu": 0.3}, {})
-    program = in_token.program("tiny", **settings)
+    program = SYSTEM.program(settings_of("in-token", max_mu=0.3))
 
     class Encode:
         def run(self, inputs: Any, wanted: Any) -> Any:
@@ -251,7 +189,7 @@ def test_a_network_that_looks_at_one_cell_gives_the_same_tiled_and_whole() -> No
         "redux": Blind("tokens", 32),
     }
     constants = {"context": np.zeros((1, SIZES.words, 32), np.float32), "pooled": np.zeros((1, 16), np.float32)}
-    image = Whole(canvas(200, 120))
+    image = Canvas(canvas(200, 120))
     whole = run(program, engines, constants, Job(image, seed=1))
     tiled = run(program, engines, constants, Job(image, seed=1, tile_px=64, overlap_px=16))
     assert np.abs(whole - tiled).max() <= 1e-5 and whole.std() > 0.1
@@ -279,8 +217,8 @@ def usual(in_token_tiny: Path) -> np.ndarray:
     return restored(in_token_tiny, scale=1, steps=6)
 
 
-def built(tmp_path: Path, **given: Any) -> Path:
-    build(Request("in-token", "tiny", tmp_path / "b", seed=0, verify="never", given=given))
+def built(tmp_path: Path, **options: Any) -> Path:
+    build(Request("in-token", "tiny", tmp_path / "b", seed=0, verify="never", asked=options))
     return tmp_path / "b"
 
 
@@ -370,10 +308,10 @@ def test_published_folders_are_read_as_they_lie(tmp_path: Path, in_token_tiny: P
     held = load_numpy(in_token_tiny / "constants.safetensors")
     save_file({"prompt_embeds": held["context"], "pooled_prompt_embeds": held["pooled"]}, tmp_path / "p.safetensors")
     given = {"redux": str(redux), "prompt_embeds": str(tmp_path / "p.safetensors")}
-    build(Request("in-token", "tiny", tmp_path / "b", fill, verify="never", given=given))
+    build(Request("in-token", "tiny", tmp_path / "b", fill, verify="never", asked=given))
     assert not list((tmp_path / "b").rglob("weights/*.safetensors"))
     assert np.array_equal(restored(tmp_path / "b", scale=1, steps=6), usual)
-    build(Request("in-token", "tiny", tmp_path / "packed", fill, verify="never", given=given, pack=True))
+    build(Request("in-token", "tiny", tmp_path / "packed", fill, verify="never", asked=given, pack=True))
     shutil.rmtree(fill)
     shutil.rmtree(redux)
     assert np.array_equal(restored(tmp_path / "packed", scale=1, steps=6), usual)

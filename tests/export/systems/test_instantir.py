@@ -12,9 +12,13 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPTokenizer
 
+from support import instantir_reference as reference
+from support.instantir_files import SDXL
 from tilewright.export.build.request import Request
-from tilewright.export.systems.instantir import system as instantir
+from tilewright.export.networks.instantir import Gates
+from tilewright.export.system import Preset, UserFiles
 from tilewright.export.systems.instantir.sizes import PRESETS
+from tilewright.export.systems.instantir.system import SYSTEM
 from tilewright.export.verify.engines import sample_photo
 from tilewright.runtime import load
 from tilewright.runtime.noise import normal
@@ -32,15 +36,15 @@ MODES = {"off": 0, "paper": 1, "code": 2}
 class Eager:
     """The reference, and what it makes of words and images."""
 
-    def __init__(self, module: Any, tokenizers: Path) -> None:
-        self.module, self.files = module, module.make_files(module.TINY, 0)
+    def __init__(self, tokenizers: Path) -> None:
+        self.files = reference.make_files(reference.TINY, 0)
         self.ids = {
             f"{prefix}{name}": encode(tokenizers / file, text, SIZES.words)
             for prefix, text in (("", PROMPT), ("negative_", NEGATIVE))
             for name, file in (("ids", "clip.json"), ("ids_2", "clip_2.json"))
         }
-        self.reference = module.Reference(self.files, module.TINY)
-        self.abar = module.make_scheduler("ddim", 30).alphas_cumprod
+        self.reference = reference.Reference(self.files, reference.TINY)
+        self.abar = reference.make_scheduler("ddim", 30).alphas_cumprod
 
     def text(self, prefix: str) -> Any:
         return self.reference.text(*(torch.from_numpy(self.ids[f"{prefix}{name}"]) for name in ("ids", "ids_2")))
@@ -87,8 +91,8 @@ def either(request: pytest.FixtureRequest, bundles: dict[str, Any]) -> Any:
 
 
 @pytest.fixture(scope="module")
-def eager(instantir_reference: Any, instantir_tiny: Path) -> Eager:
-    return Eager(instantir_reference, instantir_tiny / "tokenizers")
+def eager(instantir_tiny: Path) -> Eager:
+    return Eager(instantir_tiny / "tokenizers")
 
 
 class Whole(np.ndarray):
@@ -148,11 +152,11 @@ def called(restorer: Any, component: str, **inputs: Any) -> dict[str, np.ndarray
 
 def pixels(image: np.ndarray) -> Tensor:
     """What DINOv2's processor makes of an image, by Pillow in floating point."""
-    height, width = (SIZES.short * length // min(image.shape[1:]) for length in image.shape[1:])
+    height, width = (SIZES.pixels["short"] * length // min(image.shape[1:]) for length in image.shape[1:])
     pictures = [Image.fromarray(plane.copy()).resize((width, height), Image.Resampling.BICUBIC) for plane in image]
-    top, left = (height - SIZES.side) // 2, (width - SIZES.side) // 2
+    top, left = (height - SIZES.pixels["side"]) // 2, (width - SIZES.pixels["side"]) // 2
     cropped = torch.from_numpy(
-        np.stack([*map(np.asarray, pictures)])[:, top : top + SIZES.side, left : left + SIZES.side]
+        np.stack([*map(np.asarray, pictures)])[:, top : top + SIZES.pixels["side"], left : left + SIZES.pixels["side"]]
     )
     mean, deviation = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     return ((cropped - mean[:, None, None]) / deviation[:, None, None])[None]
@@ -170,17 +174,17 @@ def test_what_dino_sees(either: Any, eager: Eager) -> None:
         made = called(either, "see", image=np.stack(images), positions=either.constants["positions"])["features"]
         for ours, image in zip(made, images, strict=True):
             assert apart(ours[None], eager.reference.features(pixels(image))) <= 1e-5
-    nothing = eager.reference.features(torch.zeros(1, 3, SIZES.side, SIZES.side))
+    nothing = eager.reference.features(torch.zeros(1, 3, SIZES.pixels["side"], SIZES.pixels["side"]))
     assert apart(either.constants["nothing"], nothing) <= 1e-5
 
 
 @pytest.mark.parametrize("positions", ["release", "current"])
 def test_dinos_positions(usual: Any, eager: Eager, positions: str) -> None:
-    settings = instantir.settings("tiny", {"dino_positions": positions}, {})
-    network = instantir.build_time("tiny", **settings)["positions"].made()
+    settings = SYSTEM.decide(Preset("tiny", SIZES, True), {"dino_positions": positions}, UserFiles({}, {}))
+    network = SYSTEM.build_time(settings)["positions"].made()
     stored = eager.files["dino"]["embeddings.position_embeddings"]
     network.load_state_dict({"position_embeddings": stored}, strict=True)
-    wanted = eager.module.dino_table(stored, SIZES.side // SIZES.dino["patch_size"], positions)
+    wanted = reference.dino_table(stored, SIZES.pixels["side"] // SIZES.dino["patch_size"], positions)
     assert apart(network(), wanted) <= 1e-6
     assert (apart(usual.constants["positions"], wanted) <= 1e-6) == (positions == "release")
 
@@ -242,7 +246,7 @@ def test_the_aggregator(either: Any, eager: Eager, mode: str) -> None:
         made = called(either, "aggregate", **feed, **eager.levels(t), **job)
         for k, delta in enumerate(deltas):
             y2 = y[[k, k]]
-            seen = eager.module.consistency(noise[k], torch.tensor(t), z[[k, k]], eager.abar) if preview_on else y2
+            seen = reference.consistency(noise[k], torch.tensor(t), z[[k, k]], eager.abar) if preview_on else y2
             judged = seen + min(delta, 1.0) * (y2 - seen) if mode == "paper" else seen
             strength = min(delta if mode == "code" else 1.0, scale) * control_on
             strength, shown = (strength, seen[1]) if strength > 0.1 else (0.0, before[k])
@@ -266,11 +270,21 @@ def test_the_gates(either: Any, count: int) -> None:
             assert made[name][:, 0].tolist() == kept, (name, first, last)
 
 
+def test_gates_of_hundredths_fall_as_in_the_release() -> None:
+    """It compares in float64, where what is equal on paper is equal; in float32 0.6 of 50 steps is more than 30."""
+    gates = Gates()
+    for count in range(1, 101):
+        for share in (i / 100 for i in range(101)):
+            starts, ends = gates(torch.zeros(count), *(torch.tensor(gate) for gate in (share, 1.0, 0.0, share)))
+            assert starts[:, 0].tolist() == [float(i / count >= share) for i in range(count)], (count, share)
+            assert ends[:, 0].tolist() == [float((i + 1) / count <= share) for i in range(count)], (count, share)
+
+
 @pytest.mark.parametrize("count", [30, 7])
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
 def test_a_step_of_the_sampler(either: Any, eager: Eager, sampler: str, count: int) -> None:
     """Guidance, diffusers' own scheduler and AdaRes' measure, for two tiles, at every time."""
-    scheduler = eager.module.make_scheduler(sampler, count)
+    scheduler = reference.make_scheduler(sampler, count)
     z, predicted, noise, shown = (rand(2, *n, 4, 16, 24, seed=i) for i, n in enumerate([(), (2,), (), ()]))
     feed = {"z": z, "predicted": predicted, "noise": noise, "preview": shown, "moved": [[2.0], [3.0]]}
     for t, after in zip(scheduler.timesteps.tolist(), [*scheduler.timesteps.tolist()[1:], 0], strict=True):
@@ -337,7 +351,7 @@ TILED, TILING, STEPS = canvas(112, 48), plan(112, 48, 64, 16, SIZES.multiple), 4
 def loop(eager: Eager, image: np.ndarray, how: dict[str, Any]) -> Generator[Any, Any, None]:
     """One tile of the reference: takes a step's latents and noise and gives what follows, for a test to join."""
     how = {"sampler": "ddim", "adares": "off"} | GATES | how
-    given, scheduler = eager.conditions(image), eager.module.make_scheduler(how["sampler"], STEPS)
+    given, scheduler = eager.conditions(image), reference.make_scheduler(how["sampler"], STEPS)
     text, before, delta, made = (given["context2"], given["pooled2"]), torch.zeros(2, 1, 1, 1), 1.0, None
     for i, t in enumerate(scheduler.timesteps):
         z, y, noise = yield made
@@ -347,7 +361,7 @@ def loop(eager: Eager, image: np.ndarray, how: dict[str, Any]) -> Generator[Any,
         strength = (delta if how["adares"] == "code" else 1.0) * kept["control"]
         if strength > 0.1:
             noise2 = eager.reference.eps(z2, t, *text, given["preview_tokens2"], None, preview=True)
-            preview2 = eager.module.consistency(noise2, t, z2, eager.abar) if kept["preview"] else y2
+            preview2 = reference.consistency(noise2, t, z2, eager.abar) if kept["preview"] else y2
             judged = preview2 + (delta if how["adares"] == "paper" else 0.0) * (y2 - preview2)
             skips, middle = eager.reference.aggregate(y2, t, judged, given["pooled2"])
             residuals = [strength * skip for skip in skips], strength * middle
@@ -396,7 +410,7 @@ def test_tiles_are_joined_after_every_step(usual: Any, eager: Eager, how: dict[s
     loops = [loop(eager, crop, how) for crop in crops]
     assert [next(path) for path in loops] == [None, None]
     y = blended(TILING, SIZES.spatial, [eager.encode(crop) for crop in crops])
-    scheduler = eager.module.make_scheduler("ddim", STEPS)
+    scheduler = reference.make_scheduler("ddim", STEPS)
     z = scheduler.add_noise(y, noise_under(Tile(0, 0, 0, *TILED.shape[1:]), 0), scheduler.timesteps[:1])
     for i in range(STEPS):
         moved = []
@@ -411,8 +425,8 @@ def test_tiles_are_joined_after_every_step(usual: Any, eager: Eager, how: dict[s
 
 def test_tiles_joined_by_their_pixels_are_images_of_their_own(usual: Any, eager: Eager, instantir_files: Path) -> None:
     how, parts = {"sampler": "ddpm", "adares": "paper"}, []
-    settings = Request("instantir", "tiny", Path("none"), instantir_files, given={"join": "pixels"}).settings
-    ours, made = tiled(usual, eager.ids | how, instantir.program("tiny", **settings))
+    settings = Request("instantir", "tiny", Path("none"), instantir_files, asked={"join": "pixels"}).settings
+    ours, made = tiled(usual, eager.ids | how, SYSTEM.program(settings))
     for tile in TILING.tiles:
         crop, asked = under(TILED, tile, 1).copy(), how | {"steps": STEPS, "guidance": 7.0}
         noise = [noise_under(tile, stream) for stream in range(1 + STEPS)]
@@ -454,7 +468,7 @@ def test_both_texts_reach_both_encoders_padded_as_each_was_trained(usual: Any, i
     asked = {"max_length": SIZES.words, "padding": "max_length", "truncation": True, "return_tensors": "np"}
     for taken, text in zip(engines["text"].taken, (PROMPT, NEGATIVE), strict=True):
         for name, folder, pad in (("ids", "tokenizer", 63), ("ids_2", "tokenizer_2", 0)):
-            wanted = CLIPTokenizer.from_pretrained(instantir_files / folder)(text, **asked).input_ids
+            wanted = CLIPTokenizer.from_pretrained(instantir_files / SDXL / folder)(text, **asked).input_ids
             assert taken[name].tolist() == wanted.tolist()
             assert (taken[name][0, 0], taken[name][0, -1]) == (62, pad) and 63 in taken[name][0]
     assert engines["text"].taken[0]["ids"].tolist() != engines["text"].taken[1]["ids"].tolist()

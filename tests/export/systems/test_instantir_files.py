@@ -1,13 +1,11 @@
 """InstantIR's published files: every name and spelling, the sizes they tell, one UNet on the disk, what is refused."""
 
 import dataclasses
-import importlib.util
 import json
 import logging
 import os
 import re
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from functools import cache as remembered
 from pathlib import Path
@@ -18,30 +16,26 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tilewright.export.build.attach import attach_weights
+from support import instantir_reference as upstream
+from support.instantir_files import FILES, SDXL, write_folder
+from support.programs import assert_stored
 from tilewright.export.build.request import Request
+from tilewright.export.build.stages.attach import stage
 from tilewright.export.cli import main
 from tilewright.export.graph.trace import parameter_specs
-from tilewright.export.systems.instantir import system as system
-from tilewright.export.tokenizers import put, stand_in_clip
-from tilewright.export.weights.files import Tensors, attach, find, write_tensors
+from tilewright.export.system import Preset, Settings, Tensors, UserFiles
+from tilewright.export.systems.instantir.sizes import PRESETS
+from tilewright.export.systems.instantir.system import LORA, SYSTEM
+from tilewright.export.weights.files import attach, find
+from tilewright.export.weights.lora import lora_of
+from tilewright.export.weights.writing import write_tensors
 from tilewright.runtime.bundle import Reference, Weights, read, safetensors_header
+from tilewright.runtime.digests import sha256_of_file
 from tilewright.runtime.engines.ort import open_engine
 from tilewright.runtime.program import TensorSpec
 from tilewright.runtime.restore import load
 from tilewright.runtime.strict import from_json
 
-SDXL = "stable-diffusion-xl-base-1.0"
-FILES = {
-    "unet": f"{SDXL}/unet/diffusion_pytorch_model.safetensors",
-    "vae": f"{SDXL}/vae/diffusion_pytorch_model.safetensors",
-    "text_encoder": f"{SDXL}/text_encoder/model.safetensors",
-    "text_encoder_2": f"{SDXL}/text_encoder_2/model.safetensors",
-    "dino": "dinov2-large/model.safetensors",
-    "adapter": "adapter.pt",
-    "aggregator": "aggregator.pt",
-    "previewer": "previewer_lora_weights.bin",
-}
 OWN = ("adapter", "aggregator", "previewer")
 UNREAD = {"text_encoder": 18, "dino": 1}  # its last layer and norm; the mask token
 IN_LORA = "encoder_hid_proj.image_projection_layers.0."
@@ -57,26 +51,15 @@ Nested = dict[str, Any]
 
 
 @remembered
-def upstream() -> Any:
-    """The module instantir_reference, which lies in no package."""
-    name = "instantir_reference"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-@remembered
 def tensors() -> Nested:
     """Tiny random tensors under the published names; do not change them."""
-    return upstream().make_files(upstream().TINY, 3)
+    return upstream.make_files(upstream.TINY, 3)
 
 
 @remembered
 def shapes_of(preset: str) -> Nested:
     """Origin -> the shapes that its published file holds."""
-    shapes = upstream().file_shapes(getattr(upstream(), preset.upper()))
+    shapes = upstream.file_shapes(getattr(upstream, preset.upper()))
     return shapes | {"adapter": flat(shapes["adapter"])}
 
 
@@ -92,13 +75,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny files as a user has them; do not change them."""
-    root = tmp_path_factory.mktemp("instantir")
-    for name, file in FILES.items():
-        (root / file).parent.mkdir(parents=True, exist_ok=True)
-        (save_file if file.endswith(".safetensors") else torch.save)(tensors()[name], root / file)
-    put(root / SDXL / "tokenizer", stand_in_clip(64))
-    put(root / SDXL / "tokenizer_2", stand_in_clip(64, pads_with_first=True))
-    return root
+    return write_folder(tmp_path_factory.mktemp("instantir"), upstream.TINY, tensors())
 
 
 @pytest.fixture
@@ -117,7 +94,8 @@ def given(root: Path, **changed: Any) -> dict[str, str]:
 def words(root: Path, out: Path, *more: str, **changed: Any) -> list[str]:
     """The command that builds from these files."""
     named = [word for name, file in given(root, **changed).items() for word in (f"--{name}", file)]
-    return ["export", "build", "instantir", "--preset", "tiny", "--verify", "never", *named, *more, "-o", str(out)]
+    fixed = ["--preset", "tiny", "--verify", "never", "--resampler-heads", "2"]
+    return ["export", "build", "instantir", *fixed, *named, *more, "-o", str(out)]
 
 
 @pytest.fixture(scope="module")
@@ -165,13 +143,20 @@ def on_disk(shapes: Nested, folder: Path) -> dict[str, Tensors]:
 
 
 def as_read(found: dict[str, Tensors]) -> dict[str, Tensors]:
-    return {origin: system.ORIGINS[origin].read(held) for origin, held in found.items()}
+    return {origin: SYSTEM.origins[origin].read(held) for origin, held in found.items()}
 
 
-def wanted(preset: str, chosen: Nested) -> dict[str, dict[str, tuple[int, ...]]]:
+def decided(preset: str, found: dict[str, Tensors], **options: Any) -> Settings:
+    """What a build makes of these files."""
+    places = {name: held.folder / min(held.sources) for name, held in found.items()}
+    lora = lora_of(LORA, found["lora"], 1.0, merged=False) if "lora" in found else None
+    return SYSTEM.decide(Preset(preset, PRESETS[preset], asked=False), options, UserFiles(found, places, lora))
+
+
+def wanted(settings: Settings) -> dict[str, dict[str, tuple[int, ...]]]:
     """Component -> the shapes of its parameters."""
-    sources = system.components(preset, **chosen) | system.build_time(preset, **chosen)
-    return {c: {name: tuple(s.shape) for name, s in parameter_specs(source).items()} for c, source in sources.items()}
+    specs = SYSTEM.components(settings) | SYSTEM.build_time(settings)
+    return {c: {name: tuple(s.shape) for name, s in parameter_specs(spec).items()} for c, spec in specs.items()}
 
 
 def plain(parameter: str) -> str:
@@ -188,8 +173,11 @@ def test_every_parameter_has_its_name_and_every_name_is_used(
     found = as_read(on_disk(spelt(shapes_of(preset)), tmp_path))
     if mode == "merge":
         found["lora"] = dataclasses.replace(found["lora"], tensors={})
-    parameters = wanted(preset, system.settings(preset, {}, {}) | {"merged": mode == "merge"})
-    references = attach(parameters, found, system)  # refuses other shapes and names without a use
+    settings = decided(preset, {})
+    assert settings.lora is not None
+    lora = dataclasses.replace(settings.lora, merged=mode == "merge")
+    parameters = wanted(dataclasses.replace(settings, lora=lora))
+    references = attach(parameters, found, SYSTEM)  # refuses other shapes and names without a use
     assert {c: of.keys() for c, of in references.items()} == {c: of.keys() for c, of in parameters.items()}
     key_at = {(origin, r.offset): key for origin, held in found.items() for key, r in held.tensors.items()}
     meanings: dict[tuple[str, str], set[str]] = {}
@@ -201,8 +189,8 @@ def test_every_parameter_has_its_name_and_every_name_is_used(
     unused = [(o, k) for o, h in found.items() for k in h.tensors if (o, k) not in meanings and "position_ids" not in k]
     assert {origin: len([o for o, _ in unused if o == origin]) for origin, _ in unused} == UNREAD
     with torch.device("meta"):
-        unet = upstream().UNet2DConditionModel(**getattr(upstream(), preset.upper()).unet)
-    names, numbers = upstream().image_attentions(unet), set()
+        unet = upstream.UNet2DConditionModel(**getattr(upstream, preset.upper()).unet)
+    names, numbers = upstream.image_attentions(unet), set()
     for (origin, key), (parameter,) in meanings.items():  # two meanings would not unpack
         if origin == "adapter" and parameter.startswith("resampler."):
             assert key == parameter.replace("resampler.", "image_proj.")
@@ -219,31 +207,31 @@ def test_every_parameter_has_its_name_and_every_name_is_used(
 
 @pytest.mark.parametrize(("preset", "of"), [("tiny", {"heads": 3, "head_width": 16}), ("full", {"heads": 12})])
 def test_sizes_are_read_from_the_files(tmp_path: Path, preset: str, of: dict[str, int]) -> None:
-    sizes = getattr(upstream(), preset.upper())
+    sizes = getattr(upstream, preset.upper())
     resampler = sizes.resampler | {"depth": 3, "queries": 6, "multiple": 2} | of
-    shapes = upstream().file_shapes(dataclasses.replace(sizes, resampler=resampler, sft=24, rank=8))
+    shapes = upstream.file_shapes(dataclasses.replace(sizes, resampler=resampler, sft=24, rank=8))
     module = "mid_block.resnets.1.conv2"
     out, *rest = shapes["unet"][f"{module}.weight"]
     shapes["previewer"] |= {f"unet.{module}.lora_A.weight": (5, *rest), f"unet.{module}.lora_B.weight": (out, 5, 1, 1)}
     found = on_disk(shapes, tmp_path)
-    chosen = system.settings(preset, {}, found)
-    assert chosen["resampler"] == resampler
-    assert (chosen["hidden"], chosen["adaptive"], chosen["lora_scale"]) == (24, True, 1.0)
-    assert chosen["branches"][module] == [5, 1 / 5]
-    assert {tuple(b) for name, b in chosen["branches"].items() if name != module} == {(8, 1 / 8)}
-    assert len(chosen["branches"]) == len(shapes["previewer"]) // 2
-    attach(wanted(preset, chosen), as_read(found), system)
+    settings = decided(preset, found)
+    assert settings.sizes["resampler"] == resampler
+    assert (settings.sizes["hidden"], settings.sizes["adaptive"]) == (24, True)
+    assert settings.branches[module] == [5, 1 / 5]
+    assert {tuple(b) for name, b in settings.branches.items() if name != module} == {(8, 1 / 8)}
+    assert len(settings.branches) == len(shapes["previewer"]) // 2
+    attach(wanted(settings), as_read(found), SYSTEM)
 
 
 def test_released_sizes_are_read_from_the_released_shapes(tmp_path: Path) -> None:
-    assert system.settings("full", {}, on_disk(shapes_of("full"), tmp_path)) == system.settings("full", {}, {})
+    assert decided("full", on_disk(shapes_of("full"), tmp_path)) == decided("full", {})
 
 
 def test_alpha_in_the_file_is_honoured(tmp_path: Path) -> None:
     modules = ("mid_block.resnets.0.conv1", "mid_block.attentions.0.transformer_blocks.0.attn1.to_q")
     alphas = {f"unet.{module}.alpha": torch.tensor(6.0) for module in modules}
     save_file(tensors()["previewer"] | alphas, tmp_path / "lora.safetensors")
-    branches = system.settings("tiny", {}, {"lora": find(tmp_path / "lora.safetensors")})["branches"]
+    branches = decided("tiny", {"lora": find(tmp_path / "lora.safetensors")}).branches
     scales = {module: scale for module, (_, scale) in branches.items()}
     assert {scales.pop(module) for module in modules} == {1.5}
     assert set(scales.values()) == {0.25}
@@ -252,10 +240,9 @@ def test_alpha_in_the_file_is_honoured(tmp_path: Path) -> None:
 def attached(root: Path, folder: Path, lora_mode: str = "branch", **changed: Any) -> tuple[Weights, Nested]:
     """What a build makes of the files, without graphs: its references, and its accounts."""
     options = given(root, **changed) | {"lora_mode": lora_mode}
-    request = Request("instantir", "tiny", folder / "b", Path(options.pop("weights")), given=options)
+    request = Request("instantir", "tiny", folder / "b", Path(options.pop("weights")), asked=options)
     folder.mkdir()
-    (folder / "parameters.json").write_text(json.dumps(wanted("tiny", request.settings)))
-    attach_weights(request, folder, folder)
+    stage(request, sha256_of_file).work(folder)
     weights = from_json(Weights, (folder / "weights.json").read_bytes(), "weights.json")
     return weights, json.loads((folder / "accounts.json").read_text())
 
@@ -341,7 +328,7 @@ def test_merging_writes_what_the_previewer_changes_and_nothing_else(mine: Path, 
     assert [name for name, folder in weights.folders.items() if folder.path is None] == ["merged"]
     made = safetensors_header(tmp_path / "a" / "weights" / "merged" / "merged.safetensors")
     assert [f.name for f in (tmp_path / "a" / "weights").iterdir()] == ["merged"]
-    deltas = upstream().lora_deltas({key: tensor.double() for key, tensor in loud.items()})
+    deltas = upstream.lora_deltas({key: tensor.double() for key, tensor in loud.items()})
     seen = set()
     for component, of in weights.tensors.items():
         for name, r in of.items():
@@ -373,7 +360,7 @@ def test_an_adapter_without_adaptive_norms_is_plain_and_says_so(
     assert "has no ln_k_ip" in said
     zeroed = {k: torch.zeros_like(t) if ".ln_" in k else t for k, t in adapter["ip_adapter"].items()}
     files = tensors() | {"adapter": adapter | {"ip_adapter": zeroed}, "previewer": few}
-    eager, opened = upstream().Reference(files, upstream().TINY), read(tmp_path / "b")
+    eager, opened = upstream.Reference(files, upstream.TINY), read(tmp_path / "b")
     draw = torch.Generator().manual_seed(1)
     context, pooled, z = (torch.randn(s, generator=draw) for s in ((2, 16, 32), (2, 16), (1, 4, 8, 12)))
     features, control = torch.randn(2, 5, 32, generator=draw), torch.full((1, 1), 0.5)
@@ -428,7 +415,7 @@ SPOILT: dict[str, tuple[str, Callable[[Nested], Nested], str]] = {  # file, what
     "adapter of CLIP's image tokens": (
         "adapter",
         lambda held: held | {"image_proj": narrow(held["image_proj"], "^proj_in.weight")},
-        "its resampler cannot be read (it makes 32 numbers of 24, not 32 of DINOv2's)",
+        "its resampler cannot be read (it makes 32 numbers of 24, not 32 of DINOv2's 32)",
     ),
     "adapter with half a resampler": (
         "adapter",
@@ -441,8 +428,16 @@ SPOILT: dict[str, tuple[str, Callable[[Nested], Nested], str]] = {  # file, what
     "aggregator that is a ControlNet": ("aggregator", lambda _: CONTROL, "lacks 'controlnet_mid_block.0.mlp_shared.0"),
     "aggregator cut short": ("aggregator", lambda held: without(held, "ref_conv_in.w"), "1 tensors: ref_conv_in.w"),
     "previewer of other modules": ("previewer", lambda held: held | UNKNOWN, "does not have: down_blocks.7.conv1;"),
-    "previewer with more": ("previewer", lambda held: held | {"unet.x.weight": torch.zeros(3)}, "which is of no LoRA"),
-    "UNet of another base": ("unet", lambda held: narrow(held, r"attn2\.to_[kv]\."), "24], the network needs [32, 32]"),
+    "previewer with more": (
+        "previewer",
+        lambda held: held | {"unet.x.weight": torch.zeros(3)},
+        "holds unexpected 1 tensors: unet.x.weight; give InstantIR's previewer LoRA",
+    ),
+    "UNet of another base": (
+        "unet",
+        lambda held: narrow(held, r"attn2\.to_[kv]\."),
+        "'cross_attention_dim' is 32, in weights ",
+    ),
 }
 ARGUMENTS = {f"no {name}": (8, [], {name: None}, f"give --{name}") for name in ("dino", *OWN)} | {
     "no weights": (2, [], {"weights": None}, "--weights DIR"),
@@ -502,7 +497,7 @@ def test_of_two_variants_the_plain_or_the_asked_one_is_taken(mine: Path) -> None
     half = mine / FILES["unet"].replace(".safe", ".fp16.safe")
     save_file({key: tensor.half() for key, tensor in tensors()["unet"].items()}, half)
     for variant, file in ({}, mine / FILES["unet"]), ({"variant": "fp16"}, half):
-        found = Request("instantir", "tiny", mine / "b", mine, given=variant).found
+        found = Request("instantir", "tiny", mine / "b", mine, asked=variant).tensors
         assert list(found["unet"].sources.values()) == [str(file)]
         assert list(found["vae"].sources.values()) == [str(mine / FILES["vae"])]
 
@@ -514,7 +509,9 @@ def test_stand_ins_are_the_published_files(tmp_path: Path) -> None:
     for origin, file in FILES.items():
         header = safetensors_header(written.pop(re.sub(r"\.(pt|bin)$", ".safetensors", file)))
         made, expected = {key: spec.shape for key, (spec, _, _) in header.items()}, shapes_of("full")[origin]
-        assert made.items() <= expected.items()
-        assert len(expected) - len(made) == UNREAD.get(origin, 0)
-        assert all(system.ignored(origin, key) for key in expected.keys() - made.keys())
+        assert made == expected
     assert not written
+
+
+def test_the_stored_program_is_that_of_a_full_build() -> None:
+    assert_stored("instantir", SYSTEM, decided("full", {}))

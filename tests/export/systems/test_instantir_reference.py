@@ -1,12 +1,9 @@
 """The eager reference of InstantIR against published counts, closed forms and diffusers' plain networks."""
 
 import copy
-import importlib.util
 import math
 import re
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +13,8 @@ from diffusers.models.embeddings import IPAdapterPlusImageProjection
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import Dinov2Config, Dinov2Model
+
+from support import instantir_reference as instantir
 
 STEPS = 5
 
@@ -30,24 +29,13 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def instantir() -> Any:
-    """The module instantir_reference, which lies in no package."""
-    name = "instantir_reference"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-@pytest.fixture(scope="session")
-def files(instantir: Any) -> dict[str, Any]:
+def files() -> dict[str, Any]:
     """Tiny random files; do not change them."""
     return instantir.make_files(instantir.TINY, 0)
 
 
 @pytest.fixture(scope="session")
-def reference(instantir: Any, files: dict[str, Any]) -> Any:
+def reference(files: dict[str, Any]) -> Any:
     """The tiny system."""
     return instantir.Reference(files, instantir.TINY)
 
@@ -101,7 +89,7 @@ def millions(shapes: dict[str, tuple[int, ...]], part: str = "") -> float:
     return sum(math.prod(shape) for key, shape in shapes.items() if part in key) / 1e6
 
 
-def test_full_size_has_the_published_counts(instantir: Any) -> None:
+def test_full_size_has_the_published_counts() -> None:
     """The table of 4.1."""
     shapes = instantir.file_shapes(instantir.FULL)
     assert millions(shapes["unet"]) == pytest.approx(2567.46, abs=0.005)
@@ -120,7 +108,7 @@ def test_full_size_has_the_published_counts(instantir: Any) -> None:
     assert millions(shapes["dino"]) == pytest.approx(304.37, abs=0.005)
 
 
-def test_the_tiny_unet_has_the_published_size(instantir: Any) -> None:
+def test_the_tiny_unet_has_the_published_size() -> None:
     """345 780 parameters and 16 processors, half of them on the text."""
     assert millions(instantir.file_shapes(instantir.TINY)["unet"]) * 1e6 == 345780
     with torch.device("meta"):
@@ -129,7 +117,7 @@ def test_the_tiny_unet_has_the_published_size(instantir: Any) -> None:
     assert list(instantir.image_attentions(unet)) == list(range(1, 16, 2))
 
 
-def test_the_adapter_counts_down_then_up_then_middle(instantir: Any) -> None:
+def test_the_adapter_counts_down_then_up_then_middle() -> None:
     """The ranges of 4.9 in diffusers' order."""
     with torch.device("meta"):
         unet = UNet2DConditionModel(**instantir.FULL.unet)
@@ -175,7 +163,7 @@ def test_files_have_the_published_names(files: dict[str, Any]) -> None:
     assert all(tensor.dtype == torch.float32 for tensor in files["unet"].values())
 
 
-def test_a_merged_lora_is_the_live_one(instantir: Any) -> None:
+def test_a_merged_lora_is_the_live_one() -> None:
     """Linear layers and strided convolutions, at 1/rank, or alpha/rank where a file says alpha."""
     a, b = torch.randn(4, 6), torch.randn(8, 4)
     kernel_a, kernel_b = torch.randn(4, 6, 3, 3), torch.randn(8, 4, 1, 1)
@@ -200,7 +188,7 @@ def test_the_lora_changes_its_targets_and_nothing_else(reference: Any) -> None:
     assert all(key in changed for key in base if ".conv" in key and key.endswith("weight"))
 
 
-def test_without_image_attention_the_unet_is_diffusers_own(instantir: Any, files: dict[str, Any], y: Tensor) -> None:
+def test_without_image_attention_the_unet_is_diffusers_own(files: dict[str, Any], y: Tensor) -> None:
     """Image values at nought leave SDXL's network as it is, and both receive the same embedding of time."""
     bare = copy.copy(files)
     adapter = {k: 0 * v if "v_ip" in k else v for k, v in files["adapter"]["ip_adapter"].items()}
@@ -220,7 +208,7 @@ def test_without_image_attention_the_unet_is_diffusers_own(instantir: Any, files
     torch.testing.assert_close(instantir.embedding(plain, t, conditions["pooled2"], time_ids), seen[0])
 
 
-def test_the_aggregator_bends_the_reference_by_the_low_quality_half(instantir: Any, files: dict[str, Any]) -> None:
+def test_the_aggregator_bends_the_reference_by_the_low_quality_half(files: dict[str, Any]) -> None:
     """Heads that do nothing give back the lower half, which at the first skip is the reference's own convolution."""
     weights = {key: 0 * v if ".mul." in key or ".add." in key else v for key, v in files["aggregator"].items()}
     weights["controlnet_down_blocks.0.1.weight"] = torch.eye(16)[:, :, None, None]
@@ -255,7 +243,7 @@ def test_the_resampler_is_diffusers_own(reference: Any, files: dict[str, Any]) -
     assert apart(reference.tokens(features, preview=False), reference.tokens(features, preview=True)) > 0.1
 
 
-def test_the_norm_of_image_keys_shifts_by_the_first_half(instantir: Any) -> None:
+def test_the_norm_of_image_keys_shifts_by_the_first_half() -> None:
     """Shift, then scale, over a layer norm of its own epsilon."""
     norm = instantir.AdaLayerNorm(2, 3).requires_grad_(False)
     norm.linear.weight.zero_()
@@ -269,7 +257,7 @@ def test_the_norm_of_image_keys_shifts_by_the_first_half(instantir: Any) -> None
     torch.testing.assert_close(moved, F.silu(temb).sum().expand(1, 1, 2))
 
 
-def test_positions_are_resized_as_either_transformers_did(instantir: Any, files: dict[str, Any]) -> None:
+def test_positions_are_resized_as_either_transformers_did(files: dict[str, Any]) -> None:
     """`current` is what the installed model does by itself; `release` reads a ramp at the release's places."""
     reference = instantir.Reference(files, instantir.TINY, dino_positions="current")
     native = Dinov2Model(Dinov2Config(**instantir.TINY.dino)).eval().requires_grad_(False)
@@ -312,7 +300,7 @@ def test_text_is_the_penultimate_layer_and_pools_at_the_largest_id(reference: An
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
-def test_thirty_steps(instantir: Any, sampler: str) -> None:
+def test_thirty_steps(sampler: str) -> None:
     """The numbers of 4.5."""
     scheduler = instantir.make_scheduler(sampler, 30)
     assert scheduler.timesteps.tolist() == list(range(958, 0, -33))
@@ -323,9 +311,9 @@ def test_thirty_steps(instantir: Any, sampler: str) -> None:
         assert scheduler.final_alpha_cumprod == scheduler.alphas_cumprod[0] == pytest.approx(0.99915, abs=1e-5)
 
 
-def test_the_preview_is_a_consistency_step(instantir: Any) -> None:
+def test_the_preview_is_a_consistency_step() -> None:
     """diffusers' own coefficients, and the values of 4.5 at t = 1."""
-    scheduler = LCMScheduler(**instantir.SCHEDULE)
+    scheduler = LCMScheduler.from_config(instantir.SCHEDULE)
     abar = scheduler.alphas_cumprod
     for t in (1, 34, 958):
         skip, out = (float(c) for c in scheduler.get_scalings_for_boundary_condition_discrete(torch.tensor(t)))
@@ -353,7 +341,7 @@ def test_every_way_through_is_finite(
     assert image.shape == (1, 3, 24, 32) and 0 <= image.min() < image.max() <= 1
 
 
-def test_ddim_follows_its_closed_form(instantir: Any, reference: Any, y: Tensor, conditions: dict[str, Tensor]) -> None:
+def test_ddim_follows_its_closed_form(reference: Any, y: Tensor, conditions: dict[str, Tensor]) -> None:
     """z' = alpha' x0 + beta' eps from the noised latent on, the last alpha being abar[0]."""
     records = walk(reference, y, conditions)
     scheduler = instantir.make_scheduler("ddim", STEPS)
@@ -423,7 +411,7 @@ def test_a_weak_step_is_skipped_and_the_next_is_at_full_strength(
     assert all(record["reference"] is None and not record["preview"].any() for record in never)
 
 
-def test_every_part_matters(instantir: Any, reference: Any, files: dict[str, Any], y: Tensor) -> None:
+def test_every_part_matters(reference: Any, files: dict[str, Any], y: Tensor) -> None:
     """Another LoRA, Aggregator, adapter, table of positions, text, image or latent gives another end."""
     conditions = conditions_of(reference)
     wanted = walk(reference, y, conditions)[-1]["z"]

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors.numpy import load_file as load_numpy
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
@@ -21,32 +20,28 @@ from transformers import (
     T5EncoderModel,
 )
 
+from support.fill import Canvas, Vicr, distance, psnr
+from support.systems import components_of, settings_of
 from tilewright.export.build.request import Request
 from tilewright.export.build.run import build
 from tilewright.export.cli import main
 from tilewright.export.networks.vision import ClipVision
 from tilewright.export.systems.flux.sizes import PRESETS
+from tilewright.export.systems.flux.vicr import SYSTEM
 from tilewright.export.verify.engines import sample_photo
 from tilewright.runtime import load
 from tilewright.runtime.bundle import read
 from tilewright.runtime.errors import InputError, UsageError
 from tilewright.runtime.noise import normal
+from tilewright.runtime.program import Program, Signature
 from tilewright.runtime.scheduler import Job, run
+from tilewright.runtime.strict import from_json
 from tilewright.runtime.text import encode
 
 SIZES = PRESETS["tiny"]
 SPATIAL, CHANNELS = SIZES.spatial, SIZES.channels
 WORDS = "a stone bridge"
-
-
-class Whole:
-    """A canvas as it is."""
-
-    def __init__(self, planes: np.ndarray) -> None:
-        self.planes, self.shape = planes, planes.shape
-
-    def crop(self, top: int, left: int, height: int, width: int) -> np.ndarray:
-        return np.ascontiguousarray(self.planes[:, top : top + height, left : left + width])
+PROGRAMS = Path(__file__).parents[2] / "programs"
 
 
 class Counting:
@@ -72,10 +67,6 @@ def held(bundle: Path, name: str) -> dict[str, torch.Tensor]:
     return load_file(bundle / "weights" / name / f"{name}.safetensors")
 
 
-def packed(latent: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.pixel_unshuffle(latent, 2).flatten(2).transpose(1, 2)
-
-
 def texts(bundle: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """Context and pooled vector by transformers' own classes, of the ids that the bundle's tokenizers give."""
     t5 = T5EncoderModel(T5Config(**SIZES.t5)).eval()
@@ -90,55 +81,14 @@ def texts(bundle: Path) -> tuple[torch.Tensor, torch.Tensor]:
     return t5(next(ids)).last_hidden_state, clip(next(ids)).pooler_output
 
 
-@torch.no_grad()
-def eager(bundle: Path, parts: tuple[Any, Any], image: np.ndarray, seed: int, steps: int) -> tuple[list[Any], Any]:
-    """Every step's latent and the right panel, as FluxFillPipeline would make them of a diptych."""
-    transformer, vae = parts
-    height, width = image.shape[1:]
+def eager(bundle: Path, parts: tuple[Any, Any]) -> Vicr:
+    """The system from upstream parts."""
     clip = CLIPVisionModelWithProjection(CLIPVisionConfig(**SIZES.clip_vision)).eval()
     clip.load_state_dict(held(bundle, "image_encoder"), strict=True)
-    pixels = ClipVision(SIZES.clip_vision).pixels(torch.from_numpy(image)[None])
-    embeds = clip(pixels).image_embeds
-    vcb = held(bundle, "lora")
-    normed = torch.nn.functional.layer_norm(embeds, embeds.shape[1:], vcb["vcb.norm.weight"], vcb["vcb.norm.bias"])
-    inner = torch.nn.functional.gelu(normed @ vcb["vcb.fc1.weight"].T + vcb["vcb.fc1.bias"])
-    context, pooled = texts(bundle)
-    pooled = pooled + vcb["vcb.scale"] * (inner @ vcb["vcb.fc2.weight"].T + vcb["vcb.fc2.bias"])
-
-    canvas = torch.cat((torch.from_numpy(image)[None] * 2 - 1, torch.zeros(1, 3, height, width)), 3)
-    mask = torch.cat((torch.zeros(1, 1, height, width), torch.ones(1, 1, height, width)), 3)
-    masked = vae.encode(canvas * (1 - mask)).latent_dist.mean
-    y = (masked - vae.config.shift_factor) * vae.config.scaling_factor
-    mask_tokens = packed(torch.nn.functional.pixel_unshuffle(mask, SPATIAL))
-    rows, columns = height // SPATIAL // 2, 2 * width // SPATIAL // 2
-    ids = torch.stack(torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"), -1).reshape(-1, 2)
-
-    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
-    mu = 0.5 + (rows * columns - 256) * (1.15 - 0.5) / (4096 - 256)
-    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
-    # a private value's noise is its tile's own: region 1 is the first tile
-    noise = normal(seed, region=1, stream=0, channels=CHANNELS, top=0, left=0, height=2 * rows, width=2 * columns)
-    z, path = torch.from_numpy(noise)[None], []
-    for sigma, following in zip(scheduler.sigmas[:-1], scheduler.sigmas[1:], strict=True):
-        v = transformer(
-            hidden_states=torch.cat((packed(z), packed(y), mask_tokens), 2),
-            encoder_hidden_states=context,
-            pooled_projections=pooled,
-            timestep=sigma[None],
-            guidance=torch.tensor([30.0]),
-            img_ids=torch.cat((torch.zeros(len(ids), 1), ids.float()), 1),
-            txt_ids=torch.zeros(context.shape[1], 3),
-        ).sample
-        z = z + (following - sigma) * torch.nn.functional.pixel_shuffle(
-            v.transpose(1, 2).unflatten(2, (rows, columns)), 2
-        )
-        path.append(z.numpy())
-    whole = vae.decode(z / vae.config.scaling_factor + vae.config.shift_factor).sample
-    return path, ((whole.clamp(-1, 1) + 1) / 2)[0, :, :, width:].numpy()
-
-
-def psnr(one: np.ndarray, other: np.ndarray) -> float:
-    return 10 * np.log10(1 / np.mean((one.astype(np.float64) - other) ** 2))
+    pixels = ClipVision(SIZES.clip_vision).pixels
+    with torch.no_grad():
+        context, pooled = texts(bundle)
+    return Vicr(*parts, SIZES.schedule, clip, pixels, held(bundle, "lora"), context, pooled)
 
 
 @pytest.mark.parametrize(("width", "height"), [(32, 32), (36, 52)])
@@ -146,20 +96,32 @@ def test_the_whole_trajectory_and_the_picture_are_those_of_upstream_parts(
     vicr_tiny: Path, upstream: Callable[[Path], tuple[Any, Any]], width: int, height: int
 ) -> None:
     image = sample_photo(width, height, 1).transpose(2, 0, 1).astype(np.float32) / 255
-    path, expected = eager(vicr_tiny, upstream(vicr_tiny), image, 5, 30)
+    rows, columns = height // SPATIAL, 2 * width // SPATIAL
+    # a private value's noise is its tile's own: region 1 is the first tile
+    noise = normal(5, region=1, stream=0, channels=CHANNELS, top=0, left=0, height=rows, width=columns)
+    path, expected = eager(vicr_tiny, upstream(vicr_tiny)).walk(image, noise, 30)
     with load(vicr_tiny) as restorer:
         engines = counted(restorer)
         ids = {
             name: encode(vicr_tiny / "tokenizers" / file, WORDS, n)
             for name, file, n in (("t5_ids", "t5.json", SIZES.words), ("clip_ids", "clip.json", SIZES.clip_words))
         }
-        ours = run(restorer.bundle.program, engines, restorer.constants, Job(Whole(image), seed=5, inputs=ids))
+        ours = run(restorer.bundle.program, engines, restorer.constants, Job(Canvas(image), seed=5, inputs=ids))
     assert len(engines["step"].made) == 30
     for outputs, latent in zip(engines["step"].made, path, strict=True):
-        difference = np.linalg.norm(outputs["z_next"] - latent) / np.linalg.norm(latent)
-        assert difference <= 1e-4
+        assert distance(outputs["z_next"], latent) <= 1e-4
     assert psnr(ours, expected) >= 60
     assert ours.std() > 0.05
+
+
+def test_the_full_program_is_the_one_that_the_runtime_is_tested_with() -> None:
+    settings, components = settings_of("vicr", "full"), components_of("vicr", "full")
+    assert SYSTEM.program(settings) == from_json(Program, (PROGRAMS / "vicr.json").read_text(), "vicr")
+    signatures = json.loads((PROGRAMS / "vicr.signatures.json").read_text())["components"]
+    assert signatures.keys() == components.keys()
+    for name, signature in signatures.items():
+        expected = from_json(Signature, json.dumps(signature), name)
+        assert Signature(components[name].inputs, components[name].outputs) == expected
 
 
 def test_rounds_repeat_only_what_the_words_decide(vicr_tiny: Path) -> None:
@@ -200,8 +162,8 @@ def test_embeddings_stand_for_words(vicr_tiny: Path, tmp_path: Path) -> None:
     assert np.abs(by_words.astype(int) - by_embeds).max() <= 1
 
 
-def built(tmp_path: Path, **given: Any) -> Path:
-    build(Request("vicr", "tiny", tmp_path / "b", seed=0, verify="never", given=given))
+def built(tmp_path: Path, **options: Any) -> Path:
+    build(Request("vicr", "tiny", tmp_path / "b", seed=0, verify="never", asked=options))
     return tmp_path / "b"
 
 

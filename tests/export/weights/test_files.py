@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from support.systems import components_of
 from tilewright.export.graph.trace import network_on_meta
 from tilewright.export.networks.hitoksr import HiTokConfig, VisionPrior
 from tilewright.export.system import Origin, Rows
-from tilewright.export.systems import hitoksr
+from tilewright.export.systems.hitoksr.system import SYSTEM as HITOKSR
 from tilewright.export.weights import files
 from tilewright.export.weights.files import (
     Tensors,
@@ -27,11 +28,11 @@ from tilewright.export.weights.files import (
     find,
     locate,
     open_reference,
-    random_weights,
     resolve,
 )
+from tilewright.export.weights.writing import random_weights
 from tilewright.runtime.bundle import Reference
-from tilewright.runtime.digests import sha256_of_bytes
+from tilewright.runtime.digests import sha256_of_bytes, sha256_of_file
 from tilewright.runtime.errors import InputError, UsageError
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -118,7 +119,7 @@ def cached(root: Path, files: dict[str, tuple[str, ...]]) -> Path:
 
 
 @pytest.mark.parametrize("given", ["the snapshot", "the cache", "a link to the snapshot", "a relative path"])
-def test_links_are_followed_to_the_real_files(tmp_path, monkeypatch, given):
+def test_links_are_read_through_and_keep_their_names(tmp_path, monkeypatch, given):
     root = tmp_path / "hub" / "models--maker--model"
     snapshot = cached(root, {"model-1.safetensors": ("a",), "model-2.safetensors": ("b", "c")})
     (tmp_path / "mine").symlink_to(snapshot)
@@ -130,34 +131,39 @@ def test_links_are_followed_to_the_real_files(tmp_path, monkeypatch, given):
         "a relative path": snapshot.relative_to(tmp_path),
     }[given]
     found = find(folder)
-    assert found.folder == (root / "blobs").resolve()
-    hashes = {sha256_of_bytes(f"model-{i}.safetensors".encode()): f"model-{i}.safetensors" for i in (1, 2)}
-    assert {file: Path(shown).name for file, shown in found.sources.items()} == hashes
-    assert not any((found.folder / file).is_symlink() for file in found.sources)
-    assert {name: hashes[r.file] for name, r in found.tensors.items()} == {
-        "a": "model-1.safetensors",
-        "b": "model-2.safetensors",
-        "c": "model-2.safetensors",
+    top = root if given == "the cache" else snapshot
+    under = "snapshots/0123abcd/" if given == "the cache" else ""
+    assert found.folder == top.resolve() and found.folder.is_absolute()
+    assert {name: r.file for name, r in found.tensors.items()} == {
+        "a": f"{under}model-1.safetensors",
+        "b": f"{under}model-2.safetensors",
+        "c": f"{under}model-2.safetensors",
+    }
+    assert found.sources == {
+        f"{under}model-{i}.safetensors": str(folder / f"{under}model-{i}.safetensors") for i in (1, 2)
     }
     assert read(found)["b"] == raw(torch.full((2, 3), 98.0))
 
 
-def test_a_single_link_leads_to_its_blob(tmp_path):
+def test_a_single_link_keeps_its_name(tmp_path):
     snapshot = cached(tmp_path / "m", {"model.safetensors": ("a",)})
     found = find(snapshot / "model.safetensors")
-    assert found.folder == (tmp_path / "m" / "blobs").resolve()
-    assert list(found.sources.values()) == [str(snapshot / "model.safetensors")]
+    assert (found.folder, found.tensors["a"].file) == (snapshot.resolve(), "model.safetensors")
+    assert found.sources == {"model.safetensors": str(snapshot / "model.safetensors")}
+    assert sha256_of_file(found.folder / "model.safetensors") == sha256_of_bytes(
+        (snapshot / "model.safetensors").resolve().read_bytes()
+    )
 
 
-def test_links_to_different_places_share_the_nearest_common_folder(tmp_path):
+def test_links_to_different_places_are_files_of_the_folder_they_are_in(tmp_path):
     saved(tmp_path / "disk1" / "vision" / "dino.safetensors", "a")
     saved(tmp_path / "disk2" / "own.safetensors", "b")
-    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "deeper").mkdir(parents=True)
     (tmp_path / "mine" / "x.safetensors").symlink_to(tmp_path / "disk1" / "vision" / "dino.safetensors")
-    (tmp_path / "mine" / "y.safetensors").symlink_to(tmp_path / "disk2" / "own.safetensors")
+    (tmp_path / "mine" / "deeper" / "y.safetensors").symlink_to(tmp_path / "disk2" / "own.safetensors")
     found = find(tmp_path / "mine")
-    assert found.folder == tmp_path.resolve()
-    assert {r.file for r in found.tensors.values()} == {"disk1/vision/dino.safetensors", "disk2/own.safetensors"}
+    assert found.folder == (tmp_path / "mine").resolve()
+    assert {r.file for r in found.tensors.values()} == {"x.safetensors", "deeper/y.safetensors"}
     assert read(found)["b"] == raw(torch.full((2, 3), 98.0))
 
 
@@ -172,7 +178,8 @@ def test_a_key_in_two_files_is_refused(tmp_path):
 def test_a_folder_without_weights_is_refused(tmp_path):
     (tmp_path / "flax_model.msgpack").write_bytes(b"flax")
     text = refusal(find, tmp_path)
-    assert text == f"weights {tmp_path}: holds no .safetensors file, and no .bin; give the folder that does"
+    there = "holds no .safetensors file, and no .bin, but flax_model.msgpack"
+    assert text == f"weights {tmp_path}: {there}; give the folder that does"
 
 
 @pytest.mark.parametrize("name", ["gone", "gone.safetensors"])
@@ -227,7 +234,7 @@ def test_a_broken_header_is_refused(tmp_path, content):
 @pytest.fixture(scope="module")
 def wanted() -> dict[str, dict[str, tuple[int, ...]]]:
     """What the components of the tiny preset need, less the vision model's mask token, which has no effect."""
-    networks = {name: network_on_meta(source) for name, source in hitoksr.components("tiny").items()}
+    networks = {name: network_on_meta(source) for name, source in components_of("hitoksr").items()}
     return {
         component: {n: tuple(p.shape) for n, p in network.named_parameters() if not n.endswith("mask_token")}
         for component, network in networks.items()
@@ -241,7 +248,7 @@ def weights_file(path: Path, shapes: dict[str, tuple[int, ...]]) -> Tensors:
 
 
 def own_keys(wanted) -> dict[str, tuple[int, ...]]:
-    return {hitoksr.keys(c, name)[0]: shape for c, shapes in wanted.items() for name, shape in shapes.items()}
+    return {HITOKSR.keys(c, name)[0]: shape for c, shapes in wanted.items() for name, shape in shapes.items()}
 
 
 def test_the_systems_own_names_are_those_of_the_specification(wanted):
@@ -264,11 +271,11 @@ def test_every_spelling_of_the_vision_models_keys_is_found(tmp_path, wanted, spe
     own = own_keys(wanted)
     found = weights_file(tmp_path / "w.safetensors", {spell(key): shape for key, shape in own.items()})
     assert len(found.tensors) == len(own)
-    references = attach(wanted, {"hitoksr": found}, hitoksr)
+    references = attach(wanted, {"hitoksr": found}, HITOKSR)
     for component, shapes in wanted.items():
         assert references[component].keys() == shapes.keys()
         for name, shape in shapes.items():
-            lies = found.tensors[spell(hitoksr.keys(component, name)[0])]
+            lies = found.tensors[spell(HITOKSR.keys(component, name)[0])]
             assert references[component][name] == replace(lies, folder="hitoksr")
             assert references[component][name].shape == shape
 
@@ -284,25 +291,25 @@ def test_a_file_of_the_published_names_is_found_beside_the_systems_own(tmp_path,
     assert "layer.0.attention.k_proj.bias" not in public
     weights_file(tmp_path / "dinov3" / "model.safetensors", public)
     found = weights_file(tmp_path / "own.safetensors", {k: s for k, s in own.items() if not k.startswith("vfm.")})
-    references = attach(wanted, {"hitoksr": found}, hitoksr)
+    references = attach(wanted, {"hitoksr": found}, HITOKSR)
     assert {r.file for r in references["generate"].values()} == {"dinov3/model.safetensors", "own.safetensors"}
     assert {r.file for r in references["decode"].values()} == {"own.safetensors"}
 
 
 def test_the_published_names_are_those_that_transformers_itself_saves_under(tmp_path):
-    VisionPrior(HiTokConfig(**hitoksr.PRESETS["tiny"])).vfm.save_pretrained(tmp_path)
+    VisionPrior(HiTokConfig(**components_of("hitoksr")["generate"].arguments)).vfm.save_pretrained(tmp_path)
     found = find(tmp_path)
     assert {"layer.0.norm1.weight", "embeddings.cls_token", "norm.bias"} <= found.tensors.keys()
-    network = network_on_meta(hitoksr.components("tiny")["generate"]).vision
+    network = network_on_meta(components_of("hitoksr")["generate"]).vision
     shapes = {f"vision.{n}": tuple(p.shape) for n, p in network.named_parameters() if not n.endswith("mask_token")}
-    references = attach({"generate": shapes}, {"hitoksr": found}, hitoksr)
+    references = attach({"generate": shapes}, {"hitoksr": found}, HITOKSR)
     assert references["generate"].keys() == shapes.keys()
 
 
 def test_what_serves_only_training_is_ignored(tmp_path, wanted):
     extra = {"encoder.embed.weight": (2, 2), "vfm.embeddings.mask_token": (1, 1, 32), "embeddings.mask_token": (1,)}
     found = weights_file(tmp_path / "w.safetensors", own_keys(wanted) | extra)
-    references = attach(wanted, {"hitoksr": found}, hitoksr)
+    references = attach(wanted, {"hitoksr": found}, HITOKSR)
     used = {(r.file, r.offset) for component in references.values() for r in component.values()}
     assert not used & {(found.tensors[key].file, found.tensors[key].offset) for key in extra}
 
@@ -312,7 +319,7 @@ def test_missing_keys_are_counted_and_the_first_three_named(tmp_path, wanted, co
     own = own_keys(wanted)
     dropped = sorted(own)[10 : 10 + count]
     found = weights_file(tmp_path / "w.safetensors", {k: s for k, s in own.items() if k not in dropped})
-    text = refusal(attach, wanted, {"hitoksr": found}, hitoksr)
+    text = refusal(attach, wanted, {"hitoksr": found}, HITOKSR)
     assert text.startswith(
         f"weights {tmp_path}/w.safetensors: lacks {count} tensors: {', '.join(dropped[:3])}{ending} give"
     )
@@ -322,7 +329,7 @@ def test_missing_keys_are_counted_and_the_first_three_named(tmp_path, wanted, co
 def test_unexpected_keys_are_counted_and_the_first_three_named(tmp_path, wanted, count, ending):
     extra = [f"lora.{i}" for i in range(count)]
     found = weights_file(tmp_path / "w.safetensors", own_keys(wanted) | dict.fromkeys(extra, (2,)))
-    text = refusal(attach, wanted, {"hitoksr": found}, hitoksr)
+    text = refusal(attach, wanted, {"hitoksr": found}, HITOKSR)
     assert text.startswith(
         f"weights {tmp_path}/w.safetensors: holds unexpected {count} tensors: {', '.join(extra[:3])}{ending} give"
     )
@@ -331,30 +338,39 @@ def test_unexpected_keys_are_counted_and_the_first_three_named(tmp_path, wanted,
 def test_a_second_spelling_of_a_tensor_is_unexpected(tmp_path, wanted):
     extra = {"vfm.layer.0.norm1.weight": (32,)}
     found = weights_file(tmp_path / "w.safetensors", own_keys(wanted) | extra)
-    assert "unexpected 1 tensors: vfm.layer.0.norm1.weight;" in refusal(attach, wanted, {"hitoksr": found}, hitoksr)
+    assert "unexpected 1 tensors: vfm.layer.0.norm1.weight;" in refusal(attach, wanted, {"hitoksr": found}, HITOKSR)
 
 
 @pytest.mark.parametrize("shape", [(4, 16, 3), (4, 2, 16), (16, 8), (4, 16, 2, 2)], ids=str)  # not [4, 16, 2]
 def test_a_tensor_of_another_shape_is_refused_with_both_shapes(tmp_path, wanted, shape):
     found = weights_file(tmp_path / "w.safetensors", own_keys(wanted) | {"quantizer.codebook": shape})
-    assert refusal(attach, wanted, {"hitoksr": found}, hitoksr) == (
+    assert refusal(attach, wanted, {"hitoksr": found}, HITOKSR) == (
         f"weights {tmp_path / 'w.safetensors'}: 'quantizer.codebook' has shape {list(shape)}, the network needs"
-        " [4, 16, 2]; is this the right preset?"
+        " [4, 16, 2]; give files of one model"
     )
 
 
 def test_the_weights_of_something_else_entirely_are_refused(tmp_path, wanted):
     saved(tmp_path / "unet.safetensors", "down_blocks.0.weight")
     lacking = len(own_keys(wanted))
-    text = refusal(attach, wanted, {"hitoksr": find(tmp_path)}, hitoksr)
-    assert f"lacks {lacking} tensors: " in text
+    text = refusal(attach, wanted, {"hitoksr": find(tmp_path)}, HITOKSR)
+    assert f"lacks {lacking} tensors: decoder.blocks.0." in text
+    assert "; holds instead: down_blocks.0.weight; give " in text
+
+
+def test_what_a_file_holds_in_the_place_of_what_it_lacks_is_named(tmp_path, wanted):
+    own = own_keys(wanted)
+    renamed = {f"module.{key}" if key.startswith("decoder.") else key: shape for key, shape in own.items()}
+    text = refusal(attach, wanted, {"hitoksr": weights_file(tmp_path / "w.safetensors", renamed)}, HITOKSR)
+    lacking = sorted(key for key in own if key.startswith("decoder."))
+    assert f"lacks {len(lacking)} tensors: {', '.join(lacking[:3])}, ...; holds instead: module.{lacking[0]}, " in text
 
 
 def test_two_components_may_read_one_tensor(tmp_path):
     saved(tmp_path / "w.safetensors", "shared")
     shapes = {"one": {"shared": (2, 3)}, "two": {"shared": (2, 3)}}
     plain = SimpleNamespace(
-        origin=lambda component, name: "w", keys=lambda component, name: (name,), ignored=lambda origin, key: False
+        origin_of=lambda component, name: "w", keys=lambda component, name: (name,), ignored=lambda origin, key: False
     )
     references = attach(shapes, {"w": find(tmp_path)}, plain)
     assert references["one"]["shared"] == references["two"]["shared"]
@@ -519,4 +535,9 @@ def test_weights_that_lie_nowhere_are_refused_by_what_they_are(tmp_path):
     assert locate(origin, {}, required=False) is None
     assert "the backbone is not given; give --weights" in refusal(locate, origin, {}, required=True)
     (tmp_path / "empty").mkdir()
-    assert "the backbone: none of" in refusal(locate, origin, {"weights": tmp_path / "empty"}, required=True)
+    text = refusal(locate, origin, {"weights": tmp_path / "empty"}, required=True)
+    assert text.startswith("the backbone: none of ") and f"is there, {tmp_path / 'empty'} holds nothing; give" in text
+    (tmp_path / "empty" / "unet").mkdir()
+    saved(tmp_path / "empty" / "model.safetensors", "a")
+    text = refusal(locate, origin, {"weights": tmp_path / "empty"}, required=True)
+    assert f"{tmp_path / 'empty'} holds model.safetensors, unet/; give --weights PATH" in text

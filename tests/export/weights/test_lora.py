@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from tilewright.export.weights.files import find
-from tilewright.export.weights.lora import Adapter, merge, parameters_of, read
+from tilewright.export.weights.files import converted, find
+from tilewright.export.weights.lora import Adapter, merge, read
 from tilewright.runtime.bundle import Reference
 from tilewright.runtime.errors import InputError
 
@@ -59,9 +59,9 @@ def merged(base: Path, lora: Path, prefixes=("transformer.",), default_alpha=Non
     weights, found = find(base), find(lora)
     adapters, rest = read(found, prefixes, default_alpha)
     assert not rest
-    shapes = {name: reference.shape for name, reference in weights.tensors.items()}
     result = {name: tensor_of(weights.folder, reference) for name, reference in weights.tensors.items()}
-    for name, adapter in parameters_of(adapters, shapes, found).items():
+    for module, adapter in adapters.items():
+        name = f"{module}.weight"
         data = merge(weights.folder, weights.tensors[name], found.folder, adapter, strength)
         result[name] = torch.frombuffer(bytearray(data), dtype=result[name].dtype).reshape(result[name].shape)
     return result
@@ -300,6 +300,23 @@ NOTE = {"lora_alpha": 6, "r": 4, "alpha_pattern": {"n": 2}}
 PREFIXED = {f"transformer.{name}": value for name, value in NOTE.items()} | {"text_encoder.lora_alpha": 100}
 
 
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_the_alphas_of_a_pickle_are_read_before_it_is_converted(tmp_path, monkeypatch, legacy):
+    monkeypatch.setenv("TILEWRIGHT_CACHE_DIR", str(tmp_path / "cache"))
+    tensors = pair("m") | pair("n")
+    for module, alpha in (("m", 8.0), ("n", 2.0)):
+        tensors[f"{module}.alpha"] = torch.tensor([0.0, alpha], dtype=torch.bfloat16)[1]  # not first in its storage
+    torch.save(tensors, tmp_path / "lora.bin", _use_new_zipfile_serialization=not legacy)
+    found = find(tmp_path / "lora.bin")
+    listed, _ = read(found)
+    assert not (tmp_path / "cache" / "converted").exists()
+    made, _ = read(converted(found))
+    assert {m: a.scale for m, a in listed.items()} == {m: a.scale for m, a in made.items()} == {"m": 2.0, "n": 0.5}
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 12}))
+    torch.save(pair("m"), tmp_path / "lora.bin", _use_new_zipfile_serialization=not legacy)
+    assert read(find(tmp_path / "lora.bin"))[0]["m"].scale == 3.0
+
+
 def test_alpha_is_the_tensors_then_the_headers_then_the_configs_then_the_default_then_the_rank(tmp_path):
     tensors = pair("transformer.m") | pair("transformer.n") | pair("transformer.o")
     alpha = {"transformer.o.alpha": torch.tensor(3.0)}
@@ -393,7 +410,7 @@ def test_a_merge_is_rounded_once(dimensions, kernel, base_dtype, dtype, strength
         file = written(Path(name) / "lora.safetensors", lora | {"m.alpha": torch.tensor(rank / 2)})
         before = (Path(name) / "base.safetensors").read_bytes()
         found = find(file)
-        (adapter,) = parameters_of(read(found)[0], {"m.weight": tuple(base.shape)}, found).values()
+        (adapter,) = read(found)[0].values()
         data = merge(weights.folder, weights.tensors["m.weight"], found.folder, adapter, strength)
         assert data == exact.to(base.dtype).view(torch.uint8).numpy().tobytes()
         assert (Path(name) / "base.safetensors").read_bytes() == before
@@ -604,35 +621,6 @@ def test_broken_notes_in_the_header_are_refused(tmp_path):
     assert said.startswith(f"LoRA {tmp_path / 'a.safetensors'}: unreadable notes on alpha (")
 
 
-def fitted(tmp_path: Path, tensors: dict[str, torch.Tensor], shapes: dict[str, tuple[int, ...]]) -> dict[str, Adapter]:
-    found = find(written(tmp_path / "lora.safetensors", tensors))
-    return parameters_of(read(found)[0], shapes, found)
-
-
-def test_adapters_go_to_the_weights_of_their_modules(tmp_path):
-    adapters = fitted(tmp_path, pair("b") | pair("a.0"), {"a.0.weight": (6, 8), "b.weight": (6, 8), "b.bias": (6,)})
-    assert set(adapters) == {"a.0.weight", "b.weight"}
-    assert adapters["b.weight"].down.offset != adapters["a.0.weight"].down.offset
-
-
-def test_modules_that_the_network_lacks_are_refused(tmp_path):
-    tensors = {k: t for m in ("a", "text_encoder.x", "c", "d", "e") for k, t in pair(m).items()}
-    text = refusal(fitted, tmp_path, tensors, {"a.weight": (6, 8), "c.bias": (6, 8), "d": (6, 8)})
-    assert text == (
-        f"LoRA {tmp_path / 'lora.safetensors'}: adapts 4 modules that the network does not have:"
-        " c, d, e, ...; give the LoRA of this system and preset"
-    )
-
-
-@pytest.mark.parametrize("shape", [(6, 9), (7, 8), (8, 6), (6, 8, 1, 1), (48,)], ids=str)
-def test_shapes_that_do_not_fit_the_network_are_refused(tmp_path, shape):
-    text = refusal(fitted, tmp_path, pair("a") | pair("b"), {"a.weight": (6, 8), "b.weight": shape})
-    assert text == (
-        f"LoRA {tmp_path / 'lora.safetensors'}: adapts 'b' as [6, 8], the network has {list(shape)};"
-        " is this the right preset?"
-    )
-
-
 def merge_refusal(tmp_path: Path, base: torch.Tensor, strength: float = 1.0, scale: float = 1.0) -> str:
     weights = find(written(tmp_path / "base.safetensors", {"m.weight": base}))
     found = find(written(tmp_path / "lora.safetensors", pair("m")))
@@ -648,7 +636,7 @@ def test_a_base_of_another_type_or_shape_takes_no_merge(tmp_path):
     for shape in ((8, 6), (6, 1), (6, 8, 1, 1)):
         assert merge_refusal(tmp_path, torch.zeros(shape)) == (
             f"LoRA {tmp_path / 'lora.safetensors'}: a pair for [6, 8] does not fit {list(shape)} of"
-            f" {tmp_path / 'base.safetensors'}; is this the right preset?"
+            f" {tmp_path / 'base.safetensors'}; is this the LoRA of this system and size?"
         )
 
 

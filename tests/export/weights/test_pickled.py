@@ -5,21 +5,25 @@ import os
 import pickle
 import subprocess
 import sys
+import tempfile
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from tilewright.export.build.run import clean
+from tilewright.export.build.clean import clean
 from tilewright.export.weights import pickled
-from tilewright.export.weights.files import find
-from tilewright.export.weights.pickled import SUFFIXES, as_safetensors
+from tilewright.export.weights.files import PICKLED, converted, find, open_reference
+from tilewright.export.weights.pickled import as_safetensors, first_element
 from tilewright.runtime.bundle import SAFETENSORS_DTYPES
 from tilewright.runtime.errors import InputError
 
@@ -72,7 +76,7 @@ def test_every_dtype_and_shape_comes_through_with_its_bits_and_aligned(tmp_path)
         assert file.metadata() == {"note": "converted by tilewright from all.pt"}
 
 
-@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("suffix", PICKLED)
 @pytest.mark.parametrize("way", ["zip", "legacy", "compressed"])
 def test_every_way_of_saving_gives_the_same_tensors(tmp_path, suffix, way):
     base, noise = torch.arange(24.0).reshape(4, 6), torch.arange(5000).sin()
@@ -93,6 +97,134 @@ def test_every_way_of_saving_gives_the_same_tensors(tmp_path, suffix, way):
             for name in old.namelist():
                 new.writestr(name, old.read(name))
     same(path, content)
+
+
+NAMES = st.text("abc01_é", min_size=1, max_size=4)
+STORED = [getattr(torch, dtype) for dtype in sorted(WIDTHS)]
+
+
+@st.composite
+def some_tensor(draw) -> torch.Tensor:
+    """Contiguous or not, alone in its storage or not, a parameter or not."""
+    shape = draw(st.lists(st.integers(1, 4), max_size=3))
+    base = torch.arange(float(np.prod([2, *shape]))).reshape(2, *shape).to(draw(st.sampled_from(STORED)))
+    way = draw(st.sampled_from(["whole", "a row", "turned", "wide", "learned"]))
+    if way == "turned":
+        return base.permute(*reversed(range(base.ndim)))
+    if way == "learned":
+        return nn.Parameter(base, requires_grad=False)
+    return {"whole": base, "a row": base[1], "wide": base[:1].expand(3, *shape)}[way]
+
+
+STATES = st.recursive(
+    st.one_of(some_tensor(), st.just(nn.Linear(2, 3).weight)),  # the second one is shared by all that hold it
+    lambda inner: st.dictionaries(NAMES, inner, min_size=1, max_size=4).flatmap(
+        lambda made: st.sampled_from([made, collections.OrderedDict(made)])
+    ),
+    max_leaves=8,
+)
+
+
+def flat(state: dict[str, Any], before: str = "") -> dict[str, torch.Tensor]:
+    made: dict[str, torch.Tensor] = {}
+    for name, value in state.items():
+        made |= flat(value, f"{before}{name}.") if isinstance(value, dict) else {f"{before}{name}": value}
+    return made
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.dictionaries(NAMES, STATES, min_size=1, max_size=4), st.booleans())
+def test_what_is_listed_without_loading_is_what_torch_loads(state, legacy):
+    with tempfile.TemporaryDirectory() as folder:
+        path = saved(Path(folder) / "model.pt", state, _use_new_zipfile_serialization=not legacy)
+        if legacy and any("float8" in str(tensor.dtype) for tensor in flat(state).values()):
+            with pytest.raises(AttributeError):
+                torch.load(path, weights_only=True)
+            with pytest.raises(InputError):
+                find(path)
+            return
+        theirs = flat(torch.load(path, weights_only=True))
+        found = find(path)
+        assert found.pickles == {"model.pt"} and found.folder == path.parent.resolve()
+        ours = {name: (r.dtype, r.shape, r.length) for name, r in found.tensors.items()}
+        assert ours == {n: (str(t.dtype).removeprefix("torch."), tuple(t.shape), t.nbytes) for n, t in theirs.items()}
+        for name, tensor in theirs.items():
+            first = tensor.detach().contiguous().reshape(-1)[:1].view(torch.uint8).numpy().tobytes()
+            assert first_element(path, name) == first
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.dictionaries(NAMES, STATES, min_size=1, max_size=3), st.booleans())
+def test_what_is_listed_is_what_is_converted(state, legacy):
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TILEWRIGHT_CACHE_DIR", f"{folder}/cache")
+        legacy = legacy and not any("float8" in str(tensor.dtype) for tensor in flat(state).values())
+        path = saved(Path(folder) / "model.pt", state, _use_new_zipfile_serialization=not legacy)
+        found = find(path)
+        made = converted(found)
+        assert not made.pickles and list(made.sources.values()) == [str(path)]
+        assert {n: replace(r, file="", offset=0) for n, r in made.tensors.items()} == {
+            n: replace(r, file="", offset=0) for n, r in found.tensors.items()
+        }
+        assert load_file(made.folder / next(iter(made.sources))).keys() == made.tensors.keys()
+
+
+def test_listing_converts_nothing_and_loads_no_torch(tmp_path, own_cache):
+    for way in (True, False):
+        saved(tmp_path / "model.pt", {"a": torch.ones(3)}, _use_new_zipfile_serialization=way)
+        code = "import sys, pathlib; from tilewright.export.weights.files import find\n"
+        code += "print(*find(pathlib.Path(sys.argv[1])).tensors); print(*sys.modules)"
+        done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+        assert "holds no .safetensors file" in done.stderr  # a folder's are looked for as .bin only
+        done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "model.pt")], capture_output=True, text=True)
+        names, modules = done.stdout.splitlines()
+        assert names == "a" and "torch" not in modules.split()
+    assert not (own_cache / "converted").exists()
+
+
+def test_shards_of_pickles_are_files_of_one_folder_before_and_after(tmp_path, own_cache):
+    for i, name in enumerate("ab"):
+        saved(tmp_path / f"pytorch_model-{i}.bin", {name: torch.full((3,), float(i))})
+    found = find(tmp_path)
+    assert found.pickles == set(found.sources) == {"pytorch_model-0.bin", "pytorch_model-1.bin"}
+    made = converted(found)
+    assert made.folder == own_cache / "converted" and converted(made) is made
+    assert sorted(made.sources.values()) == [str(tmp_path / f"pytorch_model-{i}.bin") for i in range(2)]
+    assert bytes(open_reference(made.folder, made.tensors["b"])) == torch.ones(3).numpy().tobytes()
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("way", ["opcode", "offset", "count", "storage"])
+def test_a_header_that_lies_is_refused_and_torch_would_too(tmp_path, way):
+    path = saved(tmp_path / "whole.pt", {"a": torch.ones(5, 5)})
+    lying = tmp_path / "model.pt"
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(lying, "w") as new:
+        for name in old.namelist():
+            data = old.read(name)
+            if name.endswith("data.pkl"):
+                data = {
+                    "opcode": b"\x80\x04\x95" + bytes(8) + b"}.",
+                    "offset": data.replace(b"QK\x00", b"QK\x07"),
+                    "count": data.replace(b"K\x19t", b"K\x29t").replace(b"K\x05K\x05\x86", b"K\x06K\x06\x86"),
+                    "storage": data,
+                }[way]
+                assert way == "storage" or data != old.read(name)
+            if not (way == "storage" and "/data/" in name):
+                new.writestr(name, data)
+    assert refusal(lying).startswith("is no file of tensors that torch.save wrote, or damaged (")
+    with pytest.raises(InputError):
+        find(lying)
+    with pytest.raises(Exception, match=r".+"):
+        torch.load(lying, weights_only=True)
+
+
+class Hiding(dict[str, Any]):
+    def __reduce__(self):
+        return collections.OrderedDict, (), {"items": 3}, None, iter(dict.items(self))
+
+
+def test_an_attribute_that_hides_a_dicts_method_changes_nothing(tmp_path):
+    same(saved(tmp_path / "model.pt", {"x": Hiding(a=torch.ones(1))}), {"x.a": torch.ones(1)})
 
 
 def test_nested_dicts_are_joined_and_a_lone_state_dict_is_unwrapped(tmp_path):

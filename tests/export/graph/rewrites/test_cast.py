@@ -9,10 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from support.systems import components_of
 from tilewright.export.graph.rewrites.cast import cast
 from tilewright.export.graph.rewrites.fold import fold
 from tilewright.export.graph.trace import network_on_meta
-from tilewright.export.systems import hitoksr
+from tilewright.export.systems.hitoksr.system import SYSTEM as HITOKSR
 from tilewright.export.targets.ort import prepare
 from tilewright.export.weights.files import find
 
@@ -132,7 +133,7 @@ def test_a_traced_network_over_narrow_weights_is_the_network_with_widened_ones(t
         fold(model)
         for name, value in model.graph.initializers.items():
             if isinstance(value.const_value, ir.ExternalTensor):
-                r = found.tensors[hitoksr.keys(component, name)[0]]
+                r = found.tensors[HITOKSR.keys(component, name)[0]]
                 value.const_value = ir.ExternalTensor(
                     r.file, r.offset, r.length, kind, shape=ir.Shape(r.shape), name=name
                 )
@@ -144,8 +145,8 @@ def test_a_traced_network_over_narrow_weights_is_the_network_with_widened_ones(t
         outputs[component] = session.run(None, inputs[component])
 
     def network(component: str) -> torch.nn.Module:
-        made = network_on_meta(hitoksr.components("tiny")[component])
-        named = {n: tensors.get(hitoksr.keys(component, n)[0]) for n, _ in made.named_parameters()}
+        made = network_on_meta(components_of("hitoksr", "tiny")[component])
+        named = {n: tensors.get(HITOKSR.keys(component, n)[0]) for n, _ in made.named_parameters()}
         made.load_state_dict({n: t.float() for n, t in named.items() if t is not None}, strict=False, assign=True)
         return made.requires_grad_(False)
 

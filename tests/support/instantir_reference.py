@@ -3,7 +3,7 @@
 import copy
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
 
@@ -16,6 +16,18 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 Files = dict[str, dict[str, Any]]
 Residuals = tuple[list[Tensor], Tensor]
+SCHEDULE = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "epsilon",
+    "timestep_spacing": "leading",
+    "steps_offset": 1,
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+}
+SAMPLERS: dict[str, Any] = {"ddim": DDIMScheduler, "ddpm": DDPMScheduler}
 
 
 @dataclass(frozen=True)
@@ -32,6 +44,9 @@ class Sizes:
     resampler: dict[str, int]
     sft: int
     rank: int
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # of colours that DINOv2 sees
+    deviation: tuple[float, ...] = (0.229, 0.224, 0.225)
+    schedule: dict[str, Any] = field(default_factory=lambda: SCHEDULE)
 
     @property
     def scale(self) -> int:
@@ -86,7 +101,7 @@ def _resampler(dim: int, depth: int, heads: int, head_width: int, queries: int, 
 
 _TINY_WORDS = {"vocab_size": 64, "max_position_embeddings": 16, "bos_token_id": 62}
 _TINY_ADDED = {"addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 64}
-_TINY_UNET = {"sample_size": 16, "cross_attention_dim": 32, "norm_num_groups": 8, **_TINY_ADDED}
+_TINY_UNET = {"sample_size": 64, "cross_attention_dim": 32, "norm_num_groups": 8, **_TINY_ADDED}
 _FULL_ADDED = {"addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816}
 _FULL_UNET = {"sample_size": 128, "cross_attention_dim": 2048, **_FULL_ADDED}
 TINY = Sizes(
@@ -113,16 +128,6 @@ FULL = Sizes(
     sft=128,
     rank=64,
 )
-SCHEDULE = {
-    "num_train_timesteps": 1000,
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "prediction_type": "epsilon",
-    "timestep_spacing": "leading",
-    "steps_offset": 1,
-    "clip_sample": False,
-}
 
 
 class PerceiverAttention(nn.Module):
@@ -309,7 +314,7 @@ def image_attentions(unet: UNet2DConditionModel) -> dict[int, str]:
 
 # What the files call a module, and what this transformers does; DINOv2's attention alone was renamed within.
 _DINO = [(f"attention.attention.{name}.", f"attention.{name[0]}_proj.") for name in ("query", "key", "value")]
-_DINO += [("attention.output.dense.", "attention.o_proj.")]
+_DINO += [("attention.output.dense.", "attention.o_proj."), ("mlp.weights_out.", "mlp.down_proj.")]
 _LORA = re.compile(
     r"(^|\.)(attn1\.to_[qkv]|attn2\.to_q|to_out\.0|(to|ln)_[kv]_ip(\.linear)?|proj_in|proj_out|ff\.net\.0\.proj|ff\.net\.2"
     r"|conv1|conv2|conv_shortcut|(down|up)samplers\.0\.conv|time_emb_proj)\.weight$"
@@ -328,7 +333,8 @@ def file_shapes(sizes: Sizes) -> dict[str, dict[str, Any]]:
     for key, shape in own["dino"].items():
         for public, private in _DINO:
             key = key.replace(private, public)
-        dino[key] = shape
+        if ".up_proj." not in key:  # the lower half of the gate's rows
+            dino[key.replace("gate_proj", "weights_in")] = (shape[0] * (1 + ("gate_proj" in key)), *shape[1:])
     adapter = {}
     for k, name in image_attentions(made["unet"]).items():
         inside = {key: shape for key, shape in own["unet"].items() if key.startswith(f"{name}.")}
@@ -422,7 +428,9 @@ class Reference:
         for key, value in files["dino"].items():
             for public, private in _DINO:
                 key = key.replace(public, private)
-            dino[key] = value
+            if "weights_in" in key:
+                dino[key.replace("weights_in", "gate_proj")], value = value.chunk(2)
+            dino[key.replace("weights_in", "up_proj")] = value
 
         def loaded(network: Any, weights: dict[str, Tensor]) -> Any:
             network.load_state_dict(weights, strict=True)
@@ -487,11 +495,13 @@ class Reference:
 
     def encode(self, image: Tensor) -> Tensor:
         """The latent [1,4,h,w] of an image [1,3,H,W] in [0,1]: the posterior's mean, scaled."""
-        return self.vae.encode(2 * image - 1).latent_dist.mean * self.vae.config.scaling_factor
+        mean = self.vae.encode(2 * image - 1).latent_dist.mean
+        return (mean - (self.vae.config.shift_factor or 0)) * self.vae.config.scaling_factor
 
     def decode(self, z: Tensor) -> Tensor:
         """The image [1,3,H,W] in [0,1] of a latent."""
-        return (self.vae.decode(z / self.vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
+        z = z / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0)
+        return (self.vae.decode(z).sample / 2 + 0.5).clamp(0, 1)
 
     def trajectory(
         self,
@@ -513,7 +523,7 @@ class Reference:
 
         Batches of two are unconditional, conditional; `ratio` is the unclamped delta that the step leaves behind.
         """
-        scheduler = make_scheduler(sampler, steps)
+        scheduler = make_scheduler(sampler, steps, self.sizes.schedule)
         bound = {"off": 1.0, "paper": 1.0, "code": control_scale}[adares]
         first = scheduler.timesteps[:1]
         z = {"lq": lambda: scheduler.add_noise(y, noise(0), first), "noise": lambda: noise(0)}[start]()
@@ -551,12 +561,9 @@ class Reference:
         return kept
 
 
-def make_scheduler(sampler: str, steps: int) -> DDIMScheduler | DDPMScheduler:
+def make_scheduler(sampler: str, steps: int, schedule: dict[str, Any] | None = None) -> DDIMScheduler | DDPMScheduler:
     """diffusers' scheduler "ddim" (eta 0) or "ddpm", its timesteps set."""
-    if sampler == "ddim":
-        scheduler = DDIMScheduler(**SCHEDULE, set_alpha_to_one=False)
-    else:
-        scheduler = DDPMScheduler(**SCHEDULE, variance_type={"ddpm": "fixed_small"}[sampler])
+    scheduler = SAMPLERS[sampler].from_config(SCHEDULE if schedule is None else schedule)
     scheduler.set_timesteps(steps)
     return scheduler
 

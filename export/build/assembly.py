@@ -1,0 +1,86 @@
+"""A bundle out of what the stages of a build left: all of it but packed weights, reports and its seal."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from tilewright.export.build.cache import write
+from tilewright.export.build.request import Request
+from tilewright.export.build.stages.attach import read_weights
+from tilewright.export.build.versions import TRACERS, version
+from tilewright.export.targets import TARGETS
+from tilewright.runtime.bundle import SCHEMA_VERSION, Component, Engine, Manifest, Memory, Weights
+from tilewright.runtime.strict import to_json
+
+__all__ = ["Assembly"]
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """Where the finished stages of a request are."""
+
+    request: Request
+    attached: Path
+    constants: Path
+    optimised: Path
+
+    def weights(self) -> Weights:
+        """What the bundle's graphs read: not what ran at build only, nor what folding left out."""
+        every, read = read_weights(self.attached), json.loads((self.optimised / "read.json").read_text())
+        tensors = {name: {key: every.tensors[name][key] for key in keys} for name, keys in read.items() if keys}
+        used = {every.folder_name(name, r) for name, refs in tensors.items() for r in refs.values()}
+        folders = {name: folder for name, folder in every.folders.items() if name in used}
+        folder_of = {name: every.folder_of[name] for name in tensors if every.folder_of[name] in used}
+        return Weights(folders, folder_of, tensors)
+
+    def assemble(self, root: Path, verified: str) -> Manifest:
+        """Fill the folder; the manifest, which is not written yet."""
+        request = self.request
+        for name in request.components:
+            shutil.copytree(self.optimised / name, root / name)
+        write(root / "weights.json", to_json(self.weights()))
+        shutil.copytree(self.constants, root, dirs_exist_ok=True)
+        write(root / "program.json", to_json(request.system.program(request.settings)))
+        memory = json.loads((self.optimised / "memory.json").read_text())
+        components = {
+            name: Component(
+                f"{name}/model.onnx",
+                spec.inputs,
+                spec.outputs,
+                tuple(Engine(target, "float32", _engine_file(root, name, target)) for target in TARGETS),
+                Memory(**memory[name]),
+            )
+            for name, spec in request.components.items()
+        }
+        return Manifest(
+            SCHEMA_VERSION,
+            request.name,
+            request.preset or "files",
+            "float32",
+            request.licence,
+            components,
+            {},
+            {package: version(package) for package in (*TRACERS, "tilewright")},
+            self._options() | {"verified": verified},
+            constants="constants.safetensors" if (root / "constants.safetensors").is_file() else None,
+            tokenizers=tuple(f"tokenizers/{file.name}" for file in sorted((root / "tokenizers").glob("*.json"))),
+        )
+
+    def _options(self) -> dict[str, str]:
+        request, folders = self.request, self.weights().folders
+        random = folders.keys() - request.used.keys() - {"merged"}
+        but = f", but for {', '.join(sorted(folders.keys() - random))}" if folders.keys() - random else ""
+        real = "stand-in, zeros" if request.stand_in else "given"
+        return {
+            "weights": f"random, seed {request.seed}{but}" if random else real,
+            "packed": "yes" if all(folder.path is None for folder in folders.values()) else "no",
+            "ops": request.ops,
+            "settings": request.settings.to_json(),
+        }
+
+
+def _engine_file(root: Path, component: str, target: str) -> str:
+    """A target's own graph, or the portable one where it had nothing to change."""
+    own = f"{component}/{target}.onnx"
+    return own if (root / own).is_file() else f"{component}/model.onnx"

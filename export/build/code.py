@@ -1,0 +1,61 @@
+"""Which of our files a result depends on: those that a module imports, and those that they import in turn."""
+
+import functools
+import importlib.util
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from tilewright.runtime.digests import sha256_of_file
+
+__all__ = ["HOUSE", "code", "imports"]
+
+HOUSE = Path(__file__).parents[2]  # export/, kernels/ and runtime/ lie here, installed or not
+IMPORT = re.compile(r"^[ \t]*(?:from[ \t]+([\w.]+)[ \t]+import[ \t]+(\([^)]*\)|[^\n#]*)|import[ \t]+([^\n#]+))", re.M)
+
+
+def code(*modules: str) -> dict[str, str]:
+    """The digest of every file that these modules are made of, for the key of a stage."""
+    files: dict[str, Path] = {}
+    left = list(modules)
+    roots = {module.split(".")[0] for module in modules} | {"tilewright"}
+    while left:
+        module = left.pop()
+        if module in files or module.split(".")[0] not in roots:
+            continue
+        if file := _file_of(module):
+            files[module] = file
+            left += _read(file, file.stat().st_mtime_ns)[1]
+    if missing := sorted(set(modules) - files.keys()):
+        raise LookupError(f"{missing[0]} is no module with a source file")
+    return {f"code {module}": _read(file, file.stat().st_mtime_ns)[0] for module, file in sorted(files.items())}
+
+
+@functools.cache
+def _read(file: Path, modified: int) -> tuple[str, tuple[str, ...]]:
+    """A source file's digest, and what it imports."""
+    return sha256_of_file(file), tuple(imports(file.read_text(encoding="utf-8")))
+
+
+def imports(text: str) -> Iterator[str]:
+    """Every module that a source file may import, also inside functions; of `from a import b`, both a and a.b."""
+    for module, names, plain in IMPORT.findall(text):
+        if module:
+            yield module
+        for name in re.sub(r"#[^\n]*|[()]", " ", names or plain).split(","):
+            if words := name.split():  # `b as c` is b
+                yield f"{module}.{words[0]}" if module else words[0]
+
+
+@functools.cache
+def _file_of(module: str) -> Path | None:
+    """The source file of a module; none for a name inside a module, and for a folder without one."""
+    top, *rest = module.split(".")
+    if top == "tilewright":
+        place = HOUSE.joinpath(*rest)
+        return next((f for f in (place.with_suffix(".py"), place / "__init__.py") if rest and f.is_file()), None)
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError, AttributeError):  # a name inside a module
+        return None
+    return Path(spec.origin) if spec and spec.origin and spec.origin.endswith(".py") else None

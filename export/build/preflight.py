@@ -1,0 +1,42 @@
+"""All that can be wrong with a request, found by names, headers and sizes, before anything is traced or written."""
+
+import shutil
+from pathlib import Path
+
+from tilewright.export.build.attachment import check_attachment
+from tilewright.export.build.forecast import Forecast
+from tilewright.export.build.request import Request
+from tilewright.export.build.stages.constants import check_constants
+from tilewright.runtime.bundle import check_replaceable
+from tilewright.runtime.errors import ResourceError
+from tilewright.runtime.memory import available_bytes
+
+__all__ = ["check_files", "check_room"]
+
+
+def check_files(request: Request) -> None:
+    """Refuse an output that is not ours, and files that cannot be what the system needs."""
+    check_replaceable(request.out)
+    check_attachment(request)
+    check_constants(request)
+
+
+def check_room(forecast: Forecast) -> None:
+    """Refuse what would not fit on the disks, or in memory."""
+    needed: dict[int, int] = {}
+    for place, size in forecast.disk.items():  # places on one disk are added up
+        needed[_existing(place).stat().st_dev] = needed.get(_existing(place).stat().st_dev, 0) + size
+    for place in forecast.disk:
+        size, free = needed[_existing(place).stat().st_dev], shutil.disk_usage(_existing(place)).free
+        if size > free:
+            raise ResourceError(f"{place}: needs {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; make room")
+    there = available_bytes()
+    if there is not None and forecast.memory > there:
+        raise ResourceError(
+            f"stages {', '.join(forecast.stages)} need about {forecast.memory / 2**30:.1f} GiB of memory,"
+            f" {there / 2**30:.1f} GiB are free; use --verify never, or a larger machine"
+        )
+
+
+def _existing(path: Path) -> Path:
+    return next(p for p in (path.resolve(), *path.resolve().parents) if p.exists())

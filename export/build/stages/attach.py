@@ -1,0 +1,170 @@
+"""attach: where the bytes of every parameter are, in the user's files or made here (random, merged, copied)."""
+
+import json
+from bisect import bisect_right
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tilewright.export.build.attachment import Merge, References, lacking, merges, origins_of, references
+from tilewright.export.build.cache import Stage
+from tilewright.export.build.code import code
+from tilewright.export.build.request import Request
+from tilewright.export.system import Tensors
+from tilewright.export.weights.files import converted, copy_tensors, find
+from tilewright.export.weights.finite import nonfinite
+from tilewright.export.weights.lora import merge, without_pairs
+from tilewright.export.weights.writing import random_weights, write_tensors
+from tilewright.runtime.bundle import File, Folder, Reference, Weights
+from tilewright.runtime.digests import sha256_of_file
+from tilewright.runtime.errors import InputError
+from tilewright.runtime.program import FLOATS, TensorSpec
+from tilewright.runtime.strict import from_json, to_json
+
+__all__ = ["read_weights", "stage"]
+
+
+def stage(request: Request, digest: Callable[[Path], str]) -> Stage:
+    """Keyed by the networks, the weights and where they lie."""
+    random = "none" if request.seed is None else f"random, seed {request.seed}"
+    inputs = {"weights": random, "packed": str(request.pack), "nonfinite": str(request.allow_nonfinite)}
+    inputs["settings"] = request.settings.to_json()
+    for name, spec in (request.components | request.build_time).items():
+        inputs[f"network {name}"] = spec.recipe
+    for name, tensors in request.used.items():
+        inputs[f"folder {name}"] = str(tensors.folder)
+        inputs |= {f"weights {name}/{file}": digest(tensors.folder / file) for file in tensors.sources}
+    modules = {spec.module for spec in (request.components | request.build_time).values()}
+    return Stage(
+        "attach", inputs | code(__name__, request.system.module, *modules), lambda folder: _work(request, folder)
+    )
+
+
+def read_weights(attached: Path) -> Weights:
+    """The document that the stage wrote."""
+    return from_json(Weights, (attached / "weights.json").read_bytes(), str(attached / "weights.json"))
+
+
+def _work(request: Request, directory: Path) -> None:
+    """Fill a directory with weights.json, what of the weights is made here, and an account of every tensor."""
+    packed = directory / "weights"
+    used = {name: converted(tensors) for name, tensors in request.used.items()}
+    origins = origins_of(request, used)
+    for origin, shapes in lacking(request, origins).items():
+        random_weights(shapes, request.seed or 0, packed / origin / f"{origin}.safetensors")
+        origins[origin] = find(packed / origin)
+    attached = references(request, origins)
+    if not request.allow_nonfinite:
+        _check_finite(origins, attached)
+    changed = merges(request, origins, attached)
+    accounts = _accounts(request, origins, attached)
+    if changed:
+        origins["merged"] = _merge(request, origins, attached, changed, packed / "merged" / "merged.safetensors")
+    if request.pack:
+        for origin in {str(r.folder) for refs in attached.values() for r in refs.values()}:
+            if not (packed / origin).is_dir():
+                raw = used.get(origin, origins[origin])
+                origins[origin] = _pack(origin, raw, attached, packed / origin / f"{origin}.safetensors")
+    text = json.dumps(accounts, indent=1, sort_keys=True)
+    (directory / "accounts.json").write_text(text, encoding="utf-8")
+    (directory / "weights.json").write_text(to_json(_document(origins, attached, packed)), encoding="utf-8")
+
+
+def _check_finite(origins: Mapping[str, Tensors], attached: References) -> None:
+    """Refuse weights that hold something that is no number."""
+    key_at = {origin: _by_place(tensors) for origin, tensors in origins.items()}
+    read = {
+        key_at[str(r.folder)](r): (origins[str(r.folder)].folder, r)
+        for refs in attached.values()
+        for r in refs.values()
+        if r.dtype in FLOATS
+    }
+    if bad := nonfinite(read):
+        file, name = bad
+        raise InputError(f"weights {file}: {name!r} holds NaN or infinity; copy it again, or use --allow-nonfinite")
+
+
+def _accounts(request: Request, origins: Mapping[str, Tensors], attached: References) -> dict[str, Any]:
+    """For every origin, how many of its tensors graphs refer to, ran at build, were merged, or nobody reads."""
+    accounts = {}
+    for origin, tensors in origins.items():
+        key_at = _by_place(tensors)
+        graph, now = (
+            {key_at(r) for c in components for r in attached[c].values() if r.folder == origin}
+            for components in (request.components, request.build_time)
+        )
+        pairs = tensors.tensors.keys() - without_pairs(tensors).tensors.keys()
+        merged = len(pairs) if request.settings.merged else 0
+        accounts[origin] = {
+            "tensors": len(tensors.tensors),
+            "referenced": len(graph),
+            "precomputed": len(now - graph),
+            "merged": merged,
+            "ignored": len(tensors.tensors.keys() - graph - now) - merged,
+            "referenced_bytes": sum(tensors.tensors[key].length for key in graph),
+        }
+    return accounts
+
+
+def _by_place(tensors: Tensors) -> Callable[[Reference], str]:
+    """Finds the tensor that holds some bytes, all of it or some rows."""
+    placed = sorted((r.file, r.offset, key) for key, r in tensors.tensors.items() if r.length)
+
+    def key_at(reference: Reference) -> str:
+        return placed[bisect_right(placed, (reference.file, reference.offset, "\U0010ffff")) - 1][2]
+
+    return key_at
+
+
+def _merge(
+    request: Request, origins: Mapping[str, Tensors], attached: References, changed: list[Merge], path: Path
+) -> Tensors:
+    """Weights with their low-rank pairs added, one by one into a file; the references that change are replaced."""
+    lora = request.settings.lora
+    assert lora is not None
+    pairs, by_name = origins[lora.origin], {change.parameter: change for change in changed}
+    specs = {name: TensorSpec(c.weight.dtype, c.weight.shape) for name, c in by_name.items()}
+    merged = (
+        merge(origins[str(c.weight.folder)].folder, c.weight, pairs.folder, c.adapter, lora.strength)
+        for c in by_name.values()
+    )
+    write_tensors(path, specs, merged, "merged by tilewright")
+    tensors = find(path.parent)
+    for change in changed:
+        attached[change.component][change.parameter] = replace(tensors.tensors[change.parameter], folder="merged")
+    return tensors
+
+
+def _pack(origin: str, tensors: Tensors, attached: References, path: Path) -> Tensors:
+    """Copy the tensors that components read of an origin, under their own names; the references follow."""
+    key_at = _by_place(tensors)
+    named = {key_at(r): r for refs in attached.values() for r in refs.values() if r.folder == origin}
+    moved = copy_tensors(tensors.folder, {key: tensors.tensors[key] for key in named}, path)
+    for refs in attached.values():
+        for name, r in refs.items():
+            if r.folder == origin:
+                key = key_at(r)
+                offset = moved[key].offset + r.offset - tensors.tensors[key].offset
+                refs[name] = replace(r, file=path.name, offset=offset)
+    return find(path.parent)
+
+
+def _document(origins: Mapping[str, Tensors], attached: References, packed: Path) -> Weights:
+    """weights.json; a component's own folder is the one most of its bytes lie in."""
+    folders, folder_of, tensors = {}, {}, {}
+    for component, refs in attached.items():
+        sums: dict[str, int] = {}
+        for r in refs.values():
+            sums[str(r.folder)] = sums.get(str(r.folder), 0) + r.length
+        if not sums:
+            continue
+        own = max(sorted(sums), key=lambda name: sums[name])
+        folder_of[component] = own
+        tensors[component] = {name: replace(r, folder=None) if r.folder == own else r for name, r in refs.items()}
+    for origin in sorted({str(r.folder) for refs in attached.values() for r in refs.values()}):
+        root = origins[origin].folder
+        used = {r.file for refs in attached.values() for r in refs.values() if r.folder == origin}
+        files = {f: File((root / f).stat().st_size, sha256_of_file(root / f)) for f in sorted(used)}
+        folders[origin] = Folder(None if (packed / origin).is_dir() else str(root), files)
+    return Weights(folders, folder_of, tensors)

@@ -1,0 +1,77 @@
+"""constants: what the program reads but no engine gives, computed now; tokenizers."""
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tilewright.export.build.cache import Stage, write
+from tilewright.export.build.code import code
+from tilewright.export.build.request import Request
+from tilewright.export.build.stages.attach import read_weights
+from tilewright.export.build.versions import versions
+from tilewright.export.weights.writing import write_tensors
+from tilewright.runtime.program import TensorSpec
+
+__all__ = ["check_constants", "stage"]
+
+TOKENIZER_FILES = ("vocab.json", "merges.txt", "spiece.model", "*token*.json")  # beside a text encoder
+
+
+def stage(request: Request, attached: Stage, digest: Callable[[Path], str]) -> Stage:
+    """Keyed by the weights, the options, and the files that options name."""
+    inputs = {"attach": attached.key} | {f"option {name}": str(value) for name, value in request.options.items()}
+    files = {f"file {name}": Path(value) for name, value in request.options.items() if _is(Path.is_file, value)}
+    files |= _tokenizer_files(request)
+    inputs |= {name: digest(file) for name, file in files.items()}
+    inputs |= code(__name__, request.system.module) | versions("torch", "transformers", "tokenizers")
+    return Stage("constants", inputs, lambda folder: _work(request, attached.directory, folder))
+
+
+def _is(kind: Callable[[Path], bool], value: Any) -> bool:
+    try:
+        return isinstance(value, str) and kind(Path(value))
+    except OSError:  # words too long for a name
+        return False
+
+
+def _tokenizer_files(request: Request) -> dict[str, Path]:
+    files = sorted(request.folder.glob("tokenizer*/*")) if request.folder else []
+    folders = (Path(value) for value in request.options.values() if _is(Path.is_dir, value))
+    files += [file for folder in folders for name in TOKENIZER_FILES for file in sorted(folder.glob(name))]
+    return {f"tokenizer {file.parent.name}/{file.name}": file for file in files if file.is_file()}
+
+
+class _Later(Exception):
+    """A network would run now."""
+
+
+def check_constants(request: Request) -> None:
+    """Refuse tokenizers, prompts and embeddings that cannot be used; no network runs."""
+
+    def later(component: str, **inputs: Any) -> dict[str, Any]:
+        raise _Later
+
+    system, settings = request.system, request.settings
+    system.tokenizers(settings, request.options, request.folder)
+    with contextlib.suppress(_Later):
+        system.constants(settings, later, request.options, request.folder)
+
+
+def _work(request: Request, attached: Path, directory: Path) -> None:
+    system, weights = request.system, read_weights(attached)
+    folders = {n: attached / "weights" / n if f.path is None else Path(f.path) for n, f in weights.folders.items()}
+
+    def run(component: str, **inputs: Any) -> dict[str, Any]:
+        from tilewright.export.build.streamed import run_streamed  # PyTorch, where there is something to run
+
+        refs = {n: (folders[weights.folder_name(component, r)], r) for n, r in weights.tensors[component].items()}
+        return run_streamed(request.build_time[component], refs, inputs)
+
+    constants = system.constants(request.settings, run, request.options, request.folder)
+    if constants:
+        specs = {name: TensorSpec(str(array.dtype), array.shape) for name, array in sorted(constants.items())}
+        data = (constants[name].tobytes() for name in specs)
+        write_tensors(directory / "constants.safetensors", specs, data, "made at build")
+    for name, text in system.tokenizers(request.settings, request.options, request.folder).items():
+        write(directory / name, text)

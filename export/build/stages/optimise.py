@@ -1,0 +1,81 @@
+"""optimise: graphs folded and rewritten for each target, with references to the weights, and the memory they need."""
+
+import importlib
+import json
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tilewright.export.build.cache import Stage, write
+from tilewright.export.build.code import code
+from tilewright.export.build.request import Request
+from tilewright.export.build.stages.attach import read_weights
+from tilewright.export.build.versions import versions
+from tilewright.export.system import ComponentSpec, part_of
+from tilewright.export.targets import TARGETS
+from tilewright.runtime.bundle import Reference
+from tilewright.runtime.strict import encode
+
+__all__ = ["stage"]
+
+STORED = {"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16", "int64": "INT64", "int32": "INT32"}
+
+
+def stage(request: Request, traced: Stage, attached: Stage) -> Stage:
+    """Keyed by graphs, weights, and the code of rewrites and targets."""
+    inputs = {"trace": traced.key, "attach": attached.key, "ops": request.ops}
+    inputs |= code(__name__, *TARGETS.values()) | versions("onnxscript", "onnx-ir", "onnx")
+    return Stage("optimise", inputs, lambda folder: _work(request, traced.directory, attached.directory, folder))
+
+
+def _work(request: Request, traced: Path, attached: Path, directory: Path) -> None:
+    import onnx_ir as ir
+
+    from tilewright.export.graph.footprint import footprint
+    from tilewright.export.graph.ops import inline
+    from tilewright.export.graph.rewrites.cast import cast
+    from tilewright.export.graph.rewrites.fold import fold
+
+    weights = read_weights(attached)
+    memory, read = {}, {}
+    for name, spec in request.components.items():
+        model = ir.load(traced / f"{name}.onnx")
+        fold(model)
+        memory[name] = footprint(model, partial(_sizes, spec))
+        if request.ops == "standard":
+            inline(model)
+            fold(model)
+        read[name] = _refer(model, weights.tensors.get(name, {}))
+        cast(model)
+        (directory / name).mkdir(parents=True)
+        ir.save(model, directory / name / "model.onnx")
+        for target, module in TARGETS.items():
+            copy = ir.load(directory / name / "model.onnx")
+            if importlib.import_module(module).prepare(copy):
+                ir.save(copy, directory / name / f"{target}.onnx")
+    write(directory / "memory.json", json.dumps(encode(memory), indent=1, sort_keys=True))
+    write(directory / "read.json", json.dumps(read, indent=1, sort_keys=True))
+
+
+def _refer(model: Any, references: Mapping[str, Reference]) -> list[str]:
+    """Give the graph's weights their bytes; which they are, as folding may have found a parameter without effect."""
+    import onnx_ir as ir
+
+    read = sorted(references.keys() & model.graph.initializers.keys())
+    for name in read:
+        r = references[name]
+        dtype, shape = STORED[r.dtype], ir.Shape(r.shape)
+        file = r.file if r.folder is None else f"{r.folder}/{r.file}"
+        value = ir.ExternalTensor(file, r.offset, r.length, ir.DataType[dtype], shape=shape, name=name)
+        model.graph.initializers[name].const_value = value
+    return read
+
+
+def _sizes(spec: ComponentSpec, side: int) -> dict[str, int]:
+    """The free sizes of a component for a square of that many output pixels."""
+    tensors = (*spec.inputs.values(), *spec.outputs.values())
+    named = {d for tensor in tensors for d in tensor.shape if isinstance(d, str)}
+    wholes = {whole: side // spec.px[whole] if whole in spec.px else 1 for whole, _ in map(part_of, named)}
+    sizes = {name: wholes[part_of(name)[0]] // part_of(name)[1] for name in named}
+    return sizes | {f"{name}_units": wholes[name] // multiple for name, multiple in spec.multiples.items()}

@@ -1,0 +1,60 @@
+"""seal: the bundle, put in its place at once."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tilewright.export.build.assembly import Assembly
+from tilewright.export.build.cache import Stage, write
+from tilewright.export.build.code import code
+from tilewright.export.build.request import Request
+from tilewright.export.build.stages.verify import REPORT
+from tilewright.export.build.versions import version
+from tilewright.runtime.bundle import Manifest, seal
+
+__all__ = ["stage"]
+
+
+def stage(assembly: Assembly, before: Mapping[str, Stage]) -> Stage:
+    """Keyed by all stages before."""
+    inputs = {name: stage.key for name, stage in before.items()} | {"version": version("tilewright")}
+    inputs |= {"preset": str(assembly.request.preset), "licence": assembly.request.licence}
+    inputs |= code(__name__, assembly.request.system.module)
+    verified = before["verify"].directory if "verify" in before else None
+    return Stage("seal", inputs, lambda folder: _work(assembly, verified, folder))
+
+
+def _work(assembly: Assembly, verified: Path | None, folder: Path) -> None:
+    request, report = assembly.request, None
+    (folder / "reports").mkdir()
+    if verified is not None and (verified / REPORT).is_file():
+        shutil.copyfile(verified / REPORT, folder / "reports" / REPORT)
+        report = json.loads((verified / REPORT).read_text())
+    manifest = assembly.assemble(folder, "yes" if report else "no")
+    for name, kept in assembly.weights().folders.items():
+        if kept.path is None:
+            shutil.copytree(assembly.attached / "weights" / name, folder / "weights" / name)
+    shutil.copyfile(assembly.attached / "accounts.json", folder / "reports" / "weights.json")
+    write(folder / "README.md", _card(request, manifest, report))
+    seal(folder, manifest, request.out)
+
+
+def _card(request: Request, manifest: Manifest, report: dict[str, Any] | None) -> str:
+    measured = "not verified against eager PyTorch"
+    if report:
+        measured = f"engine against eager PyTorch: PSNR {report['restore']['psnr_db']:.1f} dB on {report['image']}"
+    lines = [
+        f"# {request.name}, {f'preset {request.preset}' if request.preset else 'sizes from its files'}",
+        "",
+        request.system.title + ".",
+        "",
+        f"- weights: {manifest.options['weights']}; licence: {manifest.licence}",
+        f"- precision: {manifest.precision}; {measured}",
+        f"- made with {', '.join(f'{k} {v}' for k, v in sorted(manifest.made_with.items()))}",
+        "",
+        "    tilewright runtime restore in.png out.png --bundle THIS_DIRECTORY",
+        "",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,53 @@
+"""trace: networks to graphs that wait for weights. A graph is kept by its recipe, so that systems share it."""
+
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from tilewright.export.build.cache import Stage, filling
+from tilewright.export.build.code import code
+from tilewright.export.build.request import Request
+from tilewright.export.build.versions import TRACERS, versions
+from tilewright.export.system import ComponentSpec
+from tilewright.runtime.errors import BuildError, TilewrightError
+
+__all__ = ["stage"]
+
+
+def stage(request: Request) -> Stage:
+    """Keyed by the recipe and the code of every network."""
+    keys = {f"graph {name}": _graph(spec).key for name, spec in request.components.items()}
+    return Stage("trace", keys | code(__name__), lambda folder: _work(request, folder))
+
+
+def _graph(spec: ComponentSpec) -> Stage:
+    inputs = {"recipe": spec.recipe} | code("tilewright.export.graph.trace", spec.module) | versions(*TRACERS)
+    return Stage("graph", inputs, lambda folder: _trace(spec, folder))
+
+
+def _work(request: Request, directory: Path) -> None:
+    for name, spec in request.components.items():
+        graph = _graph(spec)
+        with filling(graph.directory) as folder:
+            if folder:
+                _explained(f"{request.name}.{name}", partial(graph.work, folder))
+        shutil.copyfile(graph.directory / "traced.onnx", directory / f"{name}.onnx")
+
+
+def _explained(what: str, work: Callable[[], None]) -> None:
+    try:
+        work()
+    except TilewrightError:
+        raise
+    except Exception as error:  # anything torch.export or the exporter may raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise BuildError(f"trace of {what} failed ({reason}); see --verbose") from error
+
+
+def _trace(spec: ComponentSpec, directory: Path) -> None:
+    import onnx_ir as ir
+
+    from tilewright.export.graph.trace import trace
+
+    ir.save(trace(spec), directory / "traced.onnx")

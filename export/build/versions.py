@@ -1,0 +1,22 @@
+"""The versions of packages that results depend on."""
+
+import functools
+import importlib.metadata
+
+__all__ = ["TRACERS", "version", "versions"]
+
+TRACERS = ("torch", "diffusers", "transformers", "onnxscript", "onnx-ir", "onnx")
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """For the key of a stage."""
+    return {f"version {package}": version(package) for package in packages}
+
+
+@functools.cache
+def version(package: str) -> str:
+    """The version that is installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,136 @@
+"""The sizes of FLUX.1-Fill as the user's files say or show them: transformer, VAE, schedule and tiles.
+
+A configuration file comes before what shapes show, and both must agree. A preset fills in what neither tells.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+from tilewright.export.networks import configs
+from tilewright.export.system import Preset, UserFiles
+from tilewright.export.systems.flux.keys import named_by_diffusers
+from tilewright.export.systems.flux.sizes import Sizes
+from tilewright.export.systems.flux.user_files import (
+    Shapes,
+    check_joint,
+    folder_of,
+    folder_of_model,
+    sizes_of,
+    source_of,
+    warn_of_usual,
+)
+from tilewright.export.weights.config import read_config
+from tilewright.export.weights.sizes import Said, file_of, network_sizes
+from tilewright.runtime.errors import InputError
+from tilewright.runtime.strict import one_line
+
+__all__ = ["fill_sizes"]
+
+
+def fill_sizes(preset: Preset, files: UserFiles) -> Sizes:
+    """Those of the transformer, the VAE, the schedule and the tiles."""
+    usual: Sizes = preset.sizes
+    vae, side = _vae(preset, files)
+    transformer = _transformer(preset, files)
+    sizes = replace(usual, transformer=transformer, vae=vae, schedule=_schedule(preset, files))
+    _check_channels(sizes, preset, files)
+    tile = max(1, (side or usual.tile_px) // sizes.multiple) * sizes.multiple
+    overlap = tile * usual.overlap_px // usual.tile_px // sizes.multiple * sizes.multiple
+    if not overlap and tile >= 2 * sizes.multiple:
+        overlap = sizes.multiple
+    whole = usual.whole_px if tile == usual.tile_px else (tile, tile)
+    return replace(sizes, tile_px=tile, overlap_px=overlap, whole_px=whole)
+
+
+# the transformer
+
+
+def _transformer(preset: Preset, files: UserFiles) -> dict[str, Any]:
+    usual = preset.sizes.transformer
+    if "transformer" not in files.tensors:
+        return dict(usual)
+    shapes, file = Shapes("step", files.tensors["transformer"]), file_of(files.tensors["transformer"])
+    shown = _transformer_shown(shapes)
+    taken, made = shown.get("in_channels"), shown.get("out_channels")
+    if taken and made and taken <= 2 * made:
+        raise InputError(
+            one_line(
+                f"weights {file}: the transformer takes {taken} channels and gives {made}: this is another FLUX,"
+                " without mask channels; give FLUX.1-Fill-dev"
+            )
+        )
+    if shown and not shown["guidance_embeds"]:
+        raise InputError(one_line(f"weights {file}: the transformer takes no guidance; give FLUX.1-Fill-dev"))
+    return sizes_of(configs.FLUX, "transformer", preset, files, usual, shown)
+
+
+def _transformer_shown(shapes: Shapes) -> dict[str, Any]:
+    double, single = "transformer.transformer_blocks.{}", "transformer.single_transformer_blocks.{}"
+    norm = ".attn.norm_q.weight"
+    inner, width = shapes.side("transformer.x_embedder.weight", 0), None
+    for block in (double, single):
+        width = width or shapes.side(block.format(0) + norm, 0, axes=1)
+    shown: dict[str, Any] = {
+        "in_channels": shapes.side("transformer.x_embedder.weight", 1),
+        "out_channels": shapes.side("transformer.proj_out.weight", 0),
+        "attention_head_dim": width,
+        "num_attention_heads": inner // width if inner and width else None,
+        "joint_attention_dim": shapes.side("transformer.context_embedder.weight", 1),
+        "pooled_projection_dim": shapes.side("transformer.time_text_embed.text_embedder.linear_1.weight", 1),
+        "guidance_embeds": bool(shapes.of("transformer.time_text_embed.guidance_embedder.linear_1.weight")),
+    }
+    counts = {"num_layers": shapes.blocks(double + norm), "num_single_layers": shapes.blocks(single + norm)}
+    return shown | counts if inner else {}
+
+
+def _check_channels(sizes: Sizes, preset: Preset, files: UserFiles) -> None:
+    """A token is four cells of the noisy latent, of the given latent and of a mask with all pixels of a cell."""
+    transformer, vae = (source_of(origin, preset, files) for origin in ("transformer", "vae"))
+    gives, takes = (sizes.transformer[name] for name in ("out_channels", "in_channels"))
+    needed = 4 * sizes.channels
+    check_joint(f"{transformer} has out_channels", gives, f"{vae} needs", needed)
+    check_joint(f"{transformer} has in_channels", takes, f"{vae} needs", 2 * needed + 4 * sizes.spatial**2)
+
+
+# the VAE
+
+
+def _vae(preset: Preset, files: UserFiles) -> tuple[dict[str, Any], int | None]:
+    """Its sizes, and the side of the pictures that it was trained on."""
+    usual = preset.sizes.vae
+    if "vae" not in files.tensors:
+        return dict(usual), None
+    shown = _vae_shown(Shapes("encode", named_by_diffusers(files.tensors["vae"])))
+    sizes = sizes_of(configs.VAE, "vae", preset, files, usual, shown)
+    file = folder_of(files.places["vae"]) / configs.VAE.file
+    side = read_config(file, configs.VAE.classes).get("sample_size") if file.is_file() else None
+    return sizes, side if type(side) is int and side > 0 else None
+
+
+def _vae_shown(shapes: Shapes) -> dict[str, Any]:
+    block = "encoder.down_blocks.{}.resnets.0.conv1.weight"
+    widths = tuple(shapes.of(block.format(i))[0] for i in range(shapes.blocks(block)))
+    moments = shapes.side("encoder.conv_out.weight", 0, axes=4)
+    if not widths:
+        return {}
+    return {
+        "block_out_channels": widths,
+        "down_block_types": ("DownEncoderBlock2D",) * len(widths),
+        "up_block_types": ("UpDecoderBlock2D",) * len(widths),
+        "layers_per_block": shapes.blocks("encoder.down_blocks.0.resnets.{}.conv1.weight"),
+        "latent_channels": moments // 2 if moments else None,
+        "use_quant_conv": bool(shapes.of("quant_conv.weight")),
+        "use_post_quant_conv": bool(shapes.of("post_quant_conv.weight")),
+    }
+
+
+def _schedule(preset: Preset, files: UserFiles) -> dict[str, Any]:
+    folder, usual = folder_of_model(files), preset.sizes.schedule
+    if folder is None:
+        return dict(usual)
+    file = folder / "scheduler" / configs.FLOW.file
+    said = configs.FLOW.read(file)
+    if said is None:
+        warn_of_usual("scheduler", file, preset, usual)
+        return dict(usual)
+    return network_sizes("scheduler", preset, usual, Said(f"config {file}", said), None)

@@ -1,0 +1,1 @@
+"""HiTokSR: x4 in one pass."""

@@ -1,0 +1,136 @@
+"""InstantIR's program: what is made once of words and image, a step, and what the caller may choose."""
+
+from tilewright.export.system import Settings
+from tilewright.export.systems.instantir.components import FLOAT, GATES, WORDS, components
+from tilewright.export.systems.instantir.sizes import Sizes
+from tilewright.runtime.program import Call, Grid, Input, Pass, Program, State, Steps, Text, Tiles
+
+__all__ = ["TOKENIZERS", "program"]
+
+TOKENIZERS = ("tokenizers/clip.json", "tokenizers/clip_2.json")
+
+
+def program(settings: Settings) -> Program:
+    """text, words, encode, start, see, sample, decode."""
+    sizes, choices = Sizes(**settings.sizes), settings.choices
+    tiles = Tiles(sizes.tile_px, sizes.overlap_px, (sizes.tile_px, sizes.tile_px))
+    steps = Steps("ddim", choices["steps"], options=sizes.schedule)
+    text = "" if choices["text"] else "$"  # of the text encoders, or given by the caller
+    contexts = {name: f"{text}{name}" for name in ("context", "negative_context")}
+    start = {"latent": "y", "noise": "~noise", "alpha": "@alpha", "beta": "@beta", "start": "$start"}
+    see = Call("see", {"image": "image", "positions": "#positions"}, {"features": "features"})
+    passes = (
+        *((_text(),) if choices["text"] else ()),
+        Pass("words", once=(Call("words", contexts, {"words": "words"}),)),
+        Pass("encode", tiles, once=(Call("encode", {"image": "image"}, {"latent": "y"}),)),
+        Pass("start", tiles, steps, once=(Call("start", start, {"z": "z"}),)),
+        Pass("see", tiles, once=(see, *_looks(settings))),
+        Pass("sample", tiles, steps, _state(sizes, settings), once=(_gates(),), each=_each(sizes, settings, text)),
+        Pass("decode", tiles, once=(Call("decode", {"latent": "z"}, {"image": "result"}),)),
+    )
+    grids = {"image": Grid(1, 3, "input"), "noise": Grid(sizes.spatial, 4), "result": Grid(1, 3)}
+    if choices["joined"]:
+        grids |= {"y": Grid(sizes.spatial, 4), "z": Grid(sizes.spatial, 4)}
+    texts = {
+        f"{prefix}prompt": Text(
+            {f"{prefix}{name}": file for name, file in zip(WORDS, TOKENIZERS, strict=True)},
+            choices[f"{prefix}prompt"],
+        )
+        for prefix in ("", "negative_")
+        if choices["text"]
+    }
+    files = {
+        "prompt_embeds": {
+            f"{prefix}{tensor}_embeds": f"{prefix}{value}"
+            for prefix in ("", "negative_")
+            for tensor, value in (("prompt", "context"), ("pooled_prompt", "pooled"))
+        }
+    }
+    inputs = _inputs(sizes, settings)
+    return Program(4, sizes.multiple, grids, passes, inputs, texts, files, any_scale=True)
+
+
+def _text() -> Pass:
+    """Both texts through both encoders."""
+    calls = (
+        Call(
+            "text",
+            {name: f"${prefix}{name}" for name in WORDS},
+            {name: f"{prefix}{name}" for name in ("context", "pooled")},
+        )
+        for prefix in ("", "negative_")
+    )
+    return Pass("text", once=tuple(calls))
+
+
+def _looks(settings: Settings) -> tuple[Call, Call]:
+    """The image tokens' keys and values, as each role has them."""
+    inputs = {"features": "features", "nothing": "#nothing"}
+    base, preview = {"seen": "unet_seen"}, {"seen": "preview_seen"}
+    if settings.merged:
+        return Call("look_base", inputs, base), Call("look_preview", inputs, preview)
+    strength = {"lora_scale": "$preview_strength"}
+    return Call("look", inputs | {"lora_scale": "#none"}, base), Call("look", inputs | strength, preview)
+
+
+def _each(sizes: Sizes, settings: Settings, text: str) -> tuple[Call, ...]:
+    """A step: the previewer's prediction, its judgement, the base's prediction, the update."""
+    parts, names = components(settings), list(sizes.residuals)
+    values = ("z", "y", "words", "preview", "delta", "moved", "control", "predicted", *names)
+    rows = ("t", "alpha", "beta", "alpha_next", "beta_next", "control_on", "preview_on")
+    known = {name: name for name in values} | {name: f"@{name}" for name in rows}
+    known |= {name: f"{text}{name}" for name in ("pooled", "negative_pooled")}
+    known |= {name: f"${name}" for name in ("adares", "control_scale", "guidance", "sampler")}
+
+    def call(component: str, outputs: dict[str, str], **sources: str) -> Call:
+        return Call(component, {name: (known | sources)[name] for name in parts[component].inputs}, outputs)
+
+    base, preview = ("base", "preview") if settings.merged else ("unet", "unet")
+    strength, judged = "$preview_strength", {"shown": "preview", "moved": "moved", "control": "control"}
+    return (
+        call(preview, {"predicted": "preview_noise"}, seen="preview_seen", lora_scale=strength, control="off"),
+        call("aggregate", judged | {name: name for name in names}, noise="preview_noise"),
+        call(base, {"predicted": "predicted"}, seen="unet_seen", lora_scale="#none"),
+        call("step", {"z_next": "z", "delta": "delta"}, noise="~noise"),
+    )
+
+
+def _inputs(sizes: Sizes, settings: Settings) -> dict[str, Input]:
+    """What the caller may choose."""
+    inputs = {
+        "guidance": Input(FLOAT, default=settings.choices["guidance"]),
+        "control_scale": Input(FLOAT, default=1.0),
+        "sampler": Input("int64", default=0, choices={"ddim": 0, "ddpm": 1}),
+        "adares": Input("int64", default=0, choices={"off": 0, "paper": 1, "code": 2}),
+        "start": Input("int64", default=0, choices={"image": 0, "noise": 1}),
+    }
+    inputs |= {name: Input(FLOAT, default=float(name.endswith("end"))) for name in GATES}
+    if not settings.merged:
+        inputs["preview_strength"] = Input(FLOAT, default=settings.lora.strength if settings.lora else 1.0)
+    for prefix in ("", "negative_"):
+        if settings.choices["text"]:
+            inputs |= {f"{prefix}{name}": Input("int64", (1, sizes.words)) for name in WORDS}
+        else:
+            inputs[f"{prefix}context"] = Input(FLOAT, (1, sizes.words, sizes.context))
+            inputs[f"{prefix}pooled"] = Input(FLOAT, (1, sizes.pooled))
+    return inputs
+
+
+def _gates() -> Call:
+    inputs = {"t": "@t"} | {name: f"${name}" for name in GATES}
+    return Call("gates", inputs, {"control_on": "control_on", "preview_on": "preview_on"})
+
+
+def _state(sizes: Sizes, settings: Settings) -> dict[str, State]:
+    """What a tile keeps from step to step."""
+    state = {
+        "preview": State((4, f"h/{sizes.spatial}", f"w/{sizes.spatial}")),
+        "delta": State((1,), "ones"),
+    }
+    if settings.merged:
+        return state
+    residuals = {
+        name: State((2, width, *(f"{axis}/{sizes.spatial * size}" for axis in "hw")))
+        for name, (width, size) in sizes.residuals.items()
+    }
+    return state | {"off": State((1,))} | residuals  # the previewer's role takes the last step's, times zero

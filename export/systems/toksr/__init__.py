@@ -1,0 +1,1 @@
+"""TokSR: words lead a transformer over 32 tokens a tile."""

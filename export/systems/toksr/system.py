@@ -1,0 +1,195 @@
+"""TokSR: a transformer restores the 32 tokens of a small tile, led by words; TA-TiTok or TexTok makes them of pixels.
+
+A tile is all the network ever sees, and its tokens mean nothing beside those of another: tiles are joined as pixels. A
+few tokens read many weights, so that the cost of a call hardly grows with its tiles: they are run many at a time.
+"""
+
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tilewright.export.system import ComponentSpec, Option, Origin, Preset, Settings, System, UserFiles, finite
+from tilewright.export.systems.toksr.sizes import PRESETS, PUBLISHED_CLIP, SIZE_OPTIONS, sizes_of
+from tilewright.runtime.errors import UsageError
+from tilewright.runtime.program import Call, Grid, Input, Pass, Program, State, Steps, TensorSpec, Text, Tiles
+
+__all__ = ["SYSTEM"]
+
+FLOAT = "float32"
+STEPS, BATCH, LARGEST_BATCH = 25, 16, 31
+TOKENIZER = "tokenizers/clip.json"
+SCHEDULE: dict[str, int | float | str] = {
+    "betas": "linear",
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "spacing_offset": 0,
+    "final_alpha": "one",
+}
+OPTIONS = {
+    "tokenizer": Option(
+        "tatitok_bl32_vae.bin, or a TexTok-VAE of the same names",
+        names=("tatitok_bl32_vae.bin", "tatitok_bl32_vae.safetensors"),
+    ),
+    "clip": Option("folder of clip-vit-large-patch14-336", names=("clip-vit-large-patch14-336",)),
+    "dit": Option("file with the denoiser (dit.*)", names=("dit.safetensors",)),
+    "prompt": Option("default words", default=""),
+    "steps": Option("sampling steps of the program", kind=int, default=STEPS),
+    "guidance": Option("build guidance in, for twice the work a step; its default strength", kind=finite),
+    "text_mode": Option("what the denoiser reads of the words", choices=("pooled", "all77"), default="pooled"),
+    "prediction": Option("what the denoiser was trained to say", choices=("eps", "x0"), default="eps"),
+    "batch": Option(f"tiles in a call (default: {BATCH})", kind=int, default=BATCH),
+}
+CHOICES = ("prompt", "steps", "guidance", "text_mode", "prediction", "batch")
+OF_COMPONENT = {"text": "text_encoder", "tokenise": "tokenizer", "detokenise": "tokenizer", "step": "dit"}
+
+
+def settings(preset: Preset, options: Mapping[str, Any], files: UserFiles) -> Settings:
+    """The choices of a build, and the sizes that files tell."""
+    choices = {name: options.get(name, OPTIONS[name].default) for name in CHOICES}
+    if not 1 <= choices["steps"] <= 1000:
+        raise UsageError(f"--steps {choices['steps']} must lie in 1..1000")
+    if not 1 <= choices["batch"] <= LARGEST_BATCH:
+        raise UsageError(f"--batch {choices['batch']} must lie in 1..{LARGEST_BATCH}")
+    return Settings(sizes_of(preset, options, files), choices)
+
+
+def components(settings: Settings) -> dict[str, ComponentSpec]:
+    """text, tokenise, step, detokenise."""
+    sizes, choices = settings.sizes["tokenizer"], settings.choices
+    side = sizes["image"]
+    image = TensorSpec(FLOAT, ("batch", 3, side, side))
+    tokens = TensorSpec(FLOAT, ("batch", sizes["token"], 1, sizes["latents"]))
+    words = {"words": TensorSpec(FLOAT, (1, sizes["words"], sizes["text_width"]))}
+    pooled = {"pooled": TensorSpec(FLOAT, (1, sizes["text_width"]))}
+    number = TensorSpec(FLOAT, ())
+    label = pooled if choices["text_mode"] == "pooled" else words
+    scalars = dict.fromkeys(("t", "alpha", "beta", "alpha_next", "beta_next"), number)
+    guided = {} if choices["guidance"] is None else {"guidance": number}
+    asked = {name: choices[name] for name in ("text_mode", "prediction")}
+    denoiser = {"sizes": sizes, "dit": settings.sizes["dit"] | asked}
+    return {
+        "text": ComponentSpec(
+            "toksr.Text",
+            {"ids": TensorSpec("int64", (1, sizes["words"]))},
+            words | pooled,
+            # read by nothing, but the library's default lies outside of a small vocabulary, and it warns
+            arguments={"config": settings.sizes["clip"] | {"bos_token_id": 0}},
+        ),
+        "tokenise": ComponentSpec(
+            "toksr.Tokenise",
+            {"image": image} | (words if sizes["encoder"]["text"] else {}),
+            {"condition": tokens},
+            arguments={"sizes": sizes},
+        ),
+        "step": ComponentSpec(
+            "toksr.Step",
+            {"tokens": tokens, "condition": tokens} | scalars | label | guided,
+            {"tokens_next": tokens},
+            arguments=denoiser,
+        ),
+        "detokenise": ComponentSpec(
+            "toksr.Detokenise", {"tokens": tokens} | words, {"image": image}, arguments={"sizes": sizes}
+        ),
+    }
+
+
+def program(settings: Settings) -> Program:
+    """text; then tokenise, sample and detokenise, each on the same tiles."""
+    sizes, choices, taken = settings.sizes["tokenizer"], settings.choices, components(settings)
+    side, guided = sizes["image"], choices["guidance"] is not None
+    tiles = Tiles(side, settings.sizes["overlap"], batch=choices["batch"], fixed_px=(side,))
+    steps = Steps("ddim", choices["steps"], options=SCHEDULE)
+    inputs = {"ids": Input("int64", (1, sizes["words"]))}
+    inputs |= {"guidance": Input(FLOAT, default=choices["guidance"])} if guided else {}
+    known = {name: name for name in ("image", "words", "pooled", "tokens", "condition")} | {"guidance": "$guidance"}
+    known |= {name: f"@{name}" for name in ("t", "alpha", "beta", "alpha_next", "beta_next")}
+
+    def call(component: str, outputs: dict[str, str]) -> Call:
+        return Call(component, {name: known[name] for name in taken[component].inputs}, outputs)
+
+    state = {"tokens": State((sizes["token"], 1, sizes["latents"]), "noise")}
+    passes = (
+        Pass("text", once=(Call("text", {"ids": "$ids"}, {"words": "words", "pooled": "pooled"}),)),
+        Pass("tokenise", tiles, once=(call("tokenise", {"condition": "condition"}),)),
+        Pass("sample", tiles, steps, state, each=(call("step", {"tokens_next": "tokens"}),)),
+        Pass("detokenise", tiles, once=(call("detokenise", {"image": "result"}),)),
+    )
+    grids = {"image": Grid(1, 3, "input"), "result": Grid(1, 3)}
+    texts = {"prompt": Text({"ids": TOKENIZER}, choices["prompt"])}
+    return Program(4, sizes["patch"], grids, passes, inputs, texts)
+
+
+def tokenizers(settings: Settings, options: Mapping[str, Any], folder: Path | None) -> dict[str, str]:
+    """CLIP's, padded with zeros behind the end: every position is attended to, and the networks learned those."""
+    from tilewright.export import tokenizers
+
+    rows, length = settings.sizes["clip"]["vocab_size"], settings.sizes["tokenizer"]["words"]
+    with tempfile.TemporaryDirectory() as temporary:
+        clip = Path(options.get("clip", temporary))
+        if "clip" not in options:
+            tokenizers.put(clip, tokenizers.stand_in_clip(rows))
+        return {TOKENIZER: tokenizers.clip(clip if clip.is_dir() else clip.parent, length, pad_id=0, rows=rows)}
+
+
+def origin(component: str, parameter: str) -> str:
+    """Each has its own file."""
+    return OF_COMPONENT[component]
+
+
+def keys(component: str, parameter: str) -> tuple[str, ...]:
+    """The tokenizer's published names; CLIP's, with and without the tower's; the denoiser's own."""
+    if component == "text":
+        name = parameter.removeprefix("model.")
+        return (f"text_model.{name}", name)
+    return (parameter, parameter.removeprefix("dit."))
+
+
+def ignored(origin: str, key: str) -> bool:
+    """CLIP's other tower and its projections."""
+    others = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")
+    return origin == "text_encoder" and (key.startswith(others) or key.endswith("position_ids"))
+
+
+def stand_in() -> dict[str, Any]:
+    """The public tokenizer and text tower, and a denoiser of the paper's kind."""
+    from tilewright.export.graph.trace import parameter_specs
+    from tilewright.export.tokenizers import stand_in_clip
+
+    published = settings(Preset("full", PRESETS["full"], True), {}, UserFiles({}, {}))
+    held: dict[str, dict[str, TensorSpec]] = {name: {} for name in ORIGINS}
+    for component, source in components(published).items():
+        for name, spec in parameter_specs(source).items():
+            held[OF_COMPONENT[component]][keys(component, name)[0]] = spec
+    folder = "clip-vit-large-patch14-336"
+    vocabulary = stand_in_clip(published.sizes["clip"]["vocab_size"])
+    return {f"{folder}/{name}": text for name, text in vocabulary.items()} | {
+        f"{folder}/config.json": json.dumps(PUBLISHED_CLIP, indent=2),
+        "tatitok_bl32_vae.safetensors": held["tokenizer"],
+        f"{folder}/model.safetensors": held["text_encoder"],
+        "dit.safetensors": held["dit"],
+    }
+
+
+ORIGINS = {
+    "tokenizer": Origin("tokenizer", (".",), "TA-TiTok's or TexTok's VAE"),
+    "text_encoder": Origin("clip", (".",), "CLIP ViT-L/14-336's text tower"),
+    "dit": Origin("dit", (".",), "TokSR's denoiser"),
+}
+SYSTEM = System(
+    name="toksr",
+    title="TokSR, 32 tokens a tile of 256 px through TA-TiTok and a DiT, 25 steps",
+    licence="Apache-2.0 (TA-TiTok), MIT (CLIP ViT-L/14); the system's own weights are the user's",
+    presets=PRESETS,
+    options=OPTIONS | SIZE_OPTIONS,
+    origins=ORIGINS,
+    settings=settings,
+    components=components,
+    program=program,
+    tokenizers=tokenizers,
+    keys=keys,
+    origin=origin,
+    ignored=ignored,
+    stand_in=stand_in,
+)

@@ -1,0 +1,147 @@
+"""Builds that are killed, interrupted, or share a cache."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tilewright.export.build.cache import filling, staging
+from tilewright.runtime.bundle import read
+
+KILLS, STOPS, PAIRS = 20, 12, 3
+# seconds a stage takes, about
+LASTS = {"attach": 0.02, "constants": 0.02, "trace": 6.0, "optimise": 0.5, "verify": 1.0, "seal": 0.05}
+
+
+def words(out: Path, *more: str) -> list[str]:
+    """The command of a tiny build."""
+    start = [sys.executable, "-m", "tilewright.export.cli", "export", "build", "hitoksr", "--preset", "tiny"]
+    return [*start, "--random-weights", "0", "-o", str(out), *more]
+
+
+def left_over(root: Path) -> list[Path]:
+    """Hidden files and folders, which only a killed process may leave."""
+    return list(root.rglob(".*"))
+
+
+def test_a_killed_build_is_finished_by_the_next(tmp_path: Path) -> None:
+    environment = {**os.environ, "TILEWRIGHT_CACHE_DIR": str(tmp_path / "cache")}
+    out, built = tmp_path / "b", tmp_path / "cache" / "build"
+    command = words(out)
+    moments, killed = random.Random(0), 0
+    for attempt in range(KILLS):
+        stage = list(LASTS)[attempt % len(LASTS)]
+        shutil.rmtree(built / stage, ignore_errors=True)  # so that it runs again
+        shutil.rmtree(built / ("graph" if stage == "trace" else "none"), ignore_errors=True)
+        running = subprocess.Popen(
+            command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+        assert running.stderr is not None
+        assert any(line.split() == [stage, "started"] for line in running.stderr)
+        time.sleep(moments.uniform(0, LASTS[stage]))
+        running.kill()
+        running.communicate()
+        killed += running.returncode == -signal.SIGKILL
+        if out.exists():
+            read(out)  # a bundle that is there is whole
+            shutil.rmtree(out)
+    assert killed > KILLS // 2
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    verified = [sys.executable, "-m", "tilewright.export.cli", "export", "verify", str(out)]
+    subprocess.run(verified, env=environment, check=True, capture_output=True)
+    assert left_over(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "said"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_a_signal_at_any_moment_ends_a_build_in_one_line(
+    tmp_path: Path, number: signal.Signals, code: int, said: str
+) -> None:
+    environment = {**os.environ, "TILEWRIGHT_CACHE_DIR": str(tmp_path / "cache")}
+    moments = random.Random(1)
+    for attempt in range(STOPS):
+        running = subprocess.Popen(
+            words(tmp_path / "b"), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+        time.sleep(moments.uniform(0.1, 1.0 + attempt))
+        running.send_signal(number)
+        _, stderr = running.communicate()
+        lines = [line for line in stderr.splitlines() if line.split()[0] not in LASTS]
+        if running.returncode == 0:  # it was faster
+            assert lines == [] or lines[0].startswith("tilewright: built")
+        else:
+            assert (running.returncode, lines) == (code, [f"tilewright: {said}; finished stages of a build are kept"])
+        assert left_over(tmp_path) == []
+        shutil.rmtree(tmp_path / "b", ignore_errors=True)
+        shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+
+
+@pytest.mark.parametrize("outputs", [("a", "b"), ("same", "same")])
+def test_builds_at_once_on_a_fresh_cache_all_succeed(tmp_path: Path, outputs: tuple[str, str]) -> None:
+    for trial in range(PAIRS):
+        environment = {**os.environ, "TILEWRIGHT_CACHE_DIR": str(tmp_path / f"cache{trial}")}
+        running = [
+            subprocess.Popen(
+                words(tmp_path / f"{name}{trial}", "--verify", "never"),
+                env=environment,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for name in outputs
+        ]
+        said = [process.communicate()[1] for process in running]
+        assert [process.returncode for process in running] == [0, 0], said
+        assert sum(line.split()[:2] == ["trace", "done"] for text in said for line in text.splitlines()) == 1
+        assert len({read(tmp_path / f"{name}{trial}").digest for name in outputs}) == 1
+        assert left_over(tmp_path) == []
+
+
+def test_the_slower_of_two_builds_waits_and_takes_what_is_there(tmp_path: Path) -> None:
+    from threading import Thread
+
+    target, events = tmp_path / "stage" / "key", []
+
+    def other() -> None:
+        with filling(target, lambda: events.append("waits")) as folder:
+            events.append("finds it" if folder is None else "fills it again")
+
+    with filling(target) as folder:
+        assert folder is not None
+        thread = Thread(target=other)
+        thread.start()
+        while not events:
+            time.sleep(0.01)
+        (folder / "result").write_text("done")
+    thread.join()
+    assert events == ["waits", "finds it"] and (target / "result").read_text() == "done"
+    assert left_over(tmp_path) == []
+
+
+def test_a_failed_stage_is_taken_over_by_the_one_that_waits(tmp_path: Path) -> None:
+    target = tmp_path / "stage" / "key"
+    with pytest.raises(ZeroDivisionError), filling(target):
+        raise ZeroDivisionError
+    assert not target.exists() and left_over(tmp_path) == []
+    with filling(target) as folder:
+        assert folder is not None
+    assert target.is_dir()
+
+
+def test_a_live_builds_folder_stays_and_a_killed_ones_goes(tmp_path: Path) -> None:
+    target = tmp_path / "bundle"
+    dead = tmp_path / ".bundle.dead.part"
+    dead.mkdir()
+    with staging(target) as live:
+        assert not dead.exists()
+        with staging(target) as mine:
+            assert live.is_dir() and mine != live
+        assert live.is_dir()
+    assert left_over(tmp_path) == []

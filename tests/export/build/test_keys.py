@@ -1,0 +1,133 @@
+"""What the keys of stages follow: options, weights, versions, and all code that a stage is made of."""
+
+import ast
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from support.systems import settings_of
+from tilewright.export.build import code as code_module
+from tilewright.export.build.code import HOUSE, code, imports
+from tilewright.export.build.plan import stages
+from tilewright.export.build.request import Request
+from tilewright.export.system import Settings
+from tilewright.export.systems import SYSTEMS
+
+
+def keys(tmp_path: Path, **changes: object) -> dict[str, str]:
+    """The key of every stage of a tiny build."""
+    asked = {"name": "hitoksr", "preset": "tiny", "out": tmp_path / "b", "seed": 0} | changes
+    return {stage.name: stage.key for stage in stages(Request(**asked))}  # type: ignore[arg-type]
+
+
+def test_a_stage_key_follows_what_it_depends_on(tmp_path: Path) -> None:
+    plan = keys(tmp_path)
+    seed = keys(tmp_path, seed=1)
+    assert seed["trace"] == plan["trace"]
+    assert all(seed[name] != plan[name] for name in ("attach", "constants", "optimise", "verify", "seal"))
+    packed = keys(tmp_path, pack=True)
+    assert packed["attach"] != plan["attach"] and packed["seal"] != plan["seal"]
+    ops = keys(tmp_path, ops="standard")
+    assert {name for name in plan if ops[name] != plan[name]} == {"optimise", "verify", "seal"}
+
+
+def test_every_stage_follows_the_versions_it_depends_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = keys(tmp_path)
+    monkeypatch.setattr("tilewright.export.build.versions.version", lambda package: "another")
+    other = keys(tmp_path)
+    assert {name for name in plan if other[name] != plan[name]} >= {"trace", "constants", "optimise", "verify", "seal"}
+
+
+def test_the_tokenizers_files_are_in_the_key_of_constants(hitoksr_tiny: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(hitoksr_tiny / "weights" / "hitoksr", tmp_path / "mine")
+    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer" / "vocab.json").write_text("{}")
+    before = keys(tmp_path, seed=None, weights=folder)
+    (folder / "tokenizer" / "vocab.json").write_text("{ }")
+    after = keys(tmp_path, seed=None, weights=folder)
+    assert {name for name in before if after[name] != before[name]} == {"constants", "verify", "seal"}
+
+
+@pytest.fixture
+def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the code, from which keys are computed."""
+    for folder in ("export", "kernels", "runtime"):
+        shutil.copytree(HOUSE / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "native"))
+    monkeypatch.setattr(code_module, "HOUSE", tmp_path)
+    code_module._file_of.cache_clear()
+    yield tmp_path
+    code_module._file_of.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("file", "stage"),
+    [
+        ("export/system.py", "trace"),
+        ("export/networks/hitoksr.py", "trace"),
+        ("export/graph/trace.py", "trace"),
+        ("kernels/jit.py", "trace"),
+        ("kernels/table.py", "trace"),
+        ("export/build/stages/trace.py", "trace"),
+        ("export/systems/hitoksr/system.py", "attach"),
+        ("export/weights/files.py", "attach"),
+        ("export/build/attachment.py", "attach"),
+        ("export/build/stages/attach.py", "attach"),
+        ("export/build/streamed.py", "constants"),
+        ("export/build/stages/constants.py", "constants"),
+        ("export/graph/rewrites/fold.py", "optimise"),
+        ("export/graph/footprint.py", "optimise"),
+        ("export/targets/ort.py", "optimise"),
+        ("export/build/stages/optimise.py", "optimise"),
+        ("export/verify/seams.py", "verify"),
+        ("runtime/scheduler.py", "verify"),
+        ("runtime/engines/ort.py", "verify"),
+        ("runtime/text.py", "verify"),
+        ("runtime/inputs.py", "verify"),
+        ("export/build/assembly.py", "verify"),
+        ("export/build/stages/verify.py", "verify"),
+        ("runtime/bundle.py", "seal"),
+        ("export/build/stages/seal.py", "seal"),
+    ],
+)
+def test_editing_a_file_that_matters_changes_its_stage(house: Path, tmp_path: Path, file: str, stage: str) -> None:
+    plan = keys(tmp_path)
+    (house / file).write_text((house / file).read_text() + "\n# edited\n")
+    assert keys(tmp_path)[stage] != plan[stage]
+
+
+def test_editing_a_file_that_does_not_matter_keeps_the_graphs(house: Path, tmp_path: Path) -> None:
+    plan = keys(tmp_path)
+    for file in (
+        "export/verify/seams.py",
+        "runtime/scheduler.py",
+        "export/systems/toksr/system.py",
+        "export/inspect.py",
+    ):
+        (house / file).write_text((house / file).read_text() + "\n# edited\n")
+    assert keys(tmp_path)["trace"] == plan["trace"]
+
+
+def test_imports_are_found_as_python_finds_them() -> None:
+    for file in (file for folder in ("export", "kernels", "runtime") for file in (HOUSE / folder).rglob("*.py")):
+        text = file.read_text()
+        expected = set()
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Import):
+                expected |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                expected |= {str(node.module)} | {f"{node.module}.{alias.name}" for alias in node.names}
+        assert expected <= set(imports(text)), file
+
+
+def test_a_module_that_is_not_there_is_no_silent_nothing() -> None:
+    with pytest.raises(LookupError, match=r"tilewright\.export\.nowhere"):
+        code("tilewright.export.nowhere")
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_settings_come_back_from_a_manifest_as_they_were(name: str) -> None:
+    settings = settings_of(name)
+    assert Settings.from_json(settings.to_json()) == settings
+    assert Settings.from_json(json.dumps(json.loads(settings.to_json()))) == settings

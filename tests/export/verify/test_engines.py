@@ -1,0 +1,58 @@
+"""What `verify` says of engines, and what it refuses."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tilewright.export.cli import main
+from tilewright.export.verify.engines import require, verify
+from tilewright.runtime.bundle import read, write_manifest
+from tilewright.runtime.errors import AccuracyError, ResourceError
+
+
+def test_an_engine_that_differs_is_refused(hitoksr_tiny: Path) -> None:
+    report = json.loads((hitoksr_tiny / "reports" / "accuracy.json").read_text())
+    require(report)
+    for path, value, said in [
+        (("components", "decode", "outputs", "image", "relative_l2"), 1e-3, "relative L2"),
+        (("components", "decode", "outputs", "image", "relative_l2"), float("nan"), "relative L2"),
+        (("components", "generate", "choices", "wrong"), 1, "choices"),
+        (("restore", "deviation"), 0.0, "constant"),
+        (("restore", "deviation"), float("nan"), "constant"),
+    ]:
+        changed = json.loads(json.dumps(report))
+        place = changed
+        for key in path[:-1]:
+            place = place[key]
+        place[path[-1]] = value
+        with pytest.raises(AccuracyError, match=said):
+            require(changed)
+
+
+def test_verification_notices_an_engine_that_computes_something_else(
+    hitoksr_tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import onnx
+
+    bundle = shutil.copytree(hitoksr_tiny, tmp_path / "b")
+    file = bundle / "decode" / "model.onnx"  # ONNX Runtime's too: it had nothing to rewrite
+    model = onnx.load(file, load_external_data=False)
+    gain = next(n for n in model.graph.node if n.op_type == "RMSNormalization")
+    next(a for a in gain.attribute if a.name == "epsilon").f = 0.3
+    onnx.save(model, file)
+    write_manifest(bundle, read(hitoksr_tiny).manifest)
+    with pytest.raises(AccuracyError, match=r"decode\.image"):
+        require(verify(bundle))
+    capsys.readouterr()
+    assert main(["export", "verify", str(bundle)]) == AccuracyError.exit_code == 7
+    assert capsys.readouterr().err.startswith("tilewright: decode.image: relative L2")
+
+
+def test_a_bundle_too_large_to_verify_is_refused_before_it_is_tried(
+    hitoksr_tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tilewright.export.verify.engines.available_bytes", lambda: 1_000_000)
+    with pytest.raises(ResourceError, match="verifying needs about"):
+        verify(hitoksr_tiny)

@@ -17,7 +17,7 @@ from typing import Any
 def cost(system: str, weights: Path, work: Path) -> dict[str, Any]:
     """Build from an empty cache in a process of its own."""
     out, cache = work / f"{system}-bundle", work / f"{system}-cache"
-    words = ["export", "build", system, "--preset", "full", "--weights", str(weights), "-o", str(out)]
+    words = ["export", "build", system, "--weights", str(weights), "-o", str(out)]
     command = [sys.executable, "-m", "tilewright.export.cli", *words, "--verify", "never"]
     start = time.perf_counter()
     environment = {**os.environ, "TILEWRIGHT_CACHE_DIR": str(cache)}
@@ -29,7 +29,7 @@ def cost(system: str, weights: Path, work: Path) -> dict[str, Any]:
     files = [f for f in out.rglob("*") if f.is_file()]
     written = [f for root in (out, cache) for f in root.rglob("*.safetensors") if f.name != "constants.safetensors"]
     return {
-        "what": f"export build {system} --preset full --weights DIR --verify never, from an empty cache",
+        "what": f"export build {system} --weights DIR --verify never, from an empty cache",
         "wall_seconds": seconds,
         "cpu_seconds": used.ru_utime + used.ru_stime,
         "peak_rss_bytes": used.ru_maxrss * 1024,

@@ -16,12 +16,16 @@ README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+BUILDS = (ROOT / "docs" / "builds.md").read_text()
 
 
-def commands() -> list[str]:
-    return [line.partition("#")[0].strip() for block in blocks("sh") for line in block.splitlines() if line.strip()]
+def blocks(language: str, page: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page, re.DOTALL)
+
+
+def commands(page: str = README) -> list[str]:
+    lines = [line for block in blocks("sh", page) for line in block.splitlines()]
+    return [line.partition("#")[0].strip() for line in lines if line.strip()]
 
 
 def test_every_make_target_named_exists() -> None:
@@ -33,7 +37,7 @@ def test_every_make_target_named_exists() -> None:
 def test_the_commands_and_the_snippet_run_in_an_empty_directory(tmp_path: Path) -> None:
     (tmp_path / "demo").symlink_to(ROOT / "demo")
     (tmp_path / "scores.csv").write_text("image,liqe,musiq\nround1.png,3.1,60\nround2.png,3.3,58\n")
-    lines = [command for command in commands() if command.startswith("tilewright ")]
+    lines = [command for command in [*commands(), *commands(BUILDS)] if command.startswith("tilewright ")]
     assert len(lines) >= 7 and all(command.startswith(("tilewright ", "make ")) for command in commands())
     for line in lines:
         words = [sys.executable, "-m", "tilewright.export.cli", *line.split()[1:]]

@@ -8,6 +8,7 @@ from types import FrameType
 __all__ = ["main"]
 
 ENDINGS = {signal.SIGINT: ("interrupted", 130), signal.SIGTERM: ("terminated", 143)}
+RETRY_S = 0.05
 _stopped_by: list[int] = []  # the signals that came; a library may swallow the exception that one raised
 
 
@@ -16,6 +17,8 @@ def main(argv: list[str] | None = None) -> int:
     if argv is None:
         for number in ENDINGS:
             signal.signal(number, _stop)
+        if hasattr(signal, "SIGALRM"):
+            signal.signal(signal.SIGALRM, _again)
         sys.unraisablehook = _unraisable
     try:
         code = _run(sys.argv[1:] if argv is None else argv)
@@ -30,13 +33,29 @@ def main(argv: list[str] | None = None) -> int:
         return code
     finally:
         if argv is None:
-            for number in ENDINGS:  # the interpreter ends now, and nothing is left to clean up
+            for number in (*ENDINGS, getattr(signal, "SIGALRM", signal.SIGINT)):  # nothing is left to clean up
                 signal.signal(number, signal.SIG_IGN)
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
     _stopped_by.append(number)
+    _again(number, frame)
+
+
+def _again(number: int, frame: FrameType | None) -> None:
+    if hasattr(signal, "setitimer") and _imports(frame):  # a library that is half there may crash: when it is whole
+        signal.setitimer(signal.ITIMER_REAL, RETRY_S)
+        return
     raise KeyboardInterrupt
+
+
+def _imports(frame: FrameType | None) -> bool:
+    """Whether a module is being imported."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _unraisable(unraisable: "sys.UnraisableHookArgs") -> None:

@@ -25,6 +25,13 @@ def words(out: Path, *more: str) -> list[str]:
     return [*start, "--random-weights", "0", "-o", str(out), *more]
 
 
+def has_signals_in_hand(process: subprocess.Popen[str]) -> bool:
+    """Whether a process has a handler of SIGTERM, as the system says."""
+    lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+    caught = next(int(line.split()[1], 16) for line in lines if line.startswith("SigCgt"))
+    return bool(caught >> (signal.SIGTERM - 1) & 1)
+
+
 def left_over(root: Path) -> list[Path]:
     """Hidden files and folders, which only a killed process may leave."""
     return list(root.rglob(".*"))
@@ -70,7 +77,9 @@ def test_a_signal_at_any_moment_ends_a_build_in_one_line(
         running = subprocess.Popen(
             words(tmp_path / "b"), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
         )
-        time.sleep(moments.uniform(0.1, 1.0 + attempt))
+        while not has_signals_in_hand(running):  # before, Python itself starts
+            time.sleep(0.001)
+        time.sleep(moments.uniform(0, 1.0 + attempt))
         running.send_signal(number)
         _, stderr = running.communicate()
         lines = [line for line in stderr.splitlines() if line.split()[0] not in LASTS]

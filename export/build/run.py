@@ -44,15 +44,14 @@ def build(request: Request, on_stage: Report = lambda name, event, seconds: None
         log.debug("%s is keyed by %s", stage.directory, json.dumps(stage.inputs, indent=1))
         if stage.name == "verify" and skipped and not stage.directory.is_dir():
             on_stage(stage.name, f"skipped: {skipped}", 0.0)
-        elif (spent := _run(request, stage, on_stage)) is not None:
+        elif (spent := _run(request, stage, on_stage, cost)) is not None:
             cost[stage.name] = spent
-    write(request.out / "reports" / "build.json", json.dumps(cost, indent=2, sort_keys=True) + "\n")
     made = {"bundle": str(request.out.resolve()), "digest": read(request.out).digest}
     write(note_of(request.out), json.dumps(made | {"stages": {s.name: s.inputs for s in plan}}, sort_keys=True))
     return cost
 
 
-def _run(request: Request, stage: Stage, on_stage: Report) -> dict[str, float] | None:
+def _run(request: Request, stage: Stage, on_stage: Report, before: Cost) -> dict[str, float] | None:
     """What a stage cost, or none where it was done before."""
     sealing = stage.name == "seal"
     waiting = lambda: on_stage(stage.name, "waits for another build", 0.0)  # noqa: E731
@@ -64,6 +63,8 @@ def _run(request: Request, stage: Stage, on_stage: Report) -> dict[str, float] |
         on_stage(stage.name, "started", 0.0)
         start = time.perf_counter()
         reset_peak()
+        if sealing:  # inside the bundle from the first, as another build may replace it as soon as it is there
+            write(folder / "reports" / "build.json", json.dumps(before, indent=2, sort_keys=True) + "\n")
         stage.work(folder)
         spent = {"seconds": time.perf_counter() - start, "peak_bytes": float(peak_bytes())}
     on_stage(stage.name, "done", spent["seconds"])

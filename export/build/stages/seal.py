@@ -28,7 +28,7 @@ def stage(assembly: Assembly, before: Mapping[str, Stage]) -> Stage:
 
 def _work(assembly: Assembly, verified: Path | None, folder: Path) -> None:
     request, report = assembly.request, None
-    (folder / "reports").mkdir()
+    (folder / "reports").mkdir(exist_ok=True)
     if verified is not None and (verified / REPORT).is_file():
         shutil.copyfile(verified / REPORT, folder / "reports" / REPORT)
         report = json.loads((verified / REPORT).read_text())

@@ -31,12 +31,14 @@ Report = Callable[[str, str, float], None]  # is told a stage, what happens to i
 
 def build(request: Request, on_stage: Report = lambda name, event, seconds: None) -> Cost:
     """Run what is not done yet and put the bundle in place; the cost of each stage that ran."""
-    if not all_remembered(request):  # reading gigabytes to find a stage's key can wait until the files are known good
+    unread = not all_remembered(request)
+    if unread:  # reading gigabytes to find a stage's key can wait until the files are known good
         check_files(request)
     plan = stages(request)
     if up_to_date(request, plan):
         return {}
-    check_files(request)
+    if not unread:
+        check_files(request)
     skipped = unverifiable(request)
     check_room(forecast(request, plan, up_to_date=False))
     cost: Cost = {}

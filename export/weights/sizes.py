@@ -12,7 +12,7 @@ from tilewright.export.weights.config import Config
 from tilewright.runtime.errors import InputError, UsageError
 from tilewright.runtime.strict import one_line
 
-__all__ = ["Said", "Shapes", "blocks", "config_beside", "file_of", "network_sizes", "shapes_of"]
+__all__ = ["Said", "Shapes", "blocks", "config_beside", "file_of", "folder_of", "network_sizes", "shapes_of"]
 
 log = logging.getLogger("tilewright")
 Shapes = dict[str, tuple[int, ...]]
@@ -28,9 +28,14 @@ class Said:
 
 def config_beside(config: Config, place: Path) -> Said | None:
     """The configuration file in the folder of weights, or in the folder of a file of weights."""
-    folder = place if place.is_dir() else place.parent
+    folder = folder_of(place)
     sizes = config.read(folder)
     return None if sizes is None else Said(f"config {folder / config.file}", sizes)
+
+
+def folder_of(place: Path) -> Path:
+    """The folder itself, or that of a file."""
+    return place if place.is_dir() else place.parent
 
 
 def network_sizes(

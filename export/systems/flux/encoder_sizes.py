@@ -11,7 +11,6 @@ from tilewright.export.systems.flux.sizes import CLIP_TEXT, Sizes
 from tilewright.export.systems.flux.user_files import (
     Shapes,
     check_joint,
-    folder_of,
     folder_of_model,
     said_of,
     sizes_of,
@@ -19,7 +18,7 @@ from tilewright.export.systems.flux.user_files import (
     warn_of_usual,
 )
 from tilewright.export.weights.config import Config, read_json
-from tilewright.export.weights.sizes import Said, file_of, network_sizes
+from tilewright.export.weights.sizes import Said, file_of, folder_of, network_sizes
 from tilewright.runtime.errors import InputError
 from tilewright.runtime.strict import one_line
 

@@ -13,14 +13,13 @@ from tilewright.export.systems.flux.sizes import Sizes
 from tilewright.export.systems.flux.user_files import (
     Shapes,
     check_joint,
-    folder_of,
     folder_of_model,
     sizes_of,
     source_of,
     warn_of_usual,
 )
 from tilewright.export.weights.config import read_config
-from tilewright.export.weights.sizes import Said, file_of, network_sizes
+from tilewright.export.weights.sizes import Said, file_of, folder_of, network_sizes
 from tilewright.runtime.errors import InputError
 from tilewright.runtime.strict import one_line
 

@@ -10,14 +10,13 @@ from tilewright.export.system import Preset, Tensors, UserFiles
 from tilewright.export.systems.flux.keys import keys
 from tilewright.export.weights.config import Config
 from tilewright.export.weights.files import resolve
-from tilewright.export.weights.sizes import Said, config_beside, file_of, network_sizes
+from tilewright.export.weights.sizes import Said, config_beside, file_of, folder_of, network_sizes
 from tilewright.runtime.errors import InputError
 from tilewright.runtime.strict import one_line
 
 __all__ = [
     "Shapes",
     "check_joint",
-    "folder_of",
     "folder_of_model",
     "said_of",
     "sizes_of",
@@ -88,11 +87,6 @@ def check_joint(one: str, width: int, other: str, needed: int) -> None:
     if width != needed:
         preset = ", or the --preset of their size" if " of preset " in f"{one}{other}" else ""
         raise InputError(one_line(f"{one} {width}, {other} {needed}; give files of one model{preset}"))
-
-
-def folder_of(place: Path) -> Path:
-    """The folder itself, or that of a file."""
-    return place if place.is_dir() else place.parent
 
 
 def folder_of_model(files: UserFiles) -> Path | None:

@@ -18,9 +18,9 @@ import torch
 
 from tilewright.export.verify.engines import eager_network
 from tilewright.runtime import load
-from tilewright.runtime.images import Enlarged
+from tilewright.runtime.bundle.program import Program
+from tilewright.runtime.images.canvas import Enlarged
 from tilewright.runtime.inputs import gather
-from tilewright.runtime.program import Program
 from tilewright.runtime.scheduler import Job, run
 
 THREADS, ROUNDS, TILES = 2, 5, 64

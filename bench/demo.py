@@ -14,8 +14,8 @@ import numpy as np
 from tilewright.export.system import Settings
 from tilewright.export.verify.seams import seam_excess
 from tilewright.runtime import load
+from tilewright.runtime.plan.passes import plan_of
 from tilewright.runtime.restore import Restorer
-from tilewright.runtime.scheduler import plan_of
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 from train import data

@@ -18,7 +18,7 @@ def cost(system: str, weights: Path, work: Path) -> dict[str, Any]:
     """Build from an empty cache in a process of its own."""
     out, cache = work / f"{system}-bundle", work / f"{system}-cache"
     words = ["export", "build", system, "--weights", str(weights), "-o", str(out)]
-    command = [sys.executable, "-m", "tilewright.export.cli", *words, "--verify", "never"]
+    command = [sys.executable, "-m", "tilewright.cli.main", *words, "--verify", "never"]
     start = time.perf_counter()
     environment = {**os.environ, "TILEWRIGHT_CACHE_DIR": str(cache)}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
@@ -45,7 +45,7 @@ def main(system: str, weights: Path | None) -> None:
         work = Path(temporary)
         if weights is None:
             weights = work / "stand-in"
-            command = [sys.executable, "-m", "tilewright.export.cli", "export", "stand-in", system, "-o", str(weights)]
+            command = [sys.executable, "-m", "tilewright.cli.main", "export", "stand-in", system, "-o", str(weights)]
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         print(json.dumps(cost(system, weights, work), indent=1))
 

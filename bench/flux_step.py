@@ -22,21 +22,21 @@ ROUNDS = 5
 
 def inputs(bundle: Path, side: int) -> dict[str, Any]:
     """What a step of a square picture reads, seeded."""
-    from tilewright.runtime.bundle import read
+    from tilewright.runtime.bundle.read import read_bundle
 
     random = np.random.Generator(np.random.Philox(key=0))
     sizes = {"batch": 1, "h": side // 8, "w": side // 8}
-    specs = read(bundle).manifest.components["step"].inputs
+    specs = read_bundle(bundle).manifest.components["step"].inputs
     made = {n: random.standard_normal([sizes.get(str(d), d) for d in s.shape], np.float32) for n, s in specs.items()}
     return made | {"sigma": np.array(0.7, np.float32), "sigma_next": np.array(0.6, np.float32)}
 
 
 def engine(memory: str) -> Callable[[Path, int], Callable[[], Any]]:
     def ready(bundle: Path, side: int) -> Callable[[], Any]:
-        from tilewright.runtime.bundle import read
+        from tilewright.runtime.bundle.read import read_bundle
         from tilewright.runtime.engines.ort import open_engine
 
-        step = open_engine(read(bundle), "step", memory=memory, threads=THREADS)
+        step = open_engine(read_bundle(bundle), "step", memory=memory, threads=THREADS)
         feed = inputs(bundle, side)
         return lambda: step.run(feed, ["z_next"])["z_next"]
 

@@ -43,10 +43,10 @@ def networks(bundle: Path) -> tuple[Any, Any]:
     import torch
 
     from tilewright.export.verify.engines import eager_network
-    from tilewright.runtime.bundle import read
+    from tilewright.runtime.bundle.read import read_bundle
 
     torch.set_num_threads(THREADS)
-    sealed = read(bundle)
+    sealed = read_bundle(bundle)
     return tuple(eager_network(sealed, name, None).network for name in ("generate", "decode"))  # type: ignore[return-value]
 
 

@@ -25,7 +25,7 @@ PACKAGES = ("torch", "diffusers", "onnxruntime", "onnx", "onnxscript", "onnx-ir"
 
 
 def tilewright(*words: object) -> None:
-    subprocess.run([sys.executable, "-m", "tilewright.export.cli", *map(str, words)], check=True, stdout=sys.stderr)
+    subprocess.run([sys.executable, "-m", "tilewright.cli.main", *map(str, words)], check=True, stdout=sys.stderr)
 
 
 def bench(name: str, *words: object, stored: str | None = None) -> None:
@@ -47,7 +47,7 @@ def store(name: str, found: object) -> None:
 
 
 def accuracy(bundle: Path, size: int) -> dict[str, object]:
-    words = [sys.executable, "-m", "tilewright.export.cli", "export", "verify", bundle, "--size", str(size), "--json"]
+    words = [sys.executable, "-m", "tilewright.cli.main", "export", "verify", bundle, "--size", str(size), "--json"]
     report: dict[str, object] = json.loads(subprocess.run(words, check=True, stdout=subprocess.PIPE).stdout)
     return report
 
@@ -105,7 +105,7 @@ def demo(work: Path) -> None:
 
 
 def kernels(work: Path) -> None:
-    command = [sys.executable, "-m", "tilewright.export.cli", "kernels"]
+    command = [sys.executable, "-m", "tilewright.cli.main", "kernels"]
     for name, words in (("kernels_cpu", ["bench"]), ("kernel_resources", ["check", "--resources"])):
         found = subprocess.run([*command, *words, "--json"], check=True, stdout=subprocess.PIPE).stdout
         store(name, json.loads(found))

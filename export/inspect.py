@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tilewright.runtime.bundle import Bundle, folder_given, read
-from tilewright.runtime.program import Program
+from tilewright.runtime.bundle.program import Program
+from tilewright.runtime.bundle.read import Bundle, read_bundle
+from tilewright.runtime.bundle.weights import folder_given
 
 __all__ = ["inspect", "text"]
 
@@ -14,7 +15,7 @@ def inspect(root: Path, weights_dir: Path | None = None, expect: str | None = No
     """Components, program, files and the bytes of weights: referenced, materialised, orphaned."""
     import onnx_ir as ir
 
-    bundle = read(root, expect=expect)
+    bundle = read_bundle(root, expect=expect)
     folder_given(weights_dir)
     components = {}
     referenced = materialised = 0

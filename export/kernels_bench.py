@@ -11,8 +11,8 @@ from tilewright.kernels.jit import triton
 from tilewright.kernels.sample import sample
 from tilewright.kernels.table import Op
 from tilewright.kernels.timing import RUNS, medians
+from tilewright.runtime.bundle.strict import one_line
 from tilewright.runtime.engines import ort
-from tilewright.runtime.strict import one_line
 
 __all__ = ["bench", "on_cpu", "on_gpu"]
 

@@ -13,8 +13,8 @@ from tilewright.kernels.face import DOMAIN
 from tilewright.kernels.jit import triton
 from tilewright.kernels.sample import sample, type_name
 from tilewright.kernels.table import Op
+from tilewright.runtime.bundle.strict import one_line
 from tilewright.runtime.engines import ort
-from tilewright.runtime.strict import one_line
 
 __all__ = ["GET_TRITON", "NO_GPU", "NO_NATIVE", "check", "here"]
 

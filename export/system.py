@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tilewright.runtime.bundle import Reference
-from tilewright.runtime.program import Program, TensorSpec
+from tilewright.runtime.bundle.program import Program, TensorSpec
+from tilewright.runtime.bundle.weights import Reference
 
 __all__ = [
     "ComponentSpec",

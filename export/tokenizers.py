@@ -11,8 +11,8 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tilewright.runtime.bundle.strict import one_line
 from tilewright.runtime.errors import InputError, UsageError
-from tilewright.runtime.strict import one_line
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer

@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from tilewright.runtime.bundle import Bundle, safetensors_header
+from tilewright.runtime.bundle.program import Program, TensorSpec
+from tilewright.runtime.bundle.read import Bundle
+from tilewright.runtime.bundle.safetensors import safetensors_header
 from tilewright.runtime.errors import BundleError, InputError, TilewrightError, UsageError
-from tilewright.runtime.program import Program, TensorSpec
-from tilewright.runtime.text import encode
+from tilewright.runtime.text import token_ids
 
 __all__ = ["from_words", "gather", "read_tensors", "tensors_of", "value_of"]
 
@@ -53,7 +54,7 @@ def gather(bundle: Bundle, given: Mapping[str, Any]) -> dict[str, Any]:
         words = given.get(name, text.default)
         stood_for = values or text.ids.keys() & given.keys()  # by tensors from a file, or by ids
         if words is not None and (name in given or not stood_for):
-            made |= {i: encode(bundle.path(t), words, program.inputs[i].shape[1]) for i, t in text.ids.items()}
+            made |= {i: token_ids(bundle.path(t), words, program.inputs[i].shape[1]) for i, t in text.ids.items()}
     specs = _specs(bundle)
     made = {n: _fitting(f"input {n!r}", v, specs[n], UsageError) if n in specs else v for n, v in made.items()}
     specs |= {name: TensorSpec(i.dtype, i.shape) for name, i in program.inputs.items()}

@@ -11,7 +11,7 @@ import numpy as np
 
 from tilewright.runtime.engines import backend
 from tilewright.runtime.errors import UsageError
-from tilewright.runtime.memory import peak_bytes, reset_peak
+from tilewright.runtime.estimate import peak_bytes, reset_peak
 from tilewright.runtime.restore import Restorer
 
 __all__ = ["hardware", "profile", "resolutions", "table"]

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from threading import Lock
@@ -12,20 +12,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tilewright.runtime import images
-from tilewright.runtime.bundle import Bundle, folder_given, read
+from tilewright.runtime.bundle.read import Bundle, read_bundle
+from tilewright.runtime.bundle.weights import folder_given
 from tilewright.runtime.engines import Engine, backend
-from tilewright.runtime.errors import ResourceError, UsageError
+from tilewright.runtime.errors import UsageError
+from tilewright.runtime.estimate import MEMORY_MODES, Estimate, all_open, available_bytes, estimate, peak_bytes
+from tilewright.runtime.images.canvas import Enlarged, fill
+from tilewright.runtime.images.read import Picture, read_image
+from tilewright.runtime.images.write import assemble
 from tilewright.runtime.inputs import gather, read_tensors
-from tilewright.runtime.memory import available_bytes, needed_bytes, peak_bytes, weights_bytes
-from tilewright.runtime.program import Pass, Program
-from tilewright.runtime.scheduler import Job, Walk, least_px, plan_of
-from tilewright.runtime.tiles import Plan
+from tilewright.runtime.plan.passes import least_px
+from tilewright.runtime.scheduler import Job, Walk
 
-__all__ = ["MEMORY_MODES", "Estimate", "Restoration", "Restorer", "Sitting", "estimate", "load"]
-
-MEMORY_MODES = ("fast", "low")  # re-packed weights, mapped weights
-OPEN_SHARE = 0.7  # of the free memory that all engines may take together; the rest is for work
+__all__ = ["Restoration", "Restorer", "Sitting", "load"]
 
 
 @dataclass(frozen=True)
@@ -38,66 +37,6 @@ class Restoration:
     seconds: dict[str, float]  # phase -> time; the engines' phases carry their component's name
     tiles: dict[str, int]  # pass -> tiles
     peak_bytes: int
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """What restoring an image of some size would take."""
-
-    width: int  # of the result
-    height: int
-    scale: int
-    passes: list[tuple[Pass, Plan]]
-    needed_bytes: int
-    available_bytes: int | None
-
-    def require(self) -> None:
-        """Refuse work that would not fit in memory."""
-        if self.available_bytes is not None and self.needed_bytes > self.available_bytes:
-            raise ResourceError(
-                f"{self.width}x{self.height} px needs about {self.needed_bytes / 2**30:.1f} GiB of memory,"
-                f" {self.available_bytes / 2**30:.1f} GiB are free; use a smaller --tile or --memory low"
-            )
-
-
-def estimate(
-    bundle: Bundle,
-    width: int,
-    height: int,
-    *,
-    tile: int | None = None,
-    overlap: int | None = None,
-    memory: str = "fast",
-    scale: int | None = None,
-    opened: Collection[str] = (),
-) -> Estimate:
-    """Plan an input image of that size; nothing is run. The memory of engines already `opened` is theirs to use."""
-    program = bundle.program
-    if width < 1 or height < 1:
-        raise UsageError(f"{width}x{height} is no image size; use 1x1 or more")
-    scale = _scale(program, scale)
-    least = least_px(program, tile)
-    wide, high = (images.padded(side * scale, program.multiple_px, least) for side in (width, height))
-    passes = [(p, plan_of(program, p, high, wide, tile, overlap)) for p in program.passes]
-    there = available_bytes()
-    there = None if there is None else there + weights_bytes(bundle, opened, memory)
-    needed = needed_bytes(bundle, passes, high, wide, memory, all_open=_all_open(bundle, memory, there))
-    return Estimate(width * scale, height * scale, scale, passes, needed, there)
-
-
-def _scale(program: Program, asked: int | None) -> int:
-    if asked is None or asked == program.scale:
-        return program.scale
-    if not program.any_scale or not 1 <= asked <= 16:
-        able = "1 to 16" if program.any_scale else program.scale
-        raise UsageError(f"scale={asked} is none that this bundle can enlarge by; use {able}")
-    return asked
-
-
-def _all_open(bundle: Bundle, memory: str, there: int | None) -> bool:
-    """Whether all engines are held open at once: in `low` memory, or where they do not fit, one pass's at a time."""
-    fits = there is None or weights_bytes(bundle, bundle.program.components(), memory) < OPEN_SHARE * there
-    return memory == "fast" and fits
 
 
 class _Engines(Mapping[str, Engine]):
@@ -171,7 +110,7 @@ class Restorer:
     ) -> "Sitting":
         """An image ready to be restored, once or round after round with other inputs; sizes are in output pixels."""
         clock = _Clock()
-        picture = images.read(image, max_pixels=max_pixels)
+        picture = read_image(image, max_pixels=max_pixels)
         height, width = picture.rgb.shape[:2]
         opened = self.engines.opened if isinstance(self.engines, _Engines) else ()
         plans = estimate(
@@ -180,7 +119,7 @@ class Restorer:
         plans.require()
         clock.lap("read")
         program = self.bundle.program
-        enlarged = images.Enlarged(picture.rgb, plans.scale, program.multiple_px, least_px(program, tile))
+        enlarged = Enlarged(picture.rgb, plans.scale, program.multiple_px, least_px(program, tile))
         job = Job(enlarged, seed, tile, overlap, steps, {}, self.workers, on_progress, self.on_unused)
         return Sitting(self.bundle, picture, plans, Walk(program, self.engines, self.constants, job), clock)
 
@@ -190,7 +129,7 @@ class Sitting:
     """One image, restored as often as its inputs change; what does not depend on them is done once."""
 
     bundle: Bundle
-    picture: images.Picture
+    picture: Picture
     plans: Estimate
     walk: Walk
     clock: "_Clock"
@@ -205,10 +144,10 @@ class Sitting:
         job.seconds.clear()
         self.clock.last = time.perf_counter()  # what the caller did since is no part of the round
         rgb = np.empty((self.plans.height, self.plans.width, 3), np.uint8)
-        job.on_final = partial(images.fill, rgb)
+        job.on_final = partial(fill, rgb)
         self.walk.run(gather(self.bundle, inputs), keep=keep)
         self.clock.lap("passes")
-        pixels = images.assemble(rgb, self.picture)
+        pixels = assemble(rgb, self.picture)
         self.clock.lap("assemble")
         tiles = {p.name: len(plan.tiles) for p, plan in self.plans.passes}
         return Restoration(
@@ -248,7 +187,7 @@ def load(
         raise UsageError(f"memory={memory!r} is not one of {', '.join(MEMORY_MODES)}")
     if threads < 0 or workers < 1:
         raise UsageError(f"threads={threads} and workers={workers} must be at least 0 and 1")
-    bundle = read(path, expect=expect, fresh=fresh)
+    bundle = read_bundle(path, expect=expect, fresh=fresh)
     folder = folder_given(weights_dir)
 
     def open_engine(name: str) -> Engine:
@@ -258,7 +197,7 @@ def load(
 
     engines = _Engines(bundle.program.components(), open_engine)
     constants = read_tensors(bundle.path(bundle.manifest.constants)) if bundle.manifest.constants else {}
-    if not _all_open(bundle, memory, available_bytes()):
+    if not all_open(bundle, memory, available_bytes()):
         return Restorer(bundle, engines, constants, memory, workers, engines.close)
     for name in engines:
         engines[name]

@@ -8,7 +8,7 @@ before it; a pass that keeps its state to itself is one phase.
 
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -18,16 +18,17 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from tilewright.runtime.bundle.program import Call, Pass, Program, Tiles, state_shape, untiled_values
 from tilewright.runtime.engines import Engine
 from tilewright.runtime.errors import AccuracyError, UsageError
 from tilewright.runtime.inputs import value_of
-from tilewright.runtime.noise import normal
-from tilewright.runtime.program import Call, Pass, Program, Tiles, state_shape
-from tilewright.runtime.rounds import reached, skipped_passes, untiled_values, with_other_writers
-from tilewright.runtime.schedules import SCHEDULES
-from tilewright.runtime.tiles import Plan, Tile, plan, weights
+from tilewright.runtime.plan.noise import normal
+from tilewright.runtime.plan.passes import of_tokens, plan_of
+from tilewright.runtime.plan.rounds import reached, skipped_passes, with_other_writers
+from tilewright.runtime.plan.schedules import SCHEDULES
+from tilewright.runtime.plan.tiles import Tile, TilePlan, weights
 
-__all__ = ["Job", "Walk", "in_order", "least_px", "plan_of", "run"]
+__all__ = ["Job", "Walk", "in_order", "run"]
 
 T = TypeVar("T")
 Floats = npt.NDArray[np.float32]
@@ -62,35 +63,9 @@ class Job:
     seconds: dict[str, float] = field(default_factory=dict)  # filled in: component -> time in its engine
 
 
-def least_px(program: Program, tile: int | None) -> int:
-    """The shortest side a padded image may have: where tiles have fixed sides, a tile."""
-    return max((tile or p.tiles.px for p in program.passes if p.tiles and p.tiles.fixed_px), default=1)
-
-
-def plan_of(program: Program, p: Pass, height: int, width: int, tile: int | None, overlap: int | None) -> Plan:
-    """The tile plan of a pass; a pass without tiles, or an image it takes whole, is one tile."""
-    whole = plan(width, height, max(width, height), 0, program.multiple_px)
-    if p.tiles is None:
-        return whole
-    direct = p.tiles.whole_up_to_px
-    if tile is None and direct and min(height, width) <= min(direct) and max(height, width) <= max(direct):
-        return whole
-    size = p.tiles.px if tile is None else tile
-    if p.tiles.fixed_px and size not in p.tiles.fixed_px:
-        raise UsageError(f"tile={size} is not one of the sizes this bundle is made for: {list(p.tiles.fixed_px)}")
-    fitting = min(p.tiles.overlap_px, size // 2) // program.multiple_px * program.multiple_px
-    return plan(width, height, size, fitting if overlap is None else overlap, program.multiple_px)
-
-
 def run(program: Program, engines: Mapping[str, Engine], constants: Mapping[str, Any], job: Job) -> Floats:
     """The result grid [3, H, W] of a job."""
     return Walk(program, engines, constants, job).run(job.inputs)
-
-
-def of_tokens(p: Pass, name: str, px: int, constants: Collection[str]) -> str | None:
-    """The constant `name.TOKENS` for tiles of that many pixels, where there is one."""
-    table = f"{name}.{px // p.steps.px_per_token}" if p.steps else name
-    return table if table in constants else None
 
 
 def in_order(tasks: Sequence[Callable[[], T]], workers: int) -> Iterator[T]:
@@ -112,7 +87,7 @@ def in_order(tasks: Sequence[Callable[[], T]], workers: int) -> Iterator[T]:
 class _Join:
     """Tiles blended onto a grid, in the order they are added."""
 
-    def __init__(self, plan: Plan, px: int, channels: int) -> None:
+    def __init__(self, plan: TilePlan, px: int, channels: int) -> None:
         self.plan, self.px = plan, px
         self.rows, self.columns = weights(plan, px)
         self.whole = np.zeros((channels, plan.height // px, plan.width // px), np.float32)
@@ -271,7 +246,7 @@ class Walk:
         else:
             self.groups[p.tiles] = groups
 
-    def _groups(self, p: Pass, tiling: Plan) -> list[_Group]:
+    def _groups(self, p: Pass, tiling: TilePlan) -> list[_Group]:
         """The tiles of a pass by calls; those of an earlier pass with the same tiles, and what they hold."""
         if p.tiles in self.groups:
             return self.groups[p.tiles]
@@ -290,7 +265,7 @@ class Walk:
                 of_tiles = of_tiles | set(call.outputs.values())
         return made
 
-    def _tables(self, p: Pass, tiling: Plan) -> dict[str, Floats]:
+    def _tables(self, p: Pass, tiling: TilePlan) -> dict[str, Floats]:
         if p.steps is None:
             return {}
         tokens = tiling.tile_height * tiling.tile_width // p.steps.px_per_token

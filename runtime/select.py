@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
+from tilewright.runtime.bundle.strict import one_line
 from tilewright.runtime.errors import InputError, UsageError
-from tilewright.runtime.strict import one_line
 
 __all__ = ["Choice", "best_of", "read_scores", "select"]
 

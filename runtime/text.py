@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from tilewright.runtime.bundle.strict import one_line
 from tilewright.runtime.errors import BundleError, EnvironmentMismatch, UsageError
-from tilewright.runtime.strict import one_line
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["encode"]
+__all__ = ["token_ids"]
 
 SHOWN = 40  # characters of a refused text
 
 
-def encode(path: Path, text: str, length: int) -> npt.NDArray[np.int64]:
+def token_ids(path: Path, text: str, length: int) -> npt.NDArray[np.int64]:
     """The ids of a text, [1, length], by the tokenizer in a JSON file."""
     shown = repr(text if len(text) <= SHOWN else f"{text[:SHOWN]}...")
     try:

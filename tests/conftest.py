@@ -27,5 +27,5 @@ def hitoksr_tiny(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny bundle, built by the command; do not change it."""
     bundle = tmp_path_factory.mktemp("bundles") / "hitoksr-tiny"
     words = ["export", "build", "hitoksr", "--preset", "tiny", "--random-weights", "0", "-o", str(bundle)]
-    subprocess.run([sys.executable, "-m", "tilewright.export.cli", *words], check=True, capture_output=True)
+    subprocess.run([sys.executable, "-m", "tilewright.cli.main", *words], check=True, capture_output=True)
     return bundle

@@ -9,23 +9,34 @@ import pytest
 import tomllib
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = ("export", "kernels", "runtime", "calib")
+FOLDERS = ("cli", "export", "kernels", "runtime", "calib")
 MAY_IMPORT = {
+    "cli": {"export", "runtime", "kernels", "calib"},
     "runtime": set(),
     "kernels": set(),
     "export": {"runtime", "kernels"},
     "calib": {"export", "runtime"},
 }
-# of export, lowest first: a file imports its own folder, and what lies lower
-LAYERS = (
+# lowest first: a file imports its own folder, and what lies lower
+EXPORT = (
     {"system.py"},
     {"weights", "tokenizers.py"},
     {"networks", "graph"},
     {"targets", "systems"},
     {"verify"},
     {"build"},
-    {"inspect.py", "kernels_bench.py", "kernels_check.py", "kernels_cli.py", "verbs.py", "cli.py"},
+    {"inspect.py", "kernels_bench.py", "kernels_check.py"},
 )
+RUNTIME = (
+    {"errors.py"},
+    {"bundle"},
+    {"plan", "engines", "text.py", "images"},
+    {"inputs.py", "select.py"},
+    {"scheduler.py", "estimate.py"},
+    {"restore.py"},
+    {"profile.py"},
+)
+LAYERS = {"export": EXPORT, "runtime": RUNTIME}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
@@ -59,9 +70,9 @@ def test_a_folder_imports_only_what_it_may(folder: str) -> None:
                 assert name.split(".")[1] in allowed, f"{file} imports {name}"
 
 
-def of_export() -> dict[str, set[str]]:
-    """Module of export -> the modules of export that it imports, also inside functions."""
-    files = {f"tilewright.{'.'.join(f.relative_to(ROOT).with_suffix('').parts)}": f for f in sources("export")}
+def imports_inside(folder: str) -> dict[str, set[str]]:
+    """Module of a folder -> the modules of the same folder that it imports, also inside functions."""
+    files = {f"tilewright.{'.'.join(f.relative_to(ROOT).with_suffix('').parts)}": f for f in sources(folder)}
     files = {name.removesuffix(".__init__"): file for name, file in files.items()}
     graph = {}
     for name, file in files.items():
@@ -73,32 +84,35 @@ def of_export() -> dict[str, set[str]]:
 
 def layer(module: str) -> int:
     """The place of a module among the layers, by its file or folder."""
-    part = module.split(".")[2]
-    return next(i for i, parts in enumerate(LAYERS) if parts & {part, f"{part}.py"})
+    _, folder, part = module.split(".")[:3]
+    return next(i for i, parts in enumerate(LAYERS[folder]) if parts & {part, f"{part}.py"})
 
 
-def test_inside_export_nothing_imports_what_lies_higher_or_beside_it() -> None:
-    graph = {name: modules for name, modules in of_export().items() if name.count(".") > 1}
-    assert {layer(name) for name in graph} == set(range(len(LAYERS)))
+@pytest.mark.parametrize("folder", LAYERS)
+def test_inside_a_folder_nothing_imports_what_lies_higher_or_beside_it(folder: str) -> None:
+    graph = {name: modules for name, modules in imports_inside(folder).items() if name.count(".") > 1}
+    layers = len(LAYERS[folder])
+    assert {layer(name) for name in graph} == set(range(layers))
     for name, modules in graph.items():
-        for module in modules - {"tilewright.export"}:
-            beside = name.split(".")[2] != module.split(".")[2] and layer(module) == layer(name) < len(LAYERS) - 1
+        for module in modules - {f"tilewright.{folder}"}:
+            beside = name.split(".")[2] != module.split(".")[2] and layer(module) == layer(name) < layers - 1
             assert layer(module) <= layer(name) and not beside, f"{name} imports {module}"
 
 
-def test_inside_export_no_modules_import_each_other_in_a_circle() -> None:
-    graph = of_export()
+@pytest.mark.parametrize("folder", LAYERS)
+def test_inside_a_folder_no_modules_import_each_other_in_a_circle(folder: str) -> None:
+    graph = imports_inside(folder)
     while leaves := {name for name, modules in graph.items() if not modules & graph.keys()}:
         graph = {name: modules for name, modules in graph.items() if name not in leaves}
     assert not graph, f"among these is a circle: {', '.join(sorted(graph))}"
 
 
 def test_the_manifest_reader_needs_only_the_standard_library() -> None:
-    for name in ("bundle", "program", "check", "strict", "digests", "errors", "external_data"):
-        for module in imported(ROOT / "runtime" / f"{name}.py"):
+    for file in [*sources("runtime/bundle"), ROOT / "runtime" / "errors.py"]:
+        for module in imported(file):
             top = module.split(".")[0]
             assert top in sys.stdlib_module_names or module.startswith("tilewright.runtime."), (
-                f"{name} imports {module}"
+                f"{file} imports {module}"
             )
 
 
@@ -144,7 +158,7 @@ def test_the_runtime_loads_no_heavy_package() -> None:
 
 
 def test_the_command_loads_no_heavy_package_before_a_verb_needs_it() -> None:
-    code = "import sys; from tilewright.export.verbs import parser; parser(); print(*sys.modules)"
+    code = "import sys; from tilewright.cli.commands import parser; parser(); print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"torch", "diffusers", "transformers", "onnx", "onnx_ir", "onnxruntime"} & set(loaded)
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tilewright.runtime.check import check
-from tilewright.runtime.program import Program, Signature, TensorSpec
-from tilewright.runtime.strict import from_json
+from tilewright.runtime.bundle.check import check_program
+from tilewright.runtime.bundle.program import Program, Signature, TensorSpec
+from tilewright.runtime.bundle.strict import from_json
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -40,7 +40,7 @@ def test_the_commands_and_the_snippet_run_in_an_empty_directory(tmp_path: Path) 
     lines = [command for command in [*commands(), *commands(BUILDS)] if command.startswith("tilewright ")]
     assert len(lines) >= 7 and all(command.startswith(("tilewright ", "make ")) for command in commands())
     for line in lines:
-        words = [sys.executable, "-m", "tilewright.export.cli", *line.split()[1:]]
+        words = [sys.executable, "-m", "tilewright.cli.main", *line.split()[1:]]
         result = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
         assert result.returncode == 0, f"{line}: {result.stderr}"
     assert (tmp_path / "restored.png").exists()
@@ -66,4 +66,4 @@ def test_the_program_in_the_docs_is_one_that_can_run() -> None:
         "step": Signature({"z": latent, "y": latent, "prompt": prompt, **scalars}, {"z": latent}),
         "decode": Signature({"latent": latent}, {"image": image}),
     }
-    check(program, components, {"prompt": prompt})
+    check_program(program, components, {"prompt": prompt})

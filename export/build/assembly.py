@@ -10,8 +10,9 @@ from tilewright.export.build.request import Request
 from tilewright.export.build.stages.attach import read_weights
 from tilewright.export.build.versions import TRACERS, version
 from tilewright.export.targets import TARGETS
-from tilewright.runtime.bundle import SCHEMA_VERSION, Component, Engine, Manifest, Memory, Weights
-from tilewright.runtime.strict import to_json
+from tilewright.runtime.bundle.manifest import SCHEMA_VERSION, Component, EngineSpec, Manifest, Memory
+from tilewright.runtime.bundle.strict import to_json
+from tilewright.runtime.bundle.weights import Weights
 
 __all__ = ["Assembly"]
 
@@ -48,7 +49,7 @@ class Assembly:
                 f"{name}/model.onnx",
                 spec.inputs,
                 spec.outputs,
-                tuple(Engine(target, "float32", _engine_file(root, name, target)) for target in TARGETS),
+                tuple(EngineSpec(target, "float32", _engine_file(root, name, target)) for target in TARGETS),
                 Memory(**memory[name]),
             )
             for name, spec in request.components.items()

@@ -8,7 +8,7 @@ from tilewright.export.build.request import Request
 from tilewright.export.system import Rows, Tensors
 from tilewright.export.weights.files import attach, resolve
 from tilewright.export.weights.lora import Adapter, check_fit, without_pairs
-from tilewright.runtime.bundle import Reference
+from tilewright.runtime.bundle.weights import Reference
 from tilewright.runtime.errors import InputError
 
 __all__ = ["Merge", "References", "check_attachment", "lacking", "merges", "origins_of", "references"]

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tilewright.runtime.digests import cache_dir, sha256_of_bytes, writing
+from tilewright.runtime.bundle.digests import cache_dir, sha256_of_bytes, writing
 
 try:
     import fcntl

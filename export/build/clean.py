@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tilewright.export.build.cache import sweep
-from tilewright.runtime.digests import cache_dir
+from tilewright.runtime.bundle.digests import cache_dir
 from tilewright.runtime.errors import UsageError
 
 __all__ = ["Cleaned", "clean"]

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from tilewright.runtime.digests import sha256_of_file
+from tilewright.runtime.bundle.digests import sha256_of_file
 
 __all__ = ["HOUSE", "code", "imports"]
 

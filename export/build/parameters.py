@@ -21,7 +21,7 @@ def parameter_shapes(spec: ComponentSpec) -> Shapes:
     directory = Stage("parameters", inputs, lambda directory: None).directory
     with filling(directory) as folder:
         if folder:
-            from tilewright.export.graph.trace import parameter_specs  # PyTorch, where nobody asked before
+            from tilewright.export.graph.trace import parameter_specs
 
             shapes = {name: list(spec.shape) for name, spec in parameter_specs(spec).items()}
             write(folder / file, json.dumps(shapes, sort_keys=True))

@@ -7,7 +7,7 @@ from tilewright.export.build.assembly import Assembly
 from tilewright.export.build.cache import Stage
 from tilewright.export.build.request import Request
 from tilewright.export.build.stages import attach, constants, optimise, seal, trace, verify
-from tilewright.runtime.digests import remembered_sha256, sha256_of_file
+from tilewright.runtime.bundle.digests import remembered_sha256, sha256_of_file
 
 __all__ = ["all_remembered", "quick_digest", "stages"]
 

@@ -7,9 +7,9 @@ from tilewright.export.build.attachment import check_attachment
 from tilewright.export.build.forecast import Forecast
 from tilewright.export.build.request import Request
 from tilewright.export.build.stages.constants import check_constants
-from tilewright.runtime.bundle import check_replaceable
+from tilewright.runtime.bundle.write import check_replaceable
 from tilewright.runtime.errors import ResourceError
-from tilewright.runtime.memory import available_bytes
+from tilewright.runtime.estimate import available_bytes
 
 __all__ = ["check_files", "check_room"]
 

@@ -17,10 +17,10 @@ from tilewright.export.build.forecast import forecast, unverifiable
 from tilewright.export.build.plan import all_remembered, stages
 from tilewright.export.build.preflight import check_files, check_room
 from tilewright.export.build.request import Request
-from tilewright.runtime.bundle import read
-from tilewright.runtime.digests import cache_dir, sha256_of_bytes
+from tilewright.runtime.bundle.digests import cache_dir, sha256_of_bytes
+from tilewright.runtime.bundle.read import read_bundle
 from tilewright.runtime.errors import BundleError
-from tilewright.runtime.memory import peak_bytes, reset_peak
+from tilewright.runtime.estimate import peak_bytes, reset_peak
 
 __all__ = ["Cost", "build", "changes", "note_of", "up_to_date"]
 
@@ -48,7 +48,7 @@ def build(request: Request, on_stage: Report = lambda name, event, seconds: None
             on_stage(stage.name, f"skipped: {skipped}", 0.0)
         elif (spent := _run(request, stage, on_stage, cost)) is not None:
             cost[stage.name] = spent
-    made = {"bundle": str(request.out.resolve()), "digest": read(request.out).digest}
+    made = {"bundle": str(request.out.resolve()), "digest": read_bundle(request.out).digest}
     write(note_of(request.out), json.dumps(made | {"stages": {s.name: s.inputs for s in plan}}, sort_keys=True))
     return cost
 
@@ -77,7 +77,7 @@ def up_to_date(request: Request, plan: list[Stage]) -> bool:
     """Whether the bundle in place is what this plan would make, and whole."""
     try:
         made = json.loads(note_of(request.out).read_text())
-        if made["stages"] != {s.name: s.inputs for s in plan} or read(request.out).digest != made["digest"]:
+        if made["stages"] != {s.name: s.inputs for s in plan} or read_bundle(request.out).digest != made["digest"]:
             return False
         verified = (request.out / "reports" / "accuracy.json").is_file() or request.verify == "never"
         return verified or unverifiable(request) is not None

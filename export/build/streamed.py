@@ -11,7 +11,7 @@ from torch import nn
 from tilewright.export.graph.trace import network_on_meta
 from tilewright.export.system import ComponentSpec
 from tilewright.export.weights.files import mapped_tensor
-from tilewright.runtime.bundle import Reference
+from tilewright.runtime.bundle.weights import Reference
 
 __all__ = ["run_streamed"]
 

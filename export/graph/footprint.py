@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from tilewright.kernels.face import DOMAIN
-from tilewright.runtime.bundle import Memory
+from tilewright.runtime.bundle.manifest import Memory
 
 __all__ = ["footprint", "peak_alive"]
 

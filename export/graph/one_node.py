@@ -16,8 +16,8 @@ from tilewright.export.graph.trace import OPSET
 from tilewright.kernels.face import DOMAIN, VERSION, plain
 from tilewright.kernels.sample import Sample, sample
 from tilewright.kernels.table import Op
+from tilewright.runtime.bundle.strict import one_line
 from tilewright.runtime.errors import EnvironmentMismatch
-from tilewright.runtime.strict import one_line
 
 __all__ = ["call_in_ort", "native_kernels", "one_node"]
 

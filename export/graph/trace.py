@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from tilewright.export.graph.ops import attach, translations
 from tilewright.export.system import ComponentSpec, part_of
-from tilewright.runtime.program import TensorSpec
+from tilewright.runtime.bundle.program import TensorSpec
 
 __all__ = ["OPSET", "UNRESOLVED", "network_on_meta", "parameter_specs", "trace"]
 

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tilewright.runtime.bundle.strict import one_line
 from tilewright.runtime.errors import InputError
-from tilewright.runtime.strict import one_line
 
 __all__ = ["Branches", "LowRank", "LowRankConv", "LowRankOnly", "Strength", "Zero", "add_branches", "terms"]
 

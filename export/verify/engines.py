@@ -23,15 +23,16 @@ from tilewright.export.systems import system
 from tilewright.export.verify.memory import VERIFY_COPIES
 from tilewright.export.verify.seams import PICTURES, seam_excess
 from tilewright.export.weights.files import mapped_tensor
-from tilewright.runtime.bundle import Bundle, read
+from tilewright.runtime.bundle.read import Bundle, read_bundle
 from tilewright.runtime.engines import Engine, backend
 from tilewright.runtime.errors import AccuracyError, ResourceError, UsageError
-from tilewright.runtime.images import Enlarged
+from tilewright.runtime.estimate import available_bytes
+from tilewright.runtime.images.canvas import Enlarged
 from tilewright.runtime.inputs import gather
-from tilewright.runtime.memory import available_bytes
+from tilewright.runtime.plan.passes import least_px, plan_of
 from tilewright.runtime.restore import Restorer, load
-from tilewright.runtime.scheduler import Job, least_px, plan_of, run
-from tilewright.runtime.text import encode
+from tilewright.runtime.scheduler import Job, run
+from tilewright.runtime.text import token_ids
 
 __all__ = ["RELATIVE_L2_GATE", "require", "sample_photo", "verify"]
 
@@ -60,7 +61,7 @@ def verify(
     Every file is read where `fresh`, whatever is remembered of it. The picture is a square of `size_px` in the
     program's own tiles, or by default a small one in tiles smaller still.
     """
-    small = _parameters(read(root)) < SMALL
+    small = _parameters(read_bundle(root)) < SMALL
     # threads that wait for each other take more time than networks this small; tiles run at once instead
     threads, workers = (1, os.cpu_count() or 1) if small else (0, 1)
     opened = load(root, threads=threads, workers=workers, weights_dir=weights_dir, expect=expect, fresh=fresh)
@@ -205,7 +206,7 @@ def _fitting_words(bundle: Bundle, name: str) -> str:
     for count in range(len(words), 0, -1):
         with contextlib.suppress(UsageError):
             for i, tokenizer in bundle.program.texts[name].ids.items():
-                encode(bundle.path(tokenizer), " ".join(words[:count]), lengths[i])
+                token_ids(bundle.path(tokenizer), " ".join(words[:count]), lengths[i])
             return " ".join(words[:count])
     return ""
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from tilewright.runtime.tiles import Plan
+from tilewright.runtime.plan.tiles import TilePlan
 
 __all__ = ["PICTURES", "seam_excess"]
 
@@ -33,7 +33,7 @@ def _ramp(width: int, height: int) -> Pixels:
 PICTURES: dict[str, Callable[[int, int], Pixels]] = {"flat": _flat, "ramp": _ramp}
 
 
-def seam_excess(image: Planes, plan: Plan, token_px: int) -> float:
+def seam_excess(image: Planes, plan: TilePlan, token_px: int) -> float:
     """How much more a picture [3, H, W] in [0, 1] changes across the borders of a plan's tiles than beside them."""
     columns = _excess(image, _borders(plan.lefts, plan.tile_width), token_px)
     rows = _excess(image.transpose(0, 2, 1), _borders(plan.tops, plan.tile_height), token_px)

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tilewright.runtime.bundle.strict import one_line
 from tilewright.runtime.errors import InputError
-from tilewright.runtime.strict import one_line
 
 __all__ = ["HARMLESS", "Config", "read_config", "read_json", "read_one_of"]
 

@@ -16,10 +16,11 @@ import numpy.typing as npt
 from tilewright.export.system import Origin, Rows, System, Tensors
 from tilewright.export.weights.pickled import PICKLED, as_safetensors, listed
 from tilewright.export.weights.writing import WIDTHS, write_tensors
-from tilewright.runtime.bundle import Reference, safetensors_header
+from tilewright.runtime.bundle.program import TensorSpec
+from tilewright.runtime.bundle.safetensors import safetensors_header
+from tilewright.runtime.bundle.strict import one_line
+from tilewright.runtime.bundle.weights import Reference
 from tilewright.runtime.errors import BundleError, InputError
-from tilewright.runtime.program import TensorSpec
-from tilewright.runtime.strict import one_line
 
 if TYPE_CHECKING:
     import torch

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tilewright.runtime.bundle import SAFETENSORS_DTYPES, Reference
-from tilewright.runtime.digests import next_data
+from tilewright.runtime.bundle.digests import next_data
+from tilewright.runtime.bundle.safetensors import SAFETENSORS_DTYPES
+from tilewright.runtime.bundle.weights import Reference
 
 __all__ = ["nonfinite"]
 

@@ -4,8 +4,8 @@ import os
 import re
 from pathlib import Path
 
+from tilewright.runtime.bundle.strict import one_line
 from tilewright.runtime.errors import InputError
-from tilewright.runtime.strict import one_line
 
 __all__ = ["local"]
 

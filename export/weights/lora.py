@@ -15,9 +15,9 @@ from typing import Any
 
 from tilewright.export.system import Lora, LoraFile, Tensors
 from tilewright.export.weights.files import mapped_tensor
-from tilewright.runtime.bundle import Reference
+from tilewright.runtime.bundle.strict import one_line
+from tilewright.runtime.bundle.weights import Reference
 from tilewright.runtime.errors import InputError, UsageError
-from tilewright.runtime.strict import one_line
 
 __all__ = [
     "Adapter",

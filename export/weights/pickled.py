@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from tilewright.export.weights import inert
 from tilewright.export.weights.writing import WIDTHS, write_tensors
-from tilewright.runtime.digests import cache_dir, sha256_of_bytes, sha256_of_file
+from tilewright.runtime.bundle.digests import cache_dir, sha256_of_bytes, sha256_of_file
+from tilewright.runtime.bundle.program import TensorSpec
+from tilewright.runtime.bundle.strict import one_line
 from tilewright.runtime.errors import InputError
-from tilewright.runtime.program import TensorSpec
-from tilewright.runtime.strict import one_line
 
 if TYPE_CHECKING:
     import torch

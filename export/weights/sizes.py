@@ -9,8 +9,8 @@ from typing import Any
 
 from tilewright.export.system import Preset, Tensors
 from tilewright.export.weights.config import Config
+from tilewright.runtime.bundle.strict import one_line
 from tilewright.runtime.errors import InputError, UsageError
-from tilewright.runtime.strict import one_line
 
 __all__ = ["Said", "Shapes", "blocks", "config_beside", "file_of", "folder_of", "network_sizes", "shapes_of"]
 

@@ -6,7 +6,7 @@ from typing import Any
 from tilewright.export.system import System
 from tilewright.export.weights.files import STAND_IN
 from tilewright.export.weights.writing import write_tensors
-from tilewright.runtime.digests import writing
+from tilewright.runtime.bundle.digests import writing
 from tilewright.runtime.errors import UsageError
 
 __all__ = ["stand_in"]

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from tilewright.runtime.bundle import SAFETENSORS_DTYPES
-from tilewright.runtime.digests import writing
+from tilewright.runtime.bundle.digests import writing
+from tilewright.runtime.bundle.program import TensorSpec
+from tilewright.runtime.bundle.safetensors import SAFETENSORS_DTYPES
 from tilewright.runtime.errors import UsageError
-from tilewright.runtime.program import TensorSpec
 
 __all__ = ["WIDTHS", "random_weights", "write_tensors"]
 

@@ -11,10 +11,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tilewright.runtime.bundle import Bundle, Reference
+from tilewright.runtime.bundle.external_data import external_data, relocated
+from tilewright.runtime.bundle.read import Bundle
+from tilewright.runtime.bundle.strict import one_line
+from tilewright.runtime.bundle.weights import Reference
 from tilewright.runtime.errors import BundleError, EnvironmentMismatch, ResourceError
-from tilewright.runtime.external_data import external_data, relocated
-from tilewright.runtime.strict import one_line
 
 __all__ = ["OrtEngine", "missing", "native_library", "open_engine", "open_graph", "version"]
 

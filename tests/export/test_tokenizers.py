@@ -19,7 +19,7 @@ from transformers import CLIPTokenizer, T5Tokenizer
 
 from tilewright.export.tokenizers import clip, stand_in_clip, stand_in_t5, t5
 from tilewright.runtime.errors import InputError, UsageError
-from tilewright.runtime.text import encode
+from tilewright.runtime.text import token_ids
 
 PROMPTS = [
     "",
@@ -68,7 +68,7 @@ def encoder(folder: Path, text: str) -> Callable[[str, int], list[int]]:
     """The ids as the runtime makes them of this JSON."""
     path = folder.parent / "made.json"
     path.write_text(text)
-    return lambda prompt, length: encode(path, prompt, length)[0].tolist()
+    return lambda prompt, length: token_ids(path, prompt, length)[0].tolist()
 
 
 def refusal(kind: type[Exception], act, *arguments) -> str:

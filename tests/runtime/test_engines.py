@@ -15,8 +15,9 @@ import pytest
 from onnx import TensorProto, helper
 
 from tilewright.runtime import load
-from tilewright.runtime.bundle import Reference, read
-from tilewright.runtime.digests import sha256_of_file
+from tilewright.runtime.bundle.digests import sha256_of_file
+from tilewright.runtime.bundle.read import read_bundle
+from tilewright.runtime.bundle.weights import Reference
 from tilewright.runtime.engines import BACKENDS, backend, ort
 from tilewright.runtime.errors import BundleError, EnvironmentMismatch, ResourceError
 
@@ -49,7 +50,7 @@ def refusal(act, *arguments, **options) -> str:
 
 @pytest.fixture
 def engine(bundle):
-    engine = ort.open_engine(read(bundle), "sharpen")
+    engine = ort.open_engine(read_bundle(bundle), "sharpen")
     yield engine
     engine.close()
 
@@ -58,7 +59,7 @@ def engine(bundle):
 @pytest.mark.parametrize("memory", ["fast", "low"])
 @pytest.mark.parametrize("shape", [(1, 3, 8, 8), (2, 3, 8, 24)])
 def test_the_answer_is_that_of_a_convolution_in_loops(build, kernels, packed, memory, shape):
-    engine = ort.open_engine(read(build(packed=packed)), "sharpen", memory=memory)
+    engine = ort.open_engine(read_bundle(build(packed=packed)), "sharpen", memory=memory)
     image = noise(*shape)
     outputs = engine.run({"image": image}, ["sharp"])
     assert list(outputs) == ["sharp"]
@@ -67,7 +68,7 @@ def test_the_answer_is_that_of_a_convolution_in_loops(build, kernels, packed, me
 
 
 def test_low_and_fast_memory_give_equal_answers(bundle):
-    low, fast = (ort.open_engine(read(bundle), "sharpen", memory=memory) for memory in ("low", "fast"))
+    low, fast = (ort.open_engine(read_bundle(bundle), "sharpen", memory=memory) for memory in ("low", "fast"))
     image = noise(3, 3, 40, 56)
     one, other = (engine.run({"image": image}, ["sharp"])["sharp"] for engine in (low, fast))
     np.testing.assert_allclose(one, other, atol=1e-6)
@@ -111,7 +112,7 @@ def test_low_memory_holds_no_copy_of_weights(tmp_path, kind, linked):
         mapped = {"w": (hugging_face(folder, tmp_path / "hub") / "weights.bin", reference)}
     code = f"""
 from pathlib import Path, PosixPath
-from tilewright.runtime.bundle import Reference
+from tilewright.runtime.bundle.weights import Reference
 from tilewright.runtime.engines.ort import open_graph
 def held():
     return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("RssAnon"))
@@ -129,7 +130,7 @@ print(held() - before)
 
 def test_low_memory_turns_off_what_copies_the_weights(bundle):
     low, fast = (
-        ort.open_engine(read(bundle), "sharpen", memory=memory).session.get_session_options()
+        ort.open_engine(read_bundle(bundle), "sharpen", memory=memory).session.get_session_options()
         for memory in ("low", "fast")
     )
     assert low.get_session_config_entry("session.disable_prepacking") == "1"
@@ -138,17 +139,17 @@ def test_low_memory_turns_off_what_copies_the_weights(bundle):
 
 @pytest.mark.parametrize("threads", [0, 1, 2])
 def test_the_number_of_threads_is_the_one_asked_for(bundle, threads):
-    engine = ort.open_engine(read(bundle), "sharpen", threads=threads)
+    engine = ort.open_engine(read_bundle(bundle), "sharpen", threads=threads)
     assert engine.session.get_session_options().intra_op_num_threads == threads
 
 
 def test_weights_are_read_where_they_lie(bundle, weights_dir, kernels, tmp_path):
     given = tmp_path / "given"
     weights_dir.rename(given)
-    assert "are in none of" in refusal(ort.open_engine, read(bundle), "sharpen")
+    assert "are in none of" in refusal(ort.open_engine, read_bundle(bundle), "sharpen")
     image = noise(1, 3, 8, 8)
     for place in (given, given / ".." / "given", tmp_path / "models" / ".." / "given"):
-        engine = ort.open_engine(read(bundle), "sharpen", weights_dir=place)
+        engine = ort.open_engine(read_bundle(bundle), "sharpen", weights_dir=place)
         np.testing.assert_allclose(
             engine.run({"image": image}, ["sharp"])["sharp"], filtered(image, kernels), atol=1e-6
         )
@@ -157,13 +158,13 @@ def test_weights_are_read_where_they_lie(bundle, weights_dir, kernels, tmp_path)
 def test_a_bundle_and_weights_given_by_relative_paths_run(bundle, weights_dir, tmp_path, monkeypatch):
     weights_dir.rename(tmp_path / "given")
     monkeypatch.chdir(tmp_path)
-    engine = ort.open_engine(read(bundle.name), "sharpen", weights_dir=Path("given"))
+    engine = ort.open_engine(read_bundle(bundle.name), "sharpen", weights_dir=Path("given"))
     assert engine.run({"image": noise(1, 3, 8, 8)}, ["sharp"])["sharp"].shape == (1, 3, 8, 8)
 
 
 def test_packed_weights_of_a_bundle_given_by_a_relative_path_run(packed_bundle, monkeypatch):
     monkeypatch.chdir(packed_bundle.parent)
-    engine = ort.open_engine(read(packed_bundle.name), "sharpen")
+    engine = ort.open_engine(read_bundle(packed_bundle.name), "sharpen")
     assert engine.run({"image": noise(1, 3, 8, 8)}, ["sharp"])["sharp"].shape == (1, 3, 8, 8)
 
 
@@ -193,7 +194,7 @@ def test_weights_of_two_folders_and_three_types_meet_in_one_session(two_folder_b
     if packed:
         for folder in ("models", "other"):
             (root.parent / folder).rename(root.parent / f"{folder}.gone")
-    whole = read(root)
+    whole = read_bundle(root)
     assert set(whole.elsewhere("add")) == {"single", "half", "brain"}
     assert {r.dtype for r in whole.elsewhere("add").values()} == {"float32", "float16", "bfloat16"}
     engine = ort.open_engine(whole, "add", memory=memory)
@@ -205,7 +206,7 @@ def test_weights_of_two_folders_and_three_types_meet_in_one_session(two_folder_b
 
 @pytest.mark.parametrize("name", ["single", "half", "brain"])
 def test_each_mapped_weight_is_the_one_that_its_reference_says(two_folder_bundle, two_folders, tmp_path, name):
-    whole = read(two_folder_bundle())
+    whole = read_bundle(two_folder_bundle())
     other = tmp_path / "else.bin"
     numbers = {"single": struct.pack("<3f", 1, 2, 3), "half": struct.pack("<3e", 1, 2, 3)}
     numbers["brain"] = b"".join(struct.pack("<f", number)[2:] for number in (1, 2, 3))
@@ -220,7 +221,7 @@ def test_each_mapped_weight_is_the_one_that_its_reference_says(two_folder_bundle
 
 
 def test_a_graph_whose_weights_are_all_mapped_needs_no_folder(two_folder_bundle, two_folders):
-    whole = read(two_folder_bundle())
+    whole = read_bundle(two_folder_bundle())
     references = whole.weights.tensors["add"]
     mapped = {n: (whole.folder(r.folder or "base") / r.file, r) for n, r in references.items()}
     engine = ort.open_graph(whole.path("add/model.onnx"), None, mapped=mapped)
@@ -236,20 +237,20 @@ def test_two_folders_that_moved_are_found_under_the_one_that_is_given(two_folder
     for old, place in zip(("models/base", "other/extra"), places, strict=True):
         (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / old).rename(tmp_path / place)
-    assert "weights weights.safetensors of 'base' are in none of" in refusal(ort.open_engine, read(root), "add")
+    assert "weights weights.safetensors of 'base' are in none of" in refusal(ort.open_engine, read_bundle(root), "add")
     image = noise(1, 3, 8, 8)
-    engine = ort.open_engine(read(root), "add", weights_dir=tmp_path / "given")
+    engine = ort.open_engine(read_bundle(root), "add", weights_dir=tmp_path / "given")
     np.testing.assert_allclose(engine.run({"image": image}, ["sum"])["sum"], added(image, two_folders), atol=1e-6)
 
 
 def test_one_folder_that_moved_is_found_and_the_other_where_it_was(two_folder_bundle, two_folders, tmp_path):
     root = two_folder_bundle()
     (tmp_path / "other" / "extra").rename(tmp_path / "moved")
-    assert "of 'extra' are in none of" in refusal(ort.open_engine, read(root), "add")
+    assert "of 'extra' are in none of" in refusal(ort.open_engine, read_bundle(root), "add")
     (tmp_path / "given").mkdir()
     (tmp_path / "moved").rename(tmp_path / "given" / "extra")
     image = noise(1, 3, 8, 8)
-    engine = ort.open_engine(read(root), "add", weights_dir=tmp_path / "given")
+    engine = ort.open_engine(read_bundle(root), "add", weights_dir=tmp_path / "given")
     np.testing.assert_allclose(engine.run({"image": image}, ["sum"])["sum"], added(image, two_folders), atol=1e-6)
 
 
@@ -266,7 +267,7 @@ def test_weights_in_a_hugging_face_cache_run_linked_or_copied(build, weights_dir
     else:
         weights_dir.symlink_to(snapshot)
     for place in (snapshot, tmp_path / "copied", *([] if moved else [None])):
-        engine = ort.open_engine(read(root), "sharpen", memory=memory, weights_dir=place)
+        engine = ort.open_engine(read_bundle(root), "sharpen", memory=memory, weights_dir=place)
         answer = engine.run({"image": image}, ["sharp"])["sharp"]
         np.testing.assert_allclose(answer, filtered(image, kernels), atol=1e-6)
 
@@ -278,7 +279,7 @@ def test_one_folder_of_links_and_one_of_files_meet_in_one_session(two_folder_bun
         snapshot = hugging_face(tmp_path / folder, tmp_path / "hub" / folder)
         shutil.rmtree(tmp_path / folder)
         (tmp_path / folder).symlink_to(snapshot)
-        engine = ort.open_engine(read(root), "add", memory=memory)
+        engine = ort.open_engine(read_bundle(root), "add", memory=memory)
         image = noise(1, 3, 8, 8)
         answer = engine.run({"image": image}, ["sum"])["sum"]
         np.testing.assert_allclose(answer, added(image, two_folders), atol=1e-6)
@@ -289,7 +290,7 @@ def test_a_link_to_other_bytes_is_refused(bundle, weights_dir, tmp_path):
     blob = (snapshot / "sharpen.safetensors").resolve()
     blob.write_bytes(blob.read_bytes()[:-1] + b"x")
     shutil.rmtree(weights_dir)
-    text = refusal(ort.open_engine, read(bundle), "sharpen", weights_dir=snapshot)
+    text = refusal(ort.open_engine, read_bundle(bundle), "sharpen", weights_dir=snapshot)
     assert text.startswith(f"{snapshot / 'sharpen.safetensors'}: SHA-256 differs")
 
 
@@ -298,7 +299,7 @@ def test_changed_weights_of_either_folder_are_refused(two_folder_bundle, tmp_pat
     root, path = two_folder_bundle(), tmp_path / folder / "weights.safetensors"
     data = path.read_bytes()
     path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    assert refusal(ort.open_engine, read(root), "add").startswith(f"{path}: SHA-256 differs from the sealed ")
+    assert refusal(ort.open_engine, read_bundle(root), "add").startswith(f"{path}: SHA-256 differs from the sealed ")
 
 
 @pytest.mark.parametrize("data", [b"", b"\0" * 100, b"not a graph", b"\x08\x0a:\xff\xff", bytes(range(256))])

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from tilewright.runtime.bundle import read
+from tilewright.runtime.bundle.program import Input, Program, Text
+from tilewright.runtime.bundle.read import read_bundle
 from tilewright.runtime.errors import BundleError, InputError, UsageError
 from tilewright.runtime.inputs import from_words, gather, read_tensors, tensors_of, value_of
-from tilewright.runtime.program import Input, Program, Text
 
 TINT = np.float32([[0.5, 0.25, 2]])
 
@@ -47,7 +47,7 @@ def bfloat16(*numbers: float) -> bytes:
 @pytest.fixture
 def bundle(tinted):
     """The bundle that words lead, read."""
-    return read(tinted)
+    return read_bundle(tinted)
 
 
 # Words
@@ -71,7 +71,9 @@ def test_words_become_the_ids_of_their_input(bundle, words, ids):
 def test_a_text_gives_ids_to_every_input_it_names(tint, tinting):
     twice = replace(tinting.texts["prompt"], ids={"ids": "tokenizers/words.json", "more": "tokenizers/words.json"})
     inputs = tinting.inputs | {"more": Input("int64", (1, 6))}
-    made = gather(read(tint(program=replace(tinting, texts={"prompt": twice}, inputs=inputs))), {"prompt": "red"})
+    made = gather(
+        read_bundle(tint(program=replace(tinting, texts={"prompt": twice}, inputs=inputs))), {"prompt": "red"}
+    )
     assert made["ids"].tolist() == made["more"].tolist() == [[5, 1, 0, 0, 0, 0]]
 
 
@@ -86,7 +88,7 @@ def test_ids_that_are_given_come_before_the_programs_own_words(bundle):
 
 def test_a_text_without_a_default_must_be_given_and_is_named_as_the_caller_knows_it(tint, tinting):
     program = replace(tinting, texts={"prompt": replace(tinting.texts["prompt"], default=None)})
-    whole = read(tint(program=program))
+    whole = read_bundle(tint(program=program))
     assert gather(whole, {}) == {}
     said = refusal(UsageError, value_of, program, "ids", {}, {})
     assert said == "input 'prompt' has no default; give it a value"
@@ -121,7 +123,7 @@ def test_a_file_may_hold_inputs_instead_of_values(tint, tinting, tmp_path):
     text = replace(text, once=(replace(text.once[0], outputs={"tint": "unread"}),))
     paint = replace(paint, once=(replace(paint.once[0], inputs=paint.once[0].inputs | {"tint": "$tint"}),))
     inputs = tinting.inputs | {"tint": Input("float32", (1, 3))}
-    whole = read(tint(program=replace(tinting, passes=(text, see, paint), inputs=inputs)))
+    whole = read_bundle(tint(program=replace(tinting, passes=(text, see, paint), inputs=inputs)))
     said = refusal(UsageError, value_of, whole.program, "tint", {}, {})
     assert said == "input 'look' has no default; give it a value"  # as the caller knows it
     save_file({"look.tint": TINT}, tmp_path / "look.safetensors")
@@ -149,7 +151,7 @@ def test_a_named_size_may_be_any(tint, tinting, tmp_path):
     """A value whose component gives one row a tile is given with as many as there are."""
     see = replace(tinting.passes[1], tiles=None)
     program = replace(tinting, passes=(tinting.passes[0], see, tinting.passes[2]), files={"means": {"m": "mean"}})
-    whole = read(tint(program=program))
+    whole = read_bundle(tint(program=program))
     for rows in (1, 4):
         save_file({"m": np.ones((rows, 3, 1, 1), np.float32)}, tmp_path / "means.safetensors")
         assert gather(whole, {"means": tmp_path / "means.safetensors"})["mean"].shape == (rows, 3, 1, 1)

@@ -15,12 +15,16 @@ import pytest
 from PIL import Image, ImageCms
 from safetensors.numpy import save_file
 
-from tilewright.runtime import Restoration, Restorer, TilewrightError, load, memory, restore
-from tilewright.runtime.bundle import Bundle, Memory, Reference, read, write_manifest
+from tilewright.runtime import Restoration, Restorer, TilewrightError, load, restore
+from tilewright.runtime import estimate as memory
+from tilewright.runtime.bundle.manifest import Memory
+from tilewright.runtime.bundle.program import Call, Grid, Pass, Program, TensorSpec, Tiles
+from tilewright.runtime.bundle.read import Bundle, read_bundle
+from tilewright.runtime.bundle.weights import Reference
+from tilewright.runtime.bundle.write import write_manifest
 from tilewright.runtime.engines import ort
 from tilewright.runtime.errors import BundleError, InputError, ResourceError, UsageError
-from tilewright.runtime.program import Call, Grid, Pass, Program, TensorSpec, Tiles
-from tilewright.runtime.restore import estimate
+from tilewright.runtime.estimate import estimate
 
 WHOLE = 4096  # a tile larger than any image here
 SHARPENED = Program(
@@ -239,7 +243,7 @@ def test_workers_work_at_once(bundle):
             meeting.wait(timeout=20)
             return {"sharp": inputs["image"]}
 
-    restorer = Restorer(read(bundle), {"sharpen": Engine()}, workers=2)
+    restorer = Restorer(read_bundle(bundle), {"sharpen": Engine()}, workers=2)
     assert restorer(noise(32, 88, 3)).shape == (64, 176, 3)  # four tiles: two meetings
 
 
@@ -259,18 +263,18 @@ def test_a_restoration_says_what_it_cost(restorer):
 
 
 def test_an_estimate_gives_the_result_size_and_the_tiles(bundle):
-    plans = estimate(read(bundle), 53, 37)
+    plans = estimate(read_bundle(bundle), 53, 37)
     assert (plans.width, plans.height) == (106, 74)
     ((walked, plan),) = plans.passes
     assert walked.name == "restore"
     assert (plan.width, plan.height) == (112, 80)
     assert (plan.tile_width, plan.tile_height, plan.overlap) == (64, 64, 16)
-    ((_, plan),) = estimate(read(bundle), 53, 37, tile=32, overlap=8).passes
+    ((_, plan),) = estimate(read_bundle(bundle), 53, 37, tile=32, overlap=8).passes
     assert (plan.tile_width, plan.tile_height, plan.overlap) == (32, 32, 8)
 
 
 def test_the_need_counts_weights_grids_and_the_largest_call(bundle):
-    whole = read(bundle)
+    whole = read_bundle(bundle)
     need = estimate(whole, 53, 37).needed_bytes
     low = estimate(whole, 53, 37, memory="low").needed_bytes
     assert need - low == 2 * 3 * 3 * 3 * 4  # as it is stored and as float32; what is mapped can be given back
@@ -293,19 +297,19 @@ def with_weights(whole: Bundle, **elements: int) -> Bundle:
 
 
 def test_the_need_counts_all_weights_or_those_of_the_largest_pass(tinted, monkeypatch):
-    whole = with_weights(read(tinted), words=2000, paint=1000)
+    whole = with_weights(read_bundle(tinted), words=2000, paint=1000)
     none = with_weights(whole)
     both, one = (2 + 4) * 3000, (2 + 4) * 2000  # as they are stored and as float32
     bare = estimate(none, 30, 20).needed_bytes
     assert estimate(whole, 30, 20, memory="low").needed_bytes == bare
     assert estimate(whole, 30, 20).needed_bytes == bare + both
     for free, needed in ((both / 0.7 + 2, both), (both / 0.7 - 2, one), (0, one), (None, both)):
-        monkeypatch.setattr(restore, "available_bytes", lambda free=free: free)
+        monkeypatch.setattr(memory, "available_bytes", lambda free=free: free)
         assert estimate(whole, 30, 20).needed_bytes == bare + needed
 
 
 def test_the_need_counts_what_every_tile_keeps(tinted):
-    whole = read(tinted)
+    whole = read_bundle(tinted)
     see = whole.manifest.components["see"]
     larger = replace(see, outputs={"mean": TensorSpec("float32", ("batch", 300, 1, 1))})
     manifest = replace(whole.manifest, components=whole.manifest.components | {"see": larger})
@@ -316,7 +320,7 @@ def test_the_need_counts_what_every_tile_keeps(tinted):
 
 
 def test_the_need_grows_with_the_image_and_with_the_tile(bundle):
-    whole = read(bundle)
+    whole = read_bundle(bundle)
     needs = [estimate(whole, side, side).needed_bytes for side in (1, 10, 100, 1000, 10_000)]
     assert needs == sorted(set(needs))
     assert estimate(whole, 100, 1000).needed_bytes == estimate(whole, 1000, 100).needed_bytes
@@ -327,17 +331,17 @@ def test_the_need_grows_with_the_image_and_with_the_tile(bundle):
 @pytest.mark.parametrize(("width", "height"), [(0, 5), (5, 0), (-1, 5)])
 def test_a_size_that_is_none_is_refused(bundle, width, height):
     with pytest.raises(UsageError, match=f"{width}x{height} is no image size"):
-        estimate(read(bundle), width, height)
+        estimate(read_bundle(bundle), width, height)
 
 
 def test_work_that_does_not_fit_is_refused_before_it_starts(restorer, monkeypatch):
     image = noise(20, 30, 3)
     need = estimate(restorer.bundle, 30, 20).needed_bytes
-    monkeypatch.setattr(restore, "available_bytes", lambda: need)
+    monkeypatch.setattr(memory, "available_bytes", lambda: need)
     restorer(image)
-    monkeypatch.setattr(restore, "available_bytes", lambda: None)
+    monkeypatch.setattr(memory, "available_bytes", lambda: None)
     restorer(image)
-    monkeypatch.setattr(restore, "available_bytes", lambda: need - 1)
+    monkeypatch.setattr(memory, "available_bytes", lambda: need - 1)
     restorer.engines = {}
     with pytest.raises(
         ResourceError, match=r"^60x40 px needs about 0\.1 GiB .* smaller --tile or --memory low$"
@@ -417,7 +421,7 @@ def test_another_scale_than_the_bundles_is_refused(restorer, scale):
 @pytest.mark.parametrize("scale", [0, -1, 17])
 def test_a_scale_beyond_reason_is_refused(tinted, scale):
     with pytest.raises(UsageError, match=f"^scale={scale} is none that this bundle can enlarge by; use 1 to 16$"):
-        estimate(read(tinted), 10, 10, scale=scale)
+        estimate(read_bundle(tinted), 10, 10, scale=scale)
 
 
 def test_loading_what_is_no_bundle_is_refused(tmp_path):
@@ -485,12 +489,12 @@ def test_a_bundle_that_leaves_the_scale_open_enlarges_by_what_is_asked(tinted, s
         made = restorer.restore(image, scale=scale, tile=96, overlap=0)
         assert (made.scale, made.image.shape, made.tiles["paint"]) == (times, (20 * times, 30 * times, 3), 1)
         assert_tinted(made.image, tinted_by(large, [6, 6, 6]))
-    plans = estimate(read(tinted), 30, 20, scale=scale)
+    plans = estimate(read_bundle(tinted), 30, 20, scale=scale)
     assert (plans.scale, plans.width, plans.height) == (times, 30 * times, 20 * times)
 
 
 def test_a_larger_scale_needs_more_memory(tinted):
-    needs = [estimate(read(tinted), 300, 200, scale=scale).needed_bytes for scale in (1, 2, 4)]
+    needs = [estimate(read_bundle(tinted), 300, 200, scale=scale).needed_bytes for scale in (1, 2, 4)]
     assert needs == sorted(set(needs))
 
 
@@ -504,12 +508,12 @@ def test_an_image_smaller_than_a_tile_of_fixed_sides_is_padded_and_cut_back(buil
     for tile, least in ((None, 64), (32, 32)):
         for height, width in ((5, 9), (14, 12), (16, 10)):
             image = noise(height, width, 3)
-            (_, plan), *_ = estimate(read(root), width, height, tile=tile).passes
+            (_, plan), *_ = estimate(read_bundle(root), width, height, tile=tile).passes
             assert (plan.height, plan.width, len(plan.tiles)) == (least, least, 1)
             with load(root) as restorer:
                 np.testing.assert_array_equal(restorer(image, tile=tile), expected(image, kernels, least))
     with pytest.raises(UsageError, match=r"^tile=48 is not one of the sizes this bundle is made for: \[64, 32\]$"):
-        estimate(read(root), 30, 30, tile=48)
+        estimate(read_bundle(root), 30, 30, tile=48)
 
 
 # Rounds
@@ -685,7 +689,7 @@ def test_engines_that_do_not_fit_together_are_opened_one_pass_at_a_time(tinted, 
     with load(tinted) as restorer:
         usual = restorer(image)
     life.take()
-    monkeypatch.setattr(restore, "weights_bytes", lambda bundle, components, memory: 2**60 if memory == "fast" else 0)
+    monkeypatch.setattr(memory, "weights_bytes", lambda bundle, components, memory: 2**60 if memory == "fast" else 0)
     with load(tinted) as restorer:
         assert life.take() == []
         np.testing.assert_array_equal(restorer(image), usual)
@@ -756,7 +760,7 @@ def test_weights_that_moved_are_read_from_the_given_folder(bundle, weights_dir, 
 
 
 def test_constants_are_those_of_the_file(bundle):
-    manifest = read(bundle).manifest
+    manifest = read_bundle(bundle).manifest
     tensors = {
         "table": np.arange(6, dtype=np.float32).reshape(2, 3),
         "half": np.array([0.5, -2], np.float16),
@@ -774,7 +778,7 @@ def test_constants_are_those_of_the_file(bundle):
 
 def with_constant(bundle: Path, dtype: str, data: bytes) -> None:
     """Give a bundle the constant `mean` of two elements, as the bytes of a file that no library wrote."""
-    manifest = read(bundle).manifest
+    manifest = read_bundle(bundle).manifest
     header = json.dumps({"mean": {"dtype": dtype, "shape": [2], "data_offsets": [0, len(data)]}}).encode()
     (bundle / "constants.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + data)
     write_manifest(bundle, manifest)

@@ -15,11 +15,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tilewright.runtime.bundle.program import Call, Grid, Input, Pass, Program, State, Steps, Tiles
+from tilewright.runtime.bundle.strict import from_json, to_json
 from tilewright.runtime.errors import AccuracyError, UsageError
-from tilewright.runtime.noise import normal
-from tilewright.runtime.program import Call, Grid, Input, Pass, Program, State, Steps, Tiles
-from tilewright.runtime.scheduler import Job, _require_finite, in_order, least_px, plan_of, run
-from tilewright.runtime.strict import from_json, to_json
+from tilewright.runtime.plan.noise import normal
+from tilewright.runtime.plan.passes import least_px, plan_of
+from tilewright.runtime.scheduler import Job, _require_finite, in_order, run
 
 PROGRAMS = Path(__file__).parents[1] / "programs"
 SEED = 2026

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from tilewright.runtime import images
+from tilewright.runtime.images.read import read_image
 
 TOLD = """
 import signal, sys
 from pathlib import Path
 import numpy as np
-from tilewright.runtime import images
-from tilewright.runtime.digests import writing
+from tilewright.runtime.images.write import write_image
+from tilewright.runtime.bundle.digests import writing
 
 class Stopped(BaseException):
     pass
@@ -27,7 +27,7 @@ signal.signal(signal.SIGTERM, stop)
 folder, pixels = Path(sys.argv[1]), np.random.default_rng(0).integers(0, 256, (1500, 1500, 3), np.uint8)
 
 def picture():
-    images.write(folder / "out.png", pixels)
+    write_image(folder / "out.png", pixels)
 
 def text():
     with writing(folder / "out.txt") as temporary, temporary.open("w") as file:
@@ -56,6 +56,6 @@ def test_what_is_being_written_when_the_signal_comes_leaves_nothing(tmp_path: Pa
     assert "Stopped" in said
     assert {path.name for path in tmp_path.iterdir()} <= {"out.png", "out.txt"}
     if (tmp_path / "out.png").exists():
-        assert images.read(tmp_path / "out.png").rgb.shape == (1500, 1500, 3)
+        assert read_image(tmp_path / "out.png").rgb.shape == (1500, 1500, 3)
     if (tmp_path / "out.txt").exists():
         assert (tmp_path / "out.txt").read_text().endswith("99999\n")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tilewright.runtime.errors import BundleError, EnvironmentMismatch, UsageError
-from tilewright.runtime.text import encode
+from tilewright.runtime.text import token_ids
 
 tokenizers = pytest.importorskip("tokenizers", reason="a text input needs them")
 
@@ -34,7 +34,7 @@ def file(tmp_path):
 
 def refusal(kind: type[Exception], *arguments) -> str:
     with pytest.raises(kind) as caught:
-        encode(*arguments)
+        token_ids(*arguments)
     text = str(caught.value)
     assert text.isprintable()
     assert len(text) < 500
@@ -52,12 +52,12 @@ def refusal(kind: type[Exception], *arguments) -> str:
 )
 @pytest.mark.parametrize("truncated", [False, True])
 def test_a_text_becomes_one_row_of_ids_padded_as_the_file_says(file, truncated, text, ids):
-    row = encode(file(truncated), text, 6)
+    row = token_ids(file(truncated), text, 6)
     assert (row.dtype, row.tolist()) == (np.int64, [ids])
 
 
 def test_a_long_text_is_cut_where_the_file_says(file):
-    assert encode(file(truncated=True), "sharp " * 1000, 6).tolist() == [[4, 4, 4, 4, 4, 1]]
+    assert token_ids(file(truncated=True), "sharp " * 1000, 6).tolist() == [[4, 4, 4, 4, 4, 1]]
 
 
 def test_a_long_text_is_refused_where_the_file_does_not_cut(file):
@@ -95,7 +95,7 @@ def test_a_file_that_is_no_tokenizer_is_refused(tmp_path, content):
 
 def test_a_tokenizer_that_fails_on_a_text_is_refused(file):
     path = file(unknown="<none>")
-    assert encode(path, "a", 6).tolist() == [[3, 1, 0, 0, 0, 0]]
+    assert token_ids(path, "a", 6).tolist() == [[3, 1, 0, 0, 0, 0]]
     assert "is no tokenizer that can be used (WordLevel error" in refusal(BundleError, path, "unheard", 6)
 
 
@@ -108,8 +108,9 @@ def test_without_the_package_a_text_says_what_to_install(file, monkeypatch):
 
 def test_the_package_is_loaded_when_a_text_is_encoded_and_no_sooner(file):
     code = (
-        "import sys; from pathlib import Path; from tilewright.runtime.text import encode\n"
-        f"print('tokenizers' in sys.modules); encode(Path({str(file())!r}), 'a', 6); print('tokenizers' in sys.modules)"
+        "import sys; from pathlib import Path; from tilewright.runtime.text import token_ids\n"
+        f"print('tokenizers' in sys.modules); token_ids(Path({str(file())!r}), 'a', 6)\n"
+        "print('tokenizers' in sys.modules)"
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert said.stdout.split() == ["False", "True"]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tilewright.export.cli import main
+from tilewright.cli.main import main
 
 __all__ = ["refused"]
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tilewright.export.cli import main
-from tilewright.runtime.program import Program
+from tilewright.cli.main import main
+from tilewright.runtime.bundle.program import Program
 
 __all__ = ["assert_flags_exist", "page", "run_commands"]
 

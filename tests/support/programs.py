@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 from tilewright.export.system import Settings, System
-from tilewright.runtime.program import Program, Signature
-from tilewright.runtime.strict import encode, from_json
+from tilewright.runtime.bundle.program import Program, Signature
+from tilewright.runtime.bundle.strict import encode, from_json
 
 __all__ = ["assert_stored"]
 

@@ -22,7 +22,7 @@ from tilewright.export.networks import configs
 from tilewright.export.systems.flux.files import config
 from tilewright.export.systems.flux.fill import OF_SCHEDULE
 from tilewright.export.systems.flux.sizes import PRESETS
-from tilewright.runtime.schedules import flow_shift
+from tilewright.runtime.plan.schedules import flow_shift
 from train import command, linear
 from train.loop import Average, adam, stage
 from train.pictures import appearance, crops, mixed, score

@@ -16,11 +16,12 @@ from tilewright.export.weights.files import converted, copy_tensors, find
 from tilewright.export.weights.finite import nonfinite
 from tilewright.export.weights.lora import merge, without_pairs
 from tilewright.export.weights.writing import random_weights, write_tensors
-from tilewright.runtime.bundle import File, Folder, Reference, Weights
-from tilewright.runtime.digests import sha256_of_file
+from tilewright.runtime.bundle.digests import sha256_of_file
+from tilewright.runtime.bundle.manifest import File
+from tilewright.runtime.bundle.program import FLOATS, TensorSpec
+from tilewright.runtime.bundle.strict import from_json, to_json
+from tilewright.runtime.bundle.weights import Folder, Reference, Weights
 from tilewright.runtime.errors import InputError
-from tilewright.runtime.program import FLOATS, TensorSpec
-from tilewright.runtime.strict import from_json, to_json
 
 __all__ = ["read_weights", "stage"]
 

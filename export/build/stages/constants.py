@@ -11,7 +11,7 @@ from tilewright.export.build.request import Request
 from tilewright.export.build.stages.attach import read_weights
 from tilewright.export.build.versions import versions
 from tilewright.export.weights.writing import write_tensors
-from tilewright.runtime.program import TensorSpec
+from tilewright.runtime.bundle.program import TensorSpec
 
 __all__ = ["check_constants", "stage"]
 
@@ -63,7 +63,7 @@ def _work(request: Request, attached: Path, directory: Path) -> None:
     folders = {n: attached / "weights" / n if f.path is None else Path(f.path) for n, f in weights.folders.items()}
 
     def run(component: str, **inputs: Any) -> dict[str, Any]:
-        from tilewright.export.build.streamed import run_streamed  # PyTorch, where there is something to run
+        from tilewright.export.build.streamed import run_streamed
 
         refs = {n: (folders[weights.folder_name(component, r)], r) for n, r in weights.tensors[component].items()}
         return run_streamed(request.build_time[component], refs, inputs)

@@ -14,8 +14,8 @@ from tilewright.export.build.stages.attach import read_weights
 from tilewright.export.build.versions import versions
 from tilewright.export.system import ComponentSpec, part_of
 from tilewright.export.targets import TARGETS
-from tilewright.runtime.bundle import Reference
-from tilewright.runtime.strict import encode
+from tilewright.runtime.bundle.strict import encode
+from tilewright.runtime.bundle.weights import Reference
 
 __all__ = ["stage"]
 

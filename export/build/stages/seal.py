@@ -12,7 +12,8 @@ from tilewright.export.build.code import code
 from tilewright.export.build.request import Request
 from tilewright.export.build.stages.verify import REPORT
 from tilewright.export.build.versions import version
-from tilewright.runtime.bundle import Manifest, seal
+from tilewright.runtime.bundle.manifest import Manifest
+from tilewright.runtime.bundle.write import seal
 
 __all__ = ["stage"]
 

@@ -10,10 +10,10 @@ from tilewright.export.build.assembly import Assembly
 from tilewright.export.build.cache import Stage, write
 from tilewright.export.build.code import code
 from tilewright.export.build.versions import versions
-from tilewright.runtime.bundle import write_manifest
-from tilewright.runtime.digests import sha256_of_file
+from tilewright.runtime.bundle.digests import sha256_of_file
+from tilewright.runtime.bundle.strict import to_json
+from tilewright.runtime.bundle.write import write_manifest
 from tilewright.runtime.engines import ort
-from tilewright.runtime.strict import to_json
 
 __all__ = ["REPORT", "stage"]
 

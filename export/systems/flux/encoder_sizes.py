@@ -19,8 +19,8 @@ from tilewright.export.systems.flux.user_files import (
 )
 from tilewright.export.weights.config import Config, read_json
 from tilewright.export.weights.sizes import Said, file_of, folder_of, network_sizes
+from tilewright.runtime.bundle.strict import one_line
 from tilewright.runtime.errors import InputError
-from tilewright.runtime.strict import one_line
 
 __all__ = ["bridge_size", "clip_vision_sizes", "siglip_sizes", "text_sizes", "words_size"]
 

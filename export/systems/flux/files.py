@@ -15,7 +15,7 @@ from tilewright.export.systems.flux.fill import text_encoders as text_components
 from tilewright.export.systems.flux.keys import keys
 from tilewright.export.systems.flux.sizes import CLIP_TEXT, CLIP_VOCABULARY, PRESETS
 from tilewright.export.weights.config import Config
-from tilewright.runtime.program import TensorSpec
+from tilewright.runtime.bundle.program import TensorSpec
 
 __all__ = ["bfloat16", "config", "lora_pairs", "scheduler", "sharded", "text_encoders", "transformer", "vae"]
 

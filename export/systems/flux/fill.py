@@ -11,11 +11,11 @@ import numpy as np
 from tilewright.export.system import ComponentSpec, LoraFile, Option, Origin, Run, Settings, finite
 from tilewright.export.systems.flux.keys import named_by_diffusers
 from tilewright.export.systems.flux.sizes import SCHEDULE, Sizes
+from tilewright.runtime.bundle.program import Input, TensorSpec, Tiles
 from tilewright.runtime.errors import InputError, UsageError
 from tilewright.runtime.inputs import tensors_of
-from tilewright.runtime.program import Input, TensorSpec, Tiles
-from tilewright.runtime.schedules import flow_shift
-from tilewright.runtime.text import encode as encode_words
+from tilewright.runtime.plan.schedules import flow_shift
+from tilewright.runtime.text import token_ids as encode_words
 
 __all__ = [
     "BASE_OPTIONS",

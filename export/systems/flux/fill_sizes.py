@@ -20,8 +20,8 @@ from tilewright.export.systems.flux.user_files import (
 )
 from tilewright.export.weights.config import read_config
 from tilewright.export.weights.sizes import Said, file_of, folder_of, network_sizes
+from tilewright.runtime.bundle.strict import one_line
 from tilewright.runtime.errors import InputError
-from tilewright.runtime.strict import one_line
 
 __all__ = ["fill_sizes"]
 

@@ -18,8 +18,8 @@ from tilewright.export.systems.flux.keys import ignored, keys, origin
 from tilewright.export.systems.flux.sizes import PRESETS, Sizes
 from tilewright.export.weights.lora import as_parameters
 from tilewright.export.weights.sizes import Said, network_sizes
+from tilewright.runtime.bundle.program import Call, Grid, Pass, Program, Steps, TensorSpec
 from tilewright.runtime.inputs import tensors_of
-from tilewright.runtime.program import Call, Grid, Pass, Program, Steps, TensorSpec
 
 __all__ = ["SYSTEM"]
 

@@ -11,8 +11,8 @@ from tilewright.export.systems.flux.keys import keys
 from tilewright.export.weights.config import Config
 from tilewright.export.weights.files import resolve
 from tilewright.export.weights.sizes import Said, config_beside, file_of, folder_of, network_sizes
+from tilewright.runtime.bundle.strict import one_line
 from tilewright.runtime.errors import InputError
-from tilewright.runtime.strict import one_line
 
 __all__ = [
     "Shapes",

@@ -17,8 +17,8 @@ from tilewright.export.systems.flux.fill_sizes import fill_sizes
 from tilewright.export.systems.flux.keys import ignored, keys, origin
 from tilewright.export.systems.flux.sizes import PRESETS as SIZES
 from tilewright.export.weights.lora import as_parameters
+from tilewright.runtime.bundle.program import Call, Grid, Input, Pass, Program, State, Steps, TensorSpec, Text
 from tilewright.runtime.errors import UsageError
-from tilewright.runtime.program import Call, Grid, Input, Pass, Program, State, Steps, TensorSpec, Text
 
 __all__ = ["SYSTEM"]
 

@@ -12,8 +12,8 @@ from tilewright.export.networks.configs import DINOV3
 from tilewright.export.system import Option, Preset, Tensors, UserFiles
 from tilewright.export.weights.config import Config, read_config
 from tilewright.export.weights.sizes import Said, Shapes, blocks, file_of, network_sizes, shapes_of
+from tilewright.runtime.bundle.strict import one_line
 from tilewright.runtime.errors import InputError, UsageError
-from tilewright.runtime.strict import one_line
 
 __all__ = ["OPTIONS", "ORIGIN", "PRESETS", "PUBLISHED_VISION", "TILING", "of_networks", "sizes_and_licence"]
 

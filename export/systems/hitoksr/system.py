@@ -18,7 +18,7 @@ from tilewright.export.systems.hitoksr.sizes import (
     of_networks,
     sizes_and_licence,
 )
-from tilewright.runtime.program import Call, Grid, Pass, Program, TensorSpec, Tiles
+from tilewright.runtime.bundle.program import Call, Grid, Pass, Program, TensorSpec, Tiles
 
 __all__ = ["SYSTEM"]
 

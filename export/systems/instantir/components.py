@@ -5,7 +5,7 @@ from typing import Any
 
 from tilewright.export.system import ComponentSpec, Settings
 from tilewright.export.systems.instantir.sizes import Sizes
-from tilewright.runtime.program import TensorSpec
+from tilewright.runtime.bundle.program import TensorSpec
 
 __all__ = ["FLOAT", "GATES", "WORDS", "build_time", "components"]
 

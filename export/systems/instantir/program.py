@@ -3,7 +3,7 @@
 from tilewright.export.system import Settings
 from tilewright.export.systems.instantir.components import FLOAT, GATES, WORDS, components
 from tilewright.export.systems.instantir.sizes import Sizes
-from tilewright.runtime.program import Call, Grid, Input, Pass, Program, State, Steps, Text, Tiles
+from tilewright.runtime.bundle.program import Call, Grid, Input, Pass, Program, State, Steps, Text, Tiles
 
 __all__ = ["TOKENIZERS", "program"]
 

@@ -21,9 +21,9 @@ from tilewright.export.systems.instantir import modules
 from tilewright.export.systems.instantir.sizes import Sizes
 from tilewright.export.weights.config import Config, read_one_of
 from tilewright.export.weights.sizes import Said, config_beside, file_of, network_sizes
+from tilewright.runtime.bundle.strict import one_line
 from tilewright.runtime.errors import InputError, UsageError
-from tilewright.runtime.schedules import ddim
-from tilewright.runtime.strict import one_line
+from tilewright.runtime.plan.schedules import ddim
 
 __all__ = ["TEXTS", "sizes_of"]
 

@@ -7,7 +7,7 @@ from typing import Any
 from tilewright.export.system import ComponentSpec
 from tilewright.export.systems.instantir.keys import keys, origin
 from tilewright.export.systems.instantir.sizes import PRESETS
-from tilewright.runtime.program import TensorSpec
+from tilewright.runtime.bundle.program import TensorSpec
 
 __all__ = ["published"]
 

@@ -19,7 +19,7 @@ from tilewright.export.systems.instantir.program import TOKENIZERS, program
 from tilewright.export.systems.instantir.read import TEXTS, sizes_of
 from tilewright.export.systems.instantir.sizes import PRESETS, RANKS, Sizes
 from tilewright.runtime.errors import UsageError
-from tilewright.runtime.schedules import ddim
+from tilewright.runtime.plan.schedules import ddim
 
 __all__ = ["SYSTEM"]
 

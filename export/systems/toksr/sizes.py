@@ -10,8 +10,8 @@ from typing import Any
 from tilewright.export.networks.configs import CLIP_TEXT
 from tilewright.export.system import Option, Preset, Tensors, UserFiles, finite
 from tilewright.export.weights.sizes import Said, blocks, config_beside, file_of, network_sizes, shapes_of
+from tilewright.runtime.bundle.strict import one_line
 from tilewright.runtime.errors import InputError
-from tilewright.runtime.strict import one_line
 
 __all__ = ["PRESETS", "PUBLISHED_CLIP", "SIZE_OPTIONS", "sizes_of"]
 

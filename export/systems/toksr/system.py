@@ -12,8 +12,8 @@ from typing import Any
 
 from tilewright.export.system import ComponentSpec, Option, Origin, Preset, Settings, System, UserFiles, finite
 from tilewright.export.systems.toksr.sizes import PRESETS, PUBLISHED_CLIP, SIZE_OPTIONS, sizes_of
+from tilewright.runtime.bundle.program import Call, Grid, Input, Pass, Program, State, Steps, TensorSpec, Text, Tiles
 from tilewright.runtime.errors import UsageError
-from tilewright.runtime.program import Call, Grid, Input, Pass, Program, State, Steps, TensorSpec, Text, Tiles
 
 __all__ = ["SYSTEM"]
 

@@ -10,17 +10,18 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from tilewright.cli.main import main
 from tilewright.export.build.clean import clean
 from tilewright.export.build.forecast import GRAPH_BYTES, forecast
 from tilewright.export.build.plan import stages
 from tilewright.export.build.request import Request
 from tilewright.export.build.run import build
-from tilewright.export.cli import main
 from tilewright.runtime import load
-from tilewright.runtime.bundle import read, safetensors_header
-from tilewright.runtime.digests import cache_dir
+from tilewright.runtime.bundle.digests import cache_dir
+from tilewright.runtime.bundle.read import read_bundle
+from tilewright.runtime.bundle.safetensors import safetensors_header
 from tilewright.runtime.errors import InputError, ResourceError, UsageError
-from tilewright.runtime.memory import available_bytes
+from tilewright.runtime.estimate import available_bytes
 
 
 def tree(root: Path) -> dict[str, bytes]:
@@ -60,7 +61,7 @@ def test_pack_copies_only_what_is_read(hitoksr_tiny: Path, tmp_path: Path) -> No
     packed = load_file(tmp_path / "b" / "weights" / "hitoksr" / "hitoksr.safetensors")
     assert packed.keys() == tensors.keys()
     assert all((packed[name] == tensors[name]).all() for name in tensors)
-    assert read(tmp_path / "b").weights_folder("decode") == tmp_path / "b" / "weights" / "hitoksr"
+    assert read_bundle(tmp_path / "b").weights_folder("decode") == tmp_path / "b" / "weights" / "hitoksr"
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -75,7 +76,7 @@ def test_weights_stored_in_half_precision_are_read_as_they_lie(hitoksr_tiny: Pat
     report = json.loads((tmp_path / "b" / "reports" / "accuracy.json").read_text())
     # both compute in float32 over the same rounded weights
     assert report["components"]["decode"]["outputs"]["image"]["relative_l2"] <= 1e-5
-    assert {r.dtype for r in read(tmp_path / "b").weights.tensors["decode"].values()} == {dtype}
+    assert {r.dtype for r in read_bundle(tmp_path / "b").weights.tensors["decode"].values()} == {dtype}
 
 
 def test_wrong_weights_are_refused_by_name(hitoksr_tiny: Path, tmp_path: Path) -> None:
@@ -218,6 +219,6 @@ def test_wrong_files_are_found_before_anything_is_traced_or_read(
 def test_without_a_home_a_build_works_where_the_cache_is_named(tmp_path: Path) -> None:
     environment = {"PATH": os.environ["PATH"], "TILEWRIGHT_CACHE_DIR": str(tmp_path / "cache")}
     words = ["export", "build", "hitoksr", "--preset", "tiny", "--random-weights", "0", "-o", str(tmp_path / "b")]
-    command = [sys.executable, "-m", "tilewright.export.cli", *words, "--dry-run"]
+    command = [sys.executable, "-m", "tilewright.cli.main", *words, "--dry-run"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

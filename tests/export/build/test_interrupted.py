@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tilewright.export.build.cache import filling, staging
-from tilewright.runtime.bundle import read
+from tilewright.runtime.bundle.read import read_bundle
 
 KILLS, STOPS, PAIRS = 20, 12, 3
 # seconds a stage takes, about
@@ -21,7 +21,7 @@ LASTS = {"attach": 0.02, "constants": 0.02, "trace": 6.0, "optimise": 0.5, "veri
 
 def words(out: Path, *more: str) -> list[str]:
     """The command of a tiny build."""
-    start = [sys.executable, "-m", "tilewright.export.cli", "export", "build", "hitoksr", "--preset", "tiny"]
+    start = [sys.executable, "-m", "tilewright.cli.main", "export", "build", "hitoksr", "--preset", "tiny"]
     return [*start, "--random-weights", "0", "-o", str(out), *more]
 
 
@@ -56,11 +56,11 @@ def test_a_killed_build_is_finished_by_the_next(tmp_path: Path) -> None:
         running.communicate()
         killed += running.returncode == -signal.SIGKILL
         if out.exists():
-            read(out)  # a bundle that is there is whole
+            read_bundle(out)  # a bundle that is there is whole
             shutil.rmtree(out)
     assert killed > KILLS // 2
     subprocess.run(command, env=environment, check=True, capture_output=True)
-    verified = [sys.executable, "-m", "tilewright.export.cli", "export", "verify", str(out)]
+    verified = [sys.executable, "-m", "tilewright.cli.main", "export", "verify", str(out)]
     subprocess.run(verified, env=environment, check=True, capture_output=True)
     assert left_over(tmp_path) == []
 
@@ -109,7 +109,7 @@ def test_builds_at_once_on_a_fresh_cache_all_succeed(tmp_path: Path, outputs: tu
         said = [process.communicate()[1] for process in running]
         assert [process.returncode for process in running] == [0, 0], said
         assert sum(line.split()[:2] == ["trace", "done"] for text in said for line in text.splitlines()) == 1
-        assert len({read(tmp_path / f"{name}{trial}").digest for name in outputs}) == 1
+        assert len({read_bundle(tmp_path / f"{name}{trial}").digest for name in outputs}) == 1
         assert left_over(tmp_path) == []
 
 

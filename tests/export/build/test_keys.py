@@ -87,7 +87,7 @@ def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("runtime/inputs.py", "verify"),
         ("export/build/assembly.py", "verify"),
         ("export/build/stages/verify.py", "verify"),
-        ("runtime/bundle.py", "seal"),
+        ("runtime/bundle/write.py", "seal"),
         ("export/build/stages/seal.py", "seal"),
     ],
 )

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tilewright.export.graph.footprint import footprint, peak_alive
-from tilewright.runtime.bundle import Memory
+from tilewright.runtime.bundle.manifest import Memory
 
 
 def parsed(body: str) -> ir.Model:

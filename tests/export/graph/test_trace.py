@@ -20,7 +20,7 @@ from support.systems import components_of
 from tilewright.export.graph.ops import inline
 from tilewright.export.graph.trace import OPSET, UNRESOLVED, network_on_meta, trace
 from tilewright.export.system import ComponentSpec
-from tilewright.runtime.program import TensorSpec
+from tilewright.runtime.bundle.program import TensorSpec
 
 TESTS = Path(__file__).parents[2]
 COMPONENTS = pytest.mark.parametrize("component", ["generate", "decode"])

@@ -13,7 +13,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from tilewright.export.networks.text import T5, ClipText
 from tilewright.export.system import ComponentSpec
-from tilewright.runtime.program import TensorSpec
+from tilewright.runtime.bundle.program import TensorSpec
 
 # the library takes the logarithm of a distance of 0 and discards it, which NumPy remarks on when it is folded
 pytestmark = pytest.mark.filterwarnings("ignore:(divide by zero|invalid value):RuntimeWarning")

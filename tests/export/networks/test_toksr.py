@@ -14,9 +14,9 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from support.toksr import Denoiser, picture_of, tokens_of
 from tilewright.export.networks.toksr import Detokenise, Step, Text, Tokenise
 from tilewright.export.system import ComponentSpec
+from tilewright.runtime.bundle.program import TensorSpec
 from tilewright.runtime.engines.ort import OrtEngine
-from tilewright.runtime.program import TensorSpec
-from tilewright.runtime.schedules import ddim
+from tilewright.runtime.plan.schedules import ddim
 
 BASE = {"width": 768, "layers": 12, "heads": 12}
 LARGE = {"width": 1024, "layers": 24, "heads": 16}

@@ -21,7 +21,7 @@ from transformers import (
 
 from tilewright.export.networks.vision import Bridge, ClipVision, DinoPositions, Redux, Siglip, resize_matrix, resized
 from tilewright.export.system import ComponentSpec
-from tilewright.runtime.program import TensorSpec
+from tilewright.runtime.bundle.program import TensorSpec
 
 SIDE = 28
 SIGLIP = {

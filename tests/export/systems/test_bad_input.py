@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from tilewright.export.cli import main
+from tilewright.cli.main import main
 
 TRANSFORMER = "FLUX.1-Fill-dev/transformer/diffusion_pytorch_model.safetensors"
 EMBEDDER = "FLUX.1-Redux-dev/image_embedder/diffusion_pytorch_model.safetensors"

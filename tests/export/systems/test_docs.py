@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from support.systems import settings_of
-from tilewright.export.cli import main
+from tilewright.cli.main import main
 from tilewright.export.systems import system
 from tilewright.export.tokenizers import stand_in_clip
 

@@ -38,7 +38,7 @@ from tilewright.export.systems.flux.sizes import PRESETS
 from tilewright.export.systems.flux.vicr import SYSTEM as VICR
 from tilewright.export.weights.files import attach, find, open_reference, resolve
 from tilewright.export.weights.lora import as_parameters
-from tilewright.runtime.bundle import Reference
+from tilewright.runtime.bundle.weights import Reference
 from tilewright.runtime.errors import InputError
 
 HALVES = ("step", "modulate"), ("encode", "decode")

@@ -15,10 +15,10 @@ from tilewright.export.build.run import build
 from tilewright.export.networks.vision import ClipVision
 from tilewright.export.verify.engines import sample_photo
 from tilewright.runtime import load
-from tilewright.runtime.noise import normal
-from tilewright.runtime.program import Tiles
+from tilewright.runtime.bundle.program import Tiles
+from tilewright.runtime.plan.noise import normal
 from tilewright.runtime.scheduler import Job, run
-from tilewright.runtime.text import encode
+from tilewright.runtime.text import token_ids
 
 SPATIAL, CHANNELS, STEPS = 4, 3, 5
 PROMPT = "a stone bridge"
@@ -98,7 +98,7 @@ def test_in_tokens_words_are_read_by_the_encoders_of_the_files(published: Publis
     fill, ids = published.folder / "FLUX.1-Fill-dev", []
     for text, length in ((tokenizers.t5(fill / "tokenizer_2", 40), 40), (tokenizers.clip(fill / "tokenizer", 18), 18)):
         (tmp_path / "tokenizer.json").write_text(text)
-        ids.append(encode(tmp_path / "tokenizer.json", PROMPT, length))
+        ids.append(token_ids(tmp_path / "tokenizer.json", PROMPT, length))
     made = load_file(tmp_path / "b" / "constants.safetensors")
     for ours, expected in zip((made["context"], made["pooled"]), words_of(published, *ids), strict=True):
         assert distance(ours, expected.numpy()) <= 1e-5
@@ -111,7 +111,7 @@ def test_vicr_is_built_of_the_sizes_that_the_files_say(
         build(Request("vicr", None, tmp_path / "b", published.folder, verify="never"))
     assert not caplog.records
     files = (("t5_ids", "t5.json", 40), ("clip_ids", "clip.json", 18))
-    ids = {name: encode(tmp_path / "b" / "tokenizers" / file, PROMPT, n) for name, file, n in files}
+    ids = {name: token_ids(tmp_path / "b" / "tokenizers" / file, PROMPT, n) for name, file, n in files}
     look = ClipVision(SIZES["clip_vision"], short=SHORT, mean=MEAN, deviation=DEVIATION)
     context, pooled = words_of(published, *ids.values())
     parts = (published.transformer, published.vae, SIZES["scheduler"], published.clip_vision, look.pixels)

@@ -24,7 +24,7 @@ from tilewright.export.systems.flux.sizes import PRESETS
 from tilewright.export.systems.flux.vicr import SYSTEM as VICR
 from tilewright.export.weights.files import find
 from tilewright.export.weights.writing import write_tensors
-from tilewright.runtime.bundle import Reference
+from tilewright.runtime.bundle.weights import Reference
 from tilewright.runtime.errors import InputError, UsageError
 
 FULL = PRESETS["full"]

@@ -24,12 +24,12 @@ from tilewright.export.systems.flux.in_token import SYSTEM
 from tilewright.export.systems.flux.sizes import PRESETS
 from tilewright.export.verify.engines import sample_photo
 from tilewright.runtime import load
-from tilewright.runtime.bundle import read
+from tilewright.runtime.bundle.program import Program, Signature
+from tilewright.runtime.bundle.read import read_bundle
+from tilewright.runtime.bundle.strict import from_json
 from tilewright.runtime.errors import UsageError
-from tilewright.runtime.noise import normal
-from tilewright.runtime.program import Program, Signature
+from tilewright.runtime.plan.noise import normal
 from tilewright.runtime.scheduler import Job, run
-from tilewright.runtime.strict import from_json
 
 SIZES = PRESETS["tiny"]
 MULTIPLE, SPATIAL, CHANNELS = SIZES.multiple, SIZES.spatial, SIZES.channels
@@ -224,14 +224,14 @@ def built(tmp_path: Path, **options: Any) -> Path:
 
 def test_the_whole_modulation_in_the_step_gives_the_same_picture(tmp_path: Path, usual: np.ndarray) -> None:
     bundle = built(tmp_path, no_split_modulation=True)
-    assert "modulate" not in read(bundle).manifest.components
+    assert "modulate" not in read_bundle(bundle).manifest.components
     assert np.abs(restored(bundle, scale=1, steps=6).astype(int) - usual).max() <= 1
 
 
 def test_fixed_tiles_need_no_modulation_weights_and_give_the_same_picture(tmp_path: Path) -> None:
     fixed = built(tmp_path / "fixed", fixed_tile=[64, 128], steps=6)
     free = built(tmp_path / "free", steps=6)
-    manifest, weights = read(fixed).manifest, read(fixed).weights
+    manifest, weights = read_bundle(fixed).manifest, read_bundle(fixed).weights
     assert "modulate" not in manifest.components
     assert not [name for name in weights.tensors["step"] if "norm1.linear" in name or "time_text_embed" in name]
     accounts = json.loads((fixed / "reports" / "weights.json").read_text())["transformer"]
@@ -260,7 +260,7 @@ def test_a_lora_on_the_modulation_is_in_the_table_of_fixed_tiles(tmp_path: Path,
     save_file(pairs, tmp_path / "lora.safetensors")
     given = {"lora": f"{tmp_path / 'lora.safetensors'}:0.5", "steps": 6}
     free, fixed = built(tmp_path / "free", **given), built(tmp_path / "fixed", **given, fixed_tile=[64])
-    assert "lora_scale" in read(free).program.inputs and "lora_scale" not in read(fixed).program.inputs
+    assert "lora_scale" in read_bundle(free).program.inputs and "lora_scale" not in read_bundle(fixed).program.inputs
     options = {"scale": 2, "tile": 64, "overlap": 16}
     ours, theirs = (restored(bundle, **options) for bundle in (fixed, free))
     without = restored(in_token_tiny, **options, steps=6)

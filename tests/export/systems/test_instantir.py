@@ -21,10 +21,10 @@ from tilewright.export.systems.instantir.sizes import PRESETS
 from tilewright.export.systems.instantir.system import SYSTEM
 from tilewright.export.verify.engines import sample_photo
 from tilewright.runtime import load
-from tilewright.runtime.noise import normal
+from tilewright.runtime.plan.noise import normal
+from tilewright.runtime.plan.tiles import Tile, TilePlan, tile_plan, weights
 from tilewright.runtime.scheduler import Job, run
-from tilewright.runtime.text import encode
-from tilewright.runtime.tiles import Plan, Tile, plan, weights
+from tilewright.runtime.text import token_ids
 
 SIZES, SEED = PRESETS["tiny"], 7
 PROMPT, NEGATIVE = "a sharp photo", "the image"
@@ -39,7 +39,7 @@ class Eager:
     def __init__(self, tokenizers: Path) -> None:
         self.files = reference.make_files(reference.TINY, 0)
         self.ids = {
-            f"{prefix}{name}": encode(tokenizers / file, text, SIZES.words)
+            f"{prefix}{name}": token_ids(tokenizers / file, text, SIZES.words)
             for prefix, text in (("", PROMPT), ("negative_", NEGATIVE))
             for name, file in (("ids", "clip.json"), ("ids_2", "clip_2.json"))
         }
@@ -345,7 +345,7 @@ def test_a_trajectory(bundles: dict[str, Any], eager: Eager, bundle: str, steps:
     assert ours.std() > 0.05
 
 
-TILED, TILING, STEPS = canvas(112, 48), plan(112, 48, 64, 16, SIZES.multiple), 4  # two tiles of 64x48
+TILED, TILING, STEPS = canvas(112, 48), tile_plan(112, 48, 64, 16, SIZES.multiple), 4  # two tiles of 64x48
 
 
 def loop(eager: Eager, image: np.ndarray, how: dict[str, Any]) -> Generator[Any, Any, None]:
@@ -378,7 +378,7 @@ def under(grid: Any, tile: Tile, px: int) -> Any:
     return grid[..., top:bottom, left:right]
 
 
-def blended(tiling: Plan, px: int, parts: list[Tensor]) -> Tensor:
+def blended(tiling: TilePlan, px: int, parts: list[Tensor]) -> Tensor:
     """Tiles joined with the runtime's weights."""
     whole = torch.zeros(*parts[0].shape[:-2], tiling.height // px, tiling.width // px)
     rows, columns = weights(tiling, px)

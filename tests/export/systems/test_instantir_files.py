@@ -19,9 +19,9 @@ from safetensors.torch import save_file
 from support import instantir_reference as upstream
 from support.instantir_files import FILES, SDXL, write_folder
 from support.programs import assert_stored
+from tilewright.cli.main import main
 from tilewright.export.build.request import Request
 from tilewright.export.build.stages.attach import stage
-from tilewright.export.cli import main
 from tilewright.export.graph.trace import parameter_specs
 from tilewright.export.system import Preset, Settings, Tensors, UserFiles
 from tilewright.export.systems.instantir.sizes import PRESETS
@@ -29,12 +29,14 @@ from tilewright.export.systems.instantir.system import LORA, SYSTEM
 from tilewright.export.weights.files import attach, find
 from tilewright.export.weights.lora import lora_of
 from tilewright.export.weights.writing import write_tensors
-from tilewright.runtime.bundle import Reference, Weights, read, safetensors_header
-from tilewright.runtime.digests import sha256_of_file
+from tilewright.runtime.bundle.digests import sha256_of_file
+from tilewright.runtime.bundle.program import TensorSpec
+from tilewright.runtime.bundle.read import read_bundle
+from tilewright.runtime.bundle.safetensors import safetensors_header
+from tilewright.runtime.bundle.strict import from_json
+from tilewright.runtime.bundle.weights import Reference, Weights
 from tilewright.runtime.engines.ort import open_engine
-from tilewright.runtime.program import TensorSpec
 from tilewright.runtime.restore import load
-from tilewright.runtime.strict import from_json
 
 OWN = ("adapter", "aggregator", "previewer")
 UNREAD = {"text_encoder": 18, "dino": 1}  # its last layer and norm; the mask token
@@ -280,14 +282,14 @@ def test_both_layouts_and_the_variant_are_one_adapter(
     monkeypatch.setenv("TILEWRIGHT_CACHE_DIR", str(own))
     torch.save(renamed(nested, LAYOUT), mine / "flat.pt")
     save_file(nested, mine / "variant.safetensors")
-    expected = held_by(read(bundle).weights)
+    expected = held_by(read_bundle(bundle).weights)
     variant, _ = attached(mine, tmp_path / "attached", adapter="variant.safetensors")
     graphs = {place: data for place, data in held_by(variant).items() if place in expected}
     assert graphs == expected
     assert variant.folders["adapter"].path == str(mine)
     assert main(words(mine, tmp_path / "b", adapter="flat.pt")) == 0
-    assert held_by(read(tmp_path / "b").weights) == expected
-    assert Path(str(read(tmp_path / "b").weights.folders["adapter"].path)).is_relative_to(own / "converted")
+    assert held_by(read_bundle(tmp_path / "b").weights) == expected
+    assert Path(str(read_bundle(tmp_path / "b").weights.folders["adapter"].path)).is_relative_to(own / "converted")
     before = restored(bundle)
     assert main(["export", "clean"]) == 0
     assert not list((own / "build").glob("*/*"))
@@ -295,7 +297,7 @@ def test_both_layouts_and_the_variant_are_one_adapter(
 
 
 def test_one_unet_lies_on_the_disk_and_every_tensor_is_accounted_for(bundle: Path, published: Path) -> None:
-    weights, file = read(bundle).weights, (published / FILES["unet"]).resolve()
+    weights, file = read_bundle(bundle).weights, (published / FILES["unet"]).resolve()
     assert not (bundle / "weights").exists()
     assert sum(f.stat().st_size for f in bundle.rglob("*.safetensors")) < 10_000  # constants
     places = [(c, where(weights, c, r)) for c, of in weights.tensors.items() for r in of.values()]
@@ -360,7 +362,7 @@ def test_an_adapter_without_adaptive_norms_is_plain_and_says_so(
     assert "has no ln_k_ip" in said
     zeroed = {k: torch.zeros_like(t) if ".ln_" in k else t for k, t in adapter["ip_adapter"].items()}
     files = tensors() | {"adapter": adapter | {"ip_adapter": zeroed}, "previewer": few}
-    eager, opened = upstream.Reference(files, upstream.TINY), read(tmp_path / "b")
+    eager, opened = upstream.Reference(files, upstream.TINY), read_bundle(tmp_path / "b")
     draw = torch.Generator().manual_seed(1)
     context, pooled, z = (torch.randn(s, generator=draw) for s in ((2, 16, 32), (2, 16), (1, 4, 8, 12)))
     features, control = torch.randn(2, 5, 32, generator=draw), torch.full((1, 1), 0.5)

@@ -20,10 +20,10 @@ from tilewright.export.build.request import Request
 from tilewright.export.build.run import build
 from tilewright.export.verify.engines import sample_photo
 from tilewright.runtime import load
-from tilewright.runtime.noise import normal
+from tilewright.runtime.plan.noise import normal
+from tilewright.runtime.plan.tiles import tile_plan, weights
 from tilewright.runtime.scheduler import Job, run
-from tilewright.runtime.text import encode
-from tilewright.runtime.tiles import plan, weights
+from tilewright.runtime.text import token_ids
 
 WORDS, BOS, EOS, SEED, GUIDANCE = "a cab", 62, 63, 5, 3.0
 # name -> the files' sizes and the options of the build; any two choices of a step in every combination
@@ -95,7 +95,7 @@ def eager(name, image):
     sizes, options = BUNDLES[name]
     text = clip().text_model(torch.tensor([ids_of(WORDS)])).last_hidden_state
     label = (text[0] if options.get("text_mode") == "all77" else text[:, ids_of(WORDS).index(EOS)]).double()
-    tiling = plan(*image.shape[:0:-1], sizes["image"], sizes["patch"], sizes["patch"])  # which share a patch
+    tiling = tile_plan(*image.shape[:0:-1], sizes["image"], sizes["patch"], sizes["patch"])  # which share a patch
     tiles = torch.from_numpy(np.stack([image.crop(t.top, t.left, t.height, t.width) for t in tiling.tiles]))
     told = text if sizes["encoder"]["text"] else None
     condition = tokens_of(network(sizes, "encoder"), sizes, tiles, told)
@@ -146,7 +146,7 @@ def counted(bundle):
 
 def walked(bundle, image, workers=1):
     with counted(bundle) as (restorer, engines):
-        ids = encode(bundle / "tokenizers" / "clip.json", WORDS, 8)
+        ids = token_ids(bundle / "tokenizers" / "clip.json", WORDS, 8)
         job = Job(image, seed=SEED, inputs={"ids": ids}, workers=workers)
         return run(restorer.bundle.program, engines, restorer.constants, job), engines
 

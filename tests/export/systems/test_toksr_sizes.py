@@ -23,8 +23,8 @@ from tilewright.export.graph.trace import parameter_specs
 from tilewright.export.system import Settings, UserFiles
 from tilewright.export.systems import system
 from tilewright.export.tokenizers import put, stand_in_clip
-from tilewright.runtime.check import check
-from tilewright.runtime.program import Signature
+from tilewright.runtime.bundle.check import check_program
+from tilewright.runtime.bundle.program import Signature
 
 TOKSR = system("toksr")
 ORIGIN_OF = {"tokenizer": "tokenizer", "clip": "text_encoder", "dit": "dit"}
@@ -68,7 +68,7 @@ def test_the_parameters_of_the_full_preset_are_the_published_ones():
 def test_every_program_could_run(preset, asked):
     settings = decided(TOKSR, user_files({}), preset, **asked)
     components = {n: Signature(c.inputs, c.outputs) for n, c in TOKSR.components(settings).items()}
-    check(TOKSR.program(settings), components, {})
+    check_program(TOKSR.program(settings), components, {})
 
 
 def test_networks_of_another_size_are_pytorchs_of_the_same_files(tmp_path):

@@ -22,21 +22,21 @@ from transformers import (
 
 from support.fill import Canvas, Vicr, distance, psnr
 from support.systems import components_of, settings_of
+from tilewright.cli.main import main
 from tilewright.export.build.request import Request
 from tilewright.export.build.run import build
-from tilewright.export.cli import main
 from tilewright.export.networks.vision import ClipVision
 from tilewright.export.systems.flux.sizes import PRESETS
 from tilewright.export.systems.flux.vicr import SYSTEM
 from tilewright.export.verify.engines import sample_photo
 from tilewright.runtime import load
-from tilewright.runtime.bundle import read
+from tilewright.runtime.bundle.program import Program, Signature
+from tilewright.runtime.bundle.read import read_bundle
+from tilewright.runtime.bundle.strict import from_json
 from tilewright.runtime.errors import InputError, UsageError
-from tilewright.runtime.noise import normal
-from tilewright.runtime.program import Program, Signature
+from tilewright.runtime.plan.noise import normal
 from tilewright.runtime.scheduler import Job, run
-from tilewright.runtime.strict import from_json
-from tilewright.runtime.text import encode
+from tilewright.runtime.text import token_ids
 
 SIZES = PRESETS["tiny"]
 SPATIAL, CHANNELS = SIZES.spatial, SIZES.channels
@@ -75,7 +75,7 @@ def texts(bundle: Path) -> tuple[torch.Tensor, torch.Tensor]:
     clip = CLIPTextModel(CLIPTextConfig(**SIZES.clip_text | {"eos_token_id": 2})).eval()
     clip.load_state_dict({k.removeprefix("text_model."): t for k, t in held(bundle, "text_encoder").items()})
     ids = (
-        torch.from_numpy(encode(bundle / "tokenizers" / file, WORDS, n))
+        torch.from_numpy(token_ids(bundle / "tokenizers" / file, WORDS, n))
         for file, n in (("t5.json", SIZES.words), ("clip.json", SIZES.clip_words))
     )
     return t5(next(ids)).last_hidden_state, clip(next(ids)).pooler_output
@@ -103,7 +103,7 @@ def test_the_whole_trajectory_and_the_picture_are_those_of_upstream_parts(
     with load(vicr_tiny) as restorer:
         engines = counted(restorer)
         ids = {
-            name: encode(vicr_tiny / "tokenizers" / file, WORDS, n)
+            name: token_ids(vicr_tiny / "tokenizers" / file, WORDS, n)
             for name, file, n in (("t5_ids", "t5.json", SIZES.words), ("clip_ids", "clip.json", SIZES.clip_words))
         }
         ours = run(restorer.bundle.program, engines, restorer.constants, Job(Canvas(image), seed=5, inputs=ids))
@@ -180,7 +180,7 @@ def test_a_margin_of_columns_is_decoded_instead_of_the_canvas(vicr_tiny: Path, t
 
 def test_without_text_encoders_only_embeddings_are_taken(tmp_path: Path, vicr_tiny: Path) -> None:
     bundle = built(tmp_path, no_text=True)
-    assert not read(bundle).manifest.components.keys() & {"t5", "clip"}
+    assert not read_bundle(bundle).manifest.components.keys() & {"t5", "clip"}
     assert not (bundle / "tokenizers").exists()
     with torch.no_grad():
         context, pooled = texts(vicr_tiny)
@@ -242,17 +242,17 @@ def test_a_lora_beside_the_weights_equals_one_merged_into_them(vicr_tiny: Path, 
     assert np.abs(made["off"] - made["base"]).max() <= 1
     assert np.abs(made["branch"] - made["merged"]).max() <= 1
     assert np.abs(made["branch"] - made["base"]).mean() > 2
-    weights = read(merged).weights
+    weights = read_bundle(merged).weights
     assert {r.folder for r in weights.tensors["step"].values()} == {None, "merged"}
-    assert "merged" not in {r.folder for r in read(branch).weights.tensors["step"].values()}
+    assert "merged" not in {r.folder for r in read_bundle(branch).weights.tensors["step"].values()}
 
 
 def test_a_bundle_says_which_of_its_weights_are_random(vicr_tiny: Path, tmp_path: Path) -> None:
-    assert read(vicr_tiny).manifest.options["weights"] == "random, seed 0"
+    assert read_bundle(vicr_tiny).manifest.options["weights"] == "random, seed 0"
     bridge = load_numpy(vicr_tiny / "weights" / "lora" / "lora.safetensors")
     lora(tmp_path / "pairs.safetensors")
     save_file(load_numpy(tmp_path / "pairs.safetensors") | bridge, tmp_path / "vicr.safetensors")
-    options = read(built(tmp_path, lora=str(tmp_path / "vicr.safetensors"))).manifest.options
+    options = read_bundle(built(tmp_path, lora=str(tmp_path / "vicr.safetensors"))).manifest.options
     assert options["weights"] == "random, seed 0, but for lora" and options["packed"] == "no"
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 
-from tilewright.export.cli import main
+from tilewright.cli.main import main
 from tilewright.export.systems import SYSTEMS
 from tilewright.export.verify.engines import sample_photo
 

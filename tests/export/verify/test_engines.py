@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from tilewright.export.cli import main
+from tilewright.cli.main import main
 from tilewright.export.verify.engines import require, verify
-from tilewright.runtime.bundle import read, write_manifest
+from tilewright.runtime.bundle.read import read_bundle
+from tilewright.runtime.bundle.write import write_manifest
 from tilewright.runtime.errors import AccuracyError, ResourceError
 
 
@@ -42,7 +43,7 @@ def test_verification_notices_an_engine_that_computes_something_else(
     gain = next(n for n in model.graph.node if n.op_type == "RMSNormalization")
     next(a for a in gain.attribute if a.name == "epsilon").f = 0.3
     onnx.save(model, file)
-    write_manifest(bundle, read(hitoksr_tiny).manifest)
+    write_manifest(bundle, read_bundle(hitoksr_tiny).manifest)
     with pytest.raises(AccuracyError, match=r"decode\.image"):
         require(verify(bundle))
     capsys.readouterr()

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from tilewright.export.verify.seams import LEVEL, PICTURES, seam_excess
-from tilewright.runtime.tiles import plan
+from tilewright.runtime.plan.tiles import tile_plan
 
-PLAN = plan(96, 80, 48, 16, 4)  # borders at columns 32, 48 and 80, rows 32 and 48
+PLAN = tile_plan(96, 80, 48, 16, 4)  # borders at columns 32, 48 and 80, rows 32 and 48
 
 
 def test_a_picture_without_steps_has_no_seams() -> None:
@@ -47,4 +47,4 @@ def test_steps_beside_the_borders_count_against_them() -> None:
 
 def test_one_tile_has_no_borders() -> None:
     random = np.random.default_rng(0).random((3, 48, 48), np.float32)
-    assert seam_excess(random, plan(48, 48, 48, 0, 4), 4) == 0.0
+    assert seam_excess(random, tile_plan(48, 48, 48, 0, 4), 4) == 0.0

@@ -21,18 +21,10 @@ from tilewright.export.networks.hitoksr import HiTokConfig, VisionPrior
 from tilewright.export.system import Origin, Rows
 from tilewright.export.systems.hitoksr.system import SYSTEM as HITOKSR
 from tilewright.export.weights import files
-from tilewright.export.weights.files import (
-    Tensors,
-    attach,
-    copy_tensors,
-    find,
-    locate,
-    open_reference,
-    resolve,
-)
+from tilewright.export.weights.files import Tensors, attach, copy_tensors, find, locate, open_reference, resolve
 from tilewright.export.weights.writing import random_weights
-from tilewright.runtime.bundle import Reference
-from tilewright.runtime.digests import sha256_of_bytes, sha256_of_file
+from tilewright.runtime.bundle.digests import sha256_of_bytes, sha256_of_file
+from tilewright.runtime.bundle.weights import Reference
 from tilewright.runtime.errors import InputError, UsageError
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

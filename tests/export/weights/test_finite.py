@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from tilewright.export.weights.finite import CHUNK, nonfinite
-from tilewright.runtime.bundle import Reference, safetensors_header
+from tilewright.runtime.bundle.safetensors import safetensors_header
+from tilewright.runtime.bundle.weights import Reference
 
 KINDS = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2]
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tilewright.export.verbs import _asked, _local
+from tilewright.cli.commands import _asked, _local
 from tilewright.export.weights.files import find
 from tilewright.export.weights.hub import local
 from tilewright.runtime.errors import InputError
@@ -121,7 +121,7 @@ def test_a_download_that_fails_is_one_line(monkeypatch):
 def test_options_that_name_files_may_be_repo_ids_too_and_words_may_not(hub):
     snapshot = cached(hub, COMMIT, "main")
     assert _local("org/model:0.8") == f"{snapshot}:0.8" and _local("org/model") == str(snapshot)
-    from tilewright.export.verbs import parser
+    from tilewright.cli.commands import parser
 
     command = ["export", "build", "toksr", "--clip", "org/model", "--prompt", "org/model", "-o", "out"]
     given = _asked(parser().parse_args(command))

@@ -14,7 +14,7 @@ from torch import nn
 
 from tilewright.export.weights.files import converted, find
 from tilewright.export.weights.lora import Adapter, merge, read
-from tilewright.runtime.bundle import Reference
+from tilewright.runtime.bundle.weights import Reference
 from tilewright.runtime.errors import InputError
 
 NEEDED = "the package whose files are read"

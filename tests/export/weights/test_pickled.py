@@ -24,7 +24,7 @@ from tilewright.export.build.clean import clean
 from tilewright.export.weights import pickled
 from tilewright.export.weights.files import PICKLED, converted, find, open_reference
 from tilewright.export.weights.pickled import as_safetensors, first_element
-from tilewright.runtime.bundle import SAFETENSORS_DTYPES
+from tilewright.runtime.bundle.safetensors import SAFETENSORS_DTYPES
 from tilewright.runtime.errors import InputError
 
 WIDTHS = dict(SAFETENSORS_DTYPES.values())

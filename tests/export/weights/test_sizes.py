@@ -10,7 +10,7 @@ import pytest
 from tilewright.export.system import Preset, Tensors
 from tilewright.export.weights.config import Config
 from tilewright.export.weights.sizes import Said, blocks, config_beside, network_sizes, shapes_of
-from tilewright.runtime.bundle import Reference
+from tilewright.runtime.bundle.weights import Reference
 from tilewright.runtime.errors import InputError, UsageError
 
 USUAL = {"width": 8, "heads": 2, "levels": (4, 8), "act": "gelu"}

@@ -2,7 +2,7 @@
 
 from tilewright.export.system import ComponentSpec, LoraFile, Option, Origin, Settings, System, finite
 from tilewright.export.weights.lora import as_parameters
-from tilewright.runtime.program import Call, Grid, Pass, Program, TensorSpec, Tiles
+from tilewright.runtime.bundle.program import Call, Grid, Pass, Program, TensorSpec, Tiles
 
 
 def components(settings: Settings) -> dict[str, ComponentSpec]:

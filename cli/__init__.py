@@ -1,0 +1,1 @@
+"""The command `tilewright`: one file a group of verbs."""

@@ -1,0 +1,236 @@
+"""The verbs of `tilewright export`: list, build, stand-in, inspect, verify, clean."""
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tilewright.cli.terminal import Progress, answer, expect_argument, verb
+from tilewright.runtime.bundle.digests import sha256_of_file
+
+if TYPE_CHECKING:
+    from tilewright.export.build.request import Request
+
+__all__ = ["add_verbs"]
+
+
+def add_verbs(verbs: Any) -> None:
+    """Every verb of the group."""
+    verb(verbs, "list", "systems and presets that can be built", _list)
+
+    build = verb(verbs, "build", "build a bundle from a system's weights", _build)
+    build.add_argument("system", help="a name that 'export list' shows")
+    build.add_argument("--preset", help="sizes for random weights (default: full); files say their own")
+    build.add_argument(
+        "--weights", type=Path, metavar="DIR", help="folder with the system's files, or ORG/NAME; not copied"
+    )
+    build.add_argument(
+        "--random-weights", type=int, metavar="SEED", help="seeded random ones for all that is not given"
+    )
+    build.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="the bundle's directory")
+    build.add_argument("--pack", action="store_true", help="copy the weights into the bundle")
+    build.add_argument(
+        "--verify",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="compare engines with eager PyTorch (default: where memory allows and weights are real)",
+    )
+    build.add_argument(
+        "--ops",
+        choices=("tilewright", "standard"),
+        default="tilewright",
+        help="keep our ops as nodes with functions, or inline them as standard ONNX",
+    )
+    build.add_argument("--allow-nonfinite", action="store_true", help="build from weights that hold NaN or infinity")
+    build.add_argument(
+        "--dry-run", action="store_true", help="check all files, predict stages, disk and memory; build nothing"
+    )
+    build.add_argument("--explain", action="store_true", help="say which inputs changed since the last build")
+
+    _system_options(build)
+
+    stand_in = verb(verbs, "stand-in", "write zeros in the place of a system's published files", _stand_in)
+    stand_in.add_argument("system", help="a name that 'export list' shows")
+    stand_in.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="a new folder")
+
+    inspect = verb(verbs, "inspect", "what a bundle holds and where every byte lives", _inspect)
+    inspect.add_argument("bundle", type=Path)
+    expect_argument(inspect)
+    inspect.add_argument("--weights-dir", type=Path, help="where the weights are, if they moved")
+
+    verify = verb(verbs, "verify", "compare a bundle's engines with eager PyTorch; exit 7 on a miss", _verify)
+    verify.add_argument("bundle", type=Path)
+    expect_argument(verify)
+    verify.add_argument("--size", type=int, metavar="PX", help="side of the picture (default: small, in small tiles)")
+    verify.add_argument("--weights-dir", type=Path, help="where the weights are, if they moved")
+
+    clean = verb(verbs, "clean", "remove cached build stages; bundles stay", _clean)
+    clean.add_argument("--older-than", type=float, default=0.0, metavar="DAYS", help="keep what is younger")
+    clean.add_argument(
+        "--converted", action="store_true", help="also weights converted from .pt and .bin, which bundles may point at"
+    )
+
+
+def _system_options(build: argparse.ArgumentParser) -> None:
+    from tilewright.export.systems import names, system
+
+    takers: dict[str, dict[str, list[str]]] = {}  # option -> what it does -> systems
+    options = {}
+    for s in names():
+        for name, option in system(s).options.items():
+            options[name] = option
+            takers.setdefault(name, {}).setdefault(option.help, []).append(s)
+    group = build.add_argument_group("options of some systems")
+    for name, option in options.items():
+        help_text = "; ".join(f"{text} ({', '.join(of)})" for text, of in takers[name].items())
+        flag = f"--{name.replace('_', '-')}"
+        if option.flag:
+            group.add_argument(flag, action="store_const", const=True, help=help_text)
+        else:
+            choices = option.choices or None
+            group.add_argument(
+                flag, type=option.kind, choices=choices, metavar=None if choices else "X", help=help_text
+            )
+
+
+def _asked(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The system's own options that were given."""
+    from tilewright.export.systems import names, system
+
+    options = dict.fromkeys(name for s in names() for name in system(s).options)
+    asked = {name: value for name in options if (value := getattr(arguments, name)) is not None}
+    paths = {origin.argument for origin in system(arguments.system).origins.values()}
+    return {name: _local(value) if name in paths else value for name, value in asked.items()}
+
+
+def _local(value: str) -> str:
+    """What a repo id means, with the strength that may be behind it."""
+    from tilewright.export.weights.hub import local
+    from tilewright.export.weights.lora import path_and_strength
+
+    path = str(path_and_strength(value)[0])
+    return str(local(path)) + value.removeprefix(path)
+
+
+def _stand_in(arguments: argparse.Namespace) -> None:
+    from tilewright.export.systems import system
+    from tilewright.export.weights.stand_in import stand_in
+
+    made = stand_in(system(arguments.system), arguments.out)
+    answer(
+        arguments,
+        made,
+        f"{made['folder']}: {len(made['files'])} files, {made['tensors']} tensors of zeros,"
+        f" {made['apparent_bytes'] / 1e9:.1f} GB that take {made['disk_bytes'] / 1e6:.1f} MB",
+    )
+
+
+def _list(arguments: argparse.Namespace) -> None:
+    from tilewright.export.systems import names, system
+
+    rows = [
+        {"system": s.name, "presets": list(s.presets), "title": s.title, "licence": s.licence}
+        for s in map(system, names())
+    ]
+    text = "\n".join(f"{r['system']:<12} {', '.join(r['presets']):<20} {r['title']}" for r in rows)
+    answer(arguments, rows, text)
+
+
+def _build(arguments: argparse.Namespace) -> None:
+    from tilewright.export.build.plan import all_remembered, quick_digest, stages
+    from tilewright.export.build.preflight import check_files
+    from tilewright.export.build.request import Request
+    from tilewright.export.build.run import build, changes
+    from tilewright.export.weights.hub import local
+
+    request = Request(
+        arguments.system,
+        arguments.preset,
+        arguments.out,
+        arguments.weights and local(str(arguments.weights)),
+        arguments.random_weights,
+        arguments.pack,
+        arguments.verify,
+        arguments.ops,
+        _asked(arguments),
+        arguments.allow_nonfinite,
+    )
+    if arguments.explain:
+        if not all_remembered(request):
+            check_files(request)
+        changed = changes(request, stages(request, quick_digest if arguments.dry_run else sha256_of_file))
+        lines = [f"{stage} runs, changed: {', '.join(reasons)}" for stage, reasons in changed.items()]
+        print("\n".join(lines or ["nothing changed since the last build"]), file=sys.stderr)
+    if arguments.dry_run:
+        _dry_run(arguments, request)
+        return
+    start = time.perf_counter()
+    with Progress() as progress:
+        cost = build(request, progress.stage)
+    seconds = time.perf_counter() - start
+    done = f"{arguments.out}: built in {seconds:.1f} s" if cost else f"{arguments.out}: up to date, nothing to do"
+    answer(arguments, {"bundle": str(arguments.out), "built": bool(cost), "stages": cost}, done)
+
+
+def _dry_run(arguments: argparse.Namespace, request: "Request") -> None:
+    from tilewright.export.build.forecast import forecast
+    from tilewright.export.build.plan import quick_digest, stages
+    from tilewright.export.build.preflight import check_files
+    from tilewright.export.build.run import up_to_date
+
+    check_files(request)
+    plan = stages(request, quick_digest)
+    predicted = forecast(request, plan, up_to_date=up_to_date(request, plan))
+    disk = ", ".join(f"{size / 1e6:.1f} MB under {place}" for place, size in predicted.disk.items()) or "nothing"
+    answer(
+        arguments,
+        predicted.to_json(),
+        f"stages: {', '.join(predicted.stages) or 'none, the bundle is up to date'}\n"
+        f"disk: {disk}\n"
+        f"peak memory: {predicted.memory / 1e9:.1f} GB",
+    )
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    from tilewright.export.inspect import inspect, text
+
+    found = inspect(arguments.bundle, arguments.weights_dir, arguments.expect)
+    answer(arguments, found, text(found))
+
+
+def _verify(arguments: argparse.Namespace) -> None:
+    from tilewright.export.verify.engines import require, verify
+    from tilewright.runtime.bundle.digests import writing
+
+    report = verify(
+        arguments.bundle, weights_dir=arguments.weights_dir, size_px=arguments.size, expect=arguments.expect
+    )
+    path = arguments.bundle / "reports" / "accuracy.json"
+    with writing(path) as temporary:
+        temporary.write_text(json.dumps(report, indent=2, sort_keys=True) + "\n")
+    lines = [f"{report['engine']} against {report['reference']}, {report['image']}"]
+    for name, component in report["components"].items():
+        for output, d in component["outputs"].items():
+            lines.append(f"{name}.{output}: relative L2 {d['relative_l2']:.1e}, max {d['max_abs']:.1e}")
+        if choices := component.get("choices"):
+            lines.append(f"{name}: " + ", ".join(f"{count} {what}" for what, count in choices.items()) + " choices")
+    lines.append(f"picture: PSNR {report['restore']['psnr_db']:.1f} dB")
+    lines.append("seams: " + ", ".join(f"{picture} {excess:+.0%}" for picture, excess in report["seams"].items()))
+    answer(arguments, report, "\n".join([*lines, f"written to {path}"]))
+    require(report)
+
+
+def _clean(arguments: argparse.Namespace) -> None:
+    from tilewright.export.build.clean import clean
+
+    cleaned = clean(arguments.older_than, converted=arguments.converted)
+    lines = [f"freed {cleaned.freed_bytes / 1e6:.1f} MB"]
+    if cleaned.converted_bytes:
+        lines.append(f"{cleaned.converted_bytes / 1e6:.1f} MB of converted weights stay; --converted removes them too")
+    if cleaned.bundles:
+        state = "no longer find their weights; build them again" if arguments.converted else "read converted weights"
+        lines.append(f"{', '.join(cleaned.bundles)} {state}")
+    answer(arguments, asdict(cleaned), "\n".join(lines))

@@ -1,0 +1,235 @@
+"""The verbs of `tilewright runtime`: restore, plan, select, profile."""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tilewright.cli.terminal import Progress, answer, expect_argument, verb
+from tilewright.runtime.bundle.read import read_bundle
+from tilewright.runtime.estimate import MEMORY_MODES, estimate
+from tilewright.runtime.images.write import check_writable, write_image
+from tilewright.runtime.inputs import from_words
+from tilewright.runtime.restore import Restorer, load
+
+__all__ = ["add_verbs", "split_inputs"]
+
+
+OWN_INPUTS = "An input the bundle's program declares is given as --NAME VALUE."
+
+
+def add_verbs(verbs: Any) -> None:
+    """restore, plan, select, profile."""
+    _restore_arguments(verb(verbs, "restore", "restore an image", _restore))
+
+    plan = verb(verbs, "plan", "tiles and memory for an image size; nothing is run", _plan)
+    plan.add_argument("width", type=int, help="of the input image")
+    plan.add_argument("height", type=int)
+    _bundle_arguments(plan)
+    plan.add_argument("--memory", choices=MEMORY_MODES, default="fast", help="as for restore")
+    plan.add_argument("--scale", type=int, help="as for restore")
+
+    select = verb(verbs, "select", "the best of several restorations of one image, by scores of quality", _select)
+    select.add_argument("candidates", nargs="+", type=Path, metavar="IMAGE", help="in the order of their rounds")
+    select.add_argument("--scores", type=Path, required=True, metavar="CSV", help="image,METRIC,...; higher is better")
+
+    _profile_arguments(verb(verbs, "profile", "measure latency and memory per resolution", _profile))
+
+
+def _restore_arguments(restore: argparse.ArgumentParser) -> None:
+    restore.add_argument("input", type=Path, metavar="IN")
+    restore.add_argument("output", type=Path, metavar="OUT", help="its suffix chooses the format")
+    _bundle_arguments(restore)
+    _engine_arguments(restore)
+    restore.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
+    restore.add_argument("--steps", type=int, help="sampling steps, where the system has any")
+    restore.add_argument("--scale", type=int, help="enlarge by this, where the system leaves it open")
+    restore.add_argument(
+        "--max-pixels", type=int, default=100_000_000, help="refuse larger inputs (default: 100 million)"
+    )
+    restore.epilog = OWN_INPUTS
+
+
+def _profile_arguments(profile: argparse.ArgumentParser) -> None:
+    _bundle_arguments(profile)
+    _engine_arguments(profile)
+    profile.add_argument(
+        "--resolutions", default="512,1024", help="output sizes: 512 or 2560x1440, with commas (default: 512,1024)"
+    )
+    profile.add_argument("--runs", type=int, default=5, help="measured runs after a warm-up, at least 5 (default: 5)")
+    profile.add_argument("--steps", type=int, help="as for restore")
+    profile.epilog = OWN_INPUTS
+
+
+def split_inputs(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words of a command, and those of a bundle's own inputs, whose values must not be taken for files."""
+    takers = {"restore": _restore_arguments, "profile": _profile_arguments}
+    if len(words) < 2 or words[0] != "runtime" or words[1] not in takers:
+        return list(words), []
+    ours = argparse.ArgumentParser()
+    takers[words[1]](ours)
+    flags = ours.format_usage().replace("[", " ").replace("]", " ").split()
+    kept: list[str] = []
+    own: list[str] = []
+    left = list(words)
+    while left:
+        word = left.pop(0)
+        if not word.startswith("--") or word.partition("=")[0] in {*flags, "--help", "--json", "--verbose"}:
+            kept.append(word)
+            continue
+        own.append(word)
+        if "=" not in word and left and not left[0].startswith("--"):
+            own.append(left.pop(0))
+    return kept, own
+
+
+def _bundle_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--bundle", type=Path, required=True, metavar="DIR")
+    expect_argument(parser)
+    parser.add_argument(
+        "--tile", type=int, metavar="PX", help="side of a tile in output pixels, instead of the bundle's"
+    )
+    parser.add_argument("--overlap", type=int, metavar="PX", help="what neighbours share, instead of the bundle's")
+
+
+def _engine_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--memory", choices=MEMORY_MODES, default="fast", help="speed, or weights mapped and not copied"
+    )
+    parser.add_argument("--threads", type=int, default=0, help="of an engine (default: all cores)")
+    parser.add_argument("--workers", type=int, default=1, help="tiles run at once (default: 1)")
+    parser.add_argument("--weights-dir", type=Path, help="where the weights are, if they moved")
+
+
+def _open(arguments: argparse.Namespace) -> Restorer:
+    return load(
+        arguments.bundle,
+        memory=arguments.memory,
+        threads=arguments.threads,
+        workers=arguments.workers,
+        weights_dir=arguments.weights_dir,
+        expect=arguments.expect,
+    )
+
+
+def _restore(arguments: argparse.Namespace) -> None:
+    check_writable(arguments.output)
+    bundle = read_bundle(arguments.bundle, expect=arguments.expect)
+    inputs = from_words(bundle.program, arguments.extra)
+    weights = bundle.manifest.options.get("weights", "")
+    if weights.startswith(("random", "stand-in")):
+        kind = weights.partition(",")[0]
+        print(f"note: this bundle holds {kind} weights; the picture proves plumbing, not restoration", file=sys.stderr)
+    start = time.perf_counter()
+    with _open(arguments) as restorer:
+        opened = time.perf_counter() - start
+        with Progress() as progress:
+            made = restorer.restore(
+                arguments.input,
+                tile=arguments.tile,
+                overlap=arguments.overlap,
+                seed=arguments.seed,
+                steps=arguments.steps,
+                scale=arguments.scale,
+                inputs=inputs,
+                max_pixels=arguments.max_pixels,
+                on_progress=progress.tiles,
+            )
+    before = time.perf_counter()
+    write_image(arguments.output, made.image, icc=made.icc)
+    seconds = made.seconds | {"open": opened, "write": time.perf_counter() - before}
+    height, width = made.image.shape[:2]
+    value = {
+        "input_width": width // made.scale,
+        "input_height": height // made.scale,
+        "output": str(arguments.output),
+        "width": width,
+        "height": height,
+        "tiles": made.tiles,
+        "seconds": seconds,
+        "peak_bytes": made.peak_bytes,
+    }
+    answer(arguments, value, _restored(arguments.input, value))
+
+
+def _restored(source: Path, value: dict[str, Any]) -> str:
+    width, height, seconds = value["width"], value["height"], value["seconds"]
+    tiles = ", ".join(f"{name} {count}" for name, count in value["tiles"].items())
+    phases = ", ".join(f"{name} {spent:.2f}" for name, spent in seconds.items() if name != "total")
+    peak = f"{value['peak_bytes'] / 2**20:.0f} MiB" if value["peak_bytes"] else "unknown"
+    return (
+        f"{source} {value['input_width']}x{value['input_height']} px -> {value['output']} {width}x{height} px"
+        f" in {seconds['total']:.2f} s; tiles: {tiles}; peak {peak}\nseconds: {phases}"
+    )
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    bundle = read_bundle(arguments.bundle, expect=arguments.expect)
+    found = estimate(
+        bundle,
+        arguments.width,
+        arguments.height,
+        tile=arguments.tile,
+        overlap=arguments.overlap,
+        memory=arguments.memory,
+        scale=arguments.scale,
+    )
+    passes = [
+        {
+            "pass": p.name,
+            "tiles": len(plan.tiles),
+            "columns": len(plan.lefts),
+            "rows": len(plan.tops),
+            "tile": [plan.tile_width, plan.tile_height],
+            "overlap": plan.overlap,
+            "steps": p.steps.count if p.steps else 1,
+        }
+        for p, plan in found.passes
+    ]
+    value = {
+        "result": [found.width, found.height],
+        "passes": passes,
+        "needed_bytes": found.needed_bytes,
+        "available_bytes": found.available_bytes,
+    }
+    rows = [
+        f"{p['pass']:<12} {p['columns']}x{p['rows']} tiles of {p['tile'][0]}x{p['tile'][1]} px,"  # type: ignore[index]
+        f" overlap {p['overlap']}, {p['steps']} step(s)"
+        for p in passes
+    ]
+    free = "unknown" if found.available_bytes is None else f"{found.available_bytes / 2**30:.1f} GiB"
+    rows.append(f"memory: about {found.needed_bytes / 2**30:.2f} GiB needed, {free} free")
+    answer(arguments, value, "\n".join([f"result: {found.width}x{found.height} px", *rows]))
+
+
+def _select(arguments: argparse.Namespace) -> None:
+    from tilewright.runtime.select import select
+
+    choice = select(arguments.candidates, arguments.scores)
+    best = arguments.candidates[choice.index]
+    rows = [
+        {"image": str(image), "rank_sum": rank_sum, "mean": mean}
+        for image, rank_sum, mean in zip(arguments.candidates, choice.rank_sums, choice.means, strict=True)
+    ]
+    lines = [f"{r['image']}: sum of ranks {r['rank_sum']}, normalised mean {r['mean']:.3f}" for r in rows]
+    answer(arguments, {"best": str(best), "candidates": rows}, "\n".join([*lines, f"best: {best}"]))
+
+
+def _profile(arguments: argparse.Namespace) -> None:
+    from tilewright.runtime.profile import profile, resolutions, table
+
+    sizes = resolutions(arguments.resolutions)
+    with _open(arguments) as restorer, Progress() as progress:
+        measured = profile(
+            restorer,
+            sizes,
+            runs=arguments.runs,
+            tile=arguments.tile,
+            overlap=arguments.overlap,
+            steps=arguments.steps,
+            inputs=from_words(restorer.bundle.program, arguments.extra),
+            on_progress=progress.tiles,
+        )
+    answer(arguments, measured, table(measured))

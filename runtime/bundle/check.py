@@ -1,0 +1,266 @@
+"""The check that a program can run on its components: names, scopes, shapes and types, before anything is run."""
+
+import re
+from collections.abc import Mapping
+from typing import TypeVar
+
+from tilewright.runtime.bundle.program import (
+    DTYPES,
+    SCHEDULE_TABLES,
+    Call,
+    Input,
+    Pass,
+    Program,
+    Signature,
+    State,
+    TensorSpec,
+    Tiles,
+    untiled_values,
+)
+from tilewright.runtime.bundle.strict import one_line
+from tilewright.runtime.errors import BundleError
+
+__all__ = ["check_program"]
+
+T = TypeVar("T")
+
+
+def check_program(program: Program, components: Mapping[str, Signature], constants: Mapping[str, TensorSpec]) -> None:
+    """Refuse, by name, a program that could not run on these components."""
+    try:
+        _check(program, components, constants)
+    except BundleError as error:
+        raise BundleError(one_line(str(error))) from None
+
+
+def _check(program: Program, components: Mapping[str, Signature], constants: Mapping[str, TensorSpec]) -> None:
+    _check_grids(program)
+    for name, given in program.inputs.items():
+        _check_input(name, given, constants)
+    _check_texts(program)
+    scope = _Scope(program, components, constants)
+    for p in program.passes:
+        scope.enter(p)
+        for section, position, call in p.calls():
+            scope.call(section, f"pass {p.name!r}, {section}[{position}] runs {call.run!r}", call)
+        scope.leave()
+    known = dict.fromkeys(
+        [*program.inputs, *(untiled_values(program) & scope.job.keys())]
+    )  # which may be given instead of made
+    for argument, tensors in program.files.items():
+        if argument in program.inputs or argument in program.texts:
+            raise BundleError(f"program: file {argument!r}: the name is taken; give every argument its own")
+        for name in tensors.values():
+            _found(known, name, f"program: file {argument!r}: no input or value {name!r}")
+    if "result" not in scope.written:
+        raise BundleError("program: no pass writes the grid 'result'; add the call that makes it")
+
+
+def _check_grids(program: Program) -> None:
+    for name, init in (("image", "input"), ("result", "none")):
+        grid = program.grids.get(name)
+        if grid is None or (grid.px, grid.channels, grid.init) != (1, 3, init):
+            raise BundleError(f"program: grid {name!r} must be there with px 1, channels 3, init {init}; found {grid}")
+    for name, grid in program.grids.items():
+        _check_name(f"program: grid {name!r}", name)
+        if program.multiple_px % grid.px:
+            raise BundleError(f"program: grid {name!r}: px {grid.px} does not divide multiple_px {program.multiple_px}")
+        if grid.init == "input" and name != "image":
+            raise BundleError(f"program: grid {name!r}: only 'image' is an input; use init none, zeros or noise")
+
+
+def _check_name(where: str, name: str) -> None:
+    if not name.isidentifier():
+        raise BundleError(f"{where}: a place is named by letters, digits and underscores")
+
+
+def _check_input(name: str, given: Input, constants: Mapping[str, TensorSpec]) -> None:
+    where = f"program: input {name!r}"
+    if given.dtype not in DTYPES:
+        raise BundleError(f"{where}: dtype {given.dtype!r} is not one of {', '.join(DTYPES)}")
+    if isinstance(given.default, str):
+        constant = constants.get(given.default[1:]) if given.default.startswith("#") else None
+        if constant != TensorSpec(given.dtype, given.shape):
+            raise BundleError(f"{where}: default {given.default!r} is no constant of that type and shape")
+    elif given.default is not None and given.shape:
+        raise BundleError(f"{where}: the number {given.default} cannot fill {list(given.shape)}; name a #constant")
+    elif isinstance(given.default, float) and "float" not in given.dtype:
+        raise BundleError(f"{where}: default {given.default} is no {given.dtype}")
+    if given.choices and given.default is not None and given.default not in given.choices.values():
+        raise BundleError(f"{where}: default {given.default!r} is not among {given.choices}")
+
+
+def _check_texts(program: Program) -> None:
+    for name, text in program.texts.items():
+        for target in text.ids:
+            given = program.inputs.get(target)
+            fits = given is not None and given.dtype == "int64" and len(given.shape) == 2 and given.shape[0] == 1
+            if name in program.inputs or not fits:
+                raise BundleError(f"program: text {name!r}: {target!r} is no input of int64 ids [1, length]")
+
+
+class _Scope:
+    """What is known, and of which shape, at each point of a program."""
+
+    def __init__(
+        self, program: Program, components: Mapping[str, Signature], constants: Mapping[str, TensorSpec]
+    ) -> None:
+        self.program, self.components, self.constants = program, components, dict(constants)
+        self.job: dict[str, TensorSpec] = {}
+        self.tile: dict[str, TensorSpec] = {}
+        self.kept: dict[Tiles, dict[str, TensorSpec]] = {}  # what lives with the tiles of earlier passes
+        self.written: set[str] = set()
+        self.seen: set[str] = set()
+
+    def enter(self, p: Pass) -> None:
+        """Check the pass on its own and bring in its state."""
+        where = f"program: pass {p.name!r}"
+        if p.name in self.seen:
+            raise BundleError(f"{where}: the name is taken; give every pass its own")
+        if p.each and p.steps is None:
+            raise BundleError(f"{where}: 'each' needs 'steps'; give a schedule")
+        if (p.last or p.state) and p.steps is None:
+            raise BundleError(f"{where}: 'last' and 'state' need 'steps'; use 'once'")
+        if not (p.once or p.each):
+            raise BundleError(f"{where}: makes no call; remove it")
+        if p.tiles and (p.tiles.px % self.program.multiple_px or p.tiles.overlap_px % self.program.multiple_px):
+            raise BundleError(
+                f"{where}: tiles of {p.tiles.px} px overlapping by {p.tiles.overlap_px} px"
+                f" must be multiples of multiple_px {self.program.multiple_px}"
+            )
+        self.seen.add(p.name)
+        self.now, self.fresh = p, set[str]()
+        self.joined = bool(p.writes("each") & self.program.grids.keys())
+        self.tile = dict(self.kept.get(p.tiles, {})) if p.tiles else {}
+        for name, state in p.state.items():
+            self._check_state(where, name, state)
+            self.tile[name] = TensorSpec("float32", ("batch", *state.shape))
+
+    def _check_state(self, where: str, name: str, state: State) -> None:
+        _check_name(f"{where}: state {name!r}", name)
+        if name in self.program.grids or name in self.job or name in self.tile:
+            raise BundleError(f"{where}: state {name!r} hides a grid or a value; rename it")
+        for dim in state.shape:
+            if isinstance(dim, str) and self.program.multiple_px % int(dim[2:]):
+                raise BundleError(
+                    f"{where}: state {name!r}: {dim!r} does not divide multiple_px {self.program.multiple_px}"
+                )
+
+    def leave(self) -> None:
+        """Forget the tile; keep what the pass gave to the job and the grids."""
+        self.written |= self.fresh
+        if self.now.tiles is None:
+            self.job |= {k: v for k, v in self.tile.items() if k not in self.now.state}
+        else:
+            self.kept[self.now.tiles] = self.tile
+
+    def call(self, section: str, where: str, call: Call) -> None:
+        """Check one call and bring in its outputs."""
+        if call.run not in self.components:
+            raise BundleError(f"program: {where}: no such component; there are {', '.join(sorted(self.components))}")
+        signature = self.components[call.run]
+        if missing := sorted(signature.inputs.keys() - call.inputs.keys()):
+            raise BundleError(f"program: {where}: input {missing[0]!r} is missing")
+        if unknown := sorted(call.inputs.keys() - signature.inputs.keys()):
+            raise BundleError(f"program: {where}: the component has no input {unknown[0]!r}")
+        if unknown := sorted(call.outputs.keys() - signature.outputs.keys()):
+            raise BundleError(f"program: {where}: the component has no output {unknown[0]!r}")
+        if not call.outputs or len(set(call.outputs.values())) != len(call.outputs):
+            raise BundleError(f"program: {where}: outputs {call.outputs} must name at least one place, each once")
+        for name, source in call.inputs.items():
+            _fit(self.source(section, where, source), signature.inputs[name], f"program: {where}: {name} = {source}")
+        shared = section == "once" and call.shared(self.tile.keys() | self.program.grids.keys())
+        for name, target in call.outputs.items():
+            self.output(section, f"program: {where}: {name} -> {target}", signature.outputs[name], target, shared)
+
+    def source(self, section: str, where: str, source: str) -> TensorSpec:
+        """The type and shape behind a source, or a refusal that names it."""
+        kind, name = (source[:1], source[1:]) if source[:1] in ("@", "#", "$", "~") else ("", source)
+        where = f"program: {where}: {source!r}"
+        if kind == "@":
+            return self.table(section, where, name)
+        if kind == "~":
+            return self.noise(where, name)
+        if kind == "#":
+            return _found(self.constants, name, f"{where}: no such constant in the bundle")
+        if kind == "$":
+            given = _found(self.program.inputs, name, f"{where}: the program has no such input")
+            return TensorSpec(given.dtype, given.shape)
+        if name in self.program.grids:
+            return self.grid(section, where, name)
+        return _found(self.tile | self.job, name, f"{where}: nothing of that name is known here")
+
+    def grid(self, section: str, where: str, name: str) -> TensorSpec:
+        grid = self.program.grids[name]
+        if grid.init == "none" and name not in self.written:
+            raise BundleError(f"{where}: the grid is read before any earlier pass writes it")
+        if name in self.fresh and not (section == "each" and self.joined):
+            raise BundleError(f"{where}: the grid is read in {section} of the pass that writes it; use another grid")
+        return TensorSpec("float32", ("batch", grid.channels, f"h/{grid.px}", f"w/{grid.px}"))
+
+    def noise(self, where: str, name: str) -> TensorSpec:
+        if name in self.program.grids:
+            grid = self.program.grids[name]
+            return TensorSpec("float32", ("batch", grid.channels, f"h/{grid.px}", f"w/{grid.px}"))
+        state = _found(self.now.state, name, f"{where}: noise needs a grid or a state of this pass")
+        if len(state.shape) != 3:
+            raise BundleError(f"{where}: noise needs a shape of channels, rows, columns, not {list(state.shape)}")
+        return TensorSpec("float32", ("batch", *state.shape))
+
+    def table(self, section: str, where: str, name: str) -> TensorSpec:
+        if self.now.steps is None:
+            raise BundleError(f"{where}: a table needs a pass with steps")
+        if name in SCHEDULE_TABLES[self.now.steps.schedule]:
+            return TensorSpec("float32", () if section == "each" else ("steps",))
+        if section != "each":
+            raise BundleError(f"{where}: outside 'each' only a schedule's tables can be read as a table")
+        sized = [
+            spec for constant, spec in self.constants.items() if re.fullmatch(rf"{re.escape(name)}\.\d+", constant)
+        ]
+        if any(spec != sized[0] for spec in sized):
+            raise BundleError(f"{where}: the tables of tile sizes differ in type or shape; rebuild the bundle")
+        sides = self.now.tiles.fixed_px if self.now.tiles else ()
+        of_sides = {f"{name}.{px * px // self.now.steps.px_per_token}" for px in sides}
+        if sized and (not sides or of_sides - self.constants.keys()):
+            raise BundleError(f"{where}: a table of tile sizes needs fixed_px, and one for each of {list(sides)}")
+        known = self.constants | ({name: sized[0]} if sized else {}) | self.job | self.tile
+        whole = _found(known, name, f"{where}: no table, value or constant has that name")
+        axis = 1 if name in self.tile else 0  # what lives with a tile has the batch first
+        if len(whole.shape) <= axis:
+            raise BundleError(f"{where}: a single number has no rows")
+        rows = whole.shape[axis]
+        if isinstance(rows, int) and rows != self.now.steps.count:
+            raise BundleError(f"{where}: has {rows} rows for {self.now.steps.count} steps")
+        return TensorSpec(whole.dtype, whole.shape[:axis] + whole.shape[axis + 1 :])
+
+    def output(self, section: str, where: str, given: TensorSpec, target: str, shared: bool) -> None:
+        """Check one output and bring it in: on a grid, with the job when it is shared, or with the tile."""
+        _check_name(where, target)
+        if target in self.program.grids:
+            grid = self.program.grids[target]
+            if target == "image":
+                raise BundleError(f"{where}: the input is not written to; use another grid")
+            _fit(given, TensorSpec("float32", ("batch", grid.channels, f"h/{grid.px}", f"w/{grid.px}")), where)
+            self.fresh.add(target)
+            return
+        taken = target in self.job or target in self.constants or target in self.program.inputs
+        if taken or (target in self.tile and target not in self.now.state and section != "each"):
+            raise BundleError(f"{where}: the name is taken; give every value its own")
+        if target in self.tile:
+            _fit(given, self.tile[target], where)
+        (self.job if shared else self.tile)[target] = given
+
+
+def _found(known: Mapping[str, T], name: str, complaint: str) -> T:
+    if name not in known:
+        raise BundleError(f"{complaint}; there are {', '.join(sorted(known)) or 'none'}")
+    return known[name]
+
+
+def _fit(given: TensorSpec, wanted: TensorSpec, where: str) -> None:
+    sizes = zip(given.shape, wanted.shape, strict=False)
+    clash = any(isinstance(a, int) and isinstance(b, int) and a != b for a, b in sizes)
+    if given.dtype != wanted.dtype or len(given.shape) != len(wanted.shape) or clash:
+        raise BundleError(
+            f"{where}: {given.dtype} {list(given.shape)} does not fit {wanted.dtype} {list(wanted.shape)}"
+        )

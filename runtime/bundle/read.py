@@ -1,0 +1,136 @@
+"""Read a bundle: a directory with a manifest, a program, graphs and references to weights.
+
+Everything the runtime reads is listed in `bundle.json` with size and SHA-256; weights are listed in `weights.json`
+and may lie outside. `reports/` and `README.md` are for people and are not part of the seal.
+"""
+
+import logging
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tilewright.runtime.bundle.check import check_program
+from tilewright.runtime.bundle.digests import sha256_of_bytes
+from tilewright.runtime.bundle.files import bytes_of, check_files, check_inside, is_file, refusals_in_one_line
+from tilewright.runtime.bundle.manifest import SCHEMA_VERSION, Manifest, named_files, read_manifest
+from tilewright.runtime.bundle.program import Program, Signature
+from tilewright.runtime.bundle.safetensors import safetensors_header
+from tilewright.runtime.bundle.strict import from_json, one_line, schema
+from tilewright.runtime.bundle.weights import Reference, Weights, check_graphs, check_weights, folder_given
+from tilewright.runtime.errors import BundleError, UsageError
+
+__all__ = ["PIN", "Bundle", "json_schema", "read_bundle"]
+
+LOG = logging.getLogger("tilewright")
+
+
+PIN = re.compile("[0-9a-f]{12,64}")  # of a digest, as much of it as tells bundles apart
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle that was read and found whole."""
+
+    root: Path
+    manifest: Manifest
+    program: Program
+    weights: Weights
+    digest: str  # SHA-256 of the manifest, which seals all the rest
+    fresh: bool = False  # weights are read, whatever is remembered of their digests
+    _checked: dict[tuple[str, Path | None], Path] = field(default_factory=dict, repr=False, compare=False)
+
+    def path(self, name: str) -> Path:
+        """A sealed file's place on disk."""
+        return self.root / name
+
+    def weights_folder(self, component: str, weights_dir: Path | None = None) -> Path | None:
+        """The folder with most of the component's weights, its files checked; none when the component needs none."""
+        name = self.weights.folder_of.get(component)
+        return None if name is None else self.folder(name, weights_dir)
+
+    def folder(self, name: str, weights_dir: Path | None = None) -> Path:
+        """Where a folder of weights is now: packed, under `weights_dir`, or where it was at build."""
+        checked = self._checked.get((name, weights_dir))
+        if checked and self.fresh:  # once is enough to read gigabytes
+            return checked
+        folder = self.weights.folders[name]
+        given = folder_given(weights_dir)
+        under = [given / name, given, *sorted(given.glob(f"*/{name}"))] if given else []
+        candidates = [self.root / "weights" / name, *under, *([Path(folder.path)] if folder.path else [])]
+        wrong: BundleError | None = None
+        for candidate in candidates:
+            if all(is_file(candidate / file) for file in folder.files):
+                try:
+                    check_files(candidate, folder.files, "give the folder this bundle was built from", self.fresh)
+                except BundleError as error:  # files of the same names may be another folder's
+                    wrong = wrong or error
+                    continue
+                if given and candidate not in under and not checked:
+                    asked, used = one_line(str(given)), one_line(str(candidate))
+                    LOG.warning("weights of %r: %s is used, not %s; see --weights-dir", name, used, asked)
+                self._checked[name, weights_dir] = candidate
+                return candidate
+        if wrong is not None:
+            raise wrong
+        wanted = one_line(", ".join(sorted(folder.files)[:3]))
+        searched = ", ".join(one_line(str(candidate)) for candidate in candidates)
+        raise BundleError(
+            f"{self.root}: weights {wanted} of {name!r} are in none of {searched};"
+            " pass --weights-dir, or rebuild with --pack"
+        )
+
+    def elsewhere(self, component: str) -> dict[str, Reference]:
+        """The component's initializers that lie outside its own folder."""
+        return {n: r for n, r in self.weights.tensors.get(component, {}).items() if r.folder is not None}
+
+
+@refusals_in_one_line()
+def read_bundle(root: str | os.PathLike[str], *, expect: str | None = None, fresh: bool = False) -> Bundle:
+    """Read a bundle, check every sealed file and the program; refuse anything else in one line.
+
+    `expect`: the digest, or its first 12 digits or more, of the only bundle to accept. `fresh`: read every file, also
+    the weights', whose digest is remembered.
+    """
+    root = Path(root)
+    if not is_file(root / "bundle.json"):
+        raise BundleError(f"{root}: no bundle.json there; give the directory that 'tilewright export build' made")
+    where = str(root / "bundle.json")
+    text = bytes_of(root / "bundle.json")
+    digest = sha256_of_bytes(text)
+    _check_pin(digest, expect, where)
+    manifest = read_manifest(text, where)
+    for name in [*manifest.files, *named_files(manifest)]:
+        check_inside(root, name, where)
+        if name not in manifest.files:
+            raise BundleError(f"{where}: {name!r} is used but not listed under files; rebuild the bundle")
+    check_files(root, manifest.files, "rebuild the bundle, or copy it again", fresh)
+    program = from_json(Program, bytes_of(root / manifest.program), str(root / manifest.program))
+    constants = safetensors_header(root / manifest.constants) if manifest.constants else {}
+    signatures = {name: Signature(c.inputs, c.outputs) for name, c in manifest.components.items()}
+    try:
+        check_program(program, signatures, {name: spec for name, (spec, _, _) in constants.items()})
+    except BundleError as error:
+        raise BundleError(f"{root / manifest.program}: {str(error).removeprefix('program: ')}") from None
+    tokenizers = {file for text in program.texts.values() for file in text.ids.values()}
+    if unlisted := sorted(tokenizers - set(manifest.tokenizers)):
+        raise BundleError(f"{root / manifest.program}: tokenizer {unlisted[0]!r} is not listed; rebuild the bundle")
+    weights = from_json(Weights, bytes_of(root / manifest.weights), str(root / manifest.weights))
+    check_weights(weights, manifest, root)
+    check_graphs(weights, manifest, root)
+    return Bundle(root, manifest, program, weights, digest, fresh)
+
+
+def _check_pin(digest: str, expect: str | None, where: str) -> None:
+    if expect is None:
+        return
+    if not PIN.fullmatch(expect.lower()):
+        raise UsageError(f"--expect {one_line(expect)!r} is no digest; give 12 to 64 hexadecimal digits of one")
+    if not digest.startswith(expect.lower()):
+        raise BundleError(f"{where}: SHA-256 {digest} is not the expected {expect}; get the bundle you pinned")
+
+
+def json_schema() -> dict[str, object]:
+    """The JSON Schema of the three documents of a bundle."""
+    kinds = {"bundle.json": Manifest, "program.json": Program, "weights.json": Weights}
+    return {name: schema(kind, f"Tilewright {name}, schema {SCHEMA_VERSION}") for name, kind in kinds.items()}

@@ -1,0 +1,96 @@
+"""weights.json: where the bytes of every initializer are, which may be outside the bundle."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from tilewright.runtime.bundle.external_data import External, external_data
+from tilewright.runtime.bundle.files import bytes_of, check_inside
+from tilewright.runtime.bundle.manifest import File, Manifest
+from tilewright.runtime.bundle.strict import one_line
+from tilewright.runtime.errors import BundleError, UsageError
+
+__all__ = ["Folder", "Reference", "Weights", "check_graphs", "check_weights", "folder_given"]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Where the bytes of one initializer are."""
+
+    file: str  # inside its folder
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    length: int
+    folder: str | None = None  # none: the component's own
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder of weights: where it was at build and what must be in it."""
+
+    path: str | None  # absolute; none when the weights are packed in the bundle
+    files: dict[str, File]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """weights.json: every initializer of every component that is read from a file."""
+
+    folders: dict[str, Folder]
+    folder_of: dict[str, str]  # component -> the folder of most of its weights
+    tensors: dict[str, dict[str, Reference]]  # component -> initializer -> bytes
+
+    def folder_name(self, component: str, reference: Reference) -> str:
+        """The folder that a component's initializer lies in."""
+        return self.folder_of.get(component, "") if reference.folder is None else reference.folder
+
+
+def folder_given(weights_dir: str | os.PathLike[str] | None) -> Path | None:
+    """The folder of weights that a caller gives, if any, which must be there."""
+    if weights_dir is None:
+        return None
+    if not Path(weights_dir).is_dir():
+        raise UsageError(f"--weights-dir {one_line(str(weights_dir))} is no folder; give the one with the weights")
+    return Path(weights_dir)
+
+
+def check_weights(weights: Weights, manifest: Manifest, root: Path) -> None:
+    """Refuse weights.json where it contradicts the manifest or itself."""
+    where = str(root / manifest.weights)
+    for component, references in weights.tensors.items():
+        if component not in manifest.components:
+            raise BundleError(f"{where}: weights of {component!r}, which is no component; rebuild the bundle")
+        for name, reference in references.items():
+            folder = weights.folders.get(weights.folder_name(component, reference))
+            file = folder.files.get(reference.file) if folder else None
+            if file is None:
+                raise BundleError(f"{where}: {component}.{name} lies in {reference.file!r}, which is not listed")
+            if min(reference.offset, reference.length) < 0 or reference.offset + reference.length > file.size:
+                raise BundleError(f"{where}: {component}.{name} reaches past the end of {reference.file!r}")
+    if unknown := sorted(set(weights.folder_of.values()) - weights.folders.keys()):
+        raise BundleError(f"{where}: folder {unknown[0]!r} is not listed; rebuild the bundle")
+    for name, folder in weights.folders.items():
+        if folder.path is not None and not PurePosixPath(folder.path).is_absolute():
+            raise BundleError(f"{where}: folder {name!r}: path {folder.path!r} is not absolute; rebuild the bundle")
+        for path in (name, *(f"{name}/{file}" for file in folder.files)):
+            check_inside(root, f"weights/{path}", where)
+
+
+def check_graphs(weights: Weights, manifest: Manifest, root: Path) -> None:
+    """What a graph reads outside is what weights.json says, which may say more: folding drops what has no effect."""
+    for component, c in manifest.components.items():
+        listed = weights.tensors.get(component, {})
+        for file in sorted({c.graph, *(engine.file for engine in c.engines if engine.backend == "ort")}):
+            for name, external in external_data(bytes_of(root / file), str(root / file)).items():
+                if name not in listed or external != _external(listed[name]):
+                    place = f"{external.length} bytes at {external.offset} of {external.location!r}"
+                    raise BundleError(
+                        f"{root / file}: {name!r} is {external.dtype} {list(external.shape)}, {place},"
+                        f" which {manifest.weights} does not say; rebuild the bundle"
+                    )
+
+
+def _external(r: Reference) -> External:
+    location = r.file if r.folder is None else f"{r.folder}/{r.file}"
+    return External(location, r.offset, r.length, r.dtype, r.shape)

@@ -1,0 +1,86 @@
+"""Write a bundle: seal its files and put the directory in its place at once."""
+
+import ctypes
+import errno
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+from tilewright.runtime.bundle.digests import sha256_of_file
+from tilewright.runtime.bundle.manifest import File, Manifest, named_files
+from tilewright.runtime.bundle.read import read_bundle
+from tilewright.runtime.bundle.strict import to_json
+from tilewright.runtime.errors import UsageError
+
+__all__ = ["check_replaceable", "seal", "write_manifest"]
+
+
+def write_manifest(root: Path, manifest: Manifest) -> None:
+    """Complete the manifest with the files it names, as they are now, and write it."""
+    listed = [manifest.program, manifest.weights, *([manifest.constants] if manifest.constants else [])]
+    listed += sorted(set(named_files(manifest)) - set(listed))
+    files = {n: File((root / n).stat().st_size, sha256_of_file(root / n)) for n in listed}
+    (root / "bundle.json").write_text(to_json(replace(manifest, files=files)), encoding="utf-8")
+
+
+def seal(staging: Path, manifest: Manifest, target: Path) -> None:
+    """List the staged files in the manifest, write it, and put the directory in the place of `target` at once."""
+    check_replaceable(target)
+    target = target.resolve()  # a link to a bundle stays, and what it points at is replaced
+    write_manifest(staging, manifest)
+    read_bundle(staging)
+    for path in [*staging.rglob("*"), staging]:
+        _fsync(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.exists() or not _renamed(staging, target):
+        _exchange(staging, target)
+        shutil.rmtree(staging)
+    _fsync(target.parent)
+
+
+def _renamed(staging: Path, target: Path) -> bool:
+    """Whether a directory took a free place; another build may take that place first."""
+    try:
+        staging.rename(target)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        return False
+    return True
+
+
+def check_replaceable(target: Path) -> None:
+    """Refuse to put a bundle in the place of anything but a bundle of ours, or of an empty folder."""
+    if target.exists() and not (_is_ours(target) or (target.is_dir() and not any(target.iterdir()))):
+        raise UsageError(f"{target}: exists and is not a bundle of tilewright; choose another -o")
+
+
+def _is_ours(target: Path) -> bool:
+    """Whether a folder's bundle.json is a manifest, of any schema; another tool's file of that name is not."""
+    try:
+        document = json.loads((target / "bundle.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(document, dict) and {"schema_version", "system", "components"} <= document.keys()
+
+
+def _exchange(one: Path, other: Path) -> None:
+    """Swap two directories; in one step where the kernel can, else in two."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    at_cwd, exchange = -100, 2
+    if hasattr(libc, "renameat2") and not libc.renameat2(at_cwd, bytes(one), at_cwd, bytes(other), exchange):
+        return
+    aside = other.with_name(f".{other.name}.{os.getpid()}.old")
+    other.rename(aside)
+    one.rename(other)
+    aside.rename(one)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,194 @@
+"""Image files and arrays in.
+
+Pillow keeps only the high byte of 16-bit colour and converts CMYK without its profile; 16-bit grey is rounded here.
+Files are read in the formats of `_FORMATS` only: some of Pillow's other readers run programs or hide images of any
+size inside a small one.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+from PIL import ExifTags, Image
+
+from tilewright.runtime.errors import InputError
+
+__all__ = ["Picture", "Pixels", "read_image"]
+
+Pixels = npt.NDArray[np.uint8]
+
+
+# The first five need no further plugins, and AVIF is last because a Pillow without it fails on reaching the name.
+_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM", "WEBP", "TIFF", "JPEG2000", "TGA", "AVIF")
+
+
+_GREY_MODES = ("1", "L", "LA", "La")
+
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+_guard = threading.Lock()
+
+
+_reads = 0
+
+
+_pillow_limit: int | None = None
+
+
+@dataclass(frozen=True)
+class Picture:
+    """8-bit pixels that came from one image."""
+
+    rgb: Pixels  # [H, W, 3]; may share memory with the array it was read from
+    alpha: Pixels | None  # [H, W]
+    grey: bool  # the source had no colour, so the result is written without colour
+    icc: bytes | None  # only a profile that describes these pixels: a CMYK one is dropped
+
+
+def read_image(
+    source: str | os.PathLike[str] | Image.Image | npt.NDArray[Any], *, max_pixels: int = 100_000_000
+) -> Picture:
+    """Read a file, a Pillow image or a uint8 array, upright and in 8 bits; of an animated file, the first frame."""
+    if isinstance(source, np.ndarray):
+        return _from_array(source, max_pixels)
+    if isinstance(source, Image.Image):
+        _check_size("the image", source.size, max_pixels)
+        return _from_image(source, "the image")
+    if isinstance(source, (str, os.PathLike)):
+        return _from_file(Path(source), max_pixels)
+    raise InputError(f"cannot read an image from a {type(source).__name__}: pass a path, a Pillow image or an array")
+
+
+def _from_array(array: npt.NDArray[Any], max_pixels: int) -> Picture:
+    wanted = "pass uint8 [H, W], [H, W, 1], [H, W, 3] or [H, W, 4]"
+    if array.dtype != np.uint8:
+        raise InputError(f"the array holds {array.dtype}: scale it to 0..255, round it and {wanted}")
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
+        raise InputError(f"the array has shape {list(array.shape)}: {wanted}")
+    _check_size("the array", (array.shape[1], array.shape[0]), max_pixels)
+    return _split(array, None)
+
+
+def _from_file(path: Path, max_pixels: int) -> Picture:
+    # Not by its name: Pillow would map the file, and so scramble an uncompressed TIFF that is stored on its side.
+    with _opened(path) as file, _bomb_check_off(), _identified(file, path) as image:
+        _check_size(str(path), image.size, max_pixels)
+        return _from_image(image, str(path))
+
+
+@contextmanager
+def _bomb_check_off() -> Iterator[None]:
+    """Lift Pillow's own size limit, which a caller of `read` cannot raise, until no read is left running."""
+    global _reads, _pillow_limit
+    with _guard:
+        if _reads == 0:
+            _pillow_limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        _reads += 1
+    try:
+        yield
+    finally:
+        with _guard:
+            _reads -= 1
+            if _reads == 0:
+                Image.MAX_IMAGE_PIXELS = _pillow_limit
+
+
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be opened ({reason(error)}): check the path") from error
+
+
+def _identified(file: BinaryIO, path: Path) -> Image.Image:
+    try:
+        return Image.open(file, formats=_FORMATS)
+    except Exception as error:  # Pillow's readers raise whatever a damaged header leads them to
+        known = ", ".join(_FORMATS)
+        raise InputError(f"{path} is damaged or not an image: pass one of the formats {known}") from error
+
+
+def reason(error: Exception) -> str:
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(text.split())
+
+
+def _check_size(name: str, size: tuple[int, int], max_pixels: int) -> None:
+    width, height = size
+    if not width * height:
+        raise InputError(f"{name} is {width}x{height} and has no pixels: pass one of at least 1x1")
+    if width * height > max_pixels:
+        raise InputError(
+            f"{name} is {width}x{height} = {width * height} pixels, over the limit of {max_pixels}: "
+            "raise max_pixels to read it"
+        )
+
+
+def _from_image(image: Image.Image, name: str) -> Picture:
+    try:
+        image.load()
+        return _split(_planes(_upright(image), name), image.info.get("icc_profile"))
+    except (InputError, MemoryError):
+        raise
+    except Exception as error:  # Pillow's decoders raise whatever damaged data leads them to
+        raise InputError(f"{name} cannot be decoded ({reason(error)}): replace the damaged or cut file") from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # a damaged EXIF block says nothing against the pixels
+        turn = None
+    return image if turn is None else image.transpose(turn)
+
+
+def _planes(image: Image.Image, name: str) -> Pixels:
+    if image.mode == "F":
+        raise InputError(f"{name} holds floating-point pixels (mode F): convert it to 8 or 16 bits")
+    if image.mode.startswith("I"):
+        return _rounded(np.asarray(image), image.info.get("transparency"), name)
+    mode = ("L" if image.mode in _GREY_MODES else "RGB") + ("A" if image.has_transparency_data else "")
+    return np.asarray(image if image.mode == mode else image.convert(mode))
+
+
+def _rounded(values: npt.NDArray[Any], transparent: int | None, name: str) -> Pixels:
+    if values.min() < 0 or values.max() > 65535:
+        span = f"{values.min()}..{values.max()}"
+        raise InputError(f"{name} holds integers {span}, beyond 16 bits: scale it to 0..65535 or to 8 bits")
+    luma = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    if transparent is None:
+        return luma
+    return np.dstack((luma, np.where(values == transparent, 0, 255).astype(np.uint8)))
+
+
+def _split(planes: Pixels, icc: bytes | None) -> Picture:
+    planes = planes.reshape(*planes.shape[:2], -1)
+    channels = planes.shape[2]
+    has_alpha, grey = channels in (2, 4), channels < 3
+    colour = planes[:, :, : channels - has_alpha]
+    rgb = np.ascontiguousarray(np.broadcast_to(colour, (*planes.shape[:2], 3)))
+    alpha = np.ascontiguousarray(planes[:, :, -1]) if has_alpha else None
+    return Picture(rgb, alpha, grey, fitting_profile(icc, grey))
+
+
+def fitting_profile(icc: bytes | None, grey: bool) -> bytes | None:
+    """Keep a profile only if it is for pixels of this kind, which bytes 16 to 19 of it name."""
+    return icc if icc and icc[16:20] == (b"GRAY" if grey else b"RGB ") else None

@@ -1,0 +1,35 @@
+"""The tile plan of a pass over an image."""
+
+from collections.abc import Collection
+
+from tilewright.runtime.bundle.program import Pass, Program
+from tilewright.runtime.errors import UsageError
+from tilewright.runtime.plan.tiles import TilePlan, tile_plan
+
+__all__ = ["least_px", "of_tokens", "plan_of"]
+
+
+def least_px(program: Program, tile: int | None) -> int:
+    """The shortest side a padded image may have: where tiles have fixed sides, a tile."""
+    return max((tile or p.tiles.px for p in program.passes if p.tiles and p.tiles.fixed_px), default=1)
+
+
+def plan_of(program: Program, p: Pass, height: int, width: int, tile: int | None, overlap: int | None) -> TilePlan:
+    """The tile plan of a pass; a pass without tiles, or an image it takes whole, is one tile."""
+    whole = tile_plan(width, height, max(width, height), 0, program.multiple_px)
+    if p.tiles is None:
+        return whole
+    direct = p.tiles.whole_up_to_px
+    if tile is None and direct and min(height, width) <= min(direct) and max(height, width) <= max(direct):
+        return whole
+    size = p.tiles.px if tile is None else tile
+    if p.tiles.fixed_px and size not in p.tiles.fixed_px:
+        raise UsageError(f"tile={size} is not one of the sizes this bundle is made for: {list(p.tiles.fixed_px)}")
+    fitting = min(p.tiles.overlap_px, size // 2) // program.multiple_px * program.multiple_px
+    return tile_plan(width, height, size, fitting if overlap is None else overlap, program.multiple_px)
+
+
+def of_tokens(p: Pass, name: str, px: int, constants: Collection[str]) -> str | None:
+    """The constant `name.TOKENS` for tiles of that many pixels, where there is one."""
+    table = f"{name}.{px // p.steps.px_per_token}" if p.steps else name
+    return table if table in constants else None

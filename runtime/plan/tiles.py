@@ -1,0 +1,102 @@
+"""Split an image into overlapping tiles, and the weights that join them again.
+
+Every tile of a plan has the same size, so an engine built for one shape serves them all: the last row and column
+shift inwards instead of shrinking, and share more than the nominal overlap with their neighbours.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+
+from tilewright.runtime.errors import UsageError
+
+__all__ = ["Tile", "TilePlan", "starts", "tile_plan", "weights"]
+
+Weights = list[npt.NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A rectangle of output pixels."""
+
+    index: int  # row-major position in the plan
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class TilePlan:
+    """Where the tiles of an image lie, in output pixels."""
+
+    height: int
+    width: int
+    tile_height: int  # below the asked size when the image is
+    tile_width: int
+    overlap: int  # nominal: what neighbours share at least
+    tops: tuple[int, ...]  # one a row of tiles
+    lefts: tuple[int, ...]  # one a column of tiles
+
+    @cached_property
+    def tiles(self) -> tuple[Tile, ...]:
+        """All tiles in row-major order."""
+        corners = ((top, left) for top in self.tops for left in self.lefts)
+        return tuple(Tile(i, top, left, self.tile_height, self.tile_width) for i, (top, left) in enumerate(corners))
+
+
+def starts(length: int, tile: int, overlap: int) -> tuple[int, ...]:
+    """Return where the tiles of one axis start."""
+    if length <= tile:
+        return (0,)
+    stride = tile - overlap
+    count = -(-(length - overlap) // stride)
+    return (*(i * stride for i in range(count - 1)), length - tile)
+
+
+def tile_plan(width: int, height: int, tile: int, overlap: int, multiple: int) -> TilePlan:
+    """Return the tile plan of an image whose sides are already padded to the multiple."""
+    if multiple < 1:
+        raise UsageError(f"multiple={multiple} is no size; use 1 or more")
+    for name, value in {"width": width, "height": height, "tile": tile}.items():
+        if value < 1 or value % multiple:
+            raise UsageError(f"{name}={value} is not a positive multiple of {multiple}; use {_up(value, multiple)}")
+    if not 0 <= 2 * overlap <= tile or overlap % multiple:
+        most = tile // 2 // multiple * multiple
+        raise UsageError(f"overlap={overlap} does not fit tile={tile}; use a multiple of {multiple} from 0 to {most}")
+    tops, lefts = starts(height, tile, overlap), starts(width, tile, overlap)
+    return TilePlan(height, width, min(tile, height), min(tile, width), overlap, tops, lefts)
+
+
+def weights(plan: TilePlan, px: int) -> tuple[Weights, Weights]:
+    """Return the weights of each row and of each column of tiles, on a grid with `px` output pixels a cell.
+
+    The weight of a tile is the outer product of its row's and its column's.
+    """
+    sizes = (plan.height, plan.width, plan.tile_height, plan.tile_width, plan.overlap, *plan.tops, *plan.lefts)
+    if px < 1 or any(size % px for size in sizes):
+        raise UsageError(f"px={px} does not divide the tile plan; use a divisor of {np.gcd.reduce(sizes)}")
+    rows = _axis_weights([top // px for top in plan.tops], plan.tile_height // px, plan.overlap // px)
+    columns = _axis_weights([left // px for left in plan.lefts], plan.tile_width // px, plan.overlap // px)
+    return rows, columns
+
+
+def _axis_weights(starts: Sequence[int], tile: int, overlap: int) -> Weights:
+    ramp = 0.5 - 0.5 * np.cos(np.pi * (np.arange(overlap) + 0.5) / max(1, overlap))
+    raw = [np.ones(tile) for _ in starts]
+    for before, after in pairwise(raw):
+        before[tile - overlap :] = ramp[::-1]
+        after[:overlap] = ramp
+    total = np.zeros(starts[-1] + tile)
+    for start, weight in zip(starts, raw, strict=True):
+        total[start : start + tile] += weight
+    normalised = (weight / total[start : start + tile] for start, weight in zip(starts, raw, strict=True))
+    return [weight.astype(np.float32) for weight in normalised]
+
+
+def _up(value: int, multiple: int) -> int:
+    return max(1, -(-value // multiple)) * multiple

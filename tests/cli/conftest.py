@@ -1,0 +1,29 @@
+"""Tiny real bundles."""
+
+from support.bundles import (
+    build,
+    bundle,
+    kernels,
+    packed_bundle,
+    staged,
+    tint,
+    tinted,
+    tinting,
+    two_folder_bundle,
+    two_folders,
+    weights_dir,
+)
+
+__all__ = [
+    "build",
+    "bundle",
+    "kernels",
+    "packed_bundle",
+    "staged",
+    "tint",
+    "tinted",
+    "tinting",
+    "two_folder_bundle",
+    "two_folders",
+    "weights_dir",
+]

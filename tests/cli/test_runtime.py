@@ -1,0 +1,191 @@
+"""A bundle's own arguments on the command line, from the words a shell passes to the pixels of a file."""
+
+import json
+import math
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import save_file
+
+from tilewright.cli.main import main
+from tilewright.cli.runtime import split_inputs
+from tilewright.runtime import load
+from tilewright.runtime.bundle.digests import sha256_of_bytes
+from tilewright.runtime.bundle.safetensors import safetensors_header
+
+IMAGE = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def restored(tinted, tmp_path, capsys):
+    """Restore a picture with these words after the usual ones; the pixels, or the line of the refusal."""
+    Image.fromarray(IMAGE).save(tmp_path / "in.png")
+
+    def restore(*words: str) -> np.ndarray:
+        out = tmp_path / "out.png"
+        code = main(["runtime", "restore", str(tmp_path / "in.png"), str(out), "--bundle", str(tinted), *words])
+        said = capsys.readouterr()
+        assert code == 0, said.err
+        return np.asarray(Image.open(out))
+
+    return restore
+
+
+@pytest.fixture
+def refused(tinted, tmp_path, capsys):
+    """The one line and the exit code that these words end in."""
+    Image.fromarray(IMAGE).save(tmp_path / "in.png")
+
+    def restore(*words: str) -> tuple[str, int]:
+        out = tmp_path / "out.png"
+        code = main(["runtime", "restore", str(tmp_path / "in.png"), str(out), "--bundle", str(tinted), *words])
+        said = capsys.readouterr()
+        assert said.out == "" and said.err.count("\n") == 1 and not out.exists()
+        return said.err.removeprefix("tilewright: ").rstrip("\n"), code
+
+    return restore
+
+
+@pytest.mark.parametrize(
+    ("words", "inputs"),
+    [
+        ([], {}),
+        (["--prompt", "dim warm red"], {"prompt": "dim warm red"}),
+        (["--prompt=dim warm red"], {"prompt": "dim warm red"}),
+        (["--prompt="], {"prompt": ""}),
+        (["--prompt=--x"], {"prompt": "--x"}),
+        (["--prompt=--x red", "--gain=0.5"], {"prompt": "--x red", "gain": 0.5}),
+        (["--prompt=--tile"], {"prompt": "--tile"}),
+        (["--gain", "2", "--prompt", "dim = red"], {"prompt": "dim = red", "gain": 2}),
+        (["--gain", "-2", "--prompt", "red"], {"prompt": "red", "gain": -2}),
+        (["--tile", "16", "--overlap", "0", "--prompt", "red", "--seed", "1"], {"prompt": "red"}),
+    ],
+)
+def test_words_on_the_command_line_are_the_inputs_of_the_library(restored, tinted, words, inputs):
+    tiles = {"tile": 16, "overlap": 0} if "--tile" in words else {}
+    with load(tinted) as restorer:
+        expected = restorer(IMAGE, inputs=inputs, **tiles)
+    np.testing.assert_array_equal(restored(*words), expected)
+
+
+def test_a_file_is_given_by_its_path(restored, tinted, tmp_path):
+    path = tmp_path / "a look=1.safetensors"
+    save_file({"look.tint": np.float32([[0.5, 0.25, 1]])}, path)
+    with load(tinted) as restorer:
+        expected = restorer(IMAGE, inputs={"look": path})
+    for words in (["--look", str(path)], [f"--look={path}"]):
+        np.testing.assert_array_equal(restored(*words), expected)
+
+
+def test_a_scale_is_told_by_the_sizes(tinted, tmp_path, capsys):
+    Image.fromarray(IMAGE).save(tmp_path / "in.png")
+    words = ["runtime", "restore", str(tmp_path / "in.png"), str(tmp_path / "out.png"), "--bundle", str(tinted)]
+    assert main([*words, "--scale", "3", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["input_width"], told["input_height"], told["width"], told["height"]) == (30, 20, 90, 60)
+    assert Image.open(tmp_path / "out.png").size == (90, 60)
+
+
+OWN = "this bundle's own arguments: --gain VALUE, --prompt VALUE, --look VALUE"
+
+
+@pytest.mark.parametrize(
+    ("words", "message", "code"),
+    [
+        (["--prompt"], f"unknown argument '--prompt'; {OWN}", 2),
+        (["--prompt", "dim", "red"], "unknown argument 'red'; see --help", 2),
+        (["--pro", "dim"], f"unknown argument '--pro'; {OWN}", 2),  # no abbreviations
+        (["--ids", "3"], f"unknown argument '--ids'; {OWN}", 2),
+        (["--gain", "high"], "--gain 'high' is not a number; see the bundle's program.json", 2),
+        (["--scale", "17"], "scale=17 is none that this bundle can enlarge by; use 1 to 16", 2),
+        (["--prompt", "red " * 6], "the text 'red red red red red red ' has 7 tokens, the network takes 6;", 2),
+        (["--look", "nowhere"], "nowhere: No such file or directory; give a safetensors file with look.tint", 8),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_in_one_line(refused, words, message, code):
+    said, found = refused(*words)
+    assert said.startswith(message)
+    assert found == code
+
+
+def test_a_prompt_that_is_no_unicode_is_refused(refused):
+    said, code = refused("--prompt", b"caf\xe9".decode(errors="surrogateescape"))
+    assert (said, code) == (r"the text 'caf\udce9' is not valid Unicode; write it in UTF-8", 2)
+
+
+def test_a_file_of_another_shape_is_refused_by_its_path(refused, tmp_path: Path):
+    save_file({"look.tint": np.ones((1, 4), np.float32)}, tmp_path / "look.safetensors")
+    said, code = refused("--look", str(tmp_path / "look.safetensors"))
+    assert said.endswith("'look.tint' has shape [1, 4], this bundle takes [1, 3]; use its own")
+    assert code == 8
+
+
+@pytest.mark.parametrize(
+    ("line", "own"),
+    [
+        ("in.png out.png --bundle b", ""),
+        ("--prompt in.png in.png out.png --bundle b", "--prompt in.png"),
+        ("in.png --lora-scale 0.5 out.png --bundle b --seed 7", "--lora-scale 0.5"),
+        ("in.png out.png --prompt=--x --bundle b --tile=64 --memory low", "--prompt=--x"),
+        ("in.png out.png --prompt --bundle b", "--prompt"),
+        ("in.png out.png --bundle b --json --steps 3 --prompt a", "--prompt a"),
+    ],
+)
+def test_a_bundles_own_input_is_never_taken_for_a_file(line: str, own: str) -> None:
+    kept, ours = split_inputs(["runtime", "restore", *line.split()])
+    assert ours == own.split()
+    assert sorted(kept + ours) == sorted(["runtime", "restore", *line.split()])
+    assert [word for word in kept if word.endswith(".png")] == ["in.png", "out.png"]
+
+
+def test_profile_takes_a_bundles_own_inputs_too() -> None:
+    words = ["runtime", "profile", "--bundle", "b", "--prompt", "two words", "--runs", "5", "--json"]
+    kept, own = split_inputs(words)
+    assert own == ["--prompt", "two words"] and kept == [w for w in words if w not in own]
+
+
+def test_other_commands_keep_all_their_words() -> None:
+    words = ["runtime", "plan", "3", "4", "--odd", "x"]
+    assert split_inputs(words) == (words, [])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("runtime", "restore", "in.png", "out.png", "--bundle"),
+        ("runtime", "plan", "64", "64", "--bundle"),
+        ("runtime", "profile", "--bundle"),
+        ("export", "inspect"),
+        ("export", "verify"),
+    ],
+    ids=" ".join,
+)
+def test_every_verb_that_opens_a_bundle_takes_its_digest(bundle, tmp_path, monkeypatch, capsys, words):
+    monkeypatch.chdir(tmp_path)
+    digest = sha256_of_bytes((bundle / "bundle.json").read_bytes())
+    assert main([*words, str(bundle), "--expect", "0" * 12]) == 3
+    assert f"SHA-256 {digest} is not the expected 000000000000" in capsys.readouterr().err
+    if words[1] in ("plan", "inspect"):
+        assert main([*words, str(bundle), "--expect", digest[:12]]) == 0
+
+
+def test_weights_that_are_no_numbers_end_a_restoration_with_exit_7_and_no_picture(
+    two_folder_bundle, two_folders, tmp_path, capsys
+):
+    file = tmp_path / "other" / "extra" / "weights.safetensors"
+    _, offset, _ = safetensors_header(file)["single"]
+    data = bytearray(file.read_bytes())
+    data[offset : offset + 4] = struct.pack("<f", math.nan)
+    file.write_bytes(data)
+    Image.new("RGB", (16, 16)).save(tmp_path / "in.png")
+    words = ["runtime", "restore", str(tmp_path / "in.png"), str(tmp_path / "out.png"), "--bundle"]
+    assert main([*words, str(two_folder_bundle())]) == 7
+    said = capsys.readouterr().err.splitlines()
+    assert said == [
+        "tilewright: pass 'add', once: add.sum holds nan, 256 of 768 numbers are not finite; check the weights, and the"
+        " bundle with 'tilewright export verify'"
+    ]
+    assert not (tmp_path / "out.png").exists()

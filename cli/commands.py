@@ -69,18 +69,12 @@ def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
     """What the words of a command say, checked; its `run` does it."""
-    words = list(words)
-    own: list[str] = []
-    if words[:1] == ["runtime"]:
-        from tilewright.cli.runtime import split_inputs
-
-        words, own = split_inputs(words)
     root = parser(words)
     arguments, extra = root.parse_known_args(words)
     if extra:
         options = [name for action in within(root, words)._actions for name in action.option_strings]
-        raise UsageError(f"unknown argument {extra[0]!r}{_did_you_mean(extra[0], options)}; see --help")
-    arguments.extra = own
+        takes = getattr(arguments, "takes", f"see tilewright {' '.join(words[:2])} --help")
+        raise UsageError(f"unknown argument {extra[0]!r}{_did_you_mean(extra[0], options)}; {takes}")
     return arguments
 
 

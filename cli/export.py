@@ -2,14 +2,15 @@
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tilewright.cli.terminal import Progress, answer, expect_argument, size, verb
+from tilewright.cli.terminal import Progress, answer, expect_argument, verb
+from tilewright.runtime.errors import amount
 
 if TYPE_CHECKING:
     from tilewright.export.build.request import Request
@@ -57,15 +58,15 @@ def add_verbs(verbs: Any) -> None:
     stand_in.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="a new folder")
 
     inspect = verb(verbs, "inspect", "what a bundle holds and where every byte lives", _inspect)
-    inspect.add_argument("bundle", type=Path)
+    inspect.add_argument("bundle", type=Path, metavar="BUNDLE", help="its directory")
     expect_argument(inspect)
-    inspect.add_argument("--weights-dir", type=Path, help="where the weights are, if they moved")
+    inspect.add_argument("--weights-dir", type=Path, metavar="DIR", help="where the weights are, if they moved")
 
     verify = verb(verbs, "verify", "compare a bundle's engines with eager PyTorch; exit 7 on a miss", _verify)
-    verify.add_argument("bundle", type=Path)
+    verify.add_argument("bundle", type=Path, metavar="BUNDLE", help="its directory")
     expect_argument(verify)
     verify.add_argument("--size", type=int, metavar="PX", help="side of the picture (default: small, in small tiles)")
-    verify.add_argument("--weights-dir", type=Path, help="where the weights are, if they moved")
+    verify.add_argument("--weights-dir", type=Path, metavar="DIR", help="where the weights are, if they moved")
 
     clean = verb(verbs, "clean", "remove cached build stages; bundles stay", _clean)
     clean.add_argument("--older-than", type=float, default=0.0, metavar="DAYS", help="keep what is younger")
@@ -120,12 +121,13 @@ def _stand_in(arguments: argparse.Namespace) -> None:
     from tilewright.export.systems import system
     from tilewright.export.weights.stand_in import stand_in
 
-    made = stand_in(system(arguments.system), arguments.out)
+    with Progress(arguments) as progress:
+        made = stand_in(system(arguments.system), arguments.out, progress.tiles)
     answer(
         arguments,
         made,
         f"{made['folder']}: {len(made['files'])} files, {made['tensors']} tensors of zeros,"
-        f" {made['apparent_bytes'] / 1e9:.1f} GB that take {made['disk_bytes'] / 1e6:.1f} MB",
+        f" {amount(made['apparent_bytes'])} that take {amount(made['disk_bytes'])}",
     )
 
 
@@ -146,6 +148,7 @@ def _build(arguments: argparse.Namespace) -> None:
     from tilewright.export.build.request import Request
     from tilewright.export.build.run import build, changes
     from tilewright.export.weights.hub import local
+    from tilewright.runtime.bundle.digests import sha256_of_file
 
     request = Request(
         arguments.system,
@@ -159,24 +162,41 @@ def _build(arguments: argparse.Namespace) -> None:
         _asked(arguments),
         arguments.allow_nonfinite,
     )
-    if arguments.explain:
-        if not all_remembered(request):
-            check_files(request)
-        changed = changes(request, stages(request, quick_digest if arguments.dry_run else sha256_of_file))
-        lines = [f"{stage} runs, changed: {', '.join(reasons)}" for stage, reasons in changed.items()]
-        print("\n".join(lines or ["nothing changed since the last build"]), file=sys.stderr)
+    start, usual, explained = time.perf_counter(), _usual(arguments.out), dict[str, Any]()
+    with Progress(arguments) as progress:
+
+        def digest(path: Path) -> str:
+            return sha256_of_file(path, on_read=partial(progress.bytes, f"reading {path.name}"))
+
+        def tell(stage: str, event: str, seconds: float) -> None:
+            progress.stage(stage, event, seconds, usual.get(stage))
+
+        if arguments.explain:
+            if not all_remembered(request):
+                check_files(request)
+            explained = {"changed": changes(request, stages(request, quick_digest if arguments.dry_run else digest))}
+        if explained and not arguments.json:
+            lines = [f"{stage} runs, changed: {', '.join(reasons)}" for stage, reasons in explained["changed"].items()]
+            progress.say("\n".join(lines or ["nothing changed since the last build"]))
+        cost = {} if arguments.dry_run else build(request, tell, digest)
     if arguments.dry_run:
-        _dry_run(arguments, request)
+        _dry_run(arguments, request, explained)
         return
-    start = time.perf_counter()
-    with Progress() as progress:
-        cost = build(request, progress.stage)
     seconds = time.perf_counter() - start
     done = f"{arguments.out}: built in {seconds:.1f} s" if cost else f"{arguments.out}: up to date, nothing to do"
-    answer(arguments, {"bundle": str(arguments.out), "built": bool(cost), "stages": cost}, done)
+    answer(arguments, {"bundle": str(arguments.out), "built": bool(cost), "stages": cost} | explained, done)
 
 
-def _dry_run(arguments: argparse.Namespace, request: "Request") -> None:
+def _usual(out: Path) -> dict[str, float]:
+    """How long each stage took when this bundle was built before."""
+    try:
+        cost = json.loads((out / "reports" / "build.json").read_text())
+        return {stage: float(spent["seconds"]) for stage, spent in cost.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _dry_run(arguments: argparse.Namespace, request: "Request", explained: dict[str, Any]) -> None:
     from tilewright.export.build.forecast import forecast
     from tilewright.export.build.plan import quick_digest, stages
     from tilewright.export.build.preflight import check_files
@@ -185,13 +205,13 @@ def _dry_run(arguments: argparse.Namespace, request: "Request") -> None:
     check_files(request)
     plan = stages(request, quick_digest)
     predicted = forecast(request, plan, up_to_date=up_to_date(request, plan))
-    disk = ", ".join(f"{size / 1e6:.1f} MB under {place}" for place, size in predicted.disk.items()) or "nothing"
+    disk = ", ".join(f"{amount(needed)} under {place}" for place, needed in predicted.disk.items()) or "nothing"
     answer(
         arguments,
-        predicted.to_json(),
+        predicted.to_json() | explained,
         f"stages: {', '.join(predicted.stages) or 'none, the bundle is up to date'}\n"
         f"disk: {disk}\n"
-        f"peak memory: {predicted.memory / 1e9:.1f} GB",
+        f"peak memory: {amount(predicted.memory)}",
     )
 
 
@@ -203,12 +223,19 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
 
 def _verify(arguments: argparse.Namespace) -> None:
-    from tilewright.export.verify.engines import require, verify
+    from tilewright.export.verify.engines import PARTS, require, verify
     from tilewright.runtime.bundle.digests import writing
+    from tilewright.runtime.errors import AccuracyError
 
-    report = verify(
-        arguments.bundle, weights_dir=arguments.weights_dir, size_px=arguments.size, expect=arguments.expect
-    )
+    with Progress(arguments, PARTS) as progress:
+        progress.doing("reading the files")
+        report = verify(
+            arguments.bundle,
+            weights_dir=arguments.weights_dir,
+            size_px=arguments.size,
+            expect=arguments.expect,
+            on_progress=progress.tiles,
+        )
     path = arguments.bundle / "reports" / "accuracy.json"
     with writing(path) as temporary:
         temporary.write_text(json.dumps(report, indent=2, sort_keys=True) + "\n")
@@ -220,17 +247,21 @@ def _verify(arguments: argparse.Namespace) -> None:
             lines.append(f"{name}: " + ", ".join(f"{count} {what}" for what, count in choices.items()) + " choices")
     lines.append(f"picture: PSNR {report['restore']['psnr_db']:.1f} dB")
     lines.append("seams: " + ", ".join(f"{picture} {excess:+.0%}" for picture, excess in report["seams"].items()))
-    answer(arguments, report, "\n".join([*lines, f"written to {path}"]))
-    require(report)
+    fault = None
+    try:
+        require(report)
+    except AccuracyError as error:
+        fault = error
+    answer(arguments, report, "\n".join([*lines, f"written to {path}"]), fault=fault)
 
 
 def _clean(arguments: argparse.Namespace) -> None:
     from tilewright.export.build.clean import clean
 
     cleaned = clean(arguments.older_than, converted=arguments.converted)
-    lines = [f"freed {cleaned.freed_bytes / 1e6:.1f} MB"]
+    lines = [f"freed {amount(cleaned.freed_bytes)}"]
     if cleaned.converted_bytes:
-        lines.append(f"{cleaned.converted_bytes / 1e6:.1f} MB of converted weights stay; --converted removes them too")
+        lines.append(f"{amount(cleaned.converted_bytes)} of converted weights stay; --converted removes them too")
     if cleaned.bundles:
         state = "no longer find their weights; build them again" if arguments.converted else "read converted weights"
         lines.append(f"{', '.join(cleaned.bundles)} {state}")

@@ -82,15 +82,15 @@ def _check_results(arguments: argparse.Namespace, ops: Sequence[Any]) -> None:
         "not_judged": absent,
         "versions": _versions(),
     }
-    answer(arguments, value, text)
-    missed = [row for row in rows if not row.passes]
-    if missed:
+    fault = None
+    if missed := [row for row in rows if not row.passes]:
         first = missed[0]
         why = first.why or f"off by {first.error:.1e}, {first.allowed:.1e} are allowed"
-        raise AccuracyError(
+        fault = AccuracyError(
             f"{len(missed)} of {len(rows)} miss; first {first.op} in {first.implementation}, {first.type}: {why};"
             " do not use it with these versions"
         )
+    answer(arguments, value, text, fault=fault)
 
 
 def _check_resources(arguments: argparse.Namespace, ops: Sequence[Any]) -> None:
@@ -110,14 +110,15 @@ def _check_resources(arguments: argparse.Namespace, ops: Sequence[Any]) -> None:
     for row in rows:
         took = ["-"] * 4 if row.resources is None else [str(n) for n in asdict(row.resources).values()]
         lines.append([row.op, row.kernel, row.case, row.type, row.arch, *took, "; ".join(row.faults) or "ok"])
-    answer(arguments, {"rows": [asdict(row) for row in rows], "versions": _versions()}, table(heads, lines))
-    missed = [row for row in rows if row.faults]
-    if missed:
+    fault = None
+    if missed := [row for row in rows if row.faults]:
         first = missed[0]
-        raise AccuracyError(
+        fault = AccuracyError(
             f"{len(missed)} of {len(rows)} kernels may not ship; first {first.kernel} {first.case} {first.type}"
             f" {first.arch}: {'; '.join(first.faults)}; give its plan a smaller tile"
         )
+    value = {"rows": [asdict(row) for row in rows], "versions": _versions()}
+    answer(arguments, value, table(heads, lines), fault=fault)
 
 
 def _bench(arguments: argparse.Namespace) -> None:

@@ -6,15 +6,15 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from tilewright.cli.terminal import Progress, answer, expect_argument, verb
+from tilewright.cli.terminal import Progress, answer, expect_argument, note, verb
 from tilewright.runtime.bundle.arguments import Argument, flag
 from tilewright.runtime.bundle.program import Input
 from tilewright.runtime.bundle.read import read_bundle
 from tilewright.runtime.errors import UsageError
 from tilewright.runtime.estimate import MEMORY_MODES, estimate
-from tilewright.runtime.images.write import check_writable, write_image
+from tilewright.runtime.images.write import FORMATS, check_overwrite, check_writable, encode_image, write_image
 from tilewright.runtime.inputs import checked
 from tilewright.runtime.restore import Restorer, load
 
@@ -22,6 +22,7 @@ __all__ = ["add_verbs"]
 
 
 LISTED = "A bundle has arguments of its own: --bundle DIR --help lists them."
+STREAM = "-"
 METAVARS = {"words": "WORDS", "tensors": "FILE", "number": "NUMBER", "integer": "INTEGER"}
 
 
@@ -34,7 +35,7 @@ def add_verbs(verbs: Any) -> None:
     plan.add_argument("height", type=int)
     _bundle_arguments(plan)
     plan.add_argument("--memory", choices=MEMORY_MODES, default="fast", help="as for restore")
-    plan.add_argument("--scale", type=int, help="as for restore")
+    plan.add_argument("--scale", type=int, metavar="N", help="as for restore")
 
     select = verb(verbs, "select", "the best of several restorations of one image, by scores of quality", _select)
     select.add_argument("candidates", nargs="+", type=Path, metavar="IMAGE", help="in the order of their rounds")
@@ -44,15 +45,17 @@ def add_verbs(verbs: Any) -> None:
 
 
 def _restore_arguments(restore: argparse.ArgumentParser) -> None:
-    restore.add_argument("input", type=Path, metavar="IN")
-    restore.add_argument("output", type=Path, metavar="OUT", help="its suffix chooses the format")
+    restore.add_argument("input", type=Path, metavar="IN", help="an image, or - for standard input")
+    restore.add_argument("output", type=Path, metavar="OUT", help="its suffix chooses the format; - is standard output")
+    restore.add_argument("--format", choices=FORMATS, help="of the image on standard output (default: png)")
+    restore.add_argument("--force", action="store_true", help="replace the input itself, or a read-only file")
     _bundle_arguments(restore)
     _engine_arguments(restore)
-    restore.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
-    restore.add_argument("--steps", type=int, help="sampling steps, where the system has any")
-    restore.add_argument("--scale", type=int, help="enlarge by this, where the system leaves it open")
+    restore.add_argument("--seed", type=int, metavar="N", default=0, help="of the noise (default: 0)")
+    restore.add_argument("--steps", type=int, metavar="N", help="sampling steps, where the system has any")
+    restore.add_argument("--scale", type=int, metavar="N", help="enlarge by this, where the system leaves it open")
     restore.add_argument(
-        "--max-pixels", type=int, default=100_000_000, help="refuse larger inputs (default: 100 million)"
+        "--max-pixels", type=int, metavar="N", default=100_000_000, help="refuse larger inputs (default: 100 million)"
     )
     restore.epilog = LISTED
     restore.set_defaults(more_arguments=_arguments_of_bundle)
@@ -62,10 +65,15 @@ def _profile_arguments(profile: argparse.ArgumentParser) -> None:
     _bundle_arguments(profile)
     _engine_arguments(profile)
     profile.add_argument(
-        "--resolutions", default="512,1024", help="output sizes: 512 or 2560x1440, with commas (default: 512,1024)"
+        "--resolutions",
+        metavar="SIZES",
+        default="512,1024",
+        help="output sizes: 512 or 2560x1440, with commas (default: 512,1024)",
     )
-    profile.add_argument("--runs", type=int, default=5, help="measured runs after a warm-up, at least 5 (default: 5)")
-    profile.add_argument("--steps", type=int, help="as for restore")
+    profile.add_argument(
+        "--runs", type=int, metavar="N", default=5, help="measured runs after a warm-up, at least 5 (default: 5)"
+    )
+    profile.add_argument("--steps", type=int, metavar="N", help="as for restore")
     profile.epilog = LISTED
     profile.set_defaults(more_arguments=_arguments_of_bundle)
 
@@ -140,9 +148,9 @@ def _engine_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--memory", choices=MEMORY_MODES, default="fast", help="speed, or weights mapped and not copied"
     )
-    parser.add_argument("--threads", type=int, default=0, help="of an engine (default: all cores)")
-    parser.add_argument("--workers", type=int, default=1, help="tiles run at once (default: 1)")
-    parser.add_argument("--weights-dir", type=Path, help="where the weights are, if they moved")
+    parser.add_argument("--threads", type=int, metavar="N", default=0, help="of an engine (default: all cores)")
+    parser.add_argument("--workers", type=int, metavar="N", default=1, help="tiles run at once (default: 1)")
+    parser.add_argument("--weights-dir", type=Path, metavar="DIR", help="where the weights are, if they moved")
 
 
 def _open(arguments: argparse.Namespace) -> Restorer:
@@ -156,18 +164,20 @@ def _open(arguments: argparse.Namespace) -> Restorer:
 
 
 def _restore(arguments: argparse.Namespace) -> None:
-    check_writable(arguments.output)
+    source, stdout = _streams(arguments)
     own = _own(arguments)
     weights = arguments.opened.manifest.options.get("weights", "")
     if weights.startswith(("random", "stand-in")):
         kind = weights.partition(",")[0]
-        print(f"note: this bundle holds {kind} weights; the picture proves plumbing, not restoration", file=sys.stderr)
+        note(arguments, f"this bundle holds {kind} weights; the picture proves plumbing, not restoration")
     start = time.perf_counter()
-    with _open(arguments) as restorer:
-        opened = time.perf_counter() - start
-        with Progress() as progress:
+    with Progress(arguments, [p.name for p in arguments.opened.program.passes]) as progress:
+        progress.doing("opening the engines")
+        with _open(arguments) as restorer:
+            opened = time.perf_counter() - start
+            progress.doing("reading the image")
             made = restorer.restore(
-                arguments.input,
+                source,
                 tile=arguments.tile,
                 overlap=arguments.overlap,
                 seed=arguments.seed,
@@ -177,8 +187,13 @@ def _restore(arguments: argparse.Namespace) -> None:
                 on_progress=progress.tiles,
                 **own,
             )
-    before = time.perf_counter()
-    write_image(arguments.output, made.image, icc=made.icc)
+        progress.doing("writing the image")
+        before = time.perf_counter()
+        if stdout:
+            stdout.write(encode_image(made.image, arguments.format or "png", icc=made.icc))
+            stdout.flush()
+        else:
+            write_image(arguments.output, made.image, icc=made.icc)
     seconds = made.seconds | {"open": opened, "write": time.perf_counter() - before}
     height, width = made.image.shape[:2]
     value = {
@@ -191,7 +206,27 @@ def _restore(arguments: argparse.Namespace) -> None:
         "seconds": seconds,
         "peak_bytes": made.peak_bytes,
     }
-    answer(arguments, value, _restored(arguments.input, value))
+    answer(arguments, value, _restored(arguments.input, value), to=sys.stderr if stdout else None)
+
+
+def _streams(arguments: argparse.Namespace) -> tuple[Path | bytes, BinaryIO | None]:
+    """The image's path or bytes, and standard output where the result goes there; refused before any work is done."""
+    stdout = None
+    if str(arguments.output) == STREAM:
+        if sys.stdout is None or sys.stdout.isatty():
+            raise UsageError("standard output is no place for an image here; name a file, or write > FILE after it")
+        stdout = sys.stdout.buffer
+    else:
+        if arguments.format:
+            raise UsageError(f"--format is for standard output; the suffix of {arguments.output} chooses its format")
+        check_writable(arguments.output)
+        if not arguments.force:
+            check_overwrite(arguments.output, arguments.input)
+    if str(arguments.input) != STREAM:
+        return arguments.input, stdout
+    if sys.stdin is None or sys.stdin.isatty():
+        raise UsageError("standard input holds no image here; name a file, or write < FILE after it")
+    return sys.stdin.buffer.read(), stdout
 
 
 def _restored(source: Path, value: dict[str, Any]) -> str:
@@ -261,7 +296,8 @@ def _profile(arguments: argparse.Namespace) -> None:
     from tilewright.runtime.profile import profile, resolutions, table
 
     sizes, own = resolutions(arguments.resolutions), _own(arguments)
-    with _open(arguments) as restorer, Progress() as progress:
+    parts = [f"{width}x{height}" for width, height in sizes]
+    with _open(arguments) as restorer, Progress(arguments, parts) as progress:
         measured = profile(
             restorer,
             sizes,

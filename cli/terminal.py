@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, TextIO
 
-from tilewright.runtime.errors import ResourceError, TilewrightError
+from tilewright.runtime.errors import ResourceError, TilewrightError, amount
 
-__all__ = ["Progress", "answer", "expect_argument", "note", "say_error", "size", "table", "verb"]
+__all__ = ["Progress", "answer", "expect_argument", "note", "say_error", "table", "verb"]
 
 EVERY_S = 5.0  # between two lines of progress where there is no terminal
 
@@ -81,8 +81,8 @@ def expect_argument(parser: argparse.ArgumentParser) -> None:
 class Progress:
     """What is running and about how long it still takes.
 
-    On a terminal, a bar that redraws itself; elsewhere plain lines, at most one every few seconds. `parts` are the names
-    of all that will be counted, in order, where that is known.
+    On a terminal, a bar that redraws itself; elsewhere plain lines, at most one every few seconds. `parts` are the
+    names of all that will be counted, in order, where they are known.
     """
 
     def __init__(self, arguments: argparse.Namespace | None = None, parts: Sequence[str] = ()) -> None:
@@ -106,6 +106,13 @@ class Progress:
         if self.terminal:
             self.ticker.join()
             self._draw("")
+
+    def say(self, text: str) -> None:
+        """Lines that were asked for, above the bar."""
+        if self.terminal:
+            self._draw("")
+            self.line = ""
+        print(text, file=sys.stderr, flush=True)
 
     def stage(self, name: str, event: str, seconds: float, usual: float | None = None) -> None:
         """A build stage started, was found or is done; `usual` seconds it took before."""
@@ -131,7 +138,7 @@ class Progress:
 
     def bytes(self, name: str, done: int, total: int) -> None:
         """Some bytes of a file are read or written."""
-        self._counted(name, done, total, f"{size(done)} of {size(total)}")
+        self._counted(name, done, total, f"{amount(done)} of {amount(total)}")
 
     def _counted(self, name: str, done: int, total: int, count: str) -> None:
         now = time.monotonic()
@@ -170,14 +177,6 @@ def _span(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def size(number: float) -> str:
-    """Bytes in the unit that shows them."""
-    for unit, of in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if number >= of:
-            return f"{number / of:.1f} {unit}"
-    return f"{number:.0f} bytes"
 
 
 def table(heads: list[str], rows: list[list[str]]) -> str:

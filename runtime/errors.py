@@ -14,7 +14,16 @@ __all__ = [
     "ResourceError",
     "TilewrightError",
     "UsageError",
+    "amount",
 ]
+
+
+def amount(number: float) -> str:
+    """Bytes in the unit that shows them."""
+    for unit, of in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if number >= of:
+            return f"{number / of:.1f} {unit}"
+    return f"{number:.0f} bytes"
 
 
 class TilewrightError(Exception):

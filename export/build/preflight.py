@@ -8,7 +8,7 @@ from tilewright.export.build.forecast import Forecast
 from tilewright.export.build.request import Request
 from tilewright.export.build.stages.constants import check_constants
 from tilewright.runtime.bundle.write import check_replaceable
-from tilewright.runtime.errors import ResourceError
+from tilewright.runtime.errors import ResourceError, amount
 from tilewright.runtime.estimate import available_bytes
 
 __all__ = ["check_files", "check_room"]
@@ -29,7 +29,7 @@ def check_room(forecast: Forecast) -> None:
     for place in forecast.disk:
         size, free = needed[_existing(place).stat().st_dev], shutil.disk_usage(_existing(place)).free
         if size > free:
-            raise ResourceError(f"{place}: needs {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; make room")
+            raise ResourceError(f"{place}: needs {amount(size)}, {amount(free)} are free; make room")
     there = available_bytes()
     if there is not None and forecast.memory > there:
         raise ResourceError(

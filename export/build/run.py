@@ -17,7 +17,7 @@ from tilewright.export.build.forecast import forecast, unverifiable
 from tilewright.export.build.plan import all_remembered, stages
 from tilewright.export.build.preflight import check_files, check_room
 from tilewright.export.build.request import Request
-from tilewright.runtime.bundle.digests import cache_dir, sha256_of_bytes
+from tilewright.runtime.bundle.digests import cache_dir, sha256_of_bytes, sha256_of_file
 from tilewright.runtime.bundle.read import read_bundle
 from tilewright.runtime.errors import BundleError
 from tilewright.runtime.estimate import peak_bytes, reset_peak
@@ -29,12 +29,16 @@ Cost = dict[str, dict[str, float]]  # stage -> seconds and peak_bytes
 Report = Callable[[str, str, float], None]  # is told a stage, what happens to it, and seconds
 
 
-def build(request: Request, on_stage: Report = lambda name, event, seconds: None) -> Cost:
+def build(
+    request: Request,
+    on_stage: Report = lambda name, event, seconds: None,
+    digest: Callable[[Path], str] = sha256_of_file,
+) -> Cost:
     """Run what is not done yet and put the bundle in place; the cost of each stage that ran."""
     unread = not all_remembered(request)
     if unread:  # reading gigabytes to find a stage's key can wait until the files are known good
         check_files(request)
-    plan = stages(request)
+    plan = stages(request, digest)
     if up_to_date(request, plan):
         return {}
     if not unread:

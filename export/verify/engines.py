@@ -23,6 +23,7 @@ from tilewright.export.systems import system
 from tilewright.export.verify.memory import VERIFY_COPIES
 from tilewright.export.verify.seams import PICTURES, seam_excess
 from tilewright.export.weights.files import mapped_tensor
+from tilewright.runtime.bundle.program import Program
 from tilewright.runtime.bundle.read import Bundle, read_bundle
 from tilewright.runtime.engines import Engine, backend
 from tilewright.runtime.errors import AccuracyError, ResourceError, UsageError
@@ -34,7 +35,7 @@ from tilewright.runtime.restore import Restorer, load
 from tilewright.runtime.scheduler import Job, run
 from tilewright.runtime.text import token_ids
 
-__all__ = ["RELATIVE_L2_GATE", "require", "sample_photo", "verify"]
+__all__ = ["PARTS", "RELATIVE_L2_GATE", "require", "sample_photo", "verify"]
 
 RELATIVE_L2_GATE = 1e-4  # of a component's float outputs, float32 against float32; measured are 1e-6 to 1e-5
 SMALL = 2**24  # parameters of a bundle
@@ -44,8 +45,10 @@ SEAM_STEPS = 4  # in which seams are judged: each step joins the tiles
 LEAST_TILE_PX = 96  # to judge seams by: convolutions see further than 12 of the smallest tokens
 SEAM_GATE = 0.15  # of `seam_excess`; blended tiles of random networks reach 0.09, averaged ones of the demo exceed 0.4
 UNDECIDED = 4.0  # a choice won by less than this many roundings of its scores may fall either way
+PARTS = ("engines and eager", "eager", *(f"seams, {name}" for name in (*PICTURES, "photo")))  # of a verification
 Floats = npt.NDArray[np.floating[Any]]
 Pixels = npt.NDArray[np.uint8]
+Report = Callable[[str, int, int], None]  # is told one of PARTS and how much of it is done
 
 
 def verify(
@@ -55,6 +58,7 @@ def verify(
     size_px: int | None = None,
     expect: str | None = None,
     fresh: bool = True,
+    on_progress: Report = lambda part, done, total: None,
 ) -> dict[str, Any]:
     """Compare a bundle's engines with the networks they were traced from; a report, whatever it says.
 
@@ -72,9 +76,11 @@ def verify(
         pairs = {n: _Paired(restorer.engines[n], e) for n, e in eager.items()}
         job = _job(restorer, size_px)
         job.inputs = gather(bundle, example_inputs(bundle))
-        engine_image = run(program, pairs, restorer.constants, job)
-        eager_image = run(program, eager, restorer.constants, job)
-        seams = {name: _seam(restorer, job, make) for name, make in (PICTURES | {"photo": _photo}).items()}
+        told = {part: replace(job, on_progress=_percent(on_progress, part, program)) for part in PARTS}
+        engine_image = run(program, pairs, restorer.constants, told["engines and eager"])
+        eager_image = run(program, eager, restorer.constants, told["eager"])
+        pictures = (PICTURES | {"photo": _photo}).items()
+        seams = {name: _seam(restorer, told[f"seams, {name}"], make) for name, make in pictures}
     first = bundle.manifest.components[next(iter(eager))].engines[0]
     return {
         "bundle": bundle.digest,
@@ -87,6 +93,12 @@ def verify(
         "seams": seams,
         "gate": {"relative_l2": RELATIVE_L2_GATE, "seam_excess": SEAM_GATE},
     }
+
+
+def _percent(report: Report, part: str, program: Program) -> Report:
+    """Tell how much of a restoration is done, as if its passes took equally long."""
+    names = [p.name for p in program.passes]
+    return lambda name, done, total: report(part, round(100 * (names.index(name) + done / total) / len(names)), 100)
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """Files in the place of published weights: every name, shape and type, and zeros that take no room on the disk."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from tilewright.runtime.errors import UsageError
 __all__ = ["stand_in"]
 
 
-def stand_in(system: System, out: Path) -> dict[str, Any]:
+def stand_in(
+    system: System, out: Path, on_file: Callable[[str, int, int], None] = lambda what, done, total: None
+) -> dict[str, Any]:
     """Write what a system of full size needs into a new folder; its files, tensors and apparent bytes."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out}: exists and is not empty; choose another -o")
@@ -21,7 +24,8 @@ def stand_in(system: System, out: Path) -> dict[str, Any]:
     if make is None:
         raise UsageError(f"{system.name}: has no published files to stand in for; give weights of your own")
     files = make()
-    for file, content in files.items():
+    for done, (file, content) in enumerate(files.items()):
+        on_file("files", done, len(files))
         if isinstance(content, str):
             (out / file).parent.mkdir(parents=True, exist_ok=True)
             with writing(out / file) as temporary:

@@ -8,10 +8,12 @@ size inside a small one.
 from __future__ import annotations
 
 import os
+import stat
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -64,17 +66,25 @@ class Picture:
 
 
 def read_image(
-    source: str | os.PathLike[str] | Image.Image | npt.NDArray[Any], *, max_pixels: int = 100_000_000
+    source: str | os.PathLike[str] | bytes | Image.Image | npt.NDArray[Any], *, max_pixels: int = 100_000_000
 ) -> Picture:
-    """Read a file, a Pillow image or a uint8 array, upright and in 8 bits; of an animated file, the first frame."""
+    """Read a file, the bytes of one, a Pillow image or a uint8 array, upright and in 8 bits.
+
+    Of an animated file, the first frame.
+    """
     if isinstance(source, np.ndarray):
         return _from_array(source, max_pixels)
     if isinstance(source, Image.Image):
         _check_size("the image", source.size, max_pixels)
         return _from_image(source, "the image")
     if isinstance(source, (str, os.PathLike)):
-        return _from_file(Path(source), max_pixels)
-    raise InputError(f"cannot read an image from a {type(source).__name__}: pass a path, a Pillow image or an array")
+        with _opened(Path(source)) as file:
+            return _from_file(file, str(source), max_pixels)
+    if isinstance(source, bytes):
+        return _from_file(BytesIO(source), "the image", max_pixels)
+    raise InputError(
+        f"cannot read an image from a {type(source).__name__}: pass a path, bytes, a Pillow image or an array"
+    )
 
 
 def _from_array(array: npt.NDArray[Any], max_pixels: int) -> Picture:
@@ -87,11 +97,11 @@ def _from_array(array: npt.NDArray[Any], max_pixels: int) -> Picture:
     return _split(array, None)
 
 
-def _from_file(path: Path, max_pixels: int) -> Picture:
+def _from_file(file: BinaryIO, name: str, max_pixels: int) -> Picture:
     # Not by its name: Pillow would map the file, and so scramble an uncompressed TIFF that is stored on its side.
-    with _opened(path) as file, _bomb_check_off(), _identified(file, path) as image:
-        _check_size(str(path), image.size, max_pixels)
-        return _from_image(image, str(path))
+    with _bomb_check_off(), _identified(file, name) as image:
+        _check_size(name, image.size, max_pixels)
+        return _from_image(image, name)
 
 
 @contextmanager
@@ -113,17 +123,20 @@ def _bomb_check_off() -> Iterator[None]:
 
 def _opened(path: Path) -> BinaryIO:
     try:
+        mode = path.stat().st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # opening a pipe waits for its other end
+            raise InputError(f"{path} is a device or a pipe, not a file: name a file, or - for standard input")
         return path.open("rb")
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be opened ({reason(error)}): check the path") from error
 
 
-def _identified(file: BinaryIO, path: Path) -> Image.Image:
+def _identified(file: BinaryIO, name: str) -> Image.Image:
     try:
         return Image.open(file, formats=_FORMATS)
     except Exception as error:  # Pillow's readers raise whatever a damaged header leads them to
         known = ", ".join(_FORMATS)
-        raise InputError(f"{path} is damaged or not an image: pass one of the formats {known}") from error
+        raise InputError(f"{name} is damaged or not an image: pass one of the formats {known}") from error
 
 
 def reason(error: Exception) -> str:
@@ -138,7 +151,7 @@ def _check_size(name: str, size: tuple[int, int], max_pixels: int) -> None:
     if width * height > max_pixels:
         raise InputError(
             f"{name} is {width}x{height} = {width * height} pixels, over the limit of {max_pixels}: "
-            "raise max_pixels to read it"
+            f"read it with --max-pixels {width * height}"
         )
 
 

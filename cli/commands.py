@@ -25,6 +25,12 @@ class _Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse does, after a verb has added the arguments that depend on its words."""
+        if args is not None and (add := self.get_default("more_arguments")):
+            add(self, args)
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; see {self.prog} --help")
 
@@ -41,9 +47,7 @@ def parser() -> argparse.ArgumentParser:
 
 def run(words: list[str]) -> None:
     """Do what the words of a command say."""
-    words, own = runtime.split_inputs(words)
     arguments, extra = parser().parse_known_args(words)
     if extra:
-        raise UsageError(f"unknown argument {extra[0]!r}; see --help")
-    arguments.extra = own
+        raise UsageError(f"unknown argument {extra[0]!r}; {getattr(arguments, 'takes', 'see --help')}")
     arguments.run(arguments)

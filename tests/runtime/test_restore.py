@@ -206,9 +206,7 @@ def test_a_prompt_decides_through_its_tokenizer(tinted):
         assert_tinted(restorer(image, prompt="dim warm red"), tinted_by(image, [3, 4, 5]))
         assert_tinted(restorer(image, prompt="red"), tinted_by(image, [5, 1, 0]))
         assert_tinted(restorer(image), tinted_by(image, [6, 6, 6]))  # the program's own words
-        assert_tinted(
-            restorer(image, prompt="dim dim dim", gain=0.5), tinted_by(image, [3, 3, 3], gain=0.5)
-        )
+        assert_tinted(restorer(image, prompt="dim dim dim", gain=0.5), tinted_by(image, [3, 3, 3], gain=0.5))
         with pytest.raises(UsageError, match="has 7 tokens, the network takes 6; use a shorter one"):
             restorer(image, prompt="red " * 6)
 

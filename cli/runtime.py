@@ -209,8 +209,8 @@ def _restore(arguments: argparse.Namespace) -> None:
     answer(arguments, value, _restored(arguments.input, value), to=sys.stderr if stdout else None)
 
 
-def _streams(arguments: argparse.Namespace) -> tuple[Path | bytes, BinaryIO | None]:
-    """The image's path or bytes, and standard output where the result goes there; refused before any work is done."""
+def _streams(arguments: argparse.Namespace) -> tuple[Path | BinaryIO, BinaryIO | None]:
+    """Where the image comes from, and standard output where it goes there; refused before any work is done."""
     stdout = None
     if str(arguments.output) == STREAM:
         if sys.stdout is None or sys.stdout.isatty():
@@ -226,7 +226,7 @@ def _streams(arguments: argparse.Namespace) -> tuple[Path | bytes, BinaryIO | No
         return arguments.input, stdout
     if sys.stdin is None or sys.stdin.isatty():
         raise UsageError("standard input holds no image here; name a file, or write < FILE after it")
-    return sys.stdin.buffer.read(), stdout
+    return sys.stdin.buffer, stdout
 
 
 def _restored(source: Path, value: dict[str, Any]) -> str:

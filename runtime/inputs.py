@@ -51,7 +51,10 @@ def checked(name: str, shown: str, taken: Input, value: Any) -> Any:
     if array.shape != taken.shape:
         wanted = f"an array of {list(taken.shape)}" if taken.shape else takes
         raise UsageError(f"{name} has shape {list(array.shape)}; give {wanted}")
-    _require_finite(f"{shown} is" if not taken.shape else f"{name} holds", array, UsageError)
+    if taken.shape:
+        _require_finite(f"{name} holds", array, UsageError)
+    elif not np.isfinite(array):
+        raise UsageError(f"{shown} is not finite as {taken.dtype}; give {takes}")
     if taken.choices and not np.isin(array, list(taken.choices.values())).all():
         raise UsageError(f"{shown} is not {takes}")
     too_low = taken.least is not None and array < np.asarray(taken.least, array.dtype)

@@ -122,4 +122,4 @@ def _check_range(where: str, taken: Input) -> None:
     if least > most:
         raise BundleError(f"{where}: least {least:g} is above most {most:g}; exchange them")
     if isinstance(taken.default, int | float) and not least <= taken.default <= most:
-        raise BundleError(f"{where}: default {taken.default:g} does not lie in {least:g} to {most:g}")
+        raise BundleError(f"{where}: default {_plain(taken.default)} is not {argument_of(taken).takes}")

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,9 @@ from tilewright.runtime.errors import InputError
 __all__ = ["Picture", "Pixels", "read_image"]
 
 Pixels = npt.NDArray[np.uint8]
+Source: TypeAlias = (
+    "str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO | Image.Image | npt.NDArray[Any]"
+)
 
 
 # The first five need no further plugins, and AVIF is last because a Pillow without it fails on reaching the name.
@@ -65,12 +68,10 @@ class Picture:
     icc: bytes | None  # only a profile that describes these pixels: a CMYK one is dropped
 
 
-def read_image(
-    source: str | os.PathLike[str] | bytes | Image.Image | npt.NDArray[Any], *, max_pixels: int = 100_000_000
-) -> Picture:
-    """Read a file, the bytes of one, a Pillow image or a uint8 array, upright and in 8 bits.
+def read_image(source: Source, *, max_pixels: int = 100_000_000) -> Picture:
+    """Read an image, upright and in 8 bits; of an animated file, the first frame.
 
-    Of an animated file, the first frame.
+    `source` is a path, the bytes of a file, a binary file (a pipe too), a Pillow image or a uint8 array.
     """
     if isinstance(source, np.ndarray):
         return _from_array(source, max_pixels)
@@ -78,13 +79,13 @@ def read_image(
         _check_size("the image", source.size, max_pixels)
         return _from_image(source, "the image")
     if isinstance(source, (str, os.PathLike)):
-        with _opened(Path(source)) as file:
-            return _from_file(file, str(source), max_pixels)
-    if isinstance(source, bytes):
-        return _from_file(BytesIO(source), "the image", max_pixels)
-    raise InputError(
-        f"cannot read an image from a {type(source).__name__}: pass a path, bytes, a Pillow image or an array"
-    )
+        return _from_file(Path(source), max_pixels)
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return _from_bytes(BytesIO(source), "the image", max_pixels)
+    if callable(getattr(source, "read", None)):
+        return _from_bytes(BytesIO(_read_all(source)), str(getattr(source, "name", "the image")), max_pixels)
+    takes = "a path, bytes, a binary file, a Pillow image or an array"
+    raise InputError(f"cannot read an image from a {type(source).__name__}: pass {takes}")
 
 
 def _from_array(array: npt.NDArray[Any], max_pixels: int) -> Picture:
@@ -97,11 +98,28 @@ def _from_array(array: npt.NDArray[Any], max_pixels: int) -> Picture:
     return _split(array, None)
 
 
-def _from_file(file: BinaryIO, name: str, max_pixels: int) -> Picture:
+def _from_file(path: Path, max_pixels: int) -> Picture:
     # Not by its name: Pillow would map the file, and so scramble an uncompressed TIFF that is stored on its side.
+    with _opened(path) as file:
+        return _from_bytes(file, str(path), max_pixels)
+
+
+def _from_bytes(file: BinaryIO, name: str, max_pixels: int) -> Picture:
     with _bomb_check_off(), _identified(file, name) as image:
         _check_size(name, image.size, max_pixels)
         return _from_image(image, name)
+
+
+def _read_all(file: BinaryIO) -> bytes:
+    """From where the file is now to its end: Pillow would seek, which a pipe cannot."""
+    name = getattr(file, "name", "the image")
+    try:
+        content = file.read()
+    except (OSError, ValueError) as error:
+        raise InputError(f"{name} cannot be read ({reason(error)}): check the file") from error
+    if not isinstance(content, bytes):
+        raise InputError(f"{name} reads as {type(content).__name__}: open it in binary mode, 'rb'")
+    return content
 
 
 @contextmanager

@@ -96,22 +96,10 @@ def check_overwrite(path: str | os.PathLike[str], source: str | os.PathLike[str]
         raise UsageError(f"{path} is read-only: name another file, or replace it with --force")
 
 
-def encode_image(pixels: Pixels, format: str, *, icc: bytes | None = None) -> bytes:
-    """The bytes of a file of one of `FORMATS`, for [H, W], [H, W, 2], [H, W, 3] or [H, W, 4]."""
-    if format not in FORMATS:
-        raise UsageError(f"format {format!r} is not one of {', '.join(FORMATS)}")
-    writer = _WRITERS[f".{format}"]
-    image, profile = _prepared(f"the {format} image", pixels, writer, icc)
-    file = BytesIO()
-    image.save(file, writer.format, icc_profile=profile, **writer.options)
-    return file.getvalue()
-
-
 def write_image(path: str | os.PathLike[str], pixels: Pixels, *, icc: bytes | None = None) -> None:
     """Write [H, W], [H, W, 2], [H, W, 3] or [H, W, 4] whole or not at all; JPEG and BMP drop the alpha."""
     check_writable(path)
-    writer = _WRITERS[Path(path).suffix.lower()]
-    image, profile = _prepared(path, pixels, writer, icc)
+    image, writer, profile = _prepared(str(path), Path(path).suffix.lower(), pixels, icc)
     try:
         _replace(Path(path).resolve(), image, writer, profile)
     except OSError as error:
@@ -119,14 +107,24 @@ def write_image(path: str | os.PathLike[str], pixels: Pixels, *, icc: bytes | No
         raise ResourceError(f"{path} cannot be written ({reason(error)}): {advice}") from error
 
 
-def _prepared(
-    name: str | os.PathLike[str], pixels: Pixels, writer: _Writer, icc: bytes | None
-) -> tuple[Image.Image, bytes | None]:
-    """The pixels and the profile as the format holds them."""
+def encode_image(pixels: Pixels, suffix: str = ".png", *, icc: bytes | None = None) -> bytes:
+    """The bytes of the file that `write_image` would write under this suffix: .png, .jpg, .webp, .tif, .bmp."""
+    suffix = f".{suffix.lower().removeprefix('.')}"
+    if suffix not in _WRITERS:
+        raise UsageError(f"no writer knows the suffix {suffix!r}: use one of {', '.join(_WRITERS)}")
+    image, writer, profile = _prepared("the image", suffix, pixels, icc)
+    file = BytesIO()
+    image.save(file, writer.format, icc_profile=profile, **writer.options)
+    return file.getvalue()
+
+
+def _prepared(name: str, suffix: str, pixels: Pixels, icc: bytes | None) -> tuple[Image.Image, _Writer, bytes | None]:
+    """What the suffix's format can hold of an image."""
+    writer = _WRITERS[suffix]
     pixels = pixels if writer.alpha else _without_alpha(pixels)
     _check_fits(name, pixels, writer)
     grey = writer.grey and (pixels.ndim == 2 or pixels.shape[2] == 2)
-    return Image.fromarray(pixels), fitting_profile(icc, grey)
+    return Image.fromarray(pixels), writer, fitting_profile(icc, grey)
 
 
 def _without_alpha(pixels: Pixels) -> Pixels:
@@ -135,7 +133,7 @@ def _without_alpha(pixels: Pixels) -> Pixels:
     return pixels[:, :, 0] if pixels.shape[2] == 2 else pixels[:, :, :3]
 
 
-def _check_fits(name: str | os.PathLike[str], pixels: Pixels, writer: _Writer) -> None:
+def _check_fits(name: str, pixels: Pixels, writer: _Writer) -> None:
     height, width = pixels.shape[:2]
     if max(height, width) > writer.max_side:
         limit = f"{writer.max_side} pixels a side"

@@ -42,6 +42,7 @@ OF_SCHEDULE = {  # key of the scheduler's configuration -> option of flow_shift
 }
 LICENCE = "FLUX.1 [dev] Non-Commercial License (FLUX.1-Fill-dev)"
 FLOAT = "float32"
+GUIDANCE = "strength of the guidance that the model was distilled for"
 
 BASE_ORIGINS = {
     "transformer": Origin("weights", ("transformer", "flux1-fill-dev.safetensors"), "FLUX.1-Fill-dev's transformer"),
@@ -205,9 +206,9 @@ def caller_inputs(settings: Settings) -> dict[str, Input]:
     """What may be chosen at run time; a table made at build has chosen already."""
     inputs, fixed = {}, settings.choices["fixed"]
     if not fixed:
-        inputs["guidance"] = Input(FLOAT, default=settings.choices["guidance"])
+        inputs["guidance"] = Input(FLOAT, default=settings.choices["guidance"], help=GUIDANCE, least=0)
     if settings.branches and not (fixed and _modulated(settings)):
-        inputs["lora_scale"] = Input(FLOAT, default=_strength(settings))
+        inputs["lora_scale"] = Input(FLOAT, default=_strength(settings), help="strength of the LoRA")
     return inputs
 
 

@@ -2,12 +2,13 @@
 
 import argparse
 import importlib
-from collections.abc import Collection, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NoReturn
 
 from tilewright.runtime.errors import UsageError
 
-__all__ = ["GROUPS", "parse", "parser", "within"]
+__all__ = ["COMPLETION", "GROUPS", "SHELLS", "as_typed", "parse", "parser", "within"]
 
 GROUPS = {  # name -> the module that adds its verbs, which are they
     "export": ("tilewright.cli.export", "build, inspect and verify bundles"),
@@ -71,11 +72,20 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     """What the words of a command say, checked; its `run` does it."""
     root = parser(words)
     arguments, extra = root.parse_known_args(words)
+    actions = [action for action in within(root, words)._actions if action.option_strings]
     if extra:
-        options = [name for action in within(root, words)._actions for name in action.option_strings]
+        near = _did_you_mean(extra[0], [name for action in actions for name in action.option_strings])
         takes = getattr(arguments, "takes", f"see tilewright {' '.join(words[:2])} --help")
-        raise UsageError(f"unknown argument {extra[0]!r}{_did_you_mean(extra[0], options)}; {takes}")
+        raise UsageError(f"unknown argument {extra[0]!r}{near}; {takes}")
+    arguments.options = {action.dest.removeprefix("$"): action.option_strings[-1] for action in actions}
     return arguments
+
+
+def as_typed(message: str, options: Mapping[str, str]) -> str:
+    """A message of the library with its arguments as the command line takes them: `tile=64` is `--tile 64`."""
+    names = "|".join(map(re.escape, options))
+    quoted_or_named = rf"'[^']*'|(?<![\w./-])({names})="  # what is quoted is the user's
+    return re.sub(quoted_or_named, lambda m: f"{options[m[1]]} " if m[1] else m[0], message) if names else message
 
 
 def within(root: argparse.ArgumentParser, words: Sequence[str]) -> argparse.ArgumentParser:

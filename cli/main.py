@@ -20,6 +20,10 @@ def main(argv: list[str] | None = None) -> int:
         if hasattr(signal, "SIGALRM"):
             signal.signal(signal.SIGALRM, _again)
         sys.unraisablehook = _unraisable
+        if sys.stderr is None:  # closed by the caller; print would take standard output instead
+            sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+        elif "--verbose" not in sys.argv:
+            _keep_stderr()
     try:
         code = _run(sys.argv[1:] if argv is None else argv)
         if _stopped_by:
@@ -39,6 +43,13 @@ def main(argv: list[str] | None = None) -> int:
         if argv is None:
             for number in (*ENDINGS, getattr(signal, "SIGALRM", signal.SIGINT)):  # nothing is left to clean up
                 signal.signal(number, signal.SIG_IGN)
+
+
+def _keep_stderr() -> None:
+    """Keep stderr for our own lines: libraries in C write to descriptor 2, which now leads nowhere."""
+    ours = os.dup(2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    sys.stderr = os.fdopen(ours, "w", buffering=1, encoding=sys.stderr.encoding, errors="backslashreplace")
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
@@ -68,6 +79,7 @@ def _unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
 
 
 def _run(words: list[str]) -> int:
+    from tilewright.cli.commands import as_typed, parse
     from tilewright.cli.terminal import say_error
     from tilewright.runtime.errors import TilewrightError
 
@@ -75,8 +87,6 @@ def _run(words: list[str]) -> int:
     _silence(verbose, "-q" in words or "--quiet" in words)
     arguments = None
     try:
-        from tilewright.cli.commands import parse
-
         arguments = parse(words)
         arguments.run(arguments)
         return 0
@@ -90,7 +100,10 @@ def _run(words: list[str]) -> int:
             import traceback
 
             traceback.print_exc()
-        said, code = (str(error), error.exit_code) if isinstance(error, TilewrightError) else _ending(error)
+        if isinstance(error, TilewrightError):
+            said, code = as_typed(str(error), getattr(arguments, "options", {})), error.exit_code
+        else:
+            said, code = _ending(error)
         picture_goes_there = str(getattr(arguments, "output", "")) == "-"
         to = None if "--json" not in words else sys.stderr if picture_goes_there else sys.stdout
         say_error(said, code, type(error).__name__, getattr(error, "report", None), to=to)

@@ -1,6 +1,6 @@
 """Errors a user can act on, and the exit code each one ends a command with.
 
-Messages name options as the command line spells them: what is --max-pixels there is max_pixels in Python.
+Messages name arguments as Python does, max_pixels=64; the command line shows them as its options, --max-pixels 64.
 """
 
 from typing import Any

@@ -169,7 +169,7 @@ def _check_size(name: str, size: tuple[int, int], max_pixels: int) -> None:
     if width * height > max_pixels:
         raise InputError(
             f"{name} is {width}x{height} = {width * height} pixels, over the limit of {max_pixels}: "
-            f"read it with --max-pixels {width * height}"
+            f"read it with max_pixels={width * height}"
         )
 
 

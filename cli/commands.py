@@ -43,9 +43,9 @@ class _Version(argparse.Action):
     """Looks the version up only when it is asked for."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
-        from tilewright import runtime
+        from importlib.metadata import version
 
-        print(f"tilewright {runtime.__version__}", flush=True)
+        print(f"tilewright {version('tilewright')}", flush=True)
         parser.exit()
 
 

@@ -1,6 +1,5 @@
 """The verbs of `tilewright kernels`: tables, JSON, and one line where something is wrong or missing."""
 
-import argparse
 import dataclasses
 import json
 from collections.abc import Callable
@@ -9,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from tilewright.cli.kernels import add_verbs
+from tilewright.cli.commands import parse
+from tilewright.cli.main import main
 from tilewright.export import kernels_check
 from tilewright.kernels import ahead, gate, jit, timing
 from tilewright.kernels.table import KERNELS
 from tilewright.runtime.engines import ort
-from tilewright.runtime.errors import AccuracyError, EnvironmentMismatch, UsageError
+from tilewright.runtime.errors import AccuracyError, EnvironmentMismatch, TilewrightError, UsageError
 
 CODEBOOKS = {"codebook_nearest", "codebook_from_logits", "codebook_from_hidden"}
 FACED = {name for name, op in KERNELS.items() if op.face}
@@ -23,23 +23,25 @@ with_triton = pytest.mark.skipif(jit.triton is None, reason="Triton is not insta
 
 
 def run(*words: str) -> None:
-    parser = argparse.ArgumentParser()
-    add_verbs(parser.add_subparsers(required=True))
-    arguments = parser.parse_args(words)
+    arguments = parse(["kernels", *words])
     arguments.run(arguments)
 
 
 @pytest.fixture
 def answered(capsys) -> Callable[..., Any]:
-    """What a verb answers as JSON, also when it then fails with this error."""
+    """What a verb answers as JSON; with the message where it fails with this error."""
 
-    def answer(*words: str, error: type[Exception] | None = None) -> Any:
+    def answer(*words: str, error: type[TilewrightError] | None = None) -> Any:
+        code = main(["kernels", *words, "--json"])
+        said = capsys.readouterr()
+        value = json.loads(said.out)
         if error is None:
-            run(*words, "--json")
-            return json.loads(capsys.readouterr().out)
-        with pytest.raises(error) as caught:
-            run(*words, "--json")
-        return json.loads(capsys.readouterr().out), str(caught.value)
+            assert code == 0
+            return value
+        told = value.pop("error")
+        assert (code, told["code"], told["kind"]) == (error.exit_code, error.exit_code, error.__name__)
+        assert said.err == f"tilewright: {told['message']}\n"
+        return value, told["message"]
 
     return answer
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from tilewright.cli.terminal import Progress, answer, expect_argument, note, verb
+from tilewright.cli.terminal import Progress, answer, expect_argument, note, send_image, verb
 from tilewright.runtime.bundle.arguments import Argument, flag
 from tilewright.runtime.bundle.program import Input
 from tilewright.runtime.bundle.read import read_bundle
@@ -164,7 +164,7 @@ def _open(arguments: argparse.Namespace) -> Restorer:
 
 
 def _restore(arguments: argparse.Namespace) -> None:
-    source, stdout = _streams(arguments)
+    source, piped = _streams(arguments)
     own = _own(arguments)
     weights = arguments.opened.manifest.options.get("weights", "")
     if weights.startswith(("random", "stand-in")):
@@ -189,9 +189,8 @@ def _restore(arguments: argparse.Namespace) -> None:
             )
         progress.doing("writing the image")
         before = time.perf_counter()
-        if stdout:
-            stdout.write(encode_image(made.image, arguments.format or "png", icc=made.icc))
-            stdout.flush()
+        if piped:
+            send_image(encode_image(made.image, arguments.format or "png", icc=made.icc))
         else:
             write_image(arguments.output, made.image, icc=made.icc)
     seconds = made.seconds | {"open": opened, "write": time.perf_counter() - before}
@@ -206,16 +205,15 @@ def _restore(arguments: argparse.Namespace) -> None:
         "seconds": seconds,
         "peak_bytes": made.peak_bytes,
     }
-    answer(arguments, value, _restored(arguments.input, value), to=sys.stderr if stdout else None)
+    answer(arguments, value, _restored(arguments.input, value), to=sys.stderr if piped else None)
 
 
-def _streams(arguments: argparse.Namespace) -> tuple[Path | BinaryIO, BinaryIO | None]:
-    """Where the image comes from, and standard output where it goes there; refused before any work is done."""
-    stdout = None
-    if str(arguments.output) == STREAM:
+def _streams(arguments: argparse.Namespace) -> tuple[Path | BinaryIO, bool]:
+    """Where the image comes from, and whether it goes to standard output; refused before any work is done."""
+    piped = str(arguments.output) == STREAM
+    if piped:
         if sys.stdout is None or sys.stdout.isatty():
             raise UsageError("standard output is no place for an image here; name a file, or write > FILE after it")
-        stdout = sys.stdout.buffer
     else:
         if arguments.format:
             raise UsageError(f"--format is for standard output; the suffix of {arguments.output} chooses its format")
@@ -223,10 +221,10 @@ def _streams(arguments: argparse.Namespace) -> tuple[Path | BinaryIO, BinaryIO |
         if not arguments.force:
             check_overwrite(arguments.output, arguments.input)
     if str(arguments.input) != STREAM:
-        return arguments.input, stdout
+        return arguments.input, piped
     if sys.stdin is None or sys.stdin.isatty():
         raise UsageError("standard input holds no image here; name a file, or write < FILE after it")
-    return sys.stdin.buffer, stdout
+    return sys.stdin.buffer, piped
 
 
 def _restored(source: Path, value: dict[str, Any]) -> str:

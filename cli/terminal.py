@@ -1,19 +1,20 @@
 """What all verbs share: results on stdout; progress, notes and errors on stderr."""
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, TextIO
 
 from tilewright.runtime.errors import ResourceError, TilewrightError, amount
 
-__all__ = ["Progress", "answer", "expect_argument", "note", "say_error", "table", "verb"]
+__all__ = ["Progress", "answer", "expect_argument", "note", "say_error", "send_image", "table", "verb"]
 
 EVERY_S = 5.0  # between two lines of progress where there is no terminal
 
@@ -61,14 +62,27 @@ def say_error(message: str, code: int, kind: str, report: Any = None, *, to: Tex
     print(f"{name} {message}", file=sys.stderr, flush=True)
 
 
+def send_image(data: bytes) -> None:
+    """Write the bytes of an image to standard output."""
+    with _writing("the image", sys.stdout):
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+
+
 def _print(text: str, to: TextIO) -> None:
-    try:
+    with _writing("the answer", to):
         print(text, file=to, flush=True)
+
+
+@contextlib.contextmanager
+def _writing(what: str, to: TextIO) -> Iterator[None]:
+    try:
+        yield
     except BrokenPipeError:
         raise
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), to.fileno())  # what is left in the buffer must not fail again
-        raise ResourceError(f"the answer cannot be written ({error.strerror}); free space where it goes") from error
+        raise ResourceError(f"{what} cannot be written ({error.strerror}); free space where it goes") from error
 
 
 def expect_argument(parser: argparse.ArgumentParser) -> None:
@@ -131,6 +145,8 @@ class Progress:
         self.part, self.ends = "", None
         self.begun = self.heard = time.monotonic()
         self.line = what
+        if self.terminal:
+            self._draw(what)
 
     def tiles(self, name: str, done: int, total: int) -> None:
         """Some tiles of a pass are done, or some calls of anything that is counted."""
@@ -147,7 +163,11 @@ class Progress:
         self.heard = now
         self.ends = now + (now - self.begun) / done * (total - done) if done else None
         filled = 24 * done // max(1, total)
-        place = f"{self.parts.index(name) + 1} of {len(self.parts)}: {name}" if name in self.parts[1:] else name
+        place = (
+            f"{self.parts.index(name) + 1} of {len(self.parts)}: {name}"
+            if len(self.parts) > 1 and name in self.parts
+            else name
+        )
         if self.terminal:
             self.line = f"{place:<9} [{'#' * filled}{'.' * (24 - filled)}] {count}"
         elif not self.quiet and now - self.shown > EVERY_S:

@@ -1,5 +1,6 @@
 """Files in the place of published weights: every name, shape and type, and zeros that take no room on the disk."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,15 +25,18 @@ def stand_in(
     if make is None:
         raise UsageError(f"{system.name}: has no published files to stand in for; give weights of your own")
     files = make()
-    for done, (file, content) in enumerate(files.items()):
-        on_file("files", done, len(files))
-        if isinstance(content, str):
-            (out / file).parent.mkdir(parents=True, exist_ok=True)
-            with writing(out / file) as temporary:
-                temporary.write_text(content, encoding="utf-8")
-            continue
-        write_tensors(out / file, dict(sorted(content.items())), (), STAND_IN)
-        tensors += len(content)
+    try:
+        for done, (file, content) in enumerate(files.items()):
+            on_file("files", done, len(files))
+            if isinstance(content, str):
+                with writing(out / file) as temporary:
+                    temporary.write_text(content, encoding="utf-8")
+                continue
+            write_tensors(out / file, dict(sorted(content.items())), (), STAND_IN)
+            tensors += len(content)
+    except BaseException:
+        shutil.rmtree(out, ignore_errors=True)  # it was empty before
+        raise
     return {
         "folder": str(out),
         "files": sorted(files),

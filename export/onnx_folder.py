@@ -1,4 +1,4 @@
-"""A folder of graphs and weights that any ONNX tool opens: copies, because tools refuse links and paths that lead out."""
+"""A folder that any ONNX tool opens: graphs, and copies of weights, as tools refuse links and paths that lead out."""
 
 import shutil
 from bisect import bisect_right
@@ -59,7 +59,9 @@ def onnx_folder(
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UsageError(f"-o {one_line(str(out))} is there and not an empty folder; choose another")
     read = {name: _read(bundle, name) for name in names}
-    folders = {n: bundle.folder(n, weights_dir) for n in sorted({r.folder for of in read.values() for r in of.values()})}
+    folders = {
+        n: bundle.folder(n, weights_dir) for n in sorted({r.folder for of in read.values() for r in of.values()})
+    }
     counted = _Counted(_size(read, fold), on_bytes)
     _check_room(out, counted.total)
     with staging(out) as folder:
@@ -104,7 +106,7 @@ def _check_room(out: Path, size: int) -> None:
 def _copy(
     read: Mapping[str, Mapping[str, Reference]], folders: Mapping[str, Path], out: Path, counted: _Counted
 ) -> dict[str, Places]:
-    """Copy the tensors that are read, each file's into one of the same name; where every initializer's bytes are now."""
+    """Copy the tensors that are read, each file's into one of the same name; the new place of every initializer."""
     used: dict[tuple[str, str], list[Reference]] = {}
     for of in read.values():
         for r in of.values():
@@ -148,6 +150,7 @@ def _fold(
 ) -> int:
     """Write graphs whose weights are all plain initializers; how many weights were changed for that."""
     import onnx_ir as ir
+    from onnx_ir.passes.common import ShapeInferencePass
 
     from tilewright.export.graph.ops import inline
     from tilewright.export.graph.rewrites.fold import fold
@@ -159,6 +162,7 @@ def _fold(
     for name, of in read.items():
         model = models[name] = ir.load(bundle.path(bundle.manifest.components[name].graph))
         inline(model)
+        ShapeInferencePass(data_prop=True)(model)  # a weight cut to a size that only shapes tell
         fold(model)
         data = out / "folded" / f"{name}.data"
         with data.open("wb") as stream:

@@ -4,12 +4,12 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tilewright.cli.terminal import Progress, answer, expect_argument, verb
-from tilewright.runtime.bundle.digests import sha256_of_file
 
 if TYPE_CHECKING:
     from tilewright.export.build.request import Request
@@ -50,7 +50,7 @@ def add_verbs(verbs: Any) -> None:
     )
     build.add_argument("--explain", action="store_true", help="say which inputs changed since the last build")
 
-    _system_options(build)
+    build.set_defaults(more_arguments=_system_options)
 
     stand_in = verb(verbs, "stand-in", "write zeros in the place of a system's published files", _stand_in)
     stand_in.add_argument("system", help="a name that 'export list' shows")
@@ -84,7 +84,8 @@ def add_verbs(verbs: Any) -> None:
     )
 
 
-def _system_options(build: argparse.ArgumentParser) -> None:
+def _system_options(build: argparse.ArgumentParser, words: Sequence[str]) -> None:
+    """Add the options that systems take."""
     from tilewright.export.systems import names, system
 
     takers: dict[str, dict[str, list[str]]] = {}  # option -> what it does -> systems

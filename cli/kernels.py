@@ -4,7 +4,6 @@ import argparse
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from tilewright.cli.terminal import Progress, answer, table, verb
@@ -68,7 +67,7 @@ def _check(arguments: argparse.Namespace) -> None:
 def _check_results(arguments: argparse.Namespace, ops: Sequence[Any]) -> None:
     from tilewright.export.kernels_check import check
 
-    with Progress() as progress:
+    with Progress(arguments) as progress:
         rows, absent = check(ops, progress.tiles)
     heads = ["op", "case", "implementation", "type", "error", "allowed", "equal indices", "verdict"]
     lines = []
@@ -102,7 +101,7 @@ def _check_resources(arguments: argparse.Namespace, ops: Sequence[Any]) -> None:
     if triton is None:
         raise EnvironmentMismatch(f"kernels are compiled by Triton: {GET_TRITON}")
     asked, rows = wanted(ops), list[Row]()
-    with Progress() as progress:
+    with Progress(arguments) as progress:
         for done, one in enumerate(asked):
             progress.tiles("compiling", done, len(asked))
             rows += gate(*one)
@@ -128,7 +127,7 @@ def _bench(arguments: argparse.Namespace) -> None:
 
     ops = _ops(arguments.op)
     _refuse_interpreter()
-    with Progress() as progress:
+    with Progress(arguments) as progress:
         rows = bench(ops, progress.tiles)
     machine = hardware() | _gpu()
     value = {"rows": rows, "runs": RUNS, "hardware": machine, "versions": _versions()}
@@ -153,6 +152,8 @@ def _gpu() -> dict[str, str]:
 
 
 def _versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
     found = {}
     for package in ("torch", "triton", "onnx", "onnxruntime", "onnxruntime-gpu"):
         try:

@@ -28,8 +28,12 @@ def main(argv: list[str] | None = None) -> int:
     except BaseException as error:
         if not _stopped_by and not isinstance(error, KeyboardInterrupt):
             raise
+        from tilewright.cli.terminal import say_error
+
+        words = sys.argv[1:] if argv is None else argv
         said, code = ENDINGS[signal.Signals(_stopped_by[0] if _stopped_by else signal.SIGINT)]
-        print(f"tilewright: {said}; finished stages of a build are kept", file=sys.stderr, flush=True)
+        kept = "; finished stages of the build are kept" if words[:2] == ["export", "build"] else ""
+        say_error(f"{said}{kept}", code, said.capitalize(), to=sys.stdout if "--json" in words else None)
         return code
     finally:
         if argv is None:
@@ -64,30 +68,56 @@ def _unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
 
 
 def _run(words: list[str]) -> int:
-    import logging
-    import traceback
-
+    from tilewright.cli.terminal import say_error
     from tilewright.runtime.errors import TilewrightError
 
     verbose = "--verbose" in words
-    logging.basicConfig(format="%(message)s", stream=sys.stderr)
-    logging.getLogger("tilewright").setLevel(logging.DEBUG if verbose else logging.WARNING)
+    _silence(verbose, "-q" in words or "--quiet" in words)
+    arguments = None
     try:
-        from tilewright.cli.commands import run
+        from tilewright.cli.commands import parse
 
-        run(words)
+        arguments = parse(words)
+        arguments.run(arguments)
         return 0
-    except BrokenPipeError:  # whoever read our output has gone
+    except BrokenPipeError:  # nobody reads our output any more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
         if _stopped_by:
             raise
         if verbose:
+            import traceback
+
             traceback.print_exc()
         said, code = (str(error), error.exit_code) if isinstance(error, TilewrightError) else _ending(error)
-        print(f"tilewright: {said}", file=sys.stderr)
+        picture_goes_there = str(getattr(arguments, "output", "")) == "-"
+        to = None if "--json" not in words else sys.stderr if picture_goes_there else sys.stdout
+        say_error(said, code, type(error).__name__, getattr(error, "report", None), to=to)
         return code
+
+
+def _silence(verbose: bool, quiet: bool) -> None:
+    """Let only our own lines reach stderr, or with `verbose` those of every library."""
+    import logging
+
+    if verbose:
+        logging.basicConfig(format="%(name)s: %(message)s", stream=sys.stderr)
+        logging.getLogger("tilewright").setLevel(logging.DEBUG)
+        return
+    import warnings
+
+    warnings.simplefilter("ignore")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for library in ("TRANSFORMERS", "DIFFUSERS", "HF_HUB"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    logging.getLogger().addHandler(logging.NullHandler())
+    ours = logging.getLogger("tilewright")
+    ours.setLevel(logging.ERROR if quiet else logging.WARNING)
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("note: %(message)s"))
+    ours.handlers, ours.propagate = [handler], False
 
 
 def _ending(error: Exception) -> tuple[str, int]:
@@ -102,8 +132,10 @@ def _ending(error: Exception) -> tuple[str, int]:
     if isinstance(error, MemoryError):
         return "out of memory; use a smaller --tile or --memory low", 5
     if isinstance(error, OSError):
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        return f"{error.filename or 'a file'}: {error.strerror}; check space and permissions", 5 if full else 4
+        where = f"{error.filename}: " if error.filename else ""
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return f"{where}{error.strerror}; free space there, or choose another place", 5
+        return f"{where}{error.strerror or error}; check that the path is right and may be used", 4
     said = one_line(f"internal error, {type(error).__name__}: {error}")
     return f"{said}; repeat with --verbose and report it", 1
 

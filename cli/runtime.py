@@ -1,23 +1,28 @@
 """The verbs of `tilewright runtime`: restore, plan, select, profile."""
 
 import argparse
+import contextlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from tilewright.cli.terminal import Progress, answer, expect_argument, verb
+from tilewright.runtime.bundle.arguments import Argument, flag
+from tilewright.runtime.bundle.program import Input
 from tilewright.runtime.bundle.read import read_bundle
+from tilewright.runtime.errors import UsageError
 from tilewright.runtime.estimate import MEMORY_MODES, estimate
 from tilewright.runtime.images.write import check_writable, write_image
-from tilewright.runtime.inputs import from_words
+from tilewright.runtime.inputs import checked
 from tilewright.runtime.restore import Restorer, load
 
-__all__ = ["add_verbs", "split_inputs"]
+__all__ = ["add_verbs"]
 
 
-OWN_INPUTS = "An input the bundle's program declares is given as --NAME VALUE."
+LISTED = "A bundle has arguments of its own: --bundle DIR --help lists them."
+METAVARS = {"words": "WORDS", "tensors": "FILE", "number": "NUMBER", "integer": "INTEGER"}
 
 
 def add_verbs(verbs: Any) -> None:
@@ -49,7 +54,8 @@ def _restore_arguments(restore: argparse.ArgumentParser) -> None:
     restore.add_argument(
         "--max-pixels", type=int, default=100_000_000, help="refuse larger inputs (default: 100 million)"
     )
-    restore.epilog = OWN_INPUTS
+    restore.epilog = LISTED
+    restore.set_defaults(more_arguments=_arguments_of_bundle)
 
 
 def _profile_arguments(profile: argparse.ArgumentParser) -> None:
@@ -60,29 +66,65 @@ def _profile_arguments(profile: argparse.ArgumentParser) -> None:
     )
     profile.add_argument("--runs", type=int, default=5, help="measured runs after a warm-up, at least 5 (default: 5)")
     profile.add_argument("--steps", type=int, help="as for restore")
-    profile.epilog = OWN_INPUTS
+    profile.epilog = LISTED
+    profile.set_defaults(more_arguments=_arguments_of_bundle)
 
 
-def split_inputs(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The words of a command, and those of a bundle's own inputs, whose values must not be taken for files."""
-    takers = {"restore": _restore_arguments, "profile": _profile_arguments}
-    if len(words) < 2 or words[0] != "runtime" or words[1] not in takers:
-        return list(words), []
-    ours = argparse.ArgumentParser()
-    takers[words[1]](ours)
-    flags = ours.format_usage().replace("[", " ").replace("]", " ").split()
-    kept: list[str] = []
-    own: list[str] = []
-    left = list(words)
-    while left:
-        word = left.pop(0)
-        if not word.startswith("--") or word.partition("=")[0] in {*flags, "--help", "--json", "--verbose"}:
-            kept.append(word)
-            continue
-        own.append(word)
-        if "=" not in word and left and not left[0].startswith("--"):
-            own.append(left.pop(0))
-    return kept, own
+def _arguments_of_bundle(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
+    """Read the bundle that the words name, and add its arguments to the parser."""
+    ours = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    ours.add_argument("--bundle", nargs="?")
+    ours.add_argument("--expect", nargs="?")
+    named = ours.parse_known_args([*words])[0]
+    if named.bundle is None:
+        return
+    bundle = read_bundle(named.bundle, expect=named.expect)
+    system = bundle.manifest.system
+    group = parser.add_argument_group(f"arguments of this bundle ({system})", None if bundle.arguments else "none")
+    for name, argument in bundle.arguments.items():
+        group.add_argument(
+            flag(name),
+            dest=f"${name}",  # apart from ours
+            type=_converter(name, bundle.program.inputs.get(name)),
+            metavar=METAVARS.get(argument.kind) or f"{{{','.join(argument.choices)}}}",
+            default=argparse.SUPPRESS,
+            help=_help(argument).replace("%", "%%"),
+        )
+    known = ", ".join(map(flag, bundle.arguments)) or "no arguments of its own"
+    parser.set_defaults(opened=bundle, takes=f"this bundle takes {known}")
+    parser.epilog = None
+
+
+def _converter(name: str, taken: Input | None) -> Callable[[str], Any]:
+    """From a word of the command line to a value; words and files are taken as they are."""
+
+    def convert(word: str) -> Any:
+        if taken is None:
+            return word
+        value: Any = word
+        if not taken.choices:
+            with contextlib.suppress(ValueError):
+                value = float(word) if "float" in taken.dtype else int(word)
+        checked(flag(name), f"{flag(name)} {word!r}", taken, value)
+        return value
+
+    return convert
+
+
+def _help(argument: Argument) -> str:
+    ranged = "" if argument.least is argument.most is None else f"; {argument.takes}"
+    return f"{argument.help}{ranged} ({argument.otherwise})"
+
+
+def _own(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The values of the bundle's arguments."""
+    values = {name[1:]: value for name, value in vars(arguments).items() if name.startswith("$")}
+    known = arguments.opened.arguments
+    from_file = any(known[name].kind == "tensors" for name in values)
+    for name, argument in known.items():
+        if argument.needed and name not in values and not from_file:
+            raise UsageError(f"{flag(name)} has no default; give it: {argument.help or argument.takes}")
+    return values
 
 
 def _bundle_arguments(parser: argparse.ArgumentParser) -> None:
@@ -105,20 +147,18 @@ def _engine_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _open(arguments: argparse.Namespace) -> Restorer:
     return load(
-        arguments.bundle,
+        arguments.opened,
         memory=arguments.memory,
         threads=arguments.threads,
         workers=arguments.workers,
         weights_dir=arguments.weights_dir,
-        expect=arguments.expect,
     )
 
 
 def _restore(arguments: argparse.Namespace) -> None:
     check_writable(arguments.output)
-    bundle = read_bundle(arguments.bundle, expect=arguments.expect)
-    inputs = from_words(bundle.program, arguments.extra)
-    weights = bundle.manifest.options.get("weights", "")
+    own = _own(arguments)
+    weights = arguments.opened.manifest.options.get("weights", "")
     if weights.startswith(("random", "stand-in")):
         kind = weights.partition(",")[0]
         print(f"note: this bundle holds {kind} weights; the picture proves plumbing, not restoration", file=sys.stderr)
@@ -133,9 +173,9 @@ def _restore(arguments: argparse.Namespace) -> None:
                 seed=arguments.seed,
                 steps=arguments.steps,
                 scale=arguments.scale,
-                inputs=inputs,
                 max_pixels=arguments.max_pixels,
                 on_progress=progress.tiles,
+                **own,
             )
     before = time.perf_counter()
     write_image(arguments.output, made.image, icc=made.icc)
@@ -220,7 +260,7 @@ def _select(arguments: argparse.Namespace) -> None:
 def _profile(arguments: argparse.Namespace) -> None:
     from tilewright.runtime.profile import profile, resolutions, table
 
-    sizes = resolutions(arguments.resolutions)
+    sizes, own = resolutions(arguments.resolutions), _own(arguments)
     with _open(arguments) as restorer, Progress() as progress:
         measured = profile(
             restorer,
@@ -229,7 +269,7 @@ def _profile(arguments: argparse.Namespace) -> None:
             tile=arguments.tile,
             overlap=arguments.overlap,
             steps=arguments.steps,
-            inputs=from_words(restorer.bundle.program, arguments.extra),
             on_progress=progress.tiles,
+            **own,
         )
     answer(arguments, measured, table(measured))

@@ -1,30 +1,74 @@
-"""What all verbs share: results on stdout, progress and errors on stderr."""
+"""What all verbs share: results on stdout; progress, notes and errors on stderr."""
 
 import argparse
 import json
+import os
 import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
-__all__ = ["Progress", "answer", "expect_argument", "table", "verb"]
+from tilewright.runtime.errors import ResourceError, TilewrightError
+
+__all__ = ["Progress", "answer", "expect_argument", "note", "say_error", "size", "table", "verb"]
+
+EVERY_S = 5.0  # between two lines of progress where there is no terminal
 
 
 def verb(verbs: Any, name: str, summary: str, run: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
     """Add a verb with what every verb has."""
-    made: argparse.ArgumentParser = verbs.add_parser(name, help=summary, description=summary)
-    made.add_argument("--json", action="store_true", help="the answer as JSON")
-    made.add_argument("--verbose", action="store_true", help="log more, and show tracebacks")
-    made.set_defaults(run=run)
-    return made
+    parser: argparse.ArgumentParser = verbs.add_parser(name, help=summary, description=summary)
+    parser.add_argument("--json", action="store_true", help="the answer, or the error, as one JSON object")
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress and no notes")
+    parser.add_argument("--verbose", action="store_true", help="show the log of every library, and tracebacks")
+    parser.set_defaults(run=run)
+    return parser
 
 
-def answer(arguments: argparse.Namespace, value: Any, text: str) -> None:
-    """Print a result in the form that was asked for."""
-    print(json.dumps(value, indent=2, sort_keys=True) if arguments.json else text, flush=True)
+def answer(
+    arguments: argparse.Namespace,
+    value: Any,
+    text: str,
+    *,
+    fault: TilewrightError | None = None,
+    to: TextIO | None = None,
+) -> None:
+    """Print a result in the form that was asked for; then raise the fault that it shows, which a JSON answer holds."""
+    if fault and arguments.json:
+        fault.report = value
+        raise fault
+    _print(json.dumps(value, indent=2, sort_keys=True) if arguments.json else text, to or sys.stdout)
+    if fault:
+        raise fault
+
+
+def note(arguments: argparse.Namespace, text: str) -> None:
+    """Tell on stderr what is worth knowing, unless nobody wants to."""
+    if not arguments.quiet:
+        print(f"note: {text}", file=sys.stderr, flush=True)
+
+
+def say_error(message: str, code: int, kind: str, report: Any = None, *, to: TextIO | None = None) -> None:
+    """One line on stderr; and, where `to` is given, one JSON object there."""
+    if to is not None:
+        error = {"error": {"code": code, "kind": kind, "message": message}}
+        _print(json.dumps((report or {}) | error, indent=2, sort_keys=True), to)
+    colour = sys.stderr.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    name = "\x1b[1;31mtilewright:\x1b[0m" if colour else "tilewright:"
+    print(f"{name} {message}", file=sys.stderr, flush=True)
+
+
+def _print(text: str, to: TextIO) -> None:
+    try:
+        print(text, file=to, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), to.fileno())  # what is left in the buffer must not fail again
+        raise ResourceError(f"the answer cannot be written ({error.strerror}); free space where it goes") from error
 
 
 def expect_argument(parser: argparse.ArgumentParser) -> None:
@@ -35,11 +79,19 @@ def expect_argument(parser: argparse.ArgumentParser) -> None:
 
 
 class Progress:
-    """A bar that redraws itself on a terminal; plain lines, at most one every few seconds, elsewhere."""
+    """What is running and about how long it still takes.
 
-    def __init__(self) -> None:
-        self.terminal = sys.stderr.isatty()
-        self.start = self.shown = time.monotonic()
+    On a terminal, a bar that redraws itself; elsewhere plain lines, at most one every few seconds. `parts` are the names
+    of all that will be counted, in order, where that is known.
+    """
+
+    def __init__(self, arguments: argparse.Namespace | None = None, parts: Sequence[str] = ()) -> None:
+        self.quiet = arguments is not None and arguments.quiet
+        self.terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb" and not self.quiet
+        self.parts = list(parts)
+        self.part = ""
+        self.begun = self.heard = self.shown = time.monotonic()  # this part; the last news; the last line
+        self.ends: float | None = None
         self.line = ""
         self.stopped = threading.Event()
         self.ticker = threading.Thread(target=self._tick, daemon=True)
@@ -55,33 +107,77 @@ class Progress:
             self.ticker.join()
             self._draw("")
 
-    def stage(self, name: str, event: str, seconds: float) -> None:
-        """A build stage started, was found or is done."""
-        self.start = time.monotonic()
+    def stage(self, name: str, event: str, seconds: float, usual: float | None = None) -> None:
+        """A build stage started, was found or is done; `usual` seconds it took before."""
+        self.begun = time.monotonic()
+        self.ends = self.begun + usual if usual and event == "started" else None
         if self.terminal:
             self._draw("")
             self.line = f"{name:<9} running" if event == "started" else ""
-        if event != "started" or not self.terminal:
+        if (event != "started" or not self.terminal) and not self.quiet:
             took = f" in {seconds:.1f} s" if event == "done" else ""
+            took = f", about {_span(usual)}" if usual and event == "started" else took
             print(f"{name:<9} {event}{took}", file=sys.stderr, flush=True)
 
+    def doing(self, what: str) -> None:
+        """Something runs that nobody can count."""
+        self.part, self.ends = "", None
+        self.begun = self.heard = time.monotonic()
+        self.line = what
+
     def tiles(self, name: str, done: int, total: int) -> None:
-        """Some tiles of a pass are done."""
+        """Some tiles of a pass are done, or some calls of anything that is counted."""
+        self._counted(name, done, total, f"{done}/{total}")
+
+    def bytes(self, name: str, done: int, total: int) -> None:
+        """Some bytes of a file are read or written."""
+        self._counted(name, done, total, f"{size(done)} of {size(total)}")
+
+    def _counted(self, name: str, done: int, total: int, count: str) -> None:
+        now = time.monotonic()
+        if name != self.part:  # news come when something is done, so a part begins with the last news of the one before
+            self.part, self.begun = name, self.heard
+        self.heard = now
+        self.ends = now + (now - self.begun) / done * (total - done) if done else None
+        filled = 24 * done // max(1, total)
+        place = f"{self.parts.index(name) + 1} of {len(self.parts)}: {name}" if name in self.parts[1:] else name
         if self.terminal:
-            filled = 24 * done // total
-            self.line = f"{name:<9} [{'#' * filled}{'.' * (24 - filled)}] {done}/{total}"
-        elif time.monotonic() - self.shown > 5:
-            self.shown = time.monotonic()
-            print(f"{name} {done}/{total} after {self.shown - self.start:.0f} s", file=sys.stderr, flush=True)
+            self.line = f"{place:<9} [{'#' * filled}{'.' * (24 - filled)}] {count}"
+        elif not self.quiet and now - self.shown > EVERY_S:
+            self.shown = now
+            print(f"{place} {count} after {_span(now - self.begun)}{self._left(now)}", file=sys.stderr, flush=True)
+
+    def _left(self, now: float) -> str:
+        """The estimate, for people; of this part alone, where others follow."""
+        if self.ends is None or self.ends - now < 1:
+            return ""
+        more = self.part in self.parts[:-1]
+        return f", about {_span(self.ends - now)} left{f' of {self.part}' if more else ''}"
 
     def _tick(self) -> None:
         while not self.stopped.wait(0.2):
             if self.line:
-                self._draw(f"{self.line} {time.monotonic() - self.start:.0f} s")
+                now = time.monotonic()
+                self._draw(f"{self.line} after {_span(now - self.begun)}{self._left(now)}")
 
     def _draw(self, text: str) -> None:
         width = shutil.get_terminal_size().columns - 1
         print(f"\r{text[:width]}\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def _span(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def size(number: float) -> str:
+    """Bytes in the unit that shows them."""
+    for unit, of in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if number >= of:
+            return f"{number / of:.1f} {unit}"
+    return f"{number:.0f} bytes"
 
 
 def table(heads: list[str], rows: list[list[str]]) -> str:

@@ -1,6 +1,25 @@
 """A bundle in, pixels out. Needs NumPy, Pillow and an engine; never PyTorch."""
 
-from tilewright.runtime.errors import TilewrightError
-from tilewright.runtime.restore import Restoration, Restorer, load
+import importlib
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["Restoration", "Restorer", "TilewrightError", "load"]
+if TYPE_CHECKING:
+    from tilewright.runtime.errors import TilewrightError
+    from tilewright.runtime.restore import Restoration, Restorer, load
+
+    __version__: str
+
+__all__ = ["Restoration", "Restorer", "TilewrightError", "__version__", "load"]
+
+_HOMES = {"TilewrightError": "errors", "Restoration": "restore", "Restorer": "restore", "load": "restore"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a name when it is asked for: a command that only prints its help needs no NumPy."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("tilewright")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,4 +1,9 @@
-"""Errors a user can act on, and the exit code each one ends a command with."""
+"""Errors a user can act on, and the exit code each one ends a command with.
+
+Messages name options as the command line spells them: what is --max-pixels there is max_pixels in Python.
+"""
+
+from typing import Any
 
 __all__ = [
     "AccuracyError",
@@ -16,6 +21,7 @@ class TilewrightError(Exception):
     """One line: what is wrong, the value, what to do next."""
 
     exit_code = 1
+    report: dict[str, Any] | None = None  # what was measured before it failed, for --json
 
 
 class UsageError(TilewrightError):

@@ -1,68 +1,111 @@
 """What the caller gives a program: numbers, names of choices, words, files of tensors."""
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tilewright.runtime.bundle.program import Program, TensorSpec
+from tilewright.runtime.bundle.arguments import Argument, argument_of
+from tilewright.runtime.bundle.program import Input, Program, TensorSpec
 from tilewright.runtime.bundle.read import Bundle
 from tilewright.runtime.bundle.safetensors import safetensors_header
 from tilewright.runtime.errors import BundleError, InputError, TilewrightError, UsageError
 from tilewright.runtime.text import token_ids
 
-__all__ = ["from_words", "gather", "read_tensors", "tensors_of", "value_of"]
+__all__ = ["check_names", "checked", "gather", "read_tensors", "tensors_of", "value_of", "whole"]
+
+SHOWN = 60  # characters of a refused value
 
 
 def value_of(program: Program, name: str, given: Mapping[str, Any], constants: Mapping[str, Any]) -> Any:
     """The array of an input, as given or defaulted, checked."""
-    wanted = program.inputs[name]
-    value = given.get(name, wanted.default)
+    taken = program.inputs[name]
+    value = given.get(name, taken.default)
     if value is None:
         asked = [text for text, t in program.texts.items() if name in t.ids]  # as the caller knows it
-        asked += [file for file, tensors in program.files.items() if name in tensors.values()]
-        raise UsageError(f"input {[*asked, name][0]!r} has no default; give it a value")
+        asked += [file for file, f in program.files.items() if name in f.tensors.values()]
+        raise UsageError(f"{[*asked, name][0]} has no default; give it a value")
     if isinstance(value, str) and name not in given:
         return constants[value[1:]]
-    choices = ", ".join(wanted.choices) or "none"
-    if isinstance(value, str):
-        if value not in wanted.choices:
-            raise UsageError(f"input {name!r}: {value!r} is not one of {choices}")
-        value = wanted.choices[value]
+    return checked(name, _shown(name, value), taken, value)
+
+
+def checked(name: str, shown: str, taken: Input, value: Any) -> Any:
+    """The array of a value for an input; a refusal shows the value as the caller wrote it, `gain=3` or `--gain 3`."""
+    takes = argument_of(taken).takes
+    if isinstance(value, str) and taken.choices:
+        if value not in taken.choices:
+            raise UsageError(f"{shown} is not {takes}")
+        value = taken.choices[value]
     try:
-        array = _cast(value, wanted.dtype)
+        array = _cast(value, taken.dtype)
         fits = array.dtype.kind == "f" or np.array_equal(array, value)  # floats round, the others must not
     except (TypeError, ValueError, OverflowError):
         fits = False
-    if not fits:
-        raise UsageError(f"input {name!r} takes {wanted.dtype}, which this {type(value).__name__} is not")
-    if array.shape != wanted.shape:
-        raise UsageError(f"input {name!r} has shape {list(array.shape)}; give {list(wanted.shape)}")
-    _require_finite(f"input {name!r} is", array, UsageError)
-    if wanted.choices and not np.isin(array, list(wanted.choices.values())).all():
-        raise UsageError(f"input {name!r}: {array.tolist()} is not one of {wanted.choices}")
+    if not fits or isinstance(value, str | bytes) or (np.asarray(value).dtype == bool and taken.dtype != "bool"):
+        wanted = f"an array of {taken.dtype}" if taken.shape else takes
+        raise UsageError(f"{shown} is not {wanted}")
+    if array.shape != taken.shape:
+        wanted = f"an array of {list(taken.shape)}" if taken.shape else takes
+        raise UsageError(f"{name} has shape {list(array.shape)}; give {wanted}")
+    _require_finite(f"{shown} is" if not taken.shape else f"{name} holds", array, UsageError)
+    if taken.choices and not np.isin(array, list(taken.choices.values())).all():
+        raise UsageError(f"{shown} is not {takes}")
+    too_low = taken.least is not None and array < np.asarray(taken.least, array.dtype)
+    if too_low or (taken.most is not None and array > np.asarray(taken.most, array.dtype)):
+        raise UsageError(f"{shown} is not {takes}")
     return array
+
+
+def _shown(name: str, value: Any) -> str:
+    text = repr(value.item() if isinstance(value, np.generic) else value)
+    return f"{name}={text}" if len(text) <= SHOWN and "\n" not in text else f"{name}, a {type(value).__name__},"
+
+
+def whole(name: str, value: Any, least: int, most: int | None = None) -> int:
+    """A whole number of our own, not 1.5 and not True; the rest of its range is checked where it is used."""
+    takes = Argument("integer", least=least, most=most).takes
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise UsageError(f"{_shown(name, value)} is not {takes}")
+    number = int(value)
+    if number < least or (most is not None and number > most):
+        raise UsageError(f"{name}={number} is not {takes}")
+    return number
 
 
 def gather(bundle: Bundle, given: Mapping[str, Any]) -> dict[str, Any]:
     """Inputs and values by name: words become ids, files become the tensors they hold."""
-    program = bundle.program
+    program, specs = bundle.program, _specs(bundle)
+    check_names(bundle, given)
     made = {name: value for name, value in given.items() if name not in program.texts and name not in program.files}
-    values = {name for file in given.keys() & program.files.keys() for name in program.files[file].values()}
+    values = {name for file in given.keys() & program.files.keys() for name in program.files[file].tensors.values()}
     for name, text in program.texts.items():
         words = given.get(name, text.default)
         stood_for = values or text.ids.keys() & given.keys()  # by tensors from a file, or by ids
         if words is not None and (name in given or not stood_for):
+            if not isinstance(words, str):
+                raise UsageError(f"{_shown(name, words)} is not words; give a str")
             made |= {i: token_ids(bundle.path(t), words, program.inputs[i].shape[1]) for i, t in text.ids.items()}
-    specs = _specs(bundle)
-    made = {n: _fitting(f"input {n!r}", v, specs[n], UsageError) if n in specs else v for n, v in made.items()}
+    made = {n: _fitting(n, v, specs[n], UsageError) if n in specs else v for n, v in made.items()}
     specs |= {name: TensorSpec(i.dtype, i.shape) for name, i in program.inputs.items()}
     for file in given.keys() & program.files.keys():
-        held = tensors_of(Path(given[file]), tuple(program.files[file]))
-        for tensor, name in program.files[file].items():
+        if not isinstance(given[file], str | os.PathLike):
+            raise UsageError(f"{_shown(file, given[file])} is not a safetensors file; give its path")
+        held = tensors_of(Path(given[file]), tuple(program.files[file].tensors))
+        for tensor, name in program.files[file].tensors.items():
             made[name] = _fitting(f"{given[file]}: {tensor!r}", held[tensor], specs[name], InputError)
     return made
+
+
+def check_names(bundle: Bundle, given: Iterable[str]) -> None:
+    """Refuse a name that is no argument of the bundle, nor an array that may stand for what it makes of one."""
+    known = {*bundle.arguments, *bundle.program.inputs, *_specs(bundle)}
+    if unknown := [name for name in given if name not in known]:
+        arguments = ", ".join(bundle.arguments) or "no arguments of its own"
+        raise UsageError(f"unknown argument {unknown[0]!r}; this bundle takes {arguments}")
 
 
 def _specs(bundle: Bundle) -> dict[str, TensorSpec]:
@@ -127,36 +170,3 @@ def read_tensors(path: Path) -> dict[str, Any]:
             raise BundleError(f"{path}: {name!r} is {spec.dtype}, which NumPy has not; store it as float32")
         tensors[name] = (raw if raw.dtype == np.float32 else raw.view(np.dtype(spec.dtype))).reshape(spec.shape)
     return tensors
-
-
-def from_words(program: Program, words: Sequence[str]) -> dict[str, Any]:
-    """A program's inputs, texts and files from `--name value` or `--name=value`."""
-    given: dict[str, Any] = {}
-    left = list(words)
-    while left:
-        flag, equals, after = left.pop(0).partition("=")
-        value = after if equals else left.pop(0) if left and not left[0].startswith("--") else None
-        name = flag.removeprefix("--").replace("-", "_")
-        typed = {n for n, wanted in program.inputs.items() if not wanted.shape}
-        if (
-            not flag.startswith("--")
-            or name not in typed | program.texts.keys() | program.files.keys()
-            or value is None
-        ):
-            known = (*sorted(typed), *program.texts, *program.files)
-            accepted = ", ".join(f"--{n.replace('_', '-')} VALUE" for n in known) or "none"
-            raise UsageError(f"unknown argument {flag!r}; this bundle's own arguments: {accepted}")
-        if name in given:
-            raise UsageError(f"argument {flag!r} is given twice; give it once")
-        plain = name in program.texts or name in program.files or value in program.inputs[name].choices
-        given[name] = value if plain else _number(program, name, value)
-    return given
-
-
-def _number(program: Program, name: str, value: str) -> float:
-    try:
-        return float(value)
-    except ValueError:
-        choices = ", ".join(program.inputs[name].choices)
-        what = f"is not one of {choices}" if choices else "is not a number; see the bundle's program.json"
-        raise UsageError(f"--{name.replace('_', '-')} {value!r} {what}") from None

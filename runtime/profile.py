@@ -2,7 +2,7 @@
 
 import os
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -46,10 +46,13 @@ def profile(
     tile: int | None = None,
     overlap: int | None = None,
     steps: int | None = None,
-    inputs: Mapping[str, Any] | None = None,
     on_progress: Callable[[str, int, int], None] = lambda name, done, total: None,
+    **arguments: Any,
 ) -> dict[str, Any]:
-    """Measure each output size; seconds, megapixels of output a second, peak memory, tiles."""
+    """Measure each output size: seconds, megapixels of output a second, peak memory, tiles.
+
+    `arguments` are the bundle's, as for `Restorer.restore`.
+    """
     if runs < 5:
         raise UsageError(f"--runs {runs} is too few for percentiles; use 5 or more")
     rows = []
@@ -59,7 +62,7 @@ def profile(
         reset_peak()
         for i in range(runs + 1):
             picture = _picture(restorer, width, height)
-            made = restorer.restore(picture, tile=tile, overlap=overlap, steps=steps, inputs=inputs)
+            made = restorer.restore(picture, tile=tile, overlap=overlap, steps=steps, **arguments)
             measured.append(made)
             on_progress(name, i + 1, runs + 1)
         rows.append(_row([m.seconds for m in measured[1:]], made.image.shape, made.tiles))

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from tilewright.runtime.bundle.arguments import Argument
 from tilewright.runtime.bundle.read import Bundle, read_bundle
 from tilewright.runtime.bundle.weights import folder_given
 from tilewright.runtime.engines import Engine, backend
@@ -20,7 +21,8 @@ from tilewright.runtime.estimate import MEMORY_MODES, Estimate, all_open, availa
 from tilewright.runtime.images.canvas import Enlarged, fill
 from tilewright.runtime.images.read import Picture, read_image
 from tilewright.runtime.images.write import assemble
-from tilewright.runtime.inputs import gather, read_tensors
+from tilewright.runtime.inputs import check_names, gather, read_tensors, whole
+from tilewright.runtime.plan.noise import WORD_MAX
 from tilewright.runtime.plan.passes import least_px
 from tilewright.runtime.scheduler import Job, Walk
 
@@ -88,13 +90,22 @@ class Restorer:
         if isinstance(self.engines, _Engines):
             self.engines.close(self.engines.names)
 
+    @property
+    def arguments(self) -> dict[str, Argument]:
+        """What the bundle takes besides an image, by name: kind, default, choices, range, one line of help."""
+        return self.bundle.arguments
+
     def __call__(self, image: Any, **options: Any) -> npt.NDArray[np.uint8]:
-        """The restored image of a path, PIL image or uint8 array; options as for `restore`."""
+        """The restored image: uint8, laid out as the source was.
+
+        `image`: a path, bytes, a binary file, a Pillow image or a uint8 array. Options as for `restore`. For a file or
+        bytes of it: `write_image("out.png", pixels)`, `encode_image(pixels, "png")`.
+        """
         return self.restore(image, **options).image
 
-    def restore(self, image: Any, *, inputs: Mapping[str, Any] | None = None, **options: Any) -> Restoration:
+    def restore(self, image: Any, **options: Any) -> Restoration:
         """Restore an image and say what it cost; options as for `sitting`."""
-        return self.sitting(image, **options).restore(inputs or {}, keep=False)
+        return self.sitting(image, **options).round({}, keep=False)
 
     def sitting(
         self,
@@ -107,8 +118,19 @@ class Restorer:
         scale: int | None = None,
         max_pixels: int = 100_000_000,
         on_progress: Callable[[str, int, int], None] = lambda name, done, total: None,
+        **arguments: Any,
     ) -> "Sitting":
-        """An image ready to be restored, once or round after round with other inputs; sizes are in output pixels."""
+        """An image ready to be restored, once or round after round; sizes are in output pixels.
+
+        `arguments` are the bundle's, see `Restorer.arguments`: `prompt="a stone bridge"`. A round may choose others.
+        """
+        check_names(self.bundle, arguments)
+        whole("seed", seed, 0, WORD_MAX)
+        for name, value in {"tile": tile, "overlap": overlap, "steps": steps, "scale": scale}.items():
+            if value is not None:
+                whole(name, value, 0)
+        if steps is not None and not any(p.steps for p in self.bundle.program.passes):
+            raise UsageError(f"steps={steps}: {self.bundle.manifest.system} has no steps; leave it out")
         clock = _Clock()
         picture = read_image(image, max_pixels=max_pixels)
         height, width = picture.rgb.shape[:2]
@@ -121,31 +143,36 @@ class Restorer:
         program = self.bundle.program
         enlarged = Enlarged(picture.rgb, plans.scale, program.multiple_px, least_px(program, tile))
         job = Job(enlarged, seed, tile, overlap, steps, {}, self.workers, on_progress, self.on_unused)
-        return Sitting(self.bundle, picture, plans, Walk(program, self.engines, self.constants, job), clock)
+        return Sitting(self.bundle, picture, plans, Walk(program, self.engines, self.constants, job), arguments, clock)
 
 
 @dataclass
 class Sitting:
-    """One image, restored as often as its inputs change; what does not depend on them is done once."""
+    """One image, restored as often as its arguments change; what does not depend on them is done once."""
 
     bundle: Bundle
     picture: Picture
     plans: Estimate
     walk: Walk
+    arguments: Mapping[str, Any]
     clock: "_Clock"
 
-    def __call__(self, **inputs: Any) -> npt.NDArray[np.uint8]:
-        """The image restored with these inputs of the bundle's program: `sitting(prompt="a stone bridge")`."""
-        return self.restore(inputs).image
+    def __call__(self, **arguments: Any) -> npt.NDArray[np.uint8]:
+        """The image restored with these arguments of the bundle: `sitting(prompt="a stone bridge")`."""
+        return self.restore(**arguments).image
 
-    def restore(self, inputs: Mapping[str, Any], *, keep: bool = True) -> Restoration:
-        """The same, and what it cost; `keep` what another round can use."""
+    def restore(self, **arguments: Any) -> Restoration:
+        """The same, and what it cost."""
+        return self.round(arguments, keep=True)
+
+    def round(self, arguments: Mapping[str, Any], *, keep: bool) -> Restoration:
+        """The same; `keep` what another round can use."""
         job = self.walk.job
         job.seconds.clear()
         self.clock.last = time.perf_counter()  # what the caller did since is no part of the round
         rgb = np.empty((self.plans.height, self.plans.width, 3), np.uint8)
         job.on_final = partial(fill, rgb)
-        self.walk.run(gather(self.bundle, inputs), keep=keep)
+        self.walk.run(gather(self.bundle, {**self.arguments, **arguments}), keep=keep)
         self.clock.lap("passes")
         pixels = assemble(rgb, self.picture)
         self.clock.lap("assemble")
@@ -170,7 +197,7 @@ class _Clock:
 
 
 def load(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | Bundle,
     *,
     memory: str = "fast",
     threads: int = 0,
@@ -181,13 +208,14 @@ def load(
 ) -> Restorer:
     """Open a bundle: check it, then open an engine for every component its program calls.
 
-    `expect` and `fresh` as for `bundle.read`.
+    `path`: its folder, or the bundle that `read_bundle` read, to which `expect` and `fresh` say no more.
+    `expect` and `fresh` as for `read_bundle`.
     """
     if memory not in MEMORY_MODES:
         raise UsageError(f"memory={memory!r} is not one of {', '.join(MEMORY_MODES)}")
     if threads < 0 or workers < 1:
         raise UsageError(f"threads={threads} and workers={workers} must be at least 0 and 1")
-    bundle = read_bundle(path, expect=expect, fresh=fresh)
+    bundle = path if isinstance(path, Bundle) else read_bundle(path, expect=expect, fresh=fresh)
     folder = folder_given(weights_dir)
 
     def open_engine(name: str) -> Engine:

@@ -22,6 +22,7 @@ from torch.export import ExportedProgram
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
+from tilewright.export.graph.exporter import quicker
 from tilewright.export.graph.ops import attach, translations
 from tilewright.export.system import ComponentSpec, part_of
 from tilewright.runtime.bundle.program import TensorSpec
@@ -65,7 +66,7 @@ def parameter_specs(source: ComponentSpec) -> dict[str, TensorSpec]:
 
 def trace(source: ComponentSpec) -> ir.Model:
     """The component's graph, our ops one node each; every parameter is an unresolved external tensor."""
-    with _rarely_collected():
+    with _rarely_collected(), quicker():
         return _traced(source)
 
 

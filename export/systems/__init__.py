@@ -1,4 +1,4 @@
-"""The published systems, one file or folder each; none of them loads PyTorch until a network is built."""
+"""The published systems, one file or folder each; none of them loads PyTorch or NumPy until it computes."""
 
 import importlib
 from importlib.metadata import entry_points

@@ -10,9 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-import numpy.typing as npt
-
 from tilewright.export.system import Origin, Rows, System, Tensors
 from tilewright.export.weights.pickled import PICKLED, as_safetensors, listed
 from tilewright.export.weights.writing import WIDTHS, write_tensors
@@ -23,6 +20,8 @@ from tilewright.runtime.bundle.weights import Reference
 from tilewright.runtime.errors import BundleError, InputError
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     import torch
 
 __all__ = [
@@ -228,8 +227,10 @@ def _content(folder: Path) -> str:
     return f"{', '.join(map(one_line, names[:SHOWN]))}{', ...' if len(names) > SHOWN else ''}" or "nothing"
 
 
-def open_reference(folder: Path, reference: Reference, mode: Literal["r", "c"] = "r") -> npt.NDArray[np.uint8]:
+def open_reference(folder: Path, reference: Reference, mode: Literal["r", "c"] = "r") -> "npt.NDArray[np.uint8]":
     """The bytes of a tensor, mapped read-only or, for `c`, copied when written to; the file stays as it is."""
+    import numpy as np
+
     return np.memmap(folder / reference.file, np.uint8, mode, reference.offset, (reference.length,))
 
 

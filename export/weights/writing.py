@@ -7,8 +7,6 @@ import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-import numpy as np
-
 from tilewright.runtime.bundle.digests import writing
 from tilewright.runtime.bundle.program import TensorSpec
 from tilewright.runtime.bundle.safetensors import SAFETENSORS_DTYPES
@@ -45,6 +43,8 @@ def random_weights(shapes: Mapping[str, tuple[int, ...]], seed: int, path: Path)
 def _random(name: str, shape: tuple[int, ...], seed: int) -> bytes:
     if not 0 <= seed < 2**32:
         raise UsageError(f"--random-weights {seed} does not fit in 32 bits; use a number from 0 to {2**32 - 1}")
+    import numpy as np
+
     generator = np.random.Generator(np.random.Philox(key=[seed, zlib.crc32(name.encode())]))
     values = generator.standard_normal(shape, np.float32)
     if len(shape) > 1:

@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import TypeVar
 
+from tilewright.runtime.bundle.arguments import check_arguments
 from tilewright.runtime.bundle.program import (
     DTYPES,
     SCHEDULE_TABLES,
@@ -38,6 +39,7 @@ def _check(program: Program, components: Mapping[str, Signature], constants: Map
     for name, given in program.inputs.items():
         _check_input(name, given, constants)
     _check_texts(program)
+    check_arguments(program)
     scope = _Scope(program, components, constants)
     for p in program.passes:
         scope.enter(p)
@@ -47,10 +49,10 @@ def _check(program: Program, components: Mapping[str, Signature], constants: Map
     known = dict.fromkeys(
         [*program.inputs, *(untiled_values(program) & scope.job.keys())]
     )  # which may be given instead of made
-    for argument, tensors in program.files.items():
-        if argument in program.inputs or argument in program.texts:
+    for argument, file in program.files.items():
+        if argument in program.inputs:
             raise BundleError(f"program: file {argument!r}: the name is taken; give every argument its own")
-        for name in tensors.values():
+        for name in file.tensors.values():
             _found(known, name, f"program: file {argument!r}: no input or value {name!r}")
     if "result" not in scope.written:
         raise BundleError("program: no pass writes the grid 'result'; add the call that makes it")

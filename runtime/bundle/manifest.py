@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from tilewright.runtime.bundle.arguments import Argument
 from tilewright.runtime.bundle.program import TensorSpec
 from tilewright.runtime.bundle.strict import from_json
 from tilewright.runtime.errors import BundleError
@@ -70,6 +71,7 @@ class Manifest:
     files: dict[str, File]
     made_with: dict[str, str]  # package -> version
     options: dict[str, str] = field(default_factory=dict)  # what the build was asked for
+    arguments: dict[str, Argument] = field(default_factory=dict)  # what a caller may choose, as the program says it
     program: str = "program.json"
     weights: str = "weights.json"
     constants: str | None = None

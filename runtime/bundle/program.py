@@ -27,6 +27,7 @@ __all__ = [
     "Signature",
     "State",
     "Steps",
+    "TensorFile",
     "TensorSpec",
     "Text",
     "Tiles",
@@ -120,6 +121,9 @@ class Input:
     shape: tuple[int, ...] = ()
     default: int | float | str | None = None  # a number, or "#name" of a constant; none: the caller must give it
     choices: dict[str, int] = field(default_factory=dict)
+    help: str = ""  # one line for the caller
+    least: int | float | None = None  # what a single number may be
+    most: int | float | None = None
 
     def __post_init__(self) -> None:
         if any(d < 1 for d in self.shape):
@@ -132,10 +136,19 @@ class Text:
 
     ids: dict[str, str]  # input -> file of its tokenizer in the bundle
     default: str | None = None  # none: the caller must give words, or the values that would be made of them
+    help: str = ""  # one line for the caller
 
     def __post_init__(self) -> None:
         if not self.ids:
             raise ValueError("a text that gives no ids is of no use")
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """A safetensors file of the caller, whose tensors are inputs or values."""
+
+    tensors: dict[str, str]  # tensor in the file -> input or value
+    help: str = ""  # one line for the caller
 
 
 @dataclass(frozen=True)
@@ -234,7 +247,7 @@ class Program:
     passes: tuple[Pass, ...]
     inputs: dict[str, Input] = field(default_factory=dict)
     texts: dict[str, Text] = field(default_factory=dict)
-    files: dict[str, dict[str, str]] = field(default_factory=dict)  # argument -> tensor in it -> input or value
+    files: dict[str, TensorFile] = field(default_factory=dict)  # by the name of the argument
     any_scale: bool = False  # `scale` is a default; the network takes what was enlarged by any other
 
     def __post_init__(self) -> None:

@@ -7,9 +7,11 @@ and may lie outside. `reports/` and `README.md` are for people and are not part 
 import logging
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tilewright.runtime.bundle.arguments import Argument, arguments_of
 from tilewright.runtime.bundle.check import check_program
 from tilewright.runtime.bundle.digests import sha256_of_bytes
 from tilewright.runtime.bundle.files import bytes_of, check_files, check_inside, is_file, refusals_in_one_line
@@ -39,6 +41,11 @@ class Bundle:
     digest: str  # SHA-256 of the manifest, which seals all the rest
     fresh: bool = False  # weights are read, whatever is remembered of their digests
     _checked: dict[tuple[str, Path | None], Path] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def arguments(self) -> dict[str, Argument]:
+        """What a caller may choose: words first, then files, then single values."""
+        return arguments_of(self.program)
 
     def path(self, name: str) -> Path:
         """A sealed file's place on disk."""
@@ -109,6 +116,8 @@ def read_bundle(root: str | os.PathLike[str], *, expect: str | None = None, fres
         check_program(program, signatures, {name: spec for name, (spec, _, _) in constants.items()})
     except BundleError as error:
         raise BundleError(f"{root / manifest.program}: {str(error).removeprefix('program: ')}") from None
+    if differing := _differing(manifest.arguments, arguments_of(program)):
+        raise BundleError(f"{where}: argument {differing!r} is not as {manifest.program} says it; rebuild the bundle")
     tokenizers = {file for text in program.texts.values() for file in text.ids.values()}
     if unlisted := sorted(tokenizers - set(manifest.tokenizers)):
         raise BundleError(f"{root / manifest.program}: tokenizer {unlisted[0]!r} is not listed; rebuild the bundle")
@@ -116,6 +125,12 @@ def read_bundle(root: str | os.PathLike[str], *, expect: str | None = None, fres
     check_weights(weights, manifest, root)
     check_graphs(weights, manifest, root)
     return Bundle(root, manifest, program, weights, digest, fresh)
+
+
+def _differing(listed: Mapping[str, Argument], arguments: Mapping[str, Argument]) -> str | None:
+    """The first argument on which manifest and program do not agree."""
+    names = sorted(listed.keys() | arguments.keys())
+    return next((name for name in names if listed.get(name) != arguments.get(name)), None)
 
 
 def _check_pin(digest: str, expect: str | None, where: str) -> None:

@@ -8,21 +8,25 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+from tilewright.runtime.bundle.arguments import arguments_of
 from tilewright.runtime.bundle.digests import sha256_of_file
 from tilewright.runtime.bundle.manifest import File, Manifest, named_files
+from tilewright.runtime.bundle.program import Program
 from tilewright.runtime.bundle.read import read_bundle
-from tilewright.runtime.bundle.strict import to_json
+from tilewright.runtime.bundle.strict import from_json, to_json
 from tilewright.runtime.errors import UsageError
 
 __all__ = ["check_replaceable", "seal", "write_manifest"]
 
 
 def write_manifest(root: Path, manifest: Manifest) -> None:
-    """Complete the manifest with the files it names, as they are now, and write it."""
+    """Complete the manifest with the files it names and the program's arguments, as they are now, and write it."""
     listed = [manifest.program, manifest.weights, *([manifest.constants] if manifest.constants else [])]
     listed += sorted(set(named_files(manifest)) - set(listed))
     files = {n: File((root / n).stat().st_size, sha256_of_file(root / n)) for n in listed}
-    (root / "bundle.json").write_text(to_json(replace(manifest, files=files)), encoding="utf-8")
+    program = from_json(Program, (root / manifest.program).read_bytes(), str(root / manifest.program))
+    complete = replace(manifest, files=files, arguments=arguments_of(program))
+    (root / "bundle.json").write_text(to_json(complete), encoding="utf-8")
 
 
 def seal(staging: Path, manifest: Manifest, target: Path) -> None:

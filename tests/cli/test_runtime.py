@@ -11,7 +11,6 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from tilewright.cli.main import main
-from tilewright.cli.runtime import split_inputs
 from tilewright.runtime import load
 from tilewright.runtime.bundle.digests import sha256_of_bytes
 from tilewright.runtime.bundle.safetensors import safetensors_header
@@ -67,7 +66,7 @@ def refused(tinted, tmp_path, capsys):
 def test_words_on_the_command_line_are_the_inputs_of_the_library(restored, tinted, words, inputs):
     tiles = {"tile": 16, "overlap": 0} if "--tile" in words else {}
     with load(tinted) as restorer:
-        expected = restorer(IMAGE, inputs=inputs, **tiles)
+        expected = restorer(IMAGE, **inputs, **tiles)
     np.testing.assert_array_equal(restored(*words), expected)
 
 
@@ -75,7 +74,7 @@ def test_a_file_is_given_by_its_path(restored, tinted, tmp_path):
     path = tmp_path / "a look=1.safetensors"
     save_file({"look.tint": np.float32([[0.5, 0.25, 1]])}, path)
     with load(tinted) as restorer:
-        expected = restorer(IMAGE, inputs={"look": path})
+        expected = restorer(IMAGE, look=path)
     for words in (["--look", str(path)], [f"--look={path}"]):
         np.testing.assert_array_equal(restored(*words), expected)
 
@@ -89,18 +88,28 @@ def test_a_scale_is_told_by_the_sizes(tinted, tmp_path, capsys):
     assert Image.open(tmp_path / "out.png").size == (90, 60)
 
 
-OWN = "this bundle's own arguments: --gain VALUE, --prompt VALUE, --look VALUE"
+TAKES = "this bundle takes --prompt, --look, --gain"
+SEE = "see tilewright runtime restore --help"
 
 
 @pytest.mark.parametrize(
     ("words", "message", "code"),
     [
-        (["--prompt"], f"unknown argument '--prompt'; {OWN}", 2),
-        (["--prompt", "dim", "red"], "unknown argument 'red'; see --help", 2),
-        (["--pro", "dim"], f"unknown argument '--pro'; {OWN}", 2),  # no abbreviations
-        (["--ids", "3"], f"unknown argument '--ids'; {OWN}", 2),
-        (["--gain", "high"], "--gain 'high' is not a number; see the bundle's program.json", 2),
+        (["--prompt"], f"argument --prompt: expected one argument; {SEE}", 2),
+        (["--prompt", "--gain", "3"], f"argument --prompt: expected one argument; {SEE}", 2),
+        (["--prompt", "dim", "red"], f"unknown argument 'red'; {TAKES}", 2),
+        (["--pro", "dim"], f"unknown argument '--pro'; {TAKES}", 2),  # no abbreviations
+        (["--ids", "3"], f"unknown argument '--ids'; {TAKES}", 2),
+        (["--gain", "high"], "--gain 'high' is not a number from -8 to 8", 2),
+        (["--gain="], "--gain '' is not a number from -8 to 8", 2),
+        (["--gain", "8.5"], "--gain '8.5' is not a number from -8 to 8", 2),
+        (["--gain=-1e3"], "--gain '-1e3' is not a number from -8 to 8", 2),
+        (["--gain", "nan"], "--gain 'nan' is nan as float32; give finite numbers", 2),
+        (["--gain", "1e40"], "--gain '1e40' is inf as float32; give finite numbers", 2),
+        (["--steps", "3"], "steps=3: sharpen has no steps; leave it out", 2),
         (["--scale", "17"], "scale=17 is none that this bundle can enlarge by; use 1 to 16", 2),
+        (["--seed", "1.5"], f"argument --seed: invalid int value: '1.5'; {SEE}", 2),
+        (["--seed", "-1"], "seed=-1 is not a whole number from 0 to 4294967295", 2),
         (["--prompt", "red " * 6], "the text 'red red red red red red ' has 7 tokens, the network takes 6;", 2),
         (["--look", "nowhere"], "nowhere: No such file or directory; give a safetensors file with look.tint", 8),
     ],
@@ -121,35 +130,6 @@ def test_a_file_of_another_shape_is_refused_by_its_path(refused, tmp_path: Path)
     said, code = refused("--look", str(tmp_path / "look.safetensors"))
     assert said.endswith("'look.tint' has shape [1, 4], this bundle takes [1, 3]; use its own")
     assert code == 8
-
-
-@pytest.mark.parametrize(
-    ("line", "own"),
-    [
-        ("in.png out.png --bundle b", ""),
-        ("--prompt in.png in.png out.png --bundle b", "--prompt in.png"),
-        ("in.png --lora-scale 0.5 out.png --bundle b --seed 7", "--lora-scale 0.5"),
-        ("in.png out.png --prompt=--x --bundle b --tile=64 --memory low", "--prompt=--x"),
-        ("in.png out.png --prompt --bundle b", "--prompt"),
-        ("in.png out.png --bundle b --json --steps 3 --prompt a", "--prompt a"),
-    ],
-)
-def test_a_bundles_own_input_is_never_taken_for_a_file(line: str, own: str) -> None:
-    kept, ours = split_inputs(["runtime", "restore", *line.split()])
-    assert ours == own.split()
-    assert sorted(kept + ours) == sorted(["runtime", "restore", *line.split()])
-    assert [word for word in kept if word.endswith(".png")] == ["in.png", "out.png"]
-
-
-def test_profile_takes_a_bundles_own_inputs_too() -> None:
-    words = ["runtime", "profile", "--bundle", "b", "--prompt", "two words", "--runs", "5", "--json"]
-    kept, own = split_inputs(words)
-    assert own == ["--prompt", "two words"] and kept == [w for w in words if w not in own]
-
-
-def test_other_commands_keep_all_their_words() -> None:
-    words = ["runtime", "plan", "3", "4", "--odd", "x"]
-    assert split_inputs(words) == (words, [])
 
 
 @pytest.mark.parametrize(

@@ -15,12 +15,14 @@ from support.bundles import (
     two_folders,
     weights_dir,
 )
+from support.scenes import restorer
 
 __all__ = [
     "build",
     "bundle",
     "kernels",
     "packed_bundle",
+    "restorer",
     "staged",
     "tint",
     "tinted",

@@ -5,8 +5,6 @@ import struct
 import subprocess
 import sys
 import threading
-import time
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,84 +13,24 @@ import pytest
 from PIL import Image, ImageCms
 from safetensors.numpy import save_file
 
-from tilewright.runtime import Restoration, Restorer, TilewrightError, load, restore
-from tilewright.runtime import estimate as memory
-from tilewright.runtime.bundle.manifest import Memory
-from tilewright.runtime.bundle.program import Call, Grid, Pass, Program, TensorSpec, Tiles
-from tilewright.runtime.bundle.read import Bundle, read_bundle
-from tilewright.runtime.bundle.weights import Reference
+from support.scenes import (
+    FROM_NOISE,
+    SHARPENED,
+    WHOLE,
+    assert_tinted,
+    difference,
+    doubled,
+    expected,
+    noise,
+    scene,
+    tinted_by,
+)
+from tilewright.runtime import Restoration, Restorer, load
+from tilewright.runtime.bundle.program import Tiles
+from tilewright.runtime.bundle.read import read_bundle
 from tilewright.runtime.bundle.write import write_manifest
-from tilewright.runtime.engines import ort
-from tilewright.runtime.errors import BundleError, InputError, ResourceError, UsageError
+from tilewright.runtime.errors import BundleError, InputError, UsageError
 from tilewright.runtime.estimate import estimate
-
-WHOLE = 4096  # a tile larger than any image here
-SHARPENED = Program(
-    scale=2,
-    multiple_px=8,
-    grids={"image": Grid(1, 3, "input"), "result": Grid(1, 3)},
-    passes=(Pass("restore", Tiles(64, 16), once=(Call("sharpen", {"image": "image"}, {"sharp": "result"}),)),),
-)
-FROM_NOISE = Program(
-    scale=2,
-    multiple_px=8,
-    grids={"image": Grid(1, 3, "input"), "z": Grid(1, 3, "noise"), "result": Grid(1, 3)},
-    passes=(Pass("restore", Tiles(64, 16), once=(Call("sharpen", {"image": "z"}, {"sharp": "result"}),)),),
-)
-
-
-def noise(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
-
-
-def scene(height: int, width: int) -> np.ndarray:
-    """A picture with soft shapes, sharp edges and a little noise."""
-    y, x = np.mgrid[:height, :width]
-    soft = np.stack([120 + 60 * np.sin(y / 7 + c) * np.cos(x / 9) for c in range(3)], axis=2)
-    soft[(x // 13 + y // 11) % 2 == 0] += 30
-    return (soft + noise(height, width, 3) / 16).clip(0, 255).astype(np.uint8)
-
-
-def doubled(plane: np.ndarray) -> np.ndarray:
-    height, width = plane.shape[:2]
-    return np.asarray(Image.fromarray(plane).resize((2 * width, 2 * height), Image.Resampling.BICUBIC))
-
-
-def padded(length: int, least: int = 1, multiple: int = 8) -> list[int]:
-    """Where each row (or column) of the padded image comes from."""
-    whole = max(-(-length // multiple) * multiple, least)
-    mirrored = whole - length <= length - 1
-    return [i if i < length else 2 * (length - 1) - i if mirrored else length - 1 for i in range(whole)]
-
-
-def mirrored(length: int, shift: int) -> list[int]:
-    return [length - 2 if i == length else abs(i) for i in range(shift, length + shift)]
-
-
-def expected(rgb: np.ndarray, kernels: np.ndarray, least: int = 1) -> np.ndarray:
-    """The restoration of a whole image in integers: sevenths of a level, rounded at the end."""
-    large = doubled(rgb)
-    canvas = large[np.ix_(padded(large.shape[0], least), padded(large.shape[1], least))].astype(int)
-    height, width = canvas.shape[:2]
-    total = np.zeros_like(canvas)
-    for dy in (-1, 0, 1):
-        for dx in (-1, 0, 1):
-            total += canvas[np.ix_(mirrored(height, dy), mirrored(width, dx))] * kernels[:, dy + 1, dx + 1]
-    levels = (2 * total + 7) // 14
-    return levels.clip(0, 255).astype(np.uint8)[: large.shape[0], : large.shape[1]]
-
-
-def difference(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    assert one.shape == other.shape
-    assert one.dtype == other.dtype == np.uint8
-    return np.abs(one.astype(int) - other.astype(int))
-
-
-@pytest.fixture
-def restorer(bundle):
-    with load(bundle, threads=1) as restorer:
-        yield restorer
-
 
 # Pixels
 
@@ -259,188 +197,7 @@ def test_a_restoration_says_what_it_cost(restorer):
     assert made.peak_bytes == pytest.approx(int(peak) * 1024, rel=0.1)
 
 
-# What it would take
-
-
-def test_an_estimate_gives_the_result_size_and_the_tiles(bundle):
-    plans = estimate(read_bundle(bundle), 53, 37)
-    assert (plans.width, plans.height) == (106, 74)
-    ((walked, plan),) = plans.passes
-    assert walked.name == "restore"
-    assert (plan.width, plan.height) == (112, 80)
-    assert (plan.tile_width, plan.tile_height, plan.overlap) == (64, 64, 16)
-    ((_, plan),) = estimate(read_bundle(bundle), 53, 37, tile=32, overlap=8).passes
-    assert (plan.tile_width, plan.tile_height, plan.overlap) == (32, 32, 8)
-
-
-def test_the_need_counts_weights_grids_and_the_largest_call(bundle):
-    whole = read_bundle(bundle)
-    need = estimate(whole, 53, 37).needed_bytes
-    low = estimate(whole, 53, 37, memory="low").needed_bytes
-    assert need - low == 2 * 3 * 3 * 3 * 4  # as it is stored and as float32; what is mapped can be given back
-    component = whole.manifest.components["sharpen"]
-    for more, added in {
-        Memory(1_000_000 + 512, 24, 0): 512,
-        Memory(1_000_000, 25, 0): 64 * 64,
-        Memory(1_000_000, 24, 1): (64 * 64) ** 2,
-    }.items():
-        manifest = replace(whole.manifest, components={"sharpen": replace(component, memory=more)})
-        assert estimate(replace(whole, manifest=manifest), 53, 37).needed_bytes - need == added
-    result = 3 * 4 * (2 * 1000) ** 2  # a large image in the same tiles holds its result, the join and little else
-    assert result < estimate(whole, 1000, 1000).needed_bytes - need < 4 * result
-
-
-def with_weights(whole: Bundle, **elements: int) -> Bundle:
-    """A bundle whose components have float16 weights of so many elements."""
-    tensors = {name: {"w": Reference("w", "float16", (n,), 0, 2 * n)} for name, n in elements.items()}
-    return replace(whole, weights=replace(whole.weights, tensors=tensors))
-
-
-def test_the_need_counts_all_weights_or_those_of_the_largest_pass(tinted, monkeypatch):
-    whole = with_weights(read_bundle(tinted), words=2000, paint=1000)
-    none = with_weights(whole)
-    both, one = (2 + 4) * 3000, (2 + 4) * 2000  # as they are stored and as float32
-    bare = estimate(none, 30, 20).needed_bytes
-    assert estimate(whole, 30, 20, memory="low").needed_bytes == bare
-    assert estimate(whole, 30, 20).needed_bytes == bare + both
-    for free, needed in ((both / 0.7 + 2, both), (both / 0.7 - 2, one), (0, one), (None, both)):
-        monkeypatch.setattr(memory, "available_bytes", lambda free=free: free)
-        assert estimate(whole, 30, 20).needed_bytes == bare + needed
-
-
-def test_the_need_counts_what_every_tile_keeps(tinted):
-    whole = read_bundle(tinted)
-    see = whole.manifest.components["see"]
-    larger = replace(see, outputs={"mean": TensorSpec("float32", ("batch", 300, 1, 1))})
-    manifest = replace(whole.manifest, components=whole.manifest.components | {"see": larger})
-    for width, tiles in ((32, 1), (56, 2), (80, 3)):
-        plans = [estimate(w, width, 32) for w in (whole, replace(whole, manifest=manifest))]
-        assert len(plans[0].passes[1][1].tiles) == tiles
-        assert plans[1].needed_bytes - plans[0].needed_bytes == 297 * 4 * tiles
-
-
-def test_the_need_grows_with_the_image_and_with_the_tile(bundle):
-    whole = read_bundle(bundle)
-    needs = [estimate(whole, side, side).needed_bytes for side in (1, 10, 100, 1000, 10_000)]
-    assert needs == sorted(set(needs))
-    assert estimate(whole, 100, 1000).needed_bytes == estimate(whole, 1000, 100).needed_bytes
-    tiled = [estimate(whole, 1000, 1000, tile=tile).needed_bytes for tile in (64, 512, 2048)]
-    assert tiled == sorted(set(tiled))
-
-
-@pytest.mark.parametrize(("width", "height"), [(0, 5), (5, 0), (-1, 5)])
-def test_a_size_that_is_none_is_refused(bundle, width, height):
-    with pytest.raises(UsageError, match=f"{width}x{height} is no image size"):
-        estimate(read_bundle(bundle), width, height)
-
-
-def test_work_that_does_not_fit_is_refused_before_it_starts(restorer, monkeypatch):
-    image = noise(20, 30, 3)
-    need = estimate(restorer.bundle, 30, 20).needed_bytes
-    monkeypatch.setattr(memory, "available_bytes", lambda: need)
-    restorer(image)
-    monkeypatch.setattr(memory, "available_bytes", lambda: None)
-    restorer(image)
-    monkeypatch.setattr(memory, "available_bytes", lambda: need - 1)
-    restorer.engines = {}
-    with pytest.raises(
-        ResourceError, match=r"^60x40 px needs about 0\.1 GiB .* smaller --tile or --memory low$"
-    ) as caught:
-        restorer(image)
-    assert caught.value.exit_code == 5
-
-
-def test_memory_is_what_the_system_and_the_control_group_leave(tmp_path, monkeypatch):
-    monkeypatch.setattr(memory, "CONTROL_GROUP", tmp_path)
-    system = memory.available_bytes()
-    assert 0 < system < 2**50
-    (tmp_path / "memory.max").write_text("max\n")
-    (tmp_path / "memory.current").write_text("900000\n")
-    (tmp_path / "memory.stat").write_text("anon 100000\nactive_file 300000\ninactive_file 500000\nshmem 0\n")
-    assert memory.available_bytes() > 900_000
-    (tmp_path / "memory.max").write_text("1000000\n")
-    assert memory.available_bytes() == 900_000  # files the group has read are dropped when memory is asked for
-
-
-# Refusals
-
-
-@pytest.mark.parametrize(
-    "image",
-    [np.zeros((4, 4, 3)), np.zeros((0, 4, 3), np.uint8), np.zeros((4, 4, 7), np.uint8), 3, None, "nowhere.png"],
-    ids=["floats", "empty", "seven planes", "number", "nothing", "missing file"],
-)
-def test_what_is_no_image_is_refused(restorer, image):
-    with pytest.raises(InputError) as caught:
-        restorer(image)
-    assert caught.value.exit_code == 8
-    assert len(str(caught.value).splitlines()) == 1
-
-
-def test_an_image_of_more_pixels_than_allowed_is_refused(restorer):
-    restorer(noise(4, 5, 3), max_pixels=20)
-    with pytest.raises(InputError, match="over the limit of 19"):
-        restorer(noise(4, 5, 3), max_pixels=19)
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"memory": "medium"}, "memory='medium' is not one of fast, low"),
-        ({"workers": 0}, "threads=0 and workers=0 must be at least 0 and 1"),
-        ({"threads": -1}, "threads=-1 and workers=1 must be at least 0 and 1"),
-    ],
-)
-def test_options_of_loading_that_cannot_be_meant_are_refused(bundle, options, words):
-    with pytest.raises(UsageError, match=f"^{words}$") as caught:
-        load(bundle, **options)
-    assert caught.value.exit_code == 2
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"tile": 60}, "tile=60 is not a positive multiple of 8; use 64"),
-        ({"tile": 0}, "tile=0 is not a positive multiple of 8; use 8"),
-        ({"overlap": 40}, "overlap=40 does not fit tile=64"),
-        ({"inputs": {"strength": 1}}, "input 'strength' is not one of none"),
-    ],
-)
-def test_options_of_restoring_that_cannot_be_meant_are_refused(restorer, options, words):
-    with pytest.raises(UsageError, match=words):
-        restorer(noise(4, 4, 3), **options)
-
-
-@pytest.mark.parametrize("scale", [1, 3, 4, 0])
-def test_another_scale_than_the_bundles_is_refused(restorer, scale):
-    restorer(noise(4, 4, 3), scale=2)
-    with pytest.raises(UsageError, match=f"^scale={scale} is none that this bundle can enlarge by; use 2$"):
-        restorer(noise(4, 4, 3), scale=scale)
-
-
-@pytest.mark.parametrize("scale", [0, -1, 17])
-def test_a_scale_beyond_reason_is_refused(tinted, scale):
-    with pytest.raises(UsageError, match=f"^scale={scale} is none that this bundle can enlarge by; use 1 to 16$"):
-        estimate(read_bundle(tinted), 10, 10, scale=scale)
-
-
-def test_loading_what_is_no_bundle_is_refused(tmp_path):
-    with pytest.raises(TilewrightError, match=r"no bundle\.json there"):
-        load(tmp_path)
-
-
 # Words, and what stands for them
-
-
-def tinted_by(rgb: np.ndarray, eighths, gain: float = 1.0) -> np.ndarray:
-    """What the bundle that words lead must make of an image of one tile, in levels."""
-    canvas = rgb[np.ix_(padded(rgb.shape[0]), padded(rgb.shape[1]))]
-    return np.clip(rgb * (np.array(eighths) / 8 * gain) + canvas.mean((0, 1)) / 4, 0, 255)
-
-
-def assert_tinted(found: np.ndarray, expected: np.ndarray) -> None:
-    assert found.shape == expected.shape
-    assert np.abs(found - expected).max() <= 0.501  # rounded to the nearest level
 
 
 def test_a_prompt_decides_through_its_tokenizer(tinted):
@@ -493,11 +250,6 @@ def test_a_bundle_that_leaves_the_scale_open_enlarges_by_what_is_asked(tinted, s
     assert (plans.scale, plans.width, plans.height) == (times, 30 * times, 20 * times)
 
 
-def test_a_larger_scale_needs_more_memory(tinted):
-    needs = [estimate(read_bundle(tinted), 300, 200, scale=scale).needed_bytes for scale in (1, 2, 4)]
-    assert needs == sorted(set(needs))
-
-
 # Tiles of fixed sides
 
 
@@ -516,237 +268,7 @@ def test_an_image_smaller_than_a_tile_of_fixed_sides_is_padded_and_cut_back(buil
         estimate(read_bundle(root), 30, 30, tile=48)
 
 
-# Rounds
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    """How often each component's engine is run."""
-    counted = Counter()
-    run = ort.OrtEngine.run
-
-    def count(engine, inputs, wanted):
-        counted[engine.graph.parent.name] += 1
-        return run(engine, inputs, wanted)
-
-    monkeypatch.setattr(ort.OrtEngine, "run", count)
-    return counted
-
-
-ROUNDS = [  # what is asked for, and what is done again; the image is in two tiles
-    ({}, {"words": 1, "see": 2, "paint": 2}),
-    ({}, {}),
-    ({"prompt": "bright bright bright"}, {}),  # the program's own words, given
-    ({"prompt": "dim"}, {"words": 1, "paint": 2}),
-    ({"prompt": "dim", "gain": 2}, {"paint": 2}),
-    ({"prompt": "dim red", "gain": 2}, {"words": 1, "paint": 2}),
-    ({"gain": 2, "look": "look.safetensors"}, {"paint": 2}),
-    ({"gain": 2, "look": "look.safetensors"}, {}),
-    ({"gain": 2, "prompt": "dim"}, {"words": 1, "paint": 2}),
-    ({}, {"words": 1, "paint": 2}),
-]
-
-
-@pytest.mark.parametrize("memory", ["fast", "low"])
-def test_a_sitting_repeats_only_what_other_inputs_reach(tinted, tmp_path, monkeypatch, calls, memory):
-    monkeypatch.chdir(tmp_path)
-    save_file({"look.tint": np.float32([[0.5, 0.25, 1]])}, "look.safetensors")
-    image, told = scene(20, 50), []
-    with load(tinted, memory=memory, threads=1) as restorer:
-        sitting = restorer.sitting(image, on_progress=lambda name, done, total: told.append(name))
-        for inputs, repeated in ROUNDS:
-            calls.clear()
-            told.clear()
-            made = sitting.restore(inputs)
-            assert calls == repeated
-            assert made.seconds.keys() & {"words", "see", "paint"} == repeated.keys()
-            again = {"words": "text"}  # the pass is called otherwise than its component
-            assert set(told) == {again.get(name, name) for name in repeated}
-            assert made.tiles == {"text": 1, "see": 2, "paint": 2}
-            np.testing.assert_array_equal(made.image, restorer(image, inputs=inputs))
-
-
-def test_a_sitting_is_called_with_its_inputs_by_name(tinted):
-    image = noise(20, 30, 3)
-    with load(tinted) as restorer:
-        sitting = restorer.sitting(image)
-        np.testing.assert_array_equal(
-            sitting(prompt="dim red", gain=2), sitting.restore({"prompt": "dim red", "gain": 2}).image
-        )
-        assert_tinted(sitting(prompt="dim red"), tinted_by(image, [3, 5, 1]))
-
-
-def test_pictures_of_earlier_rounds_stay_as_they_were(tinted):
-    with load(tinted) as restorer:
-        sitting = restorer.sitting(noise(20, 30, 3))
-        first = sitting(prompt="red")
-        before = first.copy()
-        sitting(prompt="dim")
-        assert sitting(prompt="red") is not first
-        np.testing.assert_array_equal(first, before)
-
-
-def test_a_round_that_is_refused_leaves_the_sitting_usable(tinted, calls):
-    image = noise(20, 30, 3)
-    with load(tinted) as restorer:
-        sitting = restorer.sitting(image)
-        first = sitting(prompt="red")
-        calls.clear()
-        for wrong in ({"prompt": "red " * 9}, {"gian": 1}, {"gain": "high"}, {"look": "nowhere"}, {"mean": 1}):
-            with pytest.raises(TilewrightError):
-                sitting.restore(wrong)
-        np.testing.assert_array_equal(sitting(prompt="red"), first)
-        assert calls == {}
-
-
-def test_a_round_after_an_engine_failed_gives_what_a_fresh_one_gives(tinted, monkeypatch):
-    image = scene(20, 50)
-    with load(tinted) as restorer:
-        sitting = restorer.sitting(image)
-        sitting()
-        run, failing = ort.OrtEngine.run, [True]
-
-        def fail(engine, inputs, wanted):
-            if engine.graph.parent.name == "paint" and failing:
-                raise ResourceError("no room")
-            return run(engine, inputs, wanted)
-
-        monkeypatch.setattr(ort.OrtEngine, "run", fail)
-        with pytest.raises(ResourceError, match="no room"):
-            sitting(prompt="dim")
-        failing.clear()
-        np.testing.assert_array_equal(sitting(prompt="dim"), restorer(image, inputs={"prompt": "dim"}))
-        np.testing.assert_array_equal(sitting(), restorer(image))
-
-
-def test_the_time_between_rounds_is_nobodys(tinted):
-    with load(tinted) as restorer:
-        sitting = restorer.sitting(noise(20, 30, 3))
-        sitting.restore({})
-        time.sleep(0.5)
-        seconds = sitting.restore({"gain": 2}).seconds
-    assert seconds["passes"] < 0.4 and seconds["total"] < 0.4
-    phases = seconds.keys() - {"total", "words", "see", "paint"}
-    assert seconds["total"] == pytest.approx(sum(seconds[name] for name in phases))
-
-
 # Opening and closing
-
-
-class Life:
-    """Which engines are opened and closed, in order."""
-
-    def __init__(self, monkeypatch):
-        self.told = []
-        open_engine, close = ort.open_engine, ort.OrtEngine.close
-
-        def opened(bundle, component, **options):
-            self.told.append(f"+{component}")
-            return open_engine(bundle, component, **options)
-
-        def closed(engine):
-            self.told.append(f"-{engine.graph.parent.name}")
-            close(engine)
-
-        monkeypatch.setattr(ort, "open_engine", opened)
-        monkeypatch.setattr(ort.OrtEngine, "close", closed)
-
-    def take(self):
-        told, self.told = self.told, []
-        return told
-
-
-@pytest.fixture
-def life(monkeypatch):
-    return Life(monkeypatch)
-
-
-ONE_BY_ONE = ["+words", "-words", "+see", "-see", "+paint", "-paint"]
-
-
-def test_in_fast_memory_all_engines_are_opened_at_once_and_closed_at_the_end(tinted, life):
-    with load(tinted) as restorer:
-        assert sorted(life.take()) == ["+paint", "+see", "+words"]
-        for _ in range(2):
-            restorer(noise(9, 9, 3))
-        restorer.sitting(noise(9, 9, 3))(gain=2)
-        assert life.take() == []
-    assert sorted(life.take()) == ["-paint", "-see", "-words"]
-
-
-@pytest.mark.parametrize("workers", [1, 3])
-def test_in_low_memory_an_engine_is_open_from_its_first_call_to_the_end_of_its_last_pass(tinted, life, workers):
-    with load(tinted, memory="low", workers=workers) as restorer:
-        assert life.take() == []
-        for _ in range(2):  # used again, they are opened again
-            restorer(scene(20, 50))
-            assert life.take() == ONE_BY_ONE
-    assert life.take() == []
-
-
-def test_engines_that_do_not_fit_together_are_opened_one_pass_at_a_time(tinted, life, monkeypatch):
-    image = scene(20, 50)
-    with load(tinted) as restorer:
-        usual = restorer(image)
-    life.take()
-    monkeypatch.setattr(memory, "weights_bytes", lambda bundle, components, memory: 2**60 if memory == "fast" else 0)
-    with load(tinted) as restorer:
-        assert life.take() == []
-        np.testing.assert_array_equal(restorer(image), usual)
-        assert life.take() == ONE_BY_ONE
-
-
-@pytest.mark.parametrize(("free", "opened"), [(None, True), (309, True), (308, False), (0, False)])
-def test_engines_fit_together_where_their_weights_leave_three_tenths_of_what_is_free(
-    bundle, life, monkeypatch, free, opened
-):
-    monkeypatch.setattr(restore, "available_bytes", lambda: free)  # the weights hold 27 numbers twice: 216 bytes
-    with load(bundle):
-        assert life.take() == (["+sharpen"] if opened else [])
-
-
-def test_rounds_in_low_memory_open_only_the_engines_they_call(tinted, life):
-    with load(tinted, memory="low") as restorer:
-        sitting = restorer.sitting(scene(20, 50))
-        sitting()
-        assert life.take() == ONE_BY_ONE
-        sitting(gain=2)
-        assert life.take() == ["+paint", "-paint"]
-        sitting(gain=2)
-        assert life.take() == []
-        sitting(prompt="red")
-        assert life.take() == ["+words", "-words", "+paint", "-paint"]
-
-
-def test_what_is_given_for_words_keeps_their_engine_closed(tinted, life, tmp_path):
-    save_file({"look.tint": np.float32([[0.5, 0.25, 1]])}, tmp_path / "look.safetensors")
-    with load(tinted, memory="low") as restorer:
-        restorer(scene(20, 50), inputs={"look": tmp_path / "look.safetensors"})
-    assert life.take() == ["+see", "-see", "+paint", "-paint"]
-
-
-def test_an_engine_left_open_by_a_fault_is_closed_with_the_restorer(tinted, life, monkeypatch):
-    def fail(engine, inputs, wanted):
-        raise ResourceError("no room")
-
-    monkeypatch.setattr(ort.OrtEngine, "run", fail)
-    with load(tinted, memory="low") as restorer, pytest.raises(ResourceError):
-        restorer(noise(9, 9, 3))
-    assert life.take() == ["+words", "-words"]
-
-
-def test_leaving_the_context_closes_the_engines_also_after_an_error(bundle):
-    for fault in (None, RuntimeError("halfway")):
-        try:
-            with load(bundle) as restorer:
-                assert isinstance(restorer, Restorer)
-                (engine,) = restorer.engines.values()
-                assert engine.session is not None
-                if fault:
-                    raise fault
-        except RuntimeError:
-            assert fault
-        assert engine.session is None
 
 
 def test_weights_that_moved_are_read_from_the_given_folder(bundle, weights_dir, tmp_path, kernels):

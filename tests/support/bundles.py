@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from tilewright.runtime.bundle.digests import sha256_of_bytes
 from tilewright.runtime.bundle.manifest import Component, EngineSpec, File, Manifest, Memory
-from tilewright.runtime.bundle.program import Call, Grid, Input, Pass, Program, TensorSpec, Text, Tiles
+from tilewright.runtime.bundle.program import Call, Grid, Input, Pass, Program, TensorFile, TensorSpec, Text, Tiles
 from tilewright.runtime.bundle.safetensors import safetensors_header
 from tilewright.runtime.bundle.strict import to_json
 from tilewright.runtime.bundle.weights import Folder, Reference, Weights
@@ -115,9 +115,9 @@ TINTING = Program(
     any_scale=True,
     multiple_px=8,
     grids={"image": Grid(1, 3, "input"), "result": Grid(1, 3)},
-    inputs={"ids": Input("int64", (1, 6)), "gain": Input("float32", default=1.0)},
-    texts={"prompt": Text({"ids": "tokenizers/words.json"}, "bright bright bright")},
-    files={"look": {"look.tint": "tint"}},
+    inputs={"ids": Input("int64", (1, 6)), "gain": Input("float32", default=1.0, help="100% is 1", least=-8, most=8)},
+    texts={"prompt": Text({"ids": "tokenizers/words.json"}, "bright bright bright", "the tint in words")},
+    files={"look": TensorFile({"look.tint": "tint"}, "what a prompt becomes")},
     passes=(
         Pass("text", once=(Call("words", {"ids": "$ids"}, {"tint": "tint"}),)),
         Pass("see", Tiles(32, 8), once=(Call("see", {"image": "image"}, {"mean": "mean"}),)),

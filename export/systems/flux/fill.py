@@ -6,16 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from tilewright.export.system import ComponentSpec, LoraFile, Option, Origin, Run, Settings, finite
 from tilewright.export.systems.flux.keys import named_by_diffusers
 from tilewright.export.systems.flux.sizes import SCHEDULE, Sizes
 from tilewright.runtime.bundle.program import Input, TensorSpec, Tiles
 from tilewright.runtime.errors import InputError, UsageError
-from tilewright.runtime.inputs import tensors_of
-from tilewright.runtime.plan.schedules import flow_shift
-from tilewright.runtime.text import token_ids as encode_words
 
 __all__ = [
     "BASE_OPTIONS",
@@ -240,6 +235,10 @@ def prompt_constants(
     settings: Settings, run: Run, options: Mapping[str, Any], folder: Path | None, words: str | None
 ) -> dict[str, Any]:
     """context and pooled of the fixed prompt: given as tensors, or of words by the text encoders."""
+    import numpy as np
+
+    from tilewright.runtime.inputs import tensors_of
+
     sizes = sizes_of(settings)
     if words is not None:
         t5, clip = tokenizer_texts(sizes, folder).values()
@@ -260,14 +259,20 @@ def prompt_constants(
 
 
 def _ids(tokenizer: str, words: str, length: int) -> Any:
+    from tilewright.runtime.text import token_ids
+
     with tempfile.NamedTemporaryFile("w", suffix=".json", encoding="utf-8") as file:
         file.write(tokenizer)
         file.flush()
-        return encode_words(Path(file.name), words, length)
+        return token_ids(Path(file.name), words, length)
 
 
 def modulation_tables(settings: Settings, run: Run, pooled: Any) -> dict[str, Any]:
     """For each fixed tile size, its rows of every step; `modulation.TOKENS` where there are several."""
+    import numpy as np
+
+    from tilewright.runtime.plan.schedules import flow_shift
+
     sizes, choices, tables = sizes_of(settings), settings.choices, {}
     strength = np.float32(_strength(settings))
     scale = {"lora_scale": strength} if _modulated(settings) else {}

@@ -19,7 +19,6 @@ from tilewright.export.systems.flux.sizes import PRESETS, Sizes
 from tilewright.export.weights.lora import as_parameters
 from tilewright.export.weights.sizes import Said, network_sizes
 from tilewright.runtime.bundle.program import Call, Grid, Pass, Program, Steps, TensorSpec
-from tilewright.runtime.inputs import tensors_of
 
 __all__ = ["SYSTEM"]
 
@@ -52,6 +51,8 @@ def settings(preset: Preset, options: Mapping[str, Any], files: UserFiles) -> Se
 
 def _words_of_file(preset: Preset, path: Path) -> int:
     """How many words the prompt's embeddings are of."""
+    from tilewright.runtime.inputs import tensors_of
+
     usual: Sizes = preset.sizes
     shape = tensors_of(path, ("prompt_embeds",))["prompt_embeds"].shape
     if len(shape) != 3 or not shape[1]:

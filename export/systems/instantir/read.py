@@ -23,7 +23,6 @@ from tilewright.export.weights.config import Config, read_one_of
 from tilewright.export.weights.sizes import Said, config_beside, file_of, network_sizes
 from tilewright.runtime.bundle.strict import one_line
 from tilewright.runtime.errors import InputError, UsageError
-from tilewright.runtime.plan.schedules import ddim
 
 __all__ = ["TEXTS", "sizes_of"]
 
@@ -175,6 +174,8 @@ def _pixels(preset: Preset, files: UserFiles) -> dict[str, Any]:
 
 def _schedule(preset: Preset, files: UserFiles) -> dict[str, Any]:
     """The noise levels of SDXL's scheduler, whichever it is: the sampler is DDIM or DDPM."""
+    from tilewright.runtime.plan.schedules import ddim
+
     usual: dict[str, Any] = preset.sizes.schedule
     if "unet" not in files.places:
         return usual

@@ -10,8 +10,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from tilewright.export.system import Lora, Option, Preset, Run, Settings, System, UserFiles, finite
 from tilewright.export.systems.instantir.components import build_time, components
 from tilewright.export.systems.instantir.keys import LORA, ORIGINS, ignored, keys, lora_targets, origin
@@ -19,7 +17,6 @@ from tilewright.export.systems.instantir.program import TOKENIZERS, program
 from tilewright.export.systems.instantir.read import TEXTS, sizes_of
 from tilewright.export.systems.instantir.sizes import PRESETS, RANKS, Sizes
 from tilewright.runtime.errors import UsageError
-from tilewright.runtime.plan.schedules import ddim
 
 __all__ = ["SYSTEM"]
 
@@ -61,6 +58,8 @@ def settings(preset: Preset, options: Mapping[str, Any], files: UserFiles) -> Se
     if not text and (options.get("prompt") or options.get("negative_prompt")):
         raise UsageError("--prompt needs the text encoders; add them under --weights, or leave --no-text out")
     sizes = sizes_of(preset, files, text=text, heads=options.get("resampler_heads"))
+    from tilewright.runtime.plan.schedules import ddim
+
     ddim(count, 1, **sizes.schedule)  # refuses steps that leave the schedule
     choices = {
         "steps": count,
@@ -82,6 +81,8 @@ def _random_lora(sizes: Sizes, rank: int) -> Lora:
 
 def constants(settings: Settings, run: Run, options: Mapping[str, Any], folder: Path | None) -> dict[str, Any]:
     """positions, nothing, and the strength of the previewer's branch in the base role."""
+    import numpy as np
+
     tensors = run("positions")
     tensors |= run("nothing", positions=tensors["positions"])
     return tensors if settings.merged else tensors | {"none": np.zeros((), np.float32)}

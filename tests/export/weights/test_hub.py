@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tilewright.cli.commands import _asked, _local
+from tilewright.cli.export import _asked, _local
 from tilewright.export.weights.files import find
 from tilewright.export.weights.hub import local
 from tilewright.runtime.errors import InputError

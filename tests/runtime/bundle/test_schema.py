@@ -1,10 +1,12 @@
 """The published JSON Schema is the one the reader's dataclasses give."""
 
+import copy
 import json
 from pathlib import Path
 
 import jsonschema
 
+from support.forged import DOCUMENTS, REQUIRED
 from tilewright.runtime.bundle.read import json_schema
 
 PUBLISHED = Path(__file__).parents[3] / "docs" / "bundle.schema.json"
@@ -17,3 +19,34 @@ def test_the_published_schema_is_current() -> None:
 def test_a_built_bundle_satisfies_it(hitoksr_tiny: Path) -> None:
     for name, schema in json.loads(PUBLISHED.read_text()).items():
         jsonschema.Draft202012Validator(schema).validate(json.loads((hitoksr_tiny / name).read_text()))
+
+
+def test_the_published_schemas_are_valid_and_fit_a_bundle(packed_bundle):
+    schemas = json_schema()
+    assert set(schemas) == set(DOCUMENTS)
+    for name, schema in schemas.items():
+        assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
+        jsonschema.Draft202012Validator.check_schema(schema)
+        validator = jsonschema.Draft202012Validator(schema)
+        document = json.loads((packed_bundle / name).read_text())
+        validator.validate(document)
+        assert not validator.is_valid(document | {"surprise": 1})
+        assert not validator.is_valid([])
+        for keys in REQUIRED[name]:
+            lacking = copy.deepcopy(document)
+            parent = lacking
+            for key in keys[:-1]:
+                parent = parent[key]
+            del parent[keys[-1]]
+            assert not validator.is_valid(lacking), keys
+
+
+def test_the_published_schemas_say_the_default_of_all_that_may_be_left_out():
+    for schema in json_schema().values():
+        for name, definition in schema["$defs"].items():
+            for key, value in definition["properties"].items():
+                assert ("default" in value) != (key in definition["required"]), (name, key)
+                if "default" in value:
+                    whole = {**value, "$defs": schema["$defs"]}
+                    jsonschema.Draft202012Validator(whole).validate(value["default"])
+    assert json_schema()["program.json"]["$defs"]["Tiles"]["properties"]["batch"] == {"type": "integer", "default": 1}

@@ -1,0 +1,77 @@
+"""What PyTorch's exporter works out again and again, worked out once.
+
+It lies in the exporter's private parts: where one of them is not as expected, tracing takes longer for an equal graph.
+"""
+
+import contextlib
+import copy
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import sympy
+from torch import fx
+
+__all__ = ["quicker"]
+
+
+@contextlib.contextmanager
+def quicker() -> Iterator[None]:
+    """Replace what takes long, as far as it is there, and put it back at the end."""
+    with contextlib.ExitStack() as stack:
+        for part in (_translations, _promotions, _numbers):
+            with contextlib.suppress(ImportError, AttributeError, KeyError):
+                stack.enter_context(_replaced(*part()))
+        yield
+
+
+@contextlib.contextmanager
+def _replaced(owner: type, name: str, by: Any) -> Iterator[None]:
+    before = vars(owner)[name]  # not what getattr makes of it
+    setattr(owner, name, by)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+@functools.cache
+def _once(make: Callable[..., Any], **options: Any) -> Any:
+    return make(**options)
+
+
+def _translations() -> tuple[type, str, Any]:
+    """The source of every translation to ONNX is parsed for every graph: 0.3 s each time."""
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    make = ONNXRegistry.from_torchlib
+
+    def registry(**options: Any) -> Any:
+        known = _once(make, **options)
+        given = copy.copy(known)
+        given.functions = {op: list(found) for op, found in known.functions.items()}  # to which ours are added
+        return given
+
+    return ONNXRegistry, "from_torchlib", staticmethod(registry)
+
+
+def _promotions() -> tuple[type, str, Any]:
+    """Every node is run again when types are promoted; one that is promoted has its new value by then."""
+    from torch.onnx._internal.fx.passes import type_promotion
+
+    interpreter, rule_of = type_promotion._TypePromotionInterpreter, type_promotion.get_type_promotion_rule
+    promote, current = interpreter._maybe_promote_node, interpreter._set_current_node
+
+    def run_node(self: Any, node: fx.Node) -> Any:
+        with current(self, node):
+            if rule := rule_of(node, self.type_promotion_table):
+                promote(self, node, rule)
+        known = node.op == "call_function" and "val" in node.meta
+        return node.meta["val"] if known else fx.Interpreter.run_node(self, node)
+
+    return interpreter, "run_node", run_node
+
+
+def _numbers() -> tuple[type, str, Any]:
+    """Every operation on a size asks several times whether it is a number, which looks through the expression."""
+    return sympy.Expr, "is_number", property(functools.cache(sympy.Expr.is_number.fget))

@@ -1,0 +1,44 @@
+"""What the exporter works out once: equal graphs, also where its private parts have changed."""
+
+import contextlib
+
+import onnx_ir as ir
+import pytest
+import sympy
+from torch.onnx._internal.exporter._registration import ONNXRegistry
+from torch.onnx._internal.fx.passes import type_promotion
+
+from support.systems import components_of
+from tilewright.export.graph import trace as tracing
+from tilewright.export.graph.exporter import quicker
+
+
+def traced() -> bytes:
+    return ir.serde.serialize_model(tracing.trace(components_of("instantir", "tiny")["gates"])).SerializeToString()
+
+
+def parts() -> list[object]:
+    owners = (ONNXRegistry, "from_torchlib"), (type_promotion._TypePromotionInterpreter, "run_node")
+    return [vars(owner)[name] for owner, name in (*owners, (sympy.Expr, "is_number"))]
+
+
+def test_graphs_are_those_that_the_exporter_makes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`gates` multiplies and adds numbers of other types, which are promoted."""
+    quick = traced()
+    monkeypatch.setattr(tracing, "quicker", contextlib.nullcontext)
+    assert traced() == quick
+
+
+def test_a_part_that_is_absent_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = parts()
+    monkeypatch.delattr(type_promotion, "get_type_promotion_rule")
+    with quicker():
+        assert [a is b for a, b in zip(before, parts(), strict=True)] == [False, True, False]
+
+
+def test_everything_is_put_back() -> None:
+    before = parts()
+    with pytest.raises(ZeroDivisionError), quicker():
+        assert not any(a is b for a, b in zip(before, parts(), strict=True))
+        _ = 1 / 0
+    assert all(a is b for a, b in zip(before, parts(), strict=True))

@@ -1,0 +1,85 @@
+"""The inputs of a job: the caller's, or the program's defaults."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from support.walks import PAINT, PAINTING, Toy, canvas, program_of
+from tilewright.runtime.bundle.program import Call, Input
+from tilewright.runtime.errors import UsageError
+from tilewright.runtime.scheduler import Job, run
+
+ASKING = replace(
+    PAINTING,
+    inputs={
+        "gain": Input("float32", default=2.0),
+        "mode": Input("int64", default=0, choices={"off": 0, "on": 1}),
+        "ids": Input("int64", (2,), "#ids"),
+        "level": Input("float32"),
+    },
+    passes=(
+        replace(
+            PAINT,
+            once=(
+                Call(
+                    "paint", {"gain": "$gain", "mode": "$mode", "ids": "$ids", "level": "$level"}, {"image": "result"}
+                ),
+            ),
+        ),
+    ),
+)
+
+
+def fed_by(inputs):
+    """What an engine sees of a caller's inputs."""
+    engine = Toy(lambda **inputs: {"image": np.zeros((1, 3, 8, 8), np.float32)})
+    run(ASKING, {"paint": engine}, {"ids": np.array([7, 8])}, Job(canvas(8, 8), inputs=inputs))
+    return engine.feeds[0]
+
+
+def test_inputs_are_the_callers_or_the_programs_defaults():
+    feed = fed_by({"level": 0.25})
+    assert {name: (str(value.dtype), value.shape, value.tolist()) for name, value in feed.items()} == {
+        "gain": ("float32", (), 2.0),
+        "mode": ("int64", (), 0),
+        "ids": ("int64", (2,), [7, 8]),
+        "level": ("float32", (), 0.25),
+    }
+    feed = fed_by({"level": 1, "gain": np.float64(3), "mode": "on", "ids": (1, 2)})
+    assert {name: (str(value.dtype), value.shape, value.tolist()) for name, value in feed.items()} == {
+        "gain": ("float32", (), 3.0),
+        "mode": ("int64", (), 1),
+        "ids": ("int64", (2,), [1, 2]),
+        "level": ("float32", (), 1.0),
+    }
+    assert fed_by({"level": 1, "mode": 1})["mode"] == 1
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({}, "input 'level' has no default; give it a value"),
+        ({"level": None}, "input 'level' has no default; give it a value"),
+        ({"level": 1, "gian": 2}, "input 'gian' is not one of gain, mode, ids, level"),
+        ({"level": 1, "mode": "auto"}, "input 'mode': 'auto' is not one of off, on"),
+        ({"level": 1, "mode": 2}, "input 'mode': 2 is not one of {'off': 0, 'on': 1}"),
+        ({"level": "high"}, "input 'level': 'high' is not one of none"),
+        ({"level": "#ids"}, "input 'level': '#ids' is not one of none"),
+        ({"level": [1, 2]}, r"input 'level' has shape \[2\]; give \[\]"),
+        ({"level": 1, "ids": 3}, r"input 'ids' has shape \[\]; give \[2\]"),
+        ({"level": 1, "ids": [1, 2.5]}, "input 'ids' takes int64, which this list is not"),
+        ({"level": 1, "ids": [[1], [2, 3]]}, "input 'ids' takes int64, which this list is not"),
+        ({"level": 1, "mode": 2**70}, "input 'mode' takes int64, which this int is not"),
+        ({"level": {}}, "input 'level' takes float32, which this dict is not"),
+    ],
+)
+def test_inputs_that_cannot_be_meant_are_refused(inputs, message):
+    with pytest.raises(UsageError, match=message) as error:
+        fed_by(inputs)
+    assert "\n" not in str(error.value)
+
+
+def test_a_program_without_inputs_takes_none():
+    with pytest.raises(UsageError, match="input 'guidance' is not one of none"):
+        run(program_of("in-token-fixed"), {}, {}, Job(canvas(1024, 1024), inputs={"guidance": 1.0}))

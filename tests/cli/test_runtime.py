@@ -150,6 +150,19 @@ def test_the_help_of_a_bundle_without_arguments_says_so(bundle, capsys):
     assert helped(capsys, "restore", "--bundle", str(bundle)).endswith("arguments of this bundle (sharpen): none")
 
 
+def test_inspect_lists_the_arguments(tinted, capsys):
+    assert main(["export", "inspect", str(tinted)]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("argument ")]
+    assert lines == [
+        'argument --prompt: words (default: "bright bright bright"); the tint in words',
+        "argument --look: a safetensors file (default: none); what a prompt becomes",
+        "argument --gain: a number from -8 to 8 (default: 1); 100% is 1",
+    ]
+    assert main(["export", "inspect", str(tinted), "--json"]) == 0
+    listed = json.loads((tinted / "bundle.json").read_text())["arguments"]
+    assert json.loads(capsys.readouterr().out)["arguments"] == listed
+
+
 def test_a_choice_is_offered_and_others_are_refused(tint, tinting, tmp_path, capsys):
     mode = Input("int64", default=0, choices={"off": 0, "on": 1})
     bundle = tint(program=replace(tinting, inputs=tinting.inputs | {"mode": mode}))

@@ -1,4 +1,4 @@
-"""The verbs of `tilewright export`: list, build, stand-in, inspect, verify, clean."""
+"""The verbs of `tilewright export`: list, build, stand-in, inspect, onnx, verify, clean."""
 
 import argparse
 import json
@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tilewright.cli.terminal import Progress, answer, expect_argument, size, verb
+from tilewright.cli.terminal import Progress, answer, expect_argument, verb
 
 if TYPE_CHECKING:
     from tilewright.export.build.request import Request
@@ -60,6 +60,16 @@ def add_verbs(verbs: Any) -> None:
     inspect.add_argument("bundle", type=Path)
     expect_argument(inspect)
     inspect.add_argument("--weights-dir", type=Path, help="where the weights are, if they moved")
+
+    onnx = verb(verbs, "onnx", "write a folder of graphs and weights that any ONNX tool opens", _onnx)
+    onnx.add_argument("bundle", type=Path)
+    expect_argument(onnx)
+    onnx.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="a new or empty folder")
+    onnx.add_argument("--component", metavar="NAME", help="only this component (default: all)")
+    onnx.add_argument(
+        "--fold", action="store_true", help="standard operators, and weights as initializers that quantizers find"
+    )
+    onnx.add_argument("--weights-dir", type=Path, help="where the weights are, if they moved")
 
     verify = verb(verbs, "verify", "compare a bundle's engines with eager PyTorch; exit 7 on a miss", _verify)
     verify.add_argument("bundle", type=Path)
@@ -200,6 +210,23 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
     found = inspect(arguments.bundle, arguments.weights_dir, arguments.expect)
     answer(arguments, found, text(found))
+
+
+def _onnx(arguments: argparse.Namespace) -> None:
+    from tilewright.export.onnx_folder import onnx_folder
+
+    with Progress() as progress:
+        written = onnx_folder(
+            arguments.bundle,
+            arguments.out,
+            component=arguments.component,
+            fold=arguments.fold,
+            weights_dir=arguments.weights_dir,
+            expect=arguments.expect,
+            on_bytes=lambda done, total: progress.tiles("MB", done // 10**6, max(1, total // 10**6)),
+        )
+    size = sum(written["files"].values())
+    answer(arguments, written, f"{written['folder']}: {', '.join(written['graphs'])}; {size / 1e6:.1f} MB")
 
 
 def _verify(arguments: argparse.Namespace) -> None:

@@ -27,7 +27,7 @@ def inspect(root: Path, weights_dir: Path | None = None, expect: str | None = No
         outside = sum(t.nbytes for t in tensors if isinstance(t, ir.ExternalTensor))
         inside = sum(t.nbytes for t in tensors if not isinstance(t, ir.ExternalTensor))
         referenced, materialised = referenced + outside, materialised + inside
-        folder = bundle.weights_folder(name, weights_dir)
+        folders = [bundle.folder(folder, weights_dir) for folder in bundle.weights.folders_of(name)]
         components[name] = {
             "inputs": {k: f"{s.dtype} {list(s.shape)}" for k, s in component.inputs.items()},
             "outputs": {k: f"{s.dtype} {list(s.shape)}" for k, s in component.outputs.items()},
@@ -35,7 +35,7 @@ def inspect(root: Path, weights_dir: Path | None = None, expect: str | None = No
             "nodes": model.graph.num_nodes(),
             "referenced_bytes": outside,
             "materialised_bytes": inside,
-            "weights": str(folder) if folder else None,
+            "weights": [str(folder) for folder in folders],
         }
     manifest = bundle.manifest
     return {
@@ -90,9 +90,9 @@ def _orphaned(bundle: Bundle) -> int:
             relative = file.relative_to(packed).as_posix()
             read_by = {
                 (r.offset, r.offset + r.length)
-                for component, tensors in bundle.weights.tensors.items()
+                for tensors in bundle.weights.tensors.values()
                 for r in tensors.values()
-                if bundle.weights.folder_name(component, r) == name and r.file == relative
+                if r.folder == name and r.file == relative
             }
             data = end = min((start for start, _ in read_by), default=0)
             orphaned += file.stat().st_size - data
@@ -118,7 +118,7 @@ def text(found: dict[str, Any]) -> str:
         lines.append(f"    in  {', '.join(f'{k} {v}' for k, v in c['inputs'].items())}")
         lines.append(f"    out {', '.join(f'{k} {v}' for k, v in c['outputs'].items())}")
         if c["weights"]:
-            lines.append(f"    {c['referenced_bytes']:,} bytes referenced in {c['weights']}")
+            lines.append(f"    {c['referenced_bytes']:,} bytes referenced in {', '.join(c['weights'])}")
         lines.append(f"    {c['materialised_bytes']:,} bytes in the graph")
     for origin, a in found["tensors"].items():
         lines.append(

@@ -9,7 +9,7 @@ from tilewright.export.build.cache import write
 from tilewright.export.build.request import Request
 from tilewright.export.build.stages.attach import read_weights
 from tilewright.export.build.versions import TRACERS, version
-from tilewright.export.targets import TARGETS
+from tilewright.export.targets import TARGETS, engine_folder
 from tilewright.runtime.bundle.manifest import SCHEMA_VERSION, Component, EngineSpec, Manifest, Memory
 from tilewright.runtime.bundle.strict import to_json
 from tilewright.runtime.bundle.weights import Weights
@@ -30,23 +30,23 @@ class Assembly:
         """What the bundle's graphs read: not what ran at build only, nor what folding left out."""
         every, read = read_weights(self.attached), json.loads((self.optimised / "read.json").read_text())
         tensors = {name: {key: every.tensors[name][key] for key in keys} for name, keys in read.items() if keys}
-        used = {every.folder_name(name, r) for name, refs in tensors.items() for r in refs.values()}
-        folders = {name: folder for name, folder in every.folders.items() if name in used}
-        folder_of = {name: every.folder_of[name] for name in tensors if every.folder_of[name] in used}
-        return Weights(folders, folder_of, tensors)
+        used = {r.folder for refs in tensors.values() for r in refs.values()}
+        return Weights({name: folder for name, folder in every.folders.items() if name in used}, tensors)
 
     def assemble(self, root: Path, verified: str) -> Manifest:
         """Fill the folder; the manifest, which is not written yet."""
         request = self.request
         for name in request.components:
-            shutil.copytree(self.optimised / name, root / name)
+            shutil.copyfile(self.optimised / f"{name}.onnx", root / f"{name}.onnx")
+        if (self.optimised / "engines").is_dir():
+            shutil.copytree(self.optimised / "engines", root / "engines")
         write(root / "weights.json", to_json(self.weights()))
         shutil.copytree(self.constants, root, dirs_exist_ok=True)
         write(root / "program.json", to_json(request.program))
         memory = json.loads((self.optimised / "memory.json").read_text())
         components = {
             name: Component(
-                f"{name}/model.onnx",
+                f"{name}.onnx",
                 spec.inputs,
                 spec.outputs,
                 tuple(EngineSpec(target, "float32", _engine_file(root, name, target)) for target in TARGETS),
@@ -83,5 +83,5 @@ class Assembly:
 
 def _engine_file(root: Path, component: str, target: str) -> str:
     """A target's own graph, or the portable one where it had nothing to change."""
-    own = f"{component}/{target}.onnx"
-    return own if (root / own).is_file() else f"{component}/model.onnx"
+    own = f"{engine_folder(component, target, 'float32')}/model.onnx"
+    return own if (root / own).is_file() else f"{component}.onnx"

@@ -76,7 +76,7 @@ def merges(request: Request, origins: Mapping[str, Tensors], attached: Reference
                 assert isinstance(first, str)
                 taken.add(branch := first.removesuffix(".lora_A"))
                 adapter = Adapter(down, up, lora.branches[branch][1])
-                base, file = origins[str(weight.folder)].folder / weight.file, pairs.folder / down.file
+                base, file = origins[weight.folder].folder / weight.file, pairs.folder / down.file
                 check_fit(base, weight, file, adapter)
                 found.append(Merge(component, name, weight, adapter))
     if unknown := sorted(lora.branches.keys() - taken):

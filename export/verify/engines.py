@@ -227,11 +227,8 @@ def eager_network(bundle: Bundle, component: str, weights_dir: Path | None) -> "
     spec = system(bundle.manifest.system).components(settings)[component]
     network = network_on_meta(spec)
     references = bundle.weights.tensors.get(component, {})
-    names = {bundle.weights.folder_name(component, r) for r in references.values()}
-    folders = {name: bundle.folder(name, weights_dir) for name in names}
-    tensors = {
-        n: mapped_tensor(folders[bundle.weights.folder_name(component, r)], r).float() for n, r in references.items()
-    }
+    folders = {name: bundle.folder(name, weights_dir) for name in bundle.weights.folders_of(component)}
+    tensors = {n: mapped_tensor(folders[r.folder], r).float() for n, r in references.items()}
     network.load_state_dict(tensors, strict=False, assign=True)
     return Eager(network, tuple(spec.outputs))
 

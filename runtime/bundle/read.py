@@ -19,7 +19,7 @@ from tilewright.runtime.bundle.manifest import SCHEMA_VERSION, Manifest, named_f
 from tilewright.runtime.bundle.program import Program, Signature
 from tilewright.runtime.bundle.safetensors import safetensors_header
 from tilewright.runtime.bundle.strict import from_json, one_line, schema
-from tilewright.runtime.bundle.weights import Reference, Weights, check_graphs, check_weights, folder_given
+from tilewright.runtime.bundle.weights import Weights, check_graphs, check_weights, folder_given, location
 from tilewright.runtime.errors import BundleError, UsageError
 
 __all__ = ["PIN", "Bundle", "json_schema", "read_bundle"]
@@ -51,13 +51,8 @@ class Bundle:
         """A sealed file's place on disk."""
         return self.root / name
 
-    def weights_folder(self, component: str, weights_dir: Path | None = None) -> Path | None:
-        """The folder with most of the component's weights, its files checked; none when the component needs none."""
-        name = self.weights.folder_of.get(component)
-        return None if name is None else self.folder(name, weights_dir)
-
     def folder(self, name: str, weights_dir: Path | None = None) -> Path:
-        """Where a folder of weights is now: packed, under `weights_dir`, or where it was at build."""
+        """Where a folder of weights is, its files checked: packed, under `weights_dir`, or where it was at build."""
         checked = self._checked.get((name, weights_dir))
         if checked and self.fresh:  # once is enough to read gigabytes
             return checked
@@ -87,9 +82,11 @@ class Bundle:
             " pass --weights-dir, or rebuild with --pack"
         )
 
-    def elsewhere(self, component: str) -> dict[str, Reference]:
-        """The component's initializers that lie outside its own folder."""
-        return {n: r for n, r in self.weights.tensors.get(component, {}).items() if r.folder is not None}
+    def files_of(self, component: str, weights_dir: Path | None = None) -> dict[str, Path]:
+        """The files of weights that a component's graphs name, where they are now."""
+        references = self.weights.tensors.get(component, {}).values()
+        folders = {name: self.folder(name, weights_dir) for name in self.weights.folders_of(component)}
+        return {location(r): folders[r.folder] / r.file for r in references}
 
 
 @refusals_in_one_line()

@@ -10,7 +10,7 @@ from tilewright.runtime.bundle.manifest import File, Manifest
 from tilewright.runtime.bundle.strict import one_line
 from tilewright.runtime.errors import BundleError, UsageError
 
-__all__ = ["Folder", "Reference", "Weights", "check_graphs", "check_weights", "folder_given"]
+__all__ = ["Folder", "Reference", "Weights", "check_graphs", "check_weights", "folder_given", "location"]
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Reference:
     shape: tuple[int, ...]
     offset: int
     length: int
-    folder: str | None = None  # none: the component's own
+    folder: str = ""  # one of those in weights.json
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,16 @@ class Weights:
     """weights.json: every initializer of every component that is read from a file."""
 
     folders: dict[str, Folder]
-    folder_of: dict[str, str]  # component -> the folder of most of its weights
     tensors: dict[str, dict[str, Reference]]  # component -> initializer -> bytes
 
-    def folder_name(self, component: str, reference: Reference) -> str:
-        """The folder that a component's initializer lies in."""
-        return self.folder_of.get(component, "") if reference.folder is None else reference.folder
+    def folders_of(self, component: str) -> list[str]:
+        """The names of the folders that hold a component's weights."""
+        return sorted({reference.folder for reference in self.tensors.get(component, {}).values()})
+
+
+def location(reference: Reference) -> str:
+    """The file's place in a packed bundle, which a graph gives for it in every bundle."""
+    return f"weights/{reference.folder}/{reference.file}"
 
 
 def folder_given(weights_dir: str | os.PathLike[str] | None) -> Path | None:
@@ -62,14 +66,12 @@ def check_weights(weights: Weights, manifest: Manifest, root: Path) -> None:
         if component not in manifest.components:
             raise BundleError(f"{where}: weights of {component!r}, which is no component; rebuild the bundle")
         for name, reference in references.items():
-            folder = weights.folders.get(weights.folder_name(component, reference))
+            folder = weights.folders.get(reference.folder)
             file = folder.files.get(reference.file) if folder else None
             if file is None:
                 raise BundleError(f"{where}: {component}.{name} lies in {reference.file!r}, which is not listed")
             if min(reference.offset, reference.length) < 0 or reference.offset + reference.length > file.size:
                 raise BundleError(f"{where}: {component}.{name} reaches past the end of {reference.file!r}")
-    if unknown := sorted(set(weights.folder_of.values()) - weights.folders.keys()):
-        raise BundleError(f"{where}: folder {unknown[0]!r} is not listed; rebuild the bundle")
     for name, folder in weights.folders.items():
         if folder.path is not None and not PurePosixPath(folder.path).is_absolute():
             raise BundleError(f"{where}: folder {name!r}: path {folder.path!r} is not absolute; rebuild the bundle")
@@ -92,5 +94,4 @@ def check_graphs(weights: Weights, manifest: Manifest, root: Path) -> None:
 
 
 def _external(r: Reference) -> External:
-    location = r.file if r.folder is None else f"{r.folder}/{r.file}"
-    return External(location, r.offset, r.length, r.dtype, r.shape)
+    return External(location(r), r.offset, r.length, r.dtype, r.shape)

@@ -1,8 +1,8 @@
 """ONNX Runtime on the CPU, with our own kernels where they are built.
 
 `fast` lets it re-pack the weights for speed, which holds them twice; `low` runs on the mapped files as they are.
-ONNX Runtime maps what lies in one folder and is no link out of it; weights that lie otherwise, as in the snapshots of
-Hugging Face's cache, are named in the graph by where they are below the folder that holds all.
+ONNX Runtime maps a file only where its path from one folder crosses no link. A graph names its weights by their place
+in a packed bundle; it is opened with their real paths from the folder above all of them.
 """
 
 import importlib.util
@@ -14,7 +14,6 @@ from typing import Any
 from tilewright.runtime.bundle.external_data import external_data, relocated
 from tilewright.runtime.bundle.read import Bundle
 from tilewright.runtime.bundle.strict import one_line
-from tilewright.runtime.bundle.weights import Reference
 from tilewright.runtime.errors import BundleError, EnvironmentMismatch, ResourceError
 
 __all__ = ["OrtEngine", "missing", "native_library", "open_engine", "open_graph", "version"]
@@ -69,36 +68,15 @@ def open_engine(
 ) -> OrtEngine:
     """Open a component of a bundle; weights are read where they lie."""
     engine = next(e for e in bundle.manifest.components[component].engines if e.backend == "ort")
-    folder = bundle.weights_folder(component, weights_dir)
-    mapped = _spread(bundle, component, folder, weights_dir)
+    files = bundle.files_of(component, weights_dir)
     native = engine.precision == "float32"  # what our kernels compute in
-    return open_graph(bundle.path(engine.file), folder, memory=memory, threads=threads, mapped=mapped, native=native)
-
-
-def _spread(
-    bundle: Bundle, component: str, own: Path | None, weights_dir: Path | None
-) -> dict[str, tuple[Path, Reference]]:
-    """Each initializer's file, or none where all lie in the component's own folder and ONNX Runtime finds them."""
-    references = bundle.weights.tensors.get(component, {})
-    place = {n: (bundle.weights.folder_name(component, r), r.file) for n, r in references.items()}
-    folders = {name: bundle.folder(name, weights_dir) for name in {folder for folder, _ in place.values()}}
-    files = {(folder, file): (folders[folder] / file).resolve() for folder, file in set(place.values())}
-    real = own.resolve() if own else Path()
-    if all(r.folder is None for r in references.values()) and all(f.is_relative_to(real) for f in files.values()):
-        return {}
-    return {name: (files[place[name]], r) for name, r in references.items()}
+    return open_graph(bundle.path(engine.file), files, memory=memory, threads=threads, native=native)
 
 
 def open_graph(
-    graph: Path,
-    weights: Path | None,
-    *,
-    memory: str = "fast",
-    threads: int = 0,
-    mapped: Mapping[str, tuple[Path, Reference]] | None = None,
-    native: bool = True,
+    graph: Path, files: Mapping[str, Path], *, memory: str = "fast", threads: int = 0, native: bool = True
 ) -> OrtEngine:
-    """Open a graph file whose external data lies in `weights`, or each where `mapped` says; 0 threads: its choice."""
+    """Open a graph whose weights lie in `files`, by the names that the graph has for them; 0 threads: its choice."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -108,10 +86,9 @@ def open_graph(
     options.add_session_config_entry("session.force_spinning_stop", "1")
     options.add_session_config_entry("session.load_model_format", "ONNX")  # whatever its suffix says
     model: str | bytes = str(graph)
-    if mapped:
-        model, weights = _with_places(graph, mapped)
-    if weights:
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights))
+    if files:
+        model, folder = _with_places(graph, files)
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     if native and (library := native_library()):
         try:
             options.register_custom_ops_library(str(library))
@@ -134,11 +111,14 @@ def open_graph(
     return OrtEngine(session, graph)
 
 
-def _with_places(graph: Path, mapped: Mapping[str, tuple[Path, Reference]]) -> tuple[bytes, Path]:
-    """The graph that names these files, and the folder that it names them from."""
+def _with_places(graph: Path, files: Mapping[str, Path]) -> tuple[bytes, Path]:
+    """The graph with the real paths of its weights, and the folder from which they lead."""
     data = graph.read_bytes()
-    used = {name: mapped[name] for name in external_data(data, str(graph))}
-    files = {file: file.resolve() for file in {file for file, _ in used.values()}}
-    root = Path(os.path.commonpath([file.parent for file in files.values()] or [graph.parent]))
-    places = {name: (files[file].relative_to(root).as_posix(), r.offset, r.length) for name, (file, r) in used.items()}
-    return relocated(data, places), root
+    weights = external_data(data, str(graph))
+    real = {name: files[name].resolve() for name in {weight.location for weight in weights.values()}}
+    folder = Path(os.path.commonpath([file.parent for file in real.values()] or [graph.parent.resolve()]))
+    places = {
+        name: (real[weight.location].relative_to(folder).as_posix(), weight.offset, weight.length)
+        for name, weight in weights.items()
+    }
+    return relocated(data, places), folder

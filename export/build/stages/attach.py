@@ -63,7 +63,7 @@ def _work(request: Request, directory: Path) -> None:
     if changed:
         origins["merged"] = _merge(request, origins, attached, changed, packed / "merged" / "merged.safetensors")
     if request.pack:
-        for origin in {str(r.folder) for refs in attached.values() for r in refs.values()}:
+        for origin in {r.folder for refs in attached.values() for r in refs.values()}:
             if not (packed / origin).is_dir():
                 raw = used.get(origin, origins[origin])
                 origins[origin] = _pack(origin, raw, attached, packed / origin / f"{origin}.safetensors")
@@ -76,7 +76,7 @@ def _check_finite(origins: Mapping[str, Tensors], attached: References) -> None:
     """Refuse weights that hold something that is no number."""
     key_at = {origin: _by_place(tensors) for origin, tensors in origins.items()}
     read = {
-        key_at[str(r.folder)](r): (origins[str(r.folder)].folder, r)
+        key_at[r.folder](r): (origins[r.folder].folder, r)
         for refs in attached.values()
         for r in refs.values()
         if r.dtype in FLOATS
@@ -127,7 +127,7 @@ def _merge(
     pairs, by_name = origins[lora.origin], {change.parameter: change for change in changed}
     specs = {name: TensorSpec(c.weight.dtype, c.weight.shape) for name, c in by_name.items()}
     merged = (
-        merge(origins[str(c.weight.folder)].folder, c.weight, pairs.folder, c.adapter, lora.strength)
+        merge(origins[c.weight.folder].folder, c.weight, pairs.folder, c.adapter, lora.strength)
         for c in by_name.values()
     )
     write_tensors(path, specs, merged, "merged by tilewright")
@@ -152,20 +152,11 @@ def _pack(origin: str, tensors: Tensors, attached: References, path: Path) -> Te
 
 
 def _document(origins: Mapping[str, Tensors], attached: References, packed: Path) -> Weights:
-    """weights.json; a component's own folder is the one most of its bytes lie in."""
-    folders, folder_of, tensors = {}, {}, {}
-    for component, refs in attached.items():
-        sums: dict[str, int] = {}
-        for r in refs.values():
-            sums[str(r.folder)] = sums.get(str(r.folder), 0) + r.length
-        if not sums:
-            continue
-        own = max(sorted(sums), key=lambda name: sums[name])
-        folder_of[component] = own
-        tensors[component] = {name: replace(r, folder=None) if r.folder == own else r for name, r in refs.items()}
-    for origin in sorted({str(r.folder) for refs in attached.values() for r in refs.values()}):
+    """weights.json."""
+    folders = {}
+    for origin in sorted({r.folder for refs in attached.values() for r in refs.values()}):
         root = origins[origin].folder
         used = {r.file for refs in attached.values() for r in refs.values() if r.folder == origin}
         files = {f: File((root / f).stat().st_size, sha256_of_file(root / f)) for f in sorted(used)}
         folders[origin] = Folder(None if (packed / origin).is_dir() else str(root), files)
-    return Weights(folders, folder_of, tensors)
+    return Weights(folders, {component: dict(refs) for component, refs in attached.items() if refs})

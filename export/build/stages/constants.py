@@ -65,7 +65,7 @@ def _work(request: Request, attached: Path, directory: Path) -> None:
     def run(component: str, **inputs: Any) -> dict[str, Any]:
         from tilewright.export.build.streamed import run_streamed
 
-        refs = {n: (folders[weights.folder_name(component, r)], r) for n, r in weights.tensors[component].items()}
+        refs = {n: (folders[r.folder], r) for n, r in weights.tensors[component].items()}
         return run_streamed(request.build_time[component], refs, inputs)
 
     constants = system.constants(request.settings, run, request.options, request.folder)

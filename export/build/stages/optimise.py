@@ -13,9 +13,9 @@ from tilewright.export.build.request import Request
 from tilewright.export.build.stages.attach import read_weights
 from tilewright.export.build.versions import versions
 from tilewright.export.system import ComponentSpec, part_of
-from tilewright.export.targets import TARGETS
+from tilewright.export.targets import TARGETS, engine_folder
 from tilewright.runtime.bundle.strict import encode
-from tilewright.runtime.bundle.weights import Reference
+from tilewright.runtime.bundle.weights import Reference, location
 
 __all__ = ["stage"]
 
@@ -36,6 +36,7 @@ def _work(request: Request, traced: Path, attached: Path, directory: Path) -> No
     from tilewright.export.graph.ops import inline
     from tilewright.export.graph.rewrites.cast import cast
     from tilewright.export.graph.rewrites.fold import fold
+    from tilewright.export.graph.rewrites.forget_shapes import forget_shapes
 
     weights = read_weights(attached)
     memory, read = {}, {}
@@ -48,12 +49,14 @@ def _work(request: Request, traced: Path, attached: Path, directory: Path) -> No
             fold(model)
         read[name] = _refer(model, weights.tensors.get(name, {}))
         cast(model)
-        (directory / name).mkdir(parents=True)
-        ir.save(model, directory / name / "model.onnx")
         for target, module in TARGETS.items():
-            copy = ir.load(directory / name / "model.onnx")
+            copy = model.clone()
             if importlib.import_module(module).prepare(copy):
-                ir.save(copy, directory / name / f"{target}.onnx")
+                engine = directory / engine_folder(name, target, "float32") / "model.onnx"
+                engine.parent.mkdir(parents=True)
+                ir.save(copy, engine)
+        forget_shapes(model)
+        ir.save(model, directory / f"{name}.onnx")
     write(directory / "memory.json", json.dumps(encode(memory), indent=1, sort_keys=True))
     write(directory / "read.json", json.dumps(read, indent=1, sort_keys=True))
 
@@ -66,8 +69,7 @@ def _refer(model: Any, references: Mapping[str, Reference]) -> list[str]:
     for name in read:
         r = references[name]
         dtype, shape = STORED[r.dtype], ir.Shape(r.shape)
-        file = r.file if r.folder is None else f"{r.folder}/{r.file}"
-        value = ir.ExternalTensor(file, r.offset, r.length, ir.DataType[dtype], shape=shape, name=name)
+        value = ir.ExternalTensor(location(r), r.offset, r.length, ir.DataType[dtype], shape=shape, name=name)
         model.graph.initializers[name].const_value = value
     return read
 

@@ -251,7 +251,7 @@ def attached(root: Path, folder: Path, lora_mode: str = "branch", **changed: Any
 
 def where(weights: Weights, component: str, reference: Reference) -> tuple[str, int, int]:
     """The file that a component's weight lies in, and its place there."""
-    folder = weights.folders[weights.folder_name(component, reference)]
+    folder = weights.folders[reference.folder]
     return str(Path(folder.path or "") / reference.file), reference.offset, reference.length
 
 

@@ -90,7 +90,7 @@ def run(*words: object, folder: Path, **variables: str) -> str:
 
 @pytest.fixture(scope="session")
 def archives(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The sdist, the pure wheel and the platform wheel, built by `make wheel` from a copy with leavings of other builds."""
+    """The sdist and both wheels, built by `make wheel` in a copy where other builds left files."""
     if reason := why_not():
         pytest.skip(reason)
     copy = tmp_path_factory.mktemp("sources") / "tilewright"
@@ -166,13 +166,18 @@ def needed(package: Distribution, extras: set[str]) -> list[Distribution]:
         for text in one.requires or []:
             requirement = Requirement(text)
             key = (requirement.name, frozenset(requirement.extras))
-            taken = {"", *its_extras}
-            if key in seen or (m := requirement.marker) and not any(m.evaluate({"extra": extra}) for extra in taken):
+            if key in seen or not asked_for(requirement, its_extras):
                 continue
             seen[key] = distribution(requirement.name)
             assert requirement.specifier.contains(seen[key].version, prereleases=True), requirement
             waiting.append((seen[key], key[1]))
     return list(seen.values())
+
+
+def asked_for(requirement: Requirement, extras: Iterable[str]) -> bool:
+    """Whether a requirement holds on this machine with these extras."""
+    marker = requirement.marker
+    return marker is None or any(marker.evaluate({"extra": extra}) for extra in ("", *extras))
 
 
 def link(site: Path, packages: Iterable[Distribution]) -> None:

@@ -65,9 +65,9 @@ def measure(bundle: Path, wheels: list[Path], side: int, rounds: int, work: Path
         engines[name] = ready["engine"]
     seen: dict[str, list[tuple[float, float]]] = {name: [] for name in processes}
     load_before = os.getloadavg()[0]
-    names = list(processes)
-    for turn in range(rounds + 1):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:  # each is first as often as the others
+    order = np.random.Generator(np.random.Philox(key=0))
+    for _ in range(rounds + 1):
+        for name in order.permutation(list(processes)):  # so that none runs after the same one always
             process = processes[name]
             process.stdin.write("\n")  # type: ignore[union-attr]
             seen[name].append(json.loads(process.stdout.readline()))  # type: ignore[union-attr]

@@ -1,4 +1,4 @@
-"""The verbs of `tilewright export`: list, build, stand-in, inspect, verify, clean."""
+"""The verbs of `tilewright export`: list, build, stand-in, inspect, onnx, verify, clean."""
 
 import argparse
 import json
@@ -61,6 +61,16 @@ def add_verbs(verbs: Any) -> None:
     inspect.add_argument("bundle", type=Path, metavar="BUNDLE", help="its directory")
     expect_argument(inspect)
     inspect.add_argument("--weights-dir", type=Path, metavar="DIR", help="where the weights are, if they moved")
+
+    onnx = verb(verbs, "onnx", "write a folder of graphs and weights that any ONNX tool opens", _onnx)
+    onnx.add_argument("bundle", type=Path, metavar="BUNDLE", help="its directory")
+    expect_argument(onnx)
+    onnx.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="a new or empty folder")
+    onnx.add_argument("--component", metavar="NAME", help="only this component (default: all)")
+    onnx.add_argument(
+        "--fold", action="store_true", help="standard operators, and weights as initializers that quantizers find"
+    )
+    onnx.add_argument("--weights-dir", type=Path, metavar="DIR", help="where the weights are, if they moved")
 
     verify = verb(verbs, "verify", "compare a bundle's engines with eager PyTorch; exit 7 on a miss", _verify)
     verify.add_argument("bundle", type=Path, metavar="BUNDLE", help="its directory")
@@ -220,6 +230,23 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
     found = inspect(arguments.bundle, arguments.weights_dir, arguments.expect)
     answer(arguments, found, text(found))
+
+
+def _onnx(arguments: argparse.Namespace) -> None:
+    from tilewright.export.onnx_folder import onnx_folder
+
+    with Progress(arguments) as progress:
+        written = onnx_folder(
+            arguments.bundle,
+            arguments.out,
+            component=arguments.component,
+            fold=arguments.fold,
+            weights_dir=arguments.weights_dir,
+            expect=arguments.expect,
+            on_bytes=partial(progress.bytes, "weights"),
+        )
+    size = amount(sum(written["files"].values()))
+    answer(arguments, written, f"{written['folder']}: {', '.join(written['graphs'])}; {size}")
 
 
 def _verify(arguments: argparse.Namespace) -> None:

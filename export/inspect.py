@@ -78,8 +78,7 @@ def _passes(program: Program) -> list[str]:
 
 
 def _argument(name: str, argument: Argument) -> str:
-    help_ = f": {argument.help}" if argument.help else ""
-    return f"argument {flag(name)} takes {argument.takes}, {argument.otherwise}{help_}"
+    return f"argument {flag(name)}: {argument.takes} ({argument.otherwise})" + (argument.help and f"; {argument.help}")
 
 
 def _orphaned(bundle: Bundle) -> int:

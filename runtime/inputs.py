@@ -80,9 +80,10 @@ def whole(name: str, value: Any, least: int, most: int | None = None) -> int:
 
 
 def gather(bundle: Bundle, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Inputs and values by name: words become ids, files become the tensors they hold."""
+    """Inputs and values by name: words become ids, files become the tensors they hold; None is the default."""
     program, specs = bundle.program, _specs(bundle)
     check_names(bundle, given)
+    given = {name: value for name, value in given.items() if value is not None}
     made = {name: value for name, value in given.items() if name not in program.texts and name not in program.files}
     values = {name for file in given.keys() & program.files.keys() for name in program.files[file].tensors.values()}
     for name, text in program.texts.items():

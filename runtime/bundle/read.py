@@ -52,7 +52,7 @@ class Bundle:
         return self.root / name
 
     def folder(self, name: str, weights_dir: Path | None = None) -> Path:
-        """Where a folder of weights is now, its files checked: packed, under `weights_dir`, or where it was at build."""
+        """Where a folder of weights is, its files checked: packed, under `weights_dir`, or where it was at build."""
         checked = self._checked.get((name, weights_dir))
         if checked and self.fresh:  # once is enough to read gigabytes
             return checked

@@ -13,6 +13,7 @@ from tilewright.runtime.bundle.program import Input, TensorSpec, Tiles
 from tilewright.runtime.errors import InputError, UsageError
 
 __all__ = [
+    "BASE_MODELS",
     "BASE_OPTIONS",
     "BASE_ORIGINS",
     "LICENCE",
@@ -41,6 +42,7 @@ OF_SCHEDULE = {  # key of the scheduler's configuration -> option of flow_shift
     "max_image_seq_len": "max_tokens",
 }
 LICENCE = "FLUX.1 [dev] Non-Commercial License (FLUX.1-Fill-dev)"
+BASE_MODELS = ("black-forest-labs/FLUX.1-Fill-dev",)
 FLOAT = "float32"
 GUIDANCE = "strength of the guidance that the model was distilled for"
 

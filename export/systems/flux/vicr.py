@@ -175,6 +175,7 @@ SYSTEM = System(
     name="vicr",
     title="VICR, FLUX.1-Fill as a diptych, words and CLIP through a bridge, 30 steps",
     licence=f"{fill.LICENCE}; CLIP ViT-L/14 (MIT); the system's own weights are the user's",
+    base_models=(*fill.BASE_MODELS, "openai/clip-vit-large-patch14"),
     presets=PRESETS,
     options=OPTIONS,
     origins=ORIGINS,

@@ -182,6 +182,7 @@ SYSTEM = System(
     name="toksr",
     title="TokSR, 32 tokens a tile of 256 px through TA-TiTok and a DiT, 25 steps",
     licence="Apache-2.0 (TA-TiTok), MIT (CLIP ViT-L/14); the system's own weights are the user's",
+    base_models=("openai/clip-vit-large-patch14",),
     presets=PRESETS,
     options=OPTIONS | SIZE_OPTIONS,
     origins=ORIGINS,

@@ -16,9 +16,9 @@ NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
 OPTIONS = (  # of `tilewright runtime restore` and `profile`
     *("bundle", "expect", "explain", "force", "help", "json", "max_pixels", "memory", "overlap", "quiet"),
     *("resolutions", "runs", "scale", "seed", "steps", "threads", "tile", "verbose", "version", "weights_dir"),
-    "workers",
+    "devices",
 )
-PARAMETERS = ("self", "image", "restorer", "sizes", "on_progress")  # of the Python functions
+PARAMETERS = ("self", "image", "restorer", "sizes", "on_progress", "on_part")  # of the Python functions
 RESERVED = (*OPTIONS, *PARAMETERS)
 
 

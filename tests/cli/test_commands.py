@@ -127,7 +127,7 @@ def test_tiles_threads_workers_and_memory_change_nothing_that_shows(
     sample, first, second = ROOT / "docs" / "sample.png", tmp_path / "1.png", tmp_path / "2.png"
     common = ("--bundle", hitoksr_tiny, "--tile", "256", "--overlap", "32")
     assert tilewright("runtime", "restore", sample, first, *common, "--threads", 1).returncode == 0
-    options = ("--threads", 2, "--workers", 3, "--memory", memory)
+    options = ("--threads", 1, "--devices", "cpu:0,cpu:1", "--memory", memory)
     assert tilewright("runtime", "restore", sample, second, *common, *options).returncode == 0
     one, two = (np.asarray(Image.open(path)).astype(int) for path in (first, second))
     assert np.abs(one - two).max() <= 1

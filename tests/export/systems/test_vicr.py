@@ -35,8 +35,8 @@ from tilewright.runtime.bundle.program import Program, Signature
 from tilewright.runtime.bundle.read import read_bundle
 from tilewright.runtime.bundle.strict import from_json
 from tilewright.runtime.errors import InputError, UsageError
+from tilewright.runtime.execute.walk import Job, run
 from tilewright.runtime.plan.noise import normal
-from tilewright.runtime.scheduler import Job, run
 from tilewright.runtime.text import token_ids
 
 SIZES = PRESETS["tiny"]

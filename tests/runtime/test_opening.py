@@ -23,7 +23,7 @@ class Life:
             return open_engine(bundle, component, **options)
 
         def closed(engine):
-            self.told.append(f"-{engine.graph.parent.name}")
+            self.told.append(f"-{engine.graph.stem}")
             close(engine)
 
         monkeypatch.setattr(ort, "open_engine", opened)

@@ -106,10 +106,9 @@ class Restorer:
         (RGB) as soon as it stays. Both run on threads of the devices, one call at a time; what they raise ends the job.
         """
         check_names(self.bundle, arguments)
-        whole("seed", seed, 0, WORD_MAX)
-        for name, value in {"tile": tile, "overlap": overlap, "steps": steps, "scale": scale}.items():
-            if value is not None:
-                whole(name, value, 0)
+        seed = whole("seed", seed, 0, WORD_MAX)
+        sizes = {"tile": tile, "overlap": overlap, "steps": steps, "scale": scale}
+        tile, overlap, steps, scale = (n if n is None else whole(name, n, 0) for name, n in sizes.items())
         if steps is not None and not any(p.steps for p in self.bundle.program.passes):
             raise UsageError(f"steps={steps}: {self.bundle.manifest.system} has no steps; leave it out")
         clock = _Clock()

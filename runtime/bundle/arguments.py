@@ -14,7 +14,7 @@ __all__ = ["RESERVED", "Argument", "argument_of", "arguments_of", "check_argumen
 KINDS = ("words", "tensors", "number", "integer", "choice")
 NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
 OPTIONS = (  # of `tilewright runtime restore` and `profile`
-    *("bundle", "expect", "explain", "force", "help", "json", "max_pixels", "memory", "overlap", "quiet"),
+    *("bundle", "expect", "explain", "force", "format", "help", "json", "max_pixels", "memory", "overlap", "quiet"),
     *("resolutions", "runs", "scale", "seed", "steps", "threads", "tile", "verbose", "version", "weights_dir"),
     "devices",
 )

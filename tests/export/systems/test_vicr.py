@@ -270,4 +270,4 @@ def test_a_profile_takes_words(vicr_tiny: Path, capsys: pytest.CaptureFixture[st
     (row,) = json.loads(capsys.readouterr().out)["resolutions"]
     assert (row["width"], row["height"]) == (32, 32) and {"t5", "step", "decode"} <= row["phases"].keys()
     assert main(words) == 2
-    assert "'prompt' has no default" in capsys.readouterr().err
+    assert "--prompt has no default" in capsys.readouterr().err

@@ -74,6 +74,7 @@ def test_a_second_build_does_nothing_quickly_and_says_so(hitoksr_tiny: Path) -> 
     assert predicted["stages"] == [] and predicted["disk_bytes"] == 0
 
 
+@pytest.mark.slow
 def test_a_dry_run_predicts_and_leaves_nothing(tmp_path: Path) -> None:
     words = ("export", "build", "hitoksr", "--preset", "tiny", "--random-weights", "1", "-o", tmp_path / "b")
     predicted = json.loads(tilewright(*words, "--dry-run", "--json", TILEWRIGHT_CACHE_DIR=str(tmp_path / "c")).stdout)
@@ -101,6 +102,7 @@ def test_inspect_accounts_for_every_byte(hitoksr_tiny: Path) -> None:
     assert "orphaned 0" in tilewright("export", "inspect", hitoksr_tiny).stdout
 
 
+@pytest.mark.slow
 def test_verify_writes_its_report(hitoksr_tiny: Path, tmp_path: Path) -> None:
     bundle = shutil.copytree(hitoksr_tiny, tmp_path / "b")
     (bundle / "reports" / "accuracy.json").unlink()
@@ -246,6 +248,7 @@ def test_too_little_memory_is_exit_5_before_anything_runs(hitoksr_tiny: Path, tm
     assert "GiB" in said and not (tmp_path / "out.png").exists()
 
 
+@pytest.mark.slow
 def test_an_interrupt_is_exit_130_and_leaves_no_half_bundle(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tilewright.cli.main", "export", "build", "hitoksr", "--preset", "tiny"]
     environment = {**os.environ, "TILEWRIGHT_CACHE_DIR": str(tmp_path / "cache")}

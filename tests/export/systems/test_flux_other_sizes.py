@@ -20,6 +20,8 @@ from tilewright.runtime.execute.walk import Job, run
 from tilewright.runtime.plan.noise import normal
 from tilewright.runtime.text import token_ids
 
+pytestmark = pytest.mark.slow
+
 SPATIAL, CHANNELS, STEPS = 4, 3, 5
 PROMPT = "a stone bridge"
 

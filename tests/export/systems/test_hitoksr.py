@@ -189,6 +189,7 @@ class Holding:
         return self.tensors
 
 
+@pytest.mark.slow
 def test_a_bundle_of_such_files_restores_as_the_specification_does(
     cache: Path, published: Path, tmp_path: Path
 ) -> None:

@@ -237,6 +237,7 @@ def test_a_whole_restoration_is_the_references(folder: Folder, sampler: str) -> 
     restore(folder, SYSTEM.program(folder.settings), folder.engines, folder.constants, sampler)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", ["single"], indirect=True)
 def test_a_bundle_of_these_files_restores_as_the_reference(folder: Folder) -> None:
     """Traced, attached and sealed, with ONNX Runtime's engines."""

@@ -25,6 +25,8 @@ from tilewright.runtime.plan.noise import normal
 from tilewright.runtime.plan.tiles import tile_plan, weights
 from tilewright.runtime.text import token_ids
 
+pytestmark = pytest.mark.slow
+
 WORDS, BOS, EOS, SEED, GUIDANCE = "a cab", 62, 63, 5, 3.0
 # name -> the files' sizes and the options of the build; any two choices of a step in every combination
 BUNDLES = {

@@ -20,7 +20,7 @@ __all__ = ["GET_TRITON", "NO_GPU", "NO_NATIVE", "check", "here"]
 
 GET_TRITON = "Triton is not installed: pip install 'triton>=3.6'"
 NO_GPU = "no GPU that PyTorch can use"
-NO_NATIVE = "not built: make native"
+NO_NATIVE = "not here: install a platform wheel, or make native in a clone"
 NO_CUDA = "not built: cmake -S kernels/native -B build/native -DTILEWRIGHT_CUDA=ON"
 NATIVE = ("codebook_nearest", "codebook_from_logits", "codebook_from_hidden")  # what it builds kernels for
 OF_PARTS = "of its parts"

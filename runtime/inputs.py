@@ -51,7 +51,10 @@ def checked(name: str, shown: str, taken: Input, value: Any) -> Any:
     if array.shape != taken.shape:
         wanted = f"an array of {list(taken.shape)}" if taken.shape else takes
         raise UsageError(f"{name} has shape {list(array.shape)}; give {wanted}")
-    _require_finite(f"{shown} is" if not taken.shape else f"{name} holds", array, UsageError)
+    if taken.shape:
+        _require_finite(f"{name} holds", array, UsageError)
+    elif not np.isfinite(array):
+        raise UsageError(f"{shown} is not finite as {taken.dtype}; give {takes}")
     if taken.choices and not np.isin(array, list(taken.choices.values())).all():
         raise UsageError(f"{shown} is not {takes}")
     too_low = taken.least is not None and array < np.asarray(taken.least, array.dtype)
@@ -77,9 +80,10 @@ def whole(name: str, value: Any, least: int, most: int | None = None) -> int:
 
 
 def gather(bundle: Bundle, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Inputs and values by name: words become ids, files become the tensors they hold."""
+    """Inputs and values by name: words become ids, files become the tensors they hold; None is the default."""
     program, specs = bundle.program, _specs(bundle)
     check_names(bundle, given)
+    given = {name: value for name, value in given.items() if value is not None}
     made = {name: value for name, value in given.items() if name not in program.texts and name not in program.files}
     values = {name for file in given.keys() & program.files.keys() for name in program.files[file].tensors.values()}
     for name, text in program.texts.items():

@@ -99,7 +99,7 @@ class Restorer:
         """The restored image: uint8, laid out as the source was.
 
         `image`: a path, bytes, a binary file, a Pillow image or a uint8 array. Options as for `restore`. For a file or
-        bytes of it: `write_image("out.png", pixels)`, `encode_image(pixels, "png")`.
+        bytes of it: `write_image("out.png", pixels)`, `encode_image(pixels, ".png")`.
         """
         return self.restore(image, **options).image
 

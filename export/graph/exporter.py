@@ -19,14 +19,14 @@ __all__ = ["quicker"]
 def quicker() -> Iterator[None]:
     """Replace what takes long, as far as it is there, and put it back at the end."""
     with contextlib.ExitStack() as stack:
-        for part in (_translations, _promotions, _numbers):
+        for part in (_translations, _promotions, _numbers, _stacks):
             with contextlib.suppress(ImportError, AttributeError, KeyError):
                 stack.enter_context(_replaced(*part()))
         yield
 
 
 @contextlib.contextmanager
-def _replaced(owner: type, name: str, by: Any) -> Iterator[None]:
+def _replaced(owner: Any, name: str, by: Any) -> Iterator[None]:
     before = vars(owner)[name]  # not what getattr makes of it
     setattr(owner, name, by)
     try:
@@ -40,7 +40,7 @@ def _once(make: Callable[..., Any], **options: Any) -> Any:
     return make(**options)
 
 
-def _translations() -> tuple[type, str, Any]:
+def _translations() -> tuple[Any, str, Any]:
     """The source of every translation to ONNX is parsed for every graph: 0.3 s each time."""
     from torch.onnx._internal.exporter._registration import ONNXRegistry
 
@@ -55,7 +55,7 @@ def _translations() -> tuple[type, str, Any]:
     return ONNXRegistry, "from_torchlib", staticmethod(registry)
 
 
-def _promotions() -> tuple[type, str, Any]:
+def _promotions() -> tuple[Any, str, Any]:
     """Every node is run again when types are promoted; one that is promoted has its new value by then."""
     from torch.onnx._internal.fx.passes import type_promotion
 
@@ -72,6 +72,11 @@ def _promotions() -> tuple[type, str, Any]:
     return interpreter, "run_node", run_node
 
 
-def _numbers() -> tuple[type, str, Any]:
+def _numbers() -> tuple[Any, str, Any]:
     """Every operation on a size asks several times whether it is a number, which looks through the expression."""
     return sympy.Expr, "is_number", property(functools.cache(sympy.Expr.is_number.fget))
+
+
+def _stacks() -> tuple[Any, str, Any]:
+    """Every node gets the lines of source that it comes from, which graphs leave behind."""
+    return fx.config, "do_not_emit_stack_traces", True

@@ -87,7 +87,8 @@ def argument_of(taken: Input) -> Argument:
     """The argument that gives an input of a single value."""
     if taken.choices:
         usual = next((name for name, number in taken.choices.items() if number == taken.default), None)
-        return Argument("choice", taken.help, usual, tuple(taken.choices), needed=taken.default is None)
+        choices = tuple(sorted(taken.choices, key=lambda name: taken.choices[name]))
+        return Argument("choice", taken.help, usual, choices, needed=taken.default is None)
     kind = "number" if "float" in taken.dtype else "integer"
     default = None if isinstance(taken.default, str) else taken.default  # of a constant, the number is in the bundle
     return Argument(kind, taken.help, default, (), taken.least, taken.most, taken.default is None)
@@ -122,4 +123,4 @@ def _check_range(where: str, taken: Input) -> None:
     if least > most:
         raise BundleError(f"{where}: least {least:g} is above most {most:g}; exchange them")
     if isinstance(taken.default, int | float) and not least <= taken.default <= most:
-        raise BundleError(f"{where}: default {taken.default:g} does not lie in {least:g} to {most:g}")
+        raise BundleError(f"{where}: default {_plain(taken.default)} is not {argument_of(taken).takes}")

@@ -60,7 +60,7 @@ def test_list_shows_what_is_here(answered, monkeypatch, capsys):
     assert {row["op"]: row["cases"] for row in found["ops"]} == {
         name: [case for case in op.cases if case != "small"] for name, op in KERNELS.items()
     }
-    assert {row["op"] for row in found["ops"] if row["native"] == "not built: make native"} == CODEBOOKS
+    assert {row["op"] for row in found["ops"] if row["native"] == kernels_check.NO_NATIVE} == CODEBOOKS
     assert {row["op"] for row in found["ops"] if row["onnx"].startswith("tilewright::")} == FACED
     assert found["runtime"] == "the runtime takes ONNX's standard operators"
     run("list")
@@ -182,7 +182,7 @@ def test_bench_times_native_kernels_and_says_why_others_have_no_times(answered, 
 def test_bench_without_native_kernels_says_how_to_build_them(answered, doctored, monkeypatch):
     monkeypatch.setenv("TILEWRIGHT_NATIVE", "")
     assert {row["cpu"] for row in answered("bench", "--op", "codebook_from_hidden")["rows"]} == {
-        "not built: make native"
+        kernels_check.NO_NATIVE
     }
 
 

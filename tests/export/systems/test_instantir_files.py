@@ -271,7 +271,7 @@ def held_by(weights: Weights) -> dict[tuple[str, str], bytes]:
 def restored(folder: Path) -> np.ndarray:
     image = np.random.default_rng(0).integers(0, 256, (40, 32, 3), np.uint8)
     with load(folder, threads=1) as restorer:
-        return restorer.restore(image, steps=2, scale=1, seed=1, inputs={"prompt": "a photo"}).image
+        return restorer.restore(image, steps=2, scale=1, seed=1, prompt="a photo").image
 
 
 def test_both_layouts_and_the_variant_are_one_adapter(

@@ -6,10 +6,11 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tilewright.cli.terminal import Progress, answer, expect_argument, verb
+from tilewright.cli.terminal import Progress, answer, expect_argument, size, verb
 
 if TYPE_CHECKING:
     from tilewright.export.build.request import Request
@@ -215,7 +216,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
 def _onnx(arguments: argparse.Namespace) -> None:
     from tilewright.export.onnx_folder import onnx_folder
 
-    with Progress() as progress:
+    with Progress(arguments) as progress:
         written = onnx_folder(
             arguments.bundle,
             arguments.out,
@@ -223,10 +224,10 @@ def _onnx(arguments: argparse.Namespace) -> None:
             fold=arguments.fold,
             weights_dir=arguments.weights_dir,
             expect=arguments.expect,
-            on_bytes=lambda done, total: progress.tiles("MB", done // 10**6, max(1, total // 10**6)),
+            on_bytes=partial(progress.bytes, "weights"),
         )
-    size = sum(written["files"].values())
-    answer(arguments, written, f"{written['folder']}: {', '.join(written['graphs'])}; {size / 1e6:.1f} MB")
+    total = size(sum(written["files"].values()))
+    answer(arguments, written, f"{written['folder']}: {', '.join(written['graphs'])}; {total} with weights")
 
 
 def _verify(arguments: argparse.Namespace) -> None:

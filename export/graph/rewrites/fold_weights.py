@@ -31,8 +31,9 @@ def fold_weights(
     for value in ends:
         sources = [v for v in _sources(value, moved) if isinstance(v.const_value, ir.ExternalTensor)]
         name = _free(graph, f"{sources[0].name}.folded")
-        tensor = store(name, np.ascontiguousarray(_computed(value, moved, read, model.opset_imports[""])))
-        kept = ir.Value(name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor)
+        array = np.ascontiguousarray(_computed(value, moved, read, model.opset_imports[""]))
+        tensor = store(name, array)
+        kept = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
         graph.register_initializer(kept)
         for use in list(value.uses()):
             use.node.replace_input_with(use.idx, kept)

@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
 
         words = sys.argv[1:] if argv is None else argv
         said, code = ENDINGS[signal.Signals(_stopped_by[0] if _stopped_by else signal.SIGINT)]
-        kept = "; finished stages of the build are kept" if words[:2] == ["export", "build"] else ""
+        kept = "; finished stages of a build are kept" if words[:2] == ["export", "build"] else ""
         say_error(f"{said}{kept}", code, said.capitalize(), to=sys.stdout if "--json" in words else None)
         return code
     finally:

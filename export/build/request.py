@@ -101,7 +101,7 @@ class Request:
     def settings(self) -> Settings:
         """What the system makes of the options and of what the files say."""
         name = self.preset or next(iter(self.system.presets))
-        preset = Preset(name, self.system.presets[name], asked=self.preset is not None)
+        preset = Preset(name, self.system.presets[name], explicit=self.preset is not None)
         return self.system.decide(preset, self.options, UserFiles(self.tensors, self.places, self.lora))
 
     @cached_property

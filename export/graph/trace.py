@@ -55,7 +55,7 @@ class _ParametersOnMeta(TorchFunctionMode):
 def network_on_meta(source: ComponentSpec) -> nn.Module:
     """The component's network in evaluation mode, its parameters without storage."""
     with _ParametersOnMeta():
-        return source.made().eval()
+        return source.build().eval()
 
 
 def parameter_specs(source: ComponentSpec) -> dict[str, TensorSpec]:

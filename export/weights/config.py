@@ -71,13 +71,13 @@ class Config:
             return None
         said = read_config(path, (*self.classes, *self.wrappers))
         if not set(_names(said)) & set(self.wrappers):
-            return self.of(said, path)
+            return self.values_from(said, path)
         tower = said.get(self.inner) or said.get(f"{self.inner}_dict")
         if not isinstance(tower, dict):
             raise _refusal(path, f"holds no {self.inner!r}", f"give a folder with {self.classes[0]}")
-        return self.of(tower, path)
+        return self.values_from(tower, path)
 
-    def of(self, said: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    def values_from(self, said: Mapping[str, Any], path: Path) -> dict[str, Any]:
         """The same of what a file says; `path` opens every complaint."""
         said = {key: _plain(self._spelled(key, value)) for key, value in said.items()}
         advice = f"give {self.classes[0]} as it was published"

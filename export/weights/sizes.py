@@ -12,25 +12,25 @@ from tilewright.export.weights.config import Config
 from tilewright.runtime.bundle.strict import one_line
 from tilewright.runtime.errors import InputError, UsageError
 
-__all__ = ["Said", "Shapes", "blocks", "config_beside", "file_of", "folder_of", "network_sizes", "shapes_of"]
+__all__ = ["FileSizes", "Shapes", "blocks", "config_beside", "file_of", "folder_of", "network_sizes", "shapes_of"]
 
 log = logging.getLogger("tilewright")
 Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
-class Said:
+class FileSizes:
     """Sizes, and who says them."""
 
     source: str
     sizes: Mapping[str, Any]
 
 
-def config_beside(config: Config, place: Path) -> Said | None:
+def config_beside(config: Config, place: Path) -> FileSizes | None:
     """The configuration file in the folder of weights, or in the folder of a file of weights."""
     folder = folder_of(place)
     sizes = config.read(folder)
-    return None if sizes is None else Said(f"config {folder / config.file}", sizes)
+    return None if sizes is None else FileSizes(f"config {folder / config.file}", sizes)
 
 
 def folder_of(place: Path) -> Path:
@@ -42,8 +42,8 @@ def network_sizes(
     network: str,
     preset: Preset,
     usual: Mapping[str, Any],
-    config: Said | None,
-    weights: Said | None,
+    config: FileSizes | None,
+    weights: FileSizes | None,
     options: Mapping[str, tuple[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Every size. Sources must agree; a size that none of them tells is the usual one, and is named.
@@ -54,7 +54,7 @@ def network_sizes(
     sizes, untold = dict(usual), []
     files = [said for said in (config, weights) if said]
     for name in dict.fromkeys([*usual, *(name for said in files for name in said.sizes)]):
-        told = [Said(said.source, {name: said.sizes[name]}) for said in files if name in said.sizes]
+        told = [FileSizes(said.source, {name: said.sizes[name]}) for said in files if name in said.sizes]
         flag, asked = options.get(name, ("", None))
         if told:
             sizes[name] = _agreed(name, told, preset, usual, flag, asked)
@@ -62,18 +62,18 @@ def network_sizes(
             sizes[name] = asked
         else:
             untold.append(name)
-    if untold and weights and not preset.asked:
+    if untold and weights and not preset.explicit:
         taken = ", ".join(f"{name} {_shown(sizes[name])}" for name in untold)
         flags = [options[name][0] for name in untold if name in options]
         other = " or ".join(filter(None, [", ".join(flags), "its config.json" * (len(flags) < len(untold))]))
         source = weights.source
         log.warning(
-            "%s: %s alone does not tell all; taken are %s; give %s if they differ", network, source, taken, other
+            "%s: %s alone does not tell all sizes; using %s; give %s if they differ", network, source, taken, other
         )
     return sizes
 
 
-def _agreed(name: str, told: list[Said], preset: Preset, usual: Mapping[str, Any], flag: str, asked: Any) -> Any:
+def _agreed(name: str, told: list[FileSizes], preset: Preset, usual: Mapping[str, Any], flag: str, asked: Any) -> Any:
     """What one or two files say of a size, which neither an option nor a preset may contradict."""
     source, value = told[0].source, told[0].sizes[name]
     for other in told[1:]:
@@ -84,7 +84,7 @@ def _agreed(name: str, told: list[Said], preset: Preset, usual: Mapping[str, Any
             )
     if asked is not None and _differ(value, asked):
         raise UsageError(one_line(f"{flag} {_shown(asked)}: {source} says {_shown(value)}; leave {flag} out"))
-    if preset.asked and name in usual and _differ(value, usual[name]):
+    if preset.explicit and name in usual and _differ(value, usual[name]):
         has = f"preset {preset.name!r} has {name} {_shown(usual[name])}"
         raise UsageError(one_line(f"{has}, {source} says {_shown(value)}; leave --preset out"))
     return value

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, cosine_similarity, cross_entropy, interpolate, l1_loss, one_hot
 
 from tilewright.export.networks import hitoksr as networks
-from tilewright.export.systems.hitoksr.sizes import PRESETS, of_networks
+from tilewright.export.systems.hitoksr.sizes import PRESETS, sizes_of_networks
 from tilewright.kernels.qkv_norm_rope import qkv_norm_rope_reference
 from train import command, data
 from train.linear import silence
@@ -167,7 +167,7 @@ class Training:
         networks.qkv_norm_rope = qkv_norm_rope_reference  # type: ignore[assignment]
         torch.manual_seed(0)
         self.folder = folder
-        self.config = networks.HiTokConfig(**of_networks(PRESETS["demo"]))
+        self.config = networks.HiTokConfig(**sizes_of_networks(PRESETS["demo"]))
         self.prior, self.tokenizer = Prior(self.config), Tokenizer(self.config)
         self.generator = networks.Generator(self.config)
 

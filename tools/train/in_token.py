@@ -20,7 +20,7 @@ from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from tilewright.export.networks import configs
 from tilewright.export.systems.flux.files import config
-from tilewright.export.systems.flux.fill import OF_SCHEDULE
+from tilewright.export.systems.flux.fill import SCHEDULE_OPTIONS
 from tilewright.export.systems.flux.sizes import PRESETS
 from tilewright.runtime.plan.schedules import flow_shift
 from train import command, linear
@@ -173,7 +173,7 @@ class Training:
 
     def sampler(self, conditioned: Any, steps: int = 8) -> Callable[[Tensor, Tensor], Tensor]:
         """Euler's steps on whole crops, as the program has them."""
-        shift = {OF_SCHEDULE[key]: value for key, value in SIZES.schedule.items()}
+        shift = {SCHEDULE_OPTIONS[key]: value for key, value in SIZES.schedule.items()}
 
         def restored(sharp: Tensor, soft: Tensor) -> Tensor:
             y, seen = self.latent(self.vae, soft), conditioned.seen(soft)

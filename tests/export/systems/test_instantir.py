@@ -181,7 +181,7 @@ def test_what_dino_sees(either: Any, eager: Eager) -> None:
 @pytest.mark.parametrize("positions", ["release", "current"])
 def test_dinos_positions(usual: Any, eager: Eager, positions: str) -> None:
     settings = SYSTEM.decide(Preset("tiny", SIZES, True), {"dino_positions": positions}, UserFiles({}, {}))
-    network = SYSTEM.build_time(settings)["positions"].made()
+    network = SYSTEM.build_time(settings)["positions"].build()
     stored = eager.files["dino"]["embeddings.position_embeddings"]
     network.load_state_dict({"position_embeddings": stored}, strict=True)
     wanted = reference.dino_table(stored, SIZES.pixels["side"] // SIZES.dino["patch_size"], positions)

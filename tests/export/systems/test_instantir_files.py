@@ -152,7 +152,7 @@ def decided(preset: str, found: dict[str, Tensors], **options: Any) -> Settings:
     """What a build makes of these files."""
     places = {name: held.folder / min(held.sources) for name, held in found.items()}
     lora = lora_of(LORA, found["lora"], 1.0, merged=False) if "lora" in found else None
-    return SYSTEM.decide(Preset(preset, PRESETS[preset], asked=False), options, UserFiles(found, places, lora))
+    return SYSTEM.decide(Preset(preset, PRESETS[preset], explicit=False), options, UserFiles(found, places, lora))
 
 
 def wanted(settings: Settings) -> dict[str, dict[str, tuple[int, ...]]]:
@@ -426,7 +426,7 @@ SPOILT: dict[str, tuple[str, Callable[[Nested], Nested], str]] = {  # file, what
     ),
     "adapter without resampler": ("adapter", lambda held: held | PLAIN, "holds no image keys with a resampler"),
     "adapter with code": ("adapter", lambda held: held | {"x": Trap()}, "adapter.pt: holds more than tensors"),
-    "aggregator with text": ("aggregator", lambda held: held | TEXT, "was saved with text attention"),
+    "aggregator with text": ("aggregator", lambda held: held | TEXT, "has text attention"),
     "aggregator that is a ControlNet": ("aggregator", lambda _: CONTROL, "lacks 'controlnet_mid_block.0.mlp_shared.0"),
     "aggregator cut short": ("aggregator", lambda held: without(held, "ref_conv_in.w"), "1 tensors: ref_conv_in.w"),
     "previewer of other modules": ("previewer", lambda held: held | UNKNOWN, "does not have: down_blocks.7.conv1;"),

@@ -328,22 +328,22 @@ def test_heads_and_whatever_else_no_file_tells_are_named(mine: Path, caplog: pyt
     tiny, request = PRESETS["tiny"], Request("instantir", None, mine / "b", mine)
     fitting = replace(tiny, unet=tiny.unet | {"norm_num_groups": 6}, vae=tiny.vae | {"norm_num_groups": 3})
     files = UserFiles(request.tensors, request.places, request.lora)
-    sizes = SYSTEM.decide(Preset("fitting", fitting, asked=False), {}, files).sizes
+    sizes = SYSTEM.decide(Preset("fitting", fitting, explicit=False), {}, files).sizes
     for name, left in GUESSED.items():
         differing = {key for key, value in sizes[name].items() if value != expected[name][key]}
         assert differing == left, name
     assert sizes["unet"]["attention_head_dim"] == [1, 3] and sizes["text"]["num_attention_heads"] == 2
     said = [record.getMessage() for record in caplog.records]
-    starts = [f"{name}: weights {mine / FILES[name]} alone does not tell all; taken are " for name in GUESSED_OF]
+    starts = [f"{name}: weights {mine / FILES[name]} alone does not tell all sizes; using " for name in GUESSED_OF]
     starts += [
-        f"dino: {mine / PROCESSOR} is not there; taken are side 28, ",
-        f"scheduler: {mine / SCHEDULER} is not there; ",
+        f"dino: {mine / PROCESSOR} is missing; using side 28, ",
+        f"scheduler: {mine / SCHEDULER} is missing; ",
     ]
     starts += ["adapter "]
     assert all(any(line.startswith(start) for line in said) for start in starts) and len(said) == len(starts)
     unet = next(line for line in said if line.startswith("unet"))
     assert "attention_head_dim [1, 3]" in unet and "block_out_channels" not in unet
-    assert "taken are 1 of width 24; set them with --resampler-heads" in said[-1]
+    assert "using 1 of width 24; set them with --resampler-heads" in said[-1]
 
 
 GUESSED_OF = ("unet", "vae", "text_encoder", "text_encoder_2", "dino")

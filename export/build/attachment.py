@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from tilewright.export.build.parameters import Shapes
 from tilewright.export.build.request import Request
 from tilewright.export.system import Rows, Tensors
-from tilewright.export.weights.files import attach, resolve
+from tilewright.export.weights.files import reference_parameters, resolve
 from tilewright.export.weights.lora import Adapter, check_fit, without_pairs
 from tilewright.runtime.bundle.weights import Reference
 from tilewright.runtime.errors import InputError
@@ -45,7 +45,7 @@ def references(request: Request, origins: Mapping[str, Tensors]) -> References:
     }
     if lora and lora.merged and lora.origin in origins:  # its pairs are added to weights, and are nobody's parameters
         origins = {**origins, lora.origin: without_pairs(origins[lora.origin])}
-    return attach(wanted, origins, system)
+    return reference_parameters(wanted, origins, system)
 
 
 @dataclass(frozen=True)

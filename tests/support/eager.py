@@ -9,7 +9,7 @@ from torch import nn
 
 from tilewright.export.graph.trace import network_on_meta, parameter_specs
 from tilewright.export.system import ComponentSpec, Settings, System, Tensors
-from tilewright.export.weights.files import attach, converted, mapped_tensor
+from tilewright.export.weights.files import converted, mapped_tensor, reference_parameters
 
 __all__ = ["EagerEngine", "eager_engines"]
 
@@ -40,7 +40,7 @@ def eager_engines(system: System, settings: Settings, tensors: Mapping[str, Tens
         for component, spec in specs.items()
     }
     engines = {}
-    for component, references in attach(shapes, origins, system).items():
+    for component, references in reference_parameters(shapes, origins, system).items():
         network = network_on_meta(specs[component])
         state = {
             name: mapped_tensor(origins[str(r.folder)].folder, r).clone().float() for name, r in references.items()

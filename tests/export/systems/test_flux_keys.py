@@ -36,7 +36,7 @@ from tilewright.export.systems.flux.in_token import SYSTEM as IN_TOKEN
 from tilewright.export.systems.flux.keys import ORIGIN_OF_COMPONENT, ignored, keys, named_by_diffusers
 from tilewright.export.systems.flux.sizes import PRESETS
 from tilewright.export.systems.flux.vicr import SYSTEM as VICR
-from tilewright.export.weights.files import attach, find, open_reference, resolve
+from tilewright.export.weights.files import find, open_reference, reference_parameters, resolve
 from tilewright.export.weights.lora import as_parameters
 from tilewright.runtime.bundle.weights import Reference
 from tilewright.runtime.errors import InputError
@@ -190,7 +190,7 @@ def test_of_the_authors_full_files_every_byte_is_some_parameters(components):
     wanted = {component: ours("full", component) for component in components}
     for layout in (authors, theirs("full", network)):
         found = as_file(layout)
-        attached = attach(wanted, {network: IN_TOKEN.origins[network].read(found)}, IN_TOKEN)
+        attached = reference_parameters(wanted, {network: IN_TOKEN.origins[network].read(found)}, IN_TOKEN)
         references = [r for of in attached.values() for r in of.values()]
         assert len(references) == sum(map(len, wanted.values()))
         assert_covered(found, references)
@@ -257,7 +257,7 @@ def test_a_tensor_that_fill_does_not_have_is_refused():
         wanted = {component: ours("full", component) for component in components}
         with pytest.raises(InputError, match=r"holds unexpected 1 tensors: quant_conv\.weight"):
             found = as_file(AUTHORS[network]() | {"quant_conv.weight": (32, 32, 1, 1)})
-            attach(wanted, {network: IN_TOKEN.origins[network].read(found)}, IN_TOKEN)
+            reference_parameters(wanted, {network: IN_TOKEN.origins[network].read(found)}, IN_TOKEN)
 
 
 # low-rank branches
@@ -357,7 +357,7 @@ def test_an_encoder_is_read_from_the_whole_models_file_as_transformers_reads_it(
     save_file(held, tmp_path / "file" / "model.safetensors")
     found = find(tmp_path / "file")
     component, shapes = of_encoder(name)
-    attached = attach({component: shapes}, {origin: found}, system)[component]
+    attached = reference_parameters({component: shapes}, {origin: found}, system)[component]
     assert shapes.keys() <= {f"model.{key}" for key in expected}
     for parameter, reference in attached.items():
         assert torch.equal(content(found, reference, torch.float32), expected[parameter.removeprefix("model.")])

@@ -26,7 +26,7 @@ from tilewright.export.graph.trace import parameter_specs
 from tilewright.export.system import Preset, Settings, Tensors, UserFiles
 from tilewright.export.systems.instantir.sizes import PRESETS
 from tilewright.export.systems.instantir.system import LORA, SYSTEM
-from tilewright.export.weights.files import attach, find
+from tilewright.export.weights.files import find, reference_parameters
 from tilewright.export.weights.lora import lora_of
 from tilewright.export.weights.writing import write_tensors
 from tilewright.runtime.bundle.digests import sha256_of_file
@@ -179,7 +179,7 @@ def test_every_parameter_has_its_name_and_every_name_is_used(
     assert settings.lora is not None
     lora = dataclasses.replace(settings.lora, merged=mode == "merge")
     parameters = wanted(dataclasses.replace(settings, lora=lora))
-    references = attach(parameters, found, SYSTEM)  # refuses other shapes and names without a use
+    references = reference_parameters(parameters, found, SYSTEM)  # refuses other shapes and names without a use
     assert {c: of.keys() for c, of in references.items()} == {c: of.keys() for c, of in parameters.items()}
     key_at = {(origin, r.offset): key for origin, held in found.items() for key, r in held.tensors.items()}
     meanings: dict[tuple[str, str], set[str]] = {}
@@ -222,7 +222,7 @@ def test_sizes_are_read_from_the_files(tmp_path: Path, preset: str, of: dict[str
     assert settings.branches[module] == [5, 1 / 5]
     assert {tuple(b) for name, b in settings.branches.items() if name != module} == {(8, 1 / 8)}
     assert len(settings.branches) == len(shapes["previewer"]) // 2
-    attach(wanted(settings), as_read(found), SYSTEM)
+    reference_parameters(wanted(settings), as_read(found), SYSTEM)
 
 
 def test_released_sizes_are_read_from_the_released_shapes(tmp_path: Path) -> None:

@@ -83,8 +83,8 @@ def test_offline_says_how_to_fetch(hub, monkeypatch, said):
     with pytest.raises(InputError) as caught:
         local("org/model@v1.0")
     assert str(caught.value) == (
-        f"weights org/model@v1.0: no such file or folder, not in {hub} either, and HF_HUB_OFFLINE forbids to look"
-        " further; give a folder, or run hf download org/model --revision v1.0"
+        f"weights org/model@v1.0: no such file or folder, not in {hub} either, and HF_HUB_OFFLINE forbids a download"
+        "; give a folder, or run hf download org/model --revision v1.0"
     )
     with pytest.raises(InputError, match=r"hf download org/model$"):
         local("org/model")
@@ -114,7 +114,9 @@ def test_a_download_that_fails_is_one_line(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(InputError) as caught:
         local("org/model")
-    assert "not to be had (ConnectionError: no route); give a folder, or run hf download org/model" in str(caught.value)
+    assert "the download failed (ConnectionError: no route); give a folder, or run hf download org/model" in str(
+        caught.value
+    )
     assert caught.value.exit_code == 8 and str(caught.value).isprintable()
 
 

@@ -95,15 +95,15 @@ def _check_results(arguments: argparse.Namespace, ops: Sequence[Any]) -> None:
 
 def _check_resources(arguments: argparse.Namespace, ops: Sequence[Any]) -> None:
     from tilewright.export.kernels_check import GET_TRITON
-    from tilewright.kernels.gate import Row, gate, wanted
+    from tilewright.kernels.gate import GateRow, gate, gate_cases
     from tilewright.kernels.jit import triton
 
     if triton is None:
         raise EnvironmentMismatch(f"kernels are compiled by Triton: {GET_TRITON}")
-    asked, rows = wanted(ops), list[Row]()
+    cases, rows = gate_cases(ops), list[GateRow]()
     with Progress(arguments) as progress:
-        for done, one in enumerate(asked):
-            progress.tiles("compiling", done, len(asked))
+        for done, one in enumerate(cases):
+            progress.tiles("compiling", done, len(cases))
             rows += gate(*one)
     heads = ["op", "kernel", "case", "type", "arch", "registers", "shared", "spills", "tensor-core ops", "verdict"]
     lines = []
@@ -116,7 +116,7 @@ def _check_resources(arguments: argparse.Namespace, ops: Sequence[Any]) -> None:
         first = missed[0]
         raise AccuracyError(
             f"{len(missed)} of {len(rows)} kernels may not ship; first {first.kernel} {first.case} {first.type}"
-            f" {first.arch}: {'; '.join(first.faults)}; give its plan a smaller tile"
+            f" {first.arch}: {'; '.join(first.faults)}; give it smaller tiles"
         )
 
 

@@ -1,7 +1,6 @@
-"""A portable graph to an engine: one file each.
+"""From a portable graph to the graph of an engine, one file for each backend.
 
-prepare(model) -> bool    rewrite a copy of the portable graph, in place, into the form the backend runs best;
-                          whether anything changed
+prepare(model) -> bool    rewrites a copy of the portable graph in place for the backend; returns whether it changed
 """
 
 __all__ = ["TARGETS", "engine_folder"]

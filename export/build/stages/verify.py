@@ -35,6 +35,7 @@ def _work(assembly: Assembly, directory: Path) -> None:
     from tilewright.export.verify.engines import require, verify
 
     trial = directory / "bundle"
+    trial.mkdir()
     manifest, weights = assembly.assemble(trial, "being verified"), assembly.weights()
     here = assembly.attached / "weights"
     folders = {n: f if f.path else replace(f, path=str((here / n).absolute())) for n, f in weights.folders.items()}

@@ -141,10 +141,10 @@ def _list(arguments: argparse.Namespace) -> None:
 
 
 def _build(arguments: argparse.Namespace) -> None:
-    from tilewright.export.build.plan import all_remembered, quick_digest, stages
     from tilewright.export.build.preflight import check_files
     from tilewright.export.build.request import Request
     from tilewright.export.build.run import build, changes
+    from tilewright.export.build.stage_list import all_remembered, list_stages, quick_digest
     from tilewright.export.weights.hub import local
 
     request = Request(
@@ -162,7 +162,7 @@ def _build(arguments: argparse.Namespace) -> None:
     if arguments.explain:
         if not all_remembered(request):
             check_files(request)
-        changed = changes(request, stages(request, quick_digest if arguments.dry_run else sha256_of_file))
+        changed = changes(request, list_stages(request, quick_digest if arguments.dry_run else sha256_of_file))
         lines = [f"{stage} runs, changed: {', '.join(reasons)}" for stage, reasons in changed.items()]
         print("\n".join(lines or ["nothing changed since the last build"]), file=sys.stderr)
     if arguments.dry_run:
@@ -178,13 +178,13 @@ def _build(arguments: argparse.Namespace) -> None:
 
 def _dry_run(arguments: argparse.Namespace, request: "Request") -> None:
     from tilewright.export.build.forecast import forecast
-    from tilewright.export.build.plan import quick_digest, stages
     from tilewright.export.build.preflight import check_files
     from tilewright.export.build.run import up_to_date
+    from tilewright.export.build.stage_list import list_stages, quick_digest
 
     check_files(request)
-    plan = stages(request, quick_digest)
-    predicted = forecast(request, plan, up_to_date=up_to_date(request, plan))
+    stages = list_stages(request, quick_digest)
+    predicted = forecast(request, stages, up_to_date=up_to_date(request, stages))
     disk = ", ".join(f"{size / 1e6:.1f} MB under {place}" for place, size in predicted.disk.items()) or "nothing"
     answer(
         arguments,
@@ -196,10 +196,10 @@ def _dry_run(arguments: argparse.Namespace, request: "Request") -> None:
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
-    from tilewright.export.inspect import inspect, text
+    from tilewright.export.inspect import inspect, summary
 
-    found = inspect(arguments.bundle, arguments.weights_dir, arguments.expect)
-    answer(arguments, found, text(found))
+    report = inspect(arguments.bundle, arguments.weights_dir, arguments.expect)
+    answer(arguments, report, summary(report))
 
 
 def _verify(arguments: argparse.Namespace) -> None:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from tilewright.runtime.bundle.arguments import Argument
 from tilewright.runtime.bundle.read import Bundle, read_bundle
-from tilewright.runtime.bundle.weights import folder_given
+from tilewright.runtime.bundle.weights import checked_folder
 from tilewright.runtime.engines import Engine, backend
 from tilewright.runtime.errors import UsageError
 from tilewright.runtime.estimate import MEMORY_MODES, Estimate, all_open, available_bytes, estimate, peak_bytes
@@ -216,7 +216,7 @@ def load(
     if threads < 0 or workers < 1:
         raise UsageError(f"threads={threads} and workers={workers} must be at least 0 and 1")
     bundle = path if isinstance(path, Bundle) else read_bundle(path, expect=expect, fresh=fresh)
-    folder = folder_given(weights_dir)
+    folder = checked_folder(weights_dir)
 
     def open_engine(name: str) -> Engine:
         module = backend(bundle.manifest.components[name].engines[0].backend)

@@ -19,7 +19,7 @@ from tilewright.runtime.bundle.manifest import SCHEMA_VERSION, Manifest, named_f
 from tilewright.runtime.bundle.program import Program, Signature
 from tilewright.runtime.bundle.safetensors import safetensors_header
 from tilewright.runtime.bundle.strict import from_json, one_line, schema
-from tilewright.runtime.bundle.weights import Weights, check_graphs, check_weights, folder_given, location
+from tilewright.runtime.bundle.weights import Weights, check_graphs, check_weights, checked_folder, location
 from tilewright.runtime.errors import BundleError, UsageError
 
 __all__ = ["PIN", "Bundle", "json_schema", "read_bundle"]
@@ -57,7 +57,7 @@ class Bundle:
         if checked and self.fresh:  # once is enough to read gigabytes
             return checked
         folder = self.weights.folders[name]
-        given = folder_given(weights_dir)
+        given = checked_folder(weights_dir)
         under = [given / name, given, *sorted(given.glob(f"*/{name}"))] if given else []
         candidates = [self.root / "weights" / name, *under, *([Path(folder.path)] if folder.path else [])]
         wrong: BundleError | None = None

@@ -10,7 +10,7 @@ from tilewright.runtime.bundle.manifest import File, Manifest
 from tilewright.runtime.bundle.strict import one_line
 from tilewright.runtime.errors import BundleError, UsageError
 
-__all__ = ["Folder", "Reference", "Weights", "check_graphs", "check_weights", "folder_given", "location"]
+__all__ = ["Folder", "Reference", "Weights", "check_graphs", "check_weights", "checked_folder", "location"]
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def location(reference: Reference) -> str:
     return f"weights/{reference.folder}/{reference.file}"
 
 
-def folder_given(weights_dir: str | os.PathLike[str] | None) -> Path | None:
+def checked_folder(weights_dir: str | os.PathLike[str] | None) -> Path | None:
     """The folder of weights that a caller gives, if any, which must be there."""
     if weights_dir is None:
         return None

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from train import data, hitoksr, in_token
 from train.command import write
 
-from tilewright.export.build.attachment import check_attachment, lacking, origins_of
+from tilewright.export.build.attachment import check_attachment, missing_tensors, origins_of
 from tilewright.export.build.request import Request
 from tilewright.export.networks.flux import Modulate, Step
 from tilewright.export.systems.flux import sizes as flux_sizes
@@ -158,4 +158,4 @@ def test_what_is_trained_is_the_step_that_is_deployed(tiny_in_token):
 def needed(request: Request) -> None:
     """Every parameter of every component is in the files, with its shape; a missing or odd one is refused."""
     check_attachment(request)
-    assert not lacking(request, origins_of(request, request.used))
+    assert not missing_tensors(request, origins_of(request, request.used))

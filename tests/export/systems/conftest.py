@@ -56,7 +56,7 @@ def instantir_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def instantir_tiny(cache: Path, instantir_files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """InstantIR's tiny bundle of those files; do not change it."""
     bundle = tmp_path_factory.mktemp("bundles") / "instantir-tiny"
-    build(Request("instantir", None, bundle, instantir_files, verify="never", asked={"resampler_heads": 2}))
+    build(Request("instantir", None, bundle, instantir_files, verify="never", system_options={"resampler_heads": 2}))
     return bundle
 
 
@@ -71,7 +71,7 @@ def instantir_merged(cache: Path, instantir_files: Path, tmp_path_factory: pytes
             bundle,
             instantir_files,
             verify="never",
-            asked={"lora_mode": "merge", "resampler_heads": 2},
+            system_options={"lora_mode": "merge", "resampler_heads": 2},
         )
     )
     return bundle

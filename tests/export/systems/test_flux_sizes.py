@@ -131,7 +131,7 @@ def folder(published: Published, tmp_path: Path) -> Path:
 def settings(
     folder: Path | None, system: str, preset: str | None = None, seed: int | None = None, **options: Any
 ) -> Settings:
-    return Request(system, preset, Path("nowhere"), folder, seed, asked=options).settings
+    return Request(system, preset, Path("nowhere"), folder, seed, system_options=options).settings
 
 
 def change(file: Path, **values: Any) -> None:

@@ -425,7 +425,7 @@ def test_tiles_are_joined_after_every_step(usual: Any, eager: Eager, how: dict[s
 
 def test_tiles_joined_by_their_pixels_are_images_of_their_own(usual: Any, eager: Eager, instantir_files: Path) -> None:
     how, parts = {"sampler": "ddpm", "adares": "paper"}, []
-    settings = Request("instantir", "tiny", Path("none"), instantir_files, asked={"join": "pixels"}).settings
+    settings = Request("instantir", "tiny", Path("none"), instantir_files, system_options={"join": "pixels"}).settings
     ours, made = tiled(usual, eager.ids | how, SYSTEM.program(settings))
     for tile in TILING.tiles:
         crop, asked = under(TILED, tile, 1).copy(), how | {"steps": STEPS, "guidance": 7.0}

@@ -242,7 +242,7 @@ def test_alpha_in_the_file_is_honoured(tmp_path: Path) -> None:
 def attached(root: Path, folder: Path, lora_mode: str = "branch", **changed: Any) -> tuple[Weights, Nested]:
     """What a build makes of the files, without graphs: its references, and its accounts."""
     options = given(root, **changed) | {"lora_mode": lora_mode}
-    request = Request("instantir", "tiny", folder / "b", Path(options.pop("weights")), asked=options)
+    request = Request("instantir", "tiny", folder / "b", Path(options.pop("weights")), system_options=options)
     folder.mkdir()
     stage(request, sha256_of_file).work(folder)
     weights = from_json(Weights, (folder / "weights.json").read_bytes(), "weights.json")
@@ -499,7 +499,7 @@ def test_of_two_variants_the_plain_or_the_asked_one_is_taken(mine: Path) -> None
     half = mine / FILES["unet"].replace(".safe", ".fp16.safe")
     save_file({key: tensor.half() for key, tensor in tensors()["unet"].items()}, half)
     for variant, file in ({}, mine / FILES["unet"]), ({"variant": "fp16"}, half):
-        found = Request("instantir", "tiny", mine / "b", mine, asked=variant).tensors
+        found = Request("instantir", "tiny", mine / "b", mine, system_options=variant).tensors
         assert list(found["unet"].sources.values()) == [str(file)]
         assert list(found["vae"].sources.values()) == [str(mine / FILES["vae"])]
 

@@ -140,7 +140,9 @@ class Folder:
     def __init__(self, root: Path, sizes: Sizes) -> None:
         self.root, self.sizes, self.files = root, sizes, make_files(sizes, 5)
         write_folder(root, sizes, self.files)
-        request = Request("instantir", None, root / "b", root, asked={"resampler_heads": sizes.resampler["heads"]})
+        request = Request(
+            "instantir", None, root / "b", root, system_options={"resampler_heads": sizes.resampler["heads"]}
+        )
         self.settings, self.tensors = request.settings, request.tensors
         self.engines = eager_engines(SYSTEM, self.settings, self.tensors)
         self.reference = Reference(self.files, sizes)
@@ -241,7 +243,7 @@ def test_a_whole_restoration_is_the_references(folder: Folder, sampler: str) -> 
 def test_a_bundle_of_these_files_restores_as_the_reference(folder: Folder) -> None:
     """Traced, attached and sealed, with ONNX Runtime's engines."""
     heads = {"resampler_heads": folder.sizes.resampler["heads"]}
-    build(Request("instantir", None, folder.root / "bundle", folder.root, verify="never", asked=heads))
+    build(Request("instantir", None, folder.root / "bundle", folder.root, verify="never", system_options=heads))
     with load(folder.root / "bundle", threads=1) as restorer:
         for sampler in ("ddim", "ddpm"):
             restore(folder, restorer.bundle.program, restorer.engines, restorer.constants, sampler)
@@ -313,7 +315,7 @@ def mine(published: Path, tmp_path: Path) -> Path:
 
 
 def settings(root: Path, preset: str | None = None, **options: Any) -> Settings:
-    return Request("instantir", preset, root / "b", root, asked=options).settings
+    return Request("instantir", preset, root / "b", root, system_options=options).settings
 
 
 def test_heads_and_whatever_else_no_file_tells_are_named(mine: Path, caplog: pytest.LogCaptureFixture) -> None:

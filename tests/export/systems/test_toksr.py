@@ -58,7 +58,11 @@ def bundles(cache, tmp_path_factory):
         kind = f"{sizes['image']} {sizes['encoder']['text']}"
         given[kind] = given.get(kind) or written(root / kind, sizes)
         if name not in made:
-            build(Request("toksr", None, root / name, verify="never", asked=given[kind] | untold(sizes) | options))
+            build(
+                Request(
+                    "toksr", None, root / name, verify="never", system_options=given[kind] | untold(sizes) | options
+                )
+            )
             made[name] = root / name
         return made[name]
 

@@ -138,7 +138,7 @@ def test_no_library_of_networks_is_loaded_for_sizes_and_tokenizers(tmp_path):
     asked = {**named, **untold(TINY)}
     code = f"""import sys, pathlib
 from tilewright.export.build.request import Request
-request = Request('toksr', None, pathlib.Path('b'), asked={asked!r})
+request = Request('toksr', None, pathlib.Path('b'), system_options={asked!r})
 request.settings
 request.components
 request.system.tokenizers(request.settings, request.options, None)

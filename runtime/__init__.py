@@ -15,7 +15,7 @@ _HOMES = {"TilewrightError": "errors", "Restoration": "restore", "Restorer": "re
 
 
 def __getattr__(name: str) -> Any:
-    """Import a name when it is asked for: a command that only prints its help needs no NumPy."""
+    """Import a name on its first use, so that a command that only prints its help does not load NumPy."""
     if name == "__version__":
         from importlib.metadata import version
 

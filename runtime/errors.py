@@ -1,6 +1,6 @@
-"""Errors a user can act on, and the exit code each one ends a command with.
+"""Errors that a user can act on, with the exit code of each.
 
-Messages name options as the command line spells them: what is --max-pixels there is max_pixels in Python.
+Messages name options as on the command line: --max-pixels there is max_pixels in Python.
 """
 
 from typing import Any
@@ -21,41 +21,41 @@ class TilewrightError(Exception):
     """One line: what is wrong, the value, what to do next."""
 
     exit_code = 1
-    report: dict[str, Any] | None = None  # what was measured before it failed, for --json
+    report: dict[str, Any] | None = None  # results from before the failure, for --json
 
 
 class UsageError(TilewrightError):
-    """An argument that cannot be meant."""
+    """A wrong argument."""
 
     exit_code = 2
 
 
 class BundleError(TilewrightError):
-    """A bundle that is damaged, foreign or newer than this reader."""
+    """A bundle that is damaged, or newer than this version, or not a bundle."""
 
     exit_code = 3
 
 
 class EnvironmentMismatch(TilewrightError):
-    """A package, driver or device that the work needs is missing or does not fit."""
+    """A missing package, driver or device, or one that does not fit."""
 
     exit_code = 4
 
 
 class ResourceError(TilewrightError):
-    """Too little memory or disk, found before the work starts."""
+    """Too little memory or disk."""
 
     exit_code = 5
 
 
 class BuildError(TilewrightError):
-    """A stage of a build that failed."""
+    """A failed stage of a build."""
 
     exit_code = 6
 
 
 class AccuracyError(TilewrightError):
-    """An engine that differs from eager PyTorch by more than the gate allows, or gives numbers that are not finite."""
+    """An engine that differs too much from eager PyTorch, or gives numbers that are not finite."""
 
     exit_code = 7
 

@@ -1,4 +1,4 @@
-"""Restore images with a bundle: image in, image out, with progress and timings."""
+"""Restoring images with a bundle, with progress and timings."""
 
 import os
 import time
@@ -31,18 +31,18 @@ __all__ = ["Restoration", "Restorer", "Sitting", "load"]
 
 @dataclass(frozen=True)
 class Restoration:
-    """A restored image and what it cost."""
+    """A restored image, with times, tiles and memory."""
 
     image: npt.NDArray[np.uint8]
     scale: int
     icc: bytes | None
-    seconds: dict[str, float]  # phase -> time; the engines' phases carry their component's name
+    seconds: dict[str, float]  # phase -> time; the phase of an engine has its component's name
     tiles: dict[str, int]  # pass -> tiles
     peak_bytes: int
 
 
 class _Engines(Mapping[str, Engine]):
-    """Engines by component, opened when they are asked for."""
+    """The engine of each component, opened on its first use."""
 
     def __init__(self, names: Iterable[str], open_engine: Callable[[str], Engine]) -> None:
         self.names, self.open_engine = sorted(names), open_engine
@@ -62,7 +62,7 @@ class _Engines(Mapping[str, Engine]):
         return len(self.names)
 
     def close(self, names: Iterable[str]) -> None:
-        """Give the memory of some back; asked for again, they are opened again."""
+        """Close some engines; they are opened again on their next use."""
         for name in names:
             if engine := self.opened.pop(name, None):
                 engine.close()
@@ -70,7 +70,7 @@ class _Engines(Mapping[str, Engine]):
 
 @dataclass
 class Restorer:
-    """A bundle with its engines; a context manager."""
+    """A bundle with its engines. It is a context manager."""
 
     bundle: Bundle
     engines: Mapping[str, Engine]
@@ -92,11 +92,11 @@ class Restorer:
 
     @property
     def arguments(self) -> dict[str, Argument]:
-        """What the bundle takes besides an image, by name: kind, default, choices, range, one line of help."""
+        """The bundle's arguments by name: kind, default, choices, range, one line of help."""
         return self.bundle.arguments
 
     def __call__(self, image: Any, **options: Any) -> npt.NDArray[np.uint8]:
-        """The restored image: uint8, laid out as the source was.
+        """The restored image as uint8, with the layout of the source.
 
         `image`: a path, bytes, a binary file, a Pillow image or a uint8 array. Options as for `restore`. For a file or
         bytes of it: `write_image("out.png", pixels)`, `encode_image(pixels, "png")`.
@@ -104,7 +104,7 @@ class Restorer:
         return self.restore(image, **options).image
 
     def restore(self, image: Any, **options: Any) -> Restoration:
-        """Restore an image and say what it cost; options as for `sitting`."""
+        """Restore an image and measure it; options as for `sitting`."""
         return self.sitting(image, **options).round({}, keep=False)
 
     def sitting(
@@ -120,7 +120,7 @@ class Restorer:
         on_progress: Callable[[str, int, int], None] = lambda name, done, total: None,
         **arguments: Any,
     ) -> "Sitting":
-        """An image ready to be restored, once or round after round; sizes are in output pixels.
+        """An image that can be restored several times, with other arguments. Sizes are in output pixels.
 
         `arguments` are the bundle's, see `Restorer.arguments`: `prompt="a stone bridge"`. A round may choose others.
         """
@@ -148,7 +148,7 @@ class Restorer:
 
 @dataclass
 class Sitting:
-    """One image, restored as often as its arguments change; what does not depend on them is done once."""
+    """One image, restored again for each change of arguments. Passes that do not depend on the change run once."""
 
     bundle: Bundle
     picture: Picture
@@ -162,14 +162,14 @@ class Sitting:
         return self.restore(**arguments).image
 
     def restore(self, **arguments: Any) -> Restoration:
-        """The same, and what it cost."""
+        """The same, with measurements."""
         return self.round(arguments, keep=True)
 
     def round(self, arguments: Mapping[str, Any], *, keep: bool) -> Restoration:
-        """The same; `keep` what another round can use."""
+        """The same. `keep` the values that another round can use."""
         job = self.walk.job
         job.seconds.clear()
-        self.clock.last = time.perf_counter()  # what the caller did since is no part of the round
+        self.clock.last = time.perf_counter()  # the caller's time between rounds does not count
         rgb = np.empty((self.plans.height, self.plans.width, 3), np.uint8)
         job.on_final = partial(fill, rgb)
         self.walk.run(gather(self.bundle, {**self.arguments, **arguments}), keep=keep)
@@ -206,9 +206,9 @@ def load(
     expect: str | None = None,
     fresh: bool = False,
 ) -> Restorer:
-    """Open a bundle: check it, then open an engine for every component its program calls.
+    """Check a bundle, and open an engine for every component that its program calls.
 
-    `path`: its folder, or the bundle that `read_bundle` read, to which `expect` and `fresh` say no more.
+    `path`: a folder, or the result of `read_bundle`, for which `expect` and `fresh` have no effect.
     `expect` and `fresh` as for `read_bundle`.
     """
     if memory not in MEMORY_MODES:

@@ -1,9 +1,9 @@
-"""Who runs which tile when: walks a program over an image.
+"""Running a program on an image: its passes, steps and tiles.
 
-Tiles of one phase are independent, so they run on any number of workers; what they return is joined in tile order,
-so the answer does not depend on who finished first. One thread more than there are workers prepares the next tile
-while engines run. A pass that writes grids in `each` is joined every step, and every step reads the grids as they were
-before it; a pass that keeps its state to itself is one phase.
+Tiles of one phase do not depend on each other, so any number of workers may run them. Their outputs are joined in the
+order of tiles, so the result does not depend on which finishes first. There is one thread more than workers, to prepare
+the next tile while engines run. A pass that writes grids in `each` joins them after every step, and each step reads the
+grids of the step before. Any other pass is a single phase.
 """
 
 import time
@@ -32,11 +32,11 @@ __all__ = ["Job", "Walk", "in_order", "run"]
 
 T = TypeVar("T")
 Floats = npt.NDArray[np.float32]
-Moment = tuple[str, int]  # section of a pass, step
+Moment = tuple[str, int]  # section of a pass, and step
 
 
 class Image(Protocol):
-    """The padded input [3, H, W] in [0, 1], read by crops."""
+    """The padded input [3, H, W] in [0, 1], which is read crop by crop."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -52,15 +52,15 @@ class Job:
 
     image: "Image"
     seed: int = 0
-    tile_px: int | None = None  # of every tiled pass, instead of the program's
+    tile_px: int | None = None  # for every pass with tiles, instead of the program's
     overlap_px: int | None = None
-    steps: int | None = None  # of every stepped pass, instead of the program's
+    steps: int | None = None  # for every pass with steps, instead of the program's
     inputs: dict[str, Any] = field(default_factory=dict)
     workers: int = 1
     on_progress: Callable[[str, int, int], None] = lambda name, done, total: None
-    on_unused: Callable[[set[str]], None] = lambda components: None  # no later pass calls them
-    on_final: Callable[[int, int, Floats], None] = lambda top, left, part: None  # a part of the result that stays
-    seconds: dict[str, float] = field(default_factory=dict)  # filled in: component -> time in its engine
+    on_unused: Callable[[set[str]], None] = lambda components: None  # called with components that are not needed again
+    on_final: Callable[[int, int, Floats], None] = lambda top, left, part: None  # called with finished parts
+    seconds: dict[str, float] = field(default_factory=dict)  # result: component -> time in its engine
 
 
 def run(program: Program, engines: Mapping[str, Engine], constants: Mapping[str, Any], job: Job) -> Floats:
@@ -69,7 +69,7 @@ def run(program: Program, engines: Mapping[str, Engine], constants: Mapping[str,
 
 
 def in_order(tasks: Sequence[Callable[[], T]], workers: int) -> Iterator[T]:
-    """Results in the order of their tasks, whichever worker finishes first; at most two a worker wait."""
+    """The results of tasks in their order. At most two tasks for each worker wait."""
     waiting: deque[Future[T]] = deque()
     with ThreadPoolExecutor(workers) as pool:
         try:
@@ -85,7 +85,7 @@ def in_order(tasks: Sequence[Callable[[], T]], workers: int) -> Iterator[T]:
 
 
 class _Join:
-    """Tiles blended onto a grid, in the order they are added."""
+    """Blends tiles into a grid, in the order in which they are added."""
 
     def __init__(self, plan: TilePlan, px: int, channels: int) -> None:
         self.plan, self.px = plan, px
@@ -102,7 +102,7 @@ class _Join:
         crop(self.whole, tile, self.px)[...] += weighted
 
     def settled(self, tile: Tile) -> tuple[int, int, Floats]:
-        """Top, left and cells of the part of the grid that this tile is the last to reach."""
+        """Top, left and cells of the part of the grid that no later tile changes."""
         row, column = divmod(tile.index, len(self.plan.lefts))
         bottom = (*self.plan.tops, self.plan.height)[row + 1] // self.px
         right = (*self.plan.lefts, self.plan.width)[column + 1] // self.px
@@ -111,47 +111,49 @@ class _Join:
 
 
 def crop(grid: Floats, tile: Tile, px: int) -> Floats:
-    """The view of a grid [C, H, W] under a tile."""
+    """The part of a grid [C, H, W] under a tile, as a view."""
     top, left, bottom, right = (v // px for v in (tile.top, tile.left, tile.top + tile.height, tile.left + tile.width))
     return grid[:, top:bottom, left:right]
 
 
 def _require_finite(where: str, output: Any) -> None:
-    """Refuse numbers that would end as a black picture."""
+    """Refuse numbers that are not finite, which would give a black picture."""
     if output.dtype.kind != "f":
         return
     with np.errstate(over="ignore", invalid="ignore"):
-        total = np.sum(output, dtype=np.float32)  # one look, and no array made: finite only where every number is
+        total = np.sum(
+            output, dtype=np.float32
+        )  # one pass without a temporary array; a finite sum means finite numbers
     if not np.isfinite(total) and not (finite := np.isfinite(output)).all():
-        found, count = output[~finite].flat[0], output.size - np.count_nonzero(finite)
+        bad, count = output[~finite].flat[0], output.size - np.count_nonzero(finite)
         raise AccuracyError(
-            f"{where} holds {found}, {count} of {output.size} numbers are not finite; check the weights, and the bundle"
+            f"{where} holds {bad}, {count} of {output.size} numbers are not finite; check the weights, and the bundle"
             " with 'tilewright export verify'"
         )
 
 
 def _batch(parts: list[Floats]) -> Floats:
-    """Arrays as the rows of one, contiguous; a single one is not copied needlessly."""
+    """Stack arrays into one contiguous array. A single contiguous array is not copied."""
     return np.ascontiguousarray(parts[0][None]) if len(parts) == 1 else np.stack(parts)
 
 
 @dataclass
 class _Group:
-    """Tiles that one call takes together, and what they keep to themselves."""
+    """The tiles of one call, and their values."""
 
     tiles: tuple[Tile, ...]
     values: dict[str, Any] = field(default_factory=dict)
 
 
 class Walk:
-    """A job while its passes run; run again with other inputs, it repeats only the passes they reach."""
+    """Runs a job. When it runs again with other inputs, only the passes that depend on them are repeated."""
 
     def __init__(self, program: Program, engines: Mapping[str, Engine], constants: Mapping[str, Any], job: Job) -> None:
         self.program, self.engines, self.constants, self.job = program, engines, constants, job
         self.values: dict[str, Any] = {}
         self.grids: dict[str, Floats] = {}
         self.groups: dict[Tiles, list[_Group]] = {}
-        self.given: dict[str, Any] = {}
+        self.last_inputs: dict[str, Any] = {}
         self.inputs: dict[str, Any] = {}
         self.height, self.width = job.image.shape[1:]
         self.lock, self.slots = Lock(), BoundedSemaphore(job.workers)
@@ -160,9 +162,9 @@ class Walk:
         self.finished: set[str] = set()
 
     def run(self, inputs: Mapping[str, Any], *, keep: bool = False) -> Floats:
-        """The result [3, H, W] for these inputs; `keep` what a further run may need."""
+        """The result [3, H, W] for these inputs. `keep` the values that another run may need."""
         skipped = skipped_passes(self.program, inputs.keys())
-        before, now = dict(self.given), dict(inputs)
+        before, now = dict(self.last_inputs), dict(inputs)
         same = {n for n in before.keys() & now.keys() if np.array_equal(before[n], now[n])}
         changed = (before.keys() | now.keys()) - same
         again = {p.name for p in self.program.passes if self.reached[p.name] & changed} - skipped
@@ -170,8 +172,10 @@ class Walk:
         again = with_other_writers(self.program, again)
         passes = [p for p in self.program.passes if p.name in again]
         self._take(inputs, passes)
-        self.finished = self.finished - again - skipped if keep else set()  # what may be built on, should a pass fail
-        self.told = False
+        self.finished = (
+            self.finished - again - skipped if keep else set()
+        )  # passes that a later run may build on if one fails now
+        self.result_reported = False
         grids = self.program.grids.keys()
         self._clear_grids(grids - self.grids.keys() | {name for p in passes for name in p.writes() & grids})
         for i, p in enumerate(passes):
@@ -179,20 +183,20 @@ class Walk:
             self.finished |= {p.name} if keep else set()
             if unused := {c.run for *_, c in p.calls()} - {c.run for q in passes[i + 1 :] for *_, c in q.calls()}:
                 self.job.on_unused(unused)
-        if not self.told:
+        if not self.result_reported:
             self.job.on_final(0, 0, self.grids["result"])
         return self.grids["result"]
 
     def _take(self, inputs: Mapping[str, Any], passes: Sequence[Pass]) -> None:
-        """Check the caller's inputs before any work; only what the passes read must be there."""
+        """Check the caller's inputs before any work. Only inputs that the passes read are required."""
         values = untiled_values(self.program)
         if unknown := sorted(inputs.keys() - self.program.inputs.keys() - values):
-            known = ", ".join([*self.program.inputs, *sorted(values)]) or "none"
-            raise UsageError(f"input {unknown[0]!r} is not one of {known}")
-        wanted = {s[1:] for p in passes for *_, c in p.calls() for s in c.inputs.values() if s[0] == "$"}
-        self.inputs |= {name: value_of(self.program, name, inputs, self.constants) for name in sorted(wanted)}
+            names = ", ".join([*self.program.inputs, *sorted(values)]) or "none"
+            raise UsageError(f"input {unknown[0]!r} is not one of {names}")
+        needed = {s[1:] for p in passes for *_, c in p.calls() for s in c.inputs.values() if s[0] == "$"}
+        self.inputs |= {name: value_of(self.program, name, inputs, self.constants) for name in sorted(needed)}
         self.values |= {name: np.asarray(inputs[name]) for name in inputs.keys() & values}
-        self.given = deepcopy(dict(inputs))  # a caller may change its arrays in place
+        self.last_inputs = deepcopy(dict(inputs))  # a caller may change its arrays in place
 
     def _clear_grids(self, names: set[str]) -> None:
         for name in names:
@@ -215,8 +219,8 @@ class Walk:
             width=columns,
         )
 
-    def walk(self, p: Pass, wanted: set[str] | None) -> None:
-        """Run one pass and leave its grids and values, all or those that are wanted."""
+    def walk(self, p: Pass, needed: set[str] | None) -> None:
+        """Run one pass, and keep its grids and values, all or the `needed` ones."""
         tiling = plan_of(self.program, p, self.height, self.width, self.job.tile_px, self.job.overlap_px)
         tables = self._tables(p, tiling)
         steps = len(next(iter(tables.values()))) if p.each else 0
@@ -228,7 +232,7 @@ class Walk:
         done = 0
         for phase in phases:
             joins: dict[str, _Join] = {}
-            tasks = [self._task(p, group, phase, tables, shared, wanted) for group in groups]
+            tasks = [self._task(p, group, phase, tables, shared, needed) for group in groups]
             for group, written in zip(groups, in_order(tasks, self.job.workers + 1), strict=True):
                 for name, parts in written.items():
                     if name not in joins:
@@ -237,7 +241,7 @@ class Walk:
                         joins[name].add(tile, part)
                         if name == "result" and p is self.finishing and phase is phases[-1]:
                             self.job.on_final(*joins[name].settled(tile))
-                            self.told = True
+                            self.result_reported = True
                 done += 1
                 self.job.on_progress(p.name, done, len(groups) * len(phases))
             self.grids |= {name: join.whole for name, join in joins.items()}
@@ -247,23 +251,23 @@ class Walk:
             self.groups[p.tiles] = groups
 
     def _groups(self, p: Pass, tiling: TilePlan) -> list[_Group]:
-        """The tiles of a pass by calls; those of an earlier pass with the same tiles, and what they hold."""
+        """The groups of tiles of a pass; an earlier pass with the same tiles shares its groups and their values."""
         if p.tiles in self.groups:
             return self.groups[p.tiles]
         size = p.tiles.batch if p.tiles else 1
         return [_Group(tiling.tiles[i : i + size]) for i in range(0, len(tiling.tiles), size)]
 
     def _shared(self, p: Pass, group: _Group, tables: Mapping[str, Any]) -> list[Call]:
-        """Make the calls that read nothing of a tile, once for all tiles; which they were."""
+        """Run the calls that read nothing of a tile, once for all tiles, and return them."""
         of_tiles = self.program.grids.keys() | group.values.keys() | p.state.keys()
-        made = []
+        calls = []
         for call in p.once:
             if call.shared(of_tiles):
-                made.append(call)
+                calls.append(call)
                 self.values |= self._call(p, group, call, ("once", 0), tables)
             else:
                 of_tiles = of_tiles | set(call.outputs.values())
-        return made
+        return calls
 
     def _tables(self, p: Pass, tiling: TilePlan) -> dict[str, Floats]:
         if p.steps is None:
@@ -280,7 +284,7 @@ class Walk:
         phase: list[Moment],
         tables: dict[str, Floats],
         shared: list[Call],
-        wanted: set[str] | None,
+        needed: set[str] | None,
     ) -> Callable[[], dict[str, Any]]:
         def task() -> dict[str, Any]:
             written: dict[str, Any] = {}
@@ -292,18 +296,18 @@ class Walk:
                         continue
                     for target, output in self._call(p, group, call, moment, tables).items():
                         (written if target in self.program.grids else group.values)[target] = output
-            if p.tiles and phase[-1][0] == "last" and wanted is not None:
-                for name in group.values.keys() - wanted:
+            if p.tiles and phase[-1][0] == "last" and needed is not None:
+                for name in group.values.keys() - needed:
                     del group.values[name]
             return written
 
         return task
 
     def _call(self, p: Pass, group: _Group, call: Call, moment: Moment, tables: Mapping[str, Any]) -> dict[str, Any]:
-        """What a call gives, by the places it goes to."""
+        """Run a call; returns its outputs by their targets."""
         feed = {name: self._fetch(p, group, source, *moment, tables) for name, source in call.inputs.items()}
         engine = self.engines[call.run]
-        with self.slots:  # what the call reads was made ready while others ran
+        with self.slots:  # inputs are prepared outside, while other calls run
             start = time.perf_counter()
             outputs = engine.run(feed, call.outputs)
             seconds = time.perf_counter() - start
@@ -323,7 +327,7 @@ class Walk:
         return np.full(shape, 1.0 if state.init == "ones" else 0.0, np.float32)
 
     def _noise(self, p: Pass, group: _Group, name: str, stream: int) -> Any:
-        """Global noise under the tile for a grid, the tile's own field for a state."""
+        """Noise of the grid under the tile, or for a state, noise of the tile."""
         if name in self.program.grids:
             grid = self.program.grids[name]
             corners = [(0, t.top // grid.px, t.left // grid.px) for t in group.tiles]
@@ -339,7 +343,7 @@ class Walk:
         return _batch([self._field(r, stream, channels, y, x, rows, columns) for r, y, x in corners])
 
     def _fetch(self, p: Pass, group: _Group, source: str, section: str, step: int, tables: Mapping[str, Any]) -> Any:
-        """The array behind a source, as `program` spells them."""
+        """The array of a source; program.py explains sources."""
         name = source[1:]
         if source[0] == "#":
             return self.constants[name]
@@ -361,9 +365,9 @@ class Walk:
             return tables[name] if section != "each" else np.asarray(tables[name][step])
         if table := of_tokens(p, name, group.tiles[0].height * group.tiles[0].width, self.constants):
             name = table
-        known = next(v for v in (group.values, self.values, self.constants) if name in v)
-        whole = known[name]
-        rows, steps = whole.shape[known is group.values], len(next(iter(tables.values())))
-        if rows != steps:  # rows for another number of steps are rows for other sigmas
+        source = next(v for v in (group.values, self.values, self.constants) if name in v)
+        whole = source[name]
+        rows, steps = whole.shape[source is group.values], len(next(iter(tables.values())))
+        if rows != steps:  # the table was computed for another number of steps, with other sigmas
             raise UsageError(f"table {name!r} has {rows} rows for {steps} steps; use --steps {rows}")
-        return whole[:, step] if known is group.values else whole[step]
+        return whole[:, step] if source is group.values else whole[step]

@@ -240,11 +240,11 @@ class Eager:
     network: Any
     names: tuple[str, ...]  # names of its outputs
 
-    def run(self, inputs: Mapping[str, Any], wanted: Iterable[str]) -> dict[str, Any]:
+    def run(self, inputs: Mapping[str, Any], outputs: Iterable[str]) -> dict[str, Any]:
         with torch.no_grad():  # it holds for one thread only, and tiles run in several
             results = self.network(**{name: torch.from_numpy(np.array(array)) for name, array in inputs.items()})
-        outputs = dict(zip(self.names, results if isinstance(results, tuple) else (results,), strict=True))
-        return {name: outputs[name].numpy() for name in wanted}
+        arrays = dict(zip(self.names, results if isinstance(results, tuple) else (results,), strict=True))
+        return {name: arrays[name].numpy() for name in outputs}
 
     def close(self) -> None:
         """Nothing to free."""
@@ -259,14 +259,14 @@ class _Paired:
         self.pairs: dict[str, list[tuple[Floats, Floats]]] = {}
         self.choices = dict.fromkeys(("total", "undecided", "differ", "wrong"), 0)
 
-    def run(self, inputs: Mapping[str, Any], wanted: Iterable[str]) -> dict[str, Any]:
+    def run(self, inputs: Mapping[str, Any], outputs: Iterable[str]) -> dict[str, Any]:
         ours, theirs = self.engine.run(inputs, self.eager.names), self.eager.run(inputs, self.eager.names)
         same = self._compare_choices(inputs, ours, theirs)
         for name, array in ours.items():
             if array.dtype.kind == "f":
                 compared = np.broadcast_to(same, array.shape) if same is not None else np.ones(array.shape, bool)
                 self.pairs.setdefault(name, []).append((array[compared], theirs[name][compared]))
-        return {name: ours[name] for name in wanted}
+        return {name: ours[name] for name in outputs}
 
     def _compare_choices(
         self, inputs: Mapping[str, Any], ours: dict[str, Any], theirs: dict[str, Any]

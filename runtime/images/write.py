@@ -1,4 +1,4 @@
-"""Image files out, whole or not at all."""
+"""Writing image files, completely or not at all."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["assemble", "check_writable", "write_image"]
 
 @dataclass(frozen=True)
 class _Writer:
-    """A Pillow encoder, its options, and what it cannot hold."""
+    """A Pillow encoder, its options and its limits."""
 
     format: str
     options: Mapping[str, Any]
@@ -57,7 +57,7 @@ _WRITERS = {
 
 
 def assemble(rgb: Pixels, like: Picture) -> Pixels:
-    """Lay out a result as its source was: [H, W], [H, W, 2], [H, W, 3] or [H, W, 4]; alpha is enlarged to fit."""
+    """A result with the layout of its source: [H, W], [H, W, 2], [H, W, 3] or [H, W, 4]; alpha is enlarged."""
     colour = np.array(Image.fromarray(rgb).convert("L")) if like.grey else rgb
     if like.alpha is None:
         return colour

@@ -32,15 +32,15 @@ class Tile:
 
 @dataclass(frozen=True)
 class TilePlan:
-    """Where the tiles of an image lie, in output pixels."""
+    """The places of an image's tiles, in output pixels."""
 
     height: int
     width: int
-    tile_height: int  # below the asked size when the image is
+    tile_height: int  # smaller than the nominal tile if the image is smaller
     tile_width: int
-    overlap: int  # nominal: what neighbours share at least
-    tops: tuple[int, ...]  # one a row of tiles
-    lefts: tuple[int, ...]  # one a column of tiles
+    overlap: int  # the least that neighbours share
+    tops: tuple[int, ...]  # one for each row of tiles
+    lefts: tuple[int, ...]  # one for each column of tiles
 
     @cached_property
     def tiles(self) -> tuple[Tile, ...]:
@@ -50,7 +50,7 @@ class TilePlan:
 
 
 def starts(length: int, tile: int, overlap: int) -> tuple[int, ...]:
-    """Return where the tiles of one axis start."""
+    """Return the places where the tiles of one axis start."""
     if length <= tile:
         return (0,)
     stride = tile - overlap

@@ -1,9 +1,11 @@
 # Every target sets itself up in .venv.
 PYTHON ?= python3
 BIN := .venv/bin
+TOOLS := PATH="$(abspath $(BIN)):$$PATH"
 CMAKE := $(or $(wildcard $(BIN)/cmake),cmake)
+PREFIX := kernels/native
 
-.PHONY: demo demo-hitoksr demo-in-token test lint bench native clean train-hitoksr train-in-token
+.PHONY: demo demo-hitoksr demo-in-token test lint bench native wheel clean train-hitoksr train-in-token
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -50,7 +52,15 @@ native:
 	test -n "$$ONNXRUNTIME_ROOT" || pkg-config --exists libonnxruntime || kernels/native/headers.sh build/onnxruntime
 	$(CMAKE) -S kernels/native -B build/native $(if $(shell command -v ninja),-G Ninja)
 	$(CMAKE) --build build/native
-	$(CMAKE) --install build/native
+	$(CMAKE) --install build/native --prefix $(PREFIX)
+
+# into dist/: the sdist, the pure wheel, and a wheel for this platform with the native kernels; auditwheel finds its tag
+wheel: .venv/ready
+	rm -rf dist build/lib* build/bdist* build/wheel # setuptools would pack what an earlier build left
+	$(BIN)/python -m build --no-isolation
+	$(TOOLS) python -m build --no-isolation --wheel -C--build-option=--native -o build/wheel
+	$(TOOLS) auditwheel repair -w dist build/wheel/*.whl
+	$(TOOLS) auditwheel show dist/*linux*.whl
 
 clean:
-	rm -rf .venv out build *.egg-info
+	rm -rf .venv out build dist *.egg-info

@@ -111,7 +111,22 @@ def kernels(work: Path) -> None:
         store(name, json.loads(output))
 
 
-SYSTEMS = {"hitoksr": hitoksr, "flux": flux, "instantir": instantir, "toksr": toksr, "demo": demo, "kernels": kernels}
+def wheel(work: Path) -> None:
+    clone, tiny = HERE.parent, work / "tiny"
+    subprocess.run(["make", "native", "wheel"], cwd=clone, check=True, stdout=sys.stderr)
+    tilewright("export", "build", "hitoksr", "--preset", "tiny", "--random-weights", 0, "-o", tiny)
+    bench("wheel", "--bundle", tiny, "--wheels", *sorted((clone / "dist").glob("*.whl")))
+
+
+SYSTEMS = {
+    "hitoksr": hitoksr,
+    "flux": flux,
+    "instantir": instantir,
+    "toksr": toksr,
+    "demo": demo,
+    "kernels": kernels,
+    "wheel": wheel,
+}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)

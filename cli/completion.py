@@ -1,10 +1,10 @@
-"""Scripts that complete commands in a shell: groups, verbs, options, their values, files.
+"""Scripts that complete commands in a shell: groups, verbs, options, values of options, files.
 
-They are made from the parsers, so no list of options is kept twice. A bundle's own arguments are not completed.
+They are made from the parsers, so that options are listed only once. A bundle's arguments are not completed.
 """
 
 import argparse
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,27 +13,27 @@ from tilewright.cli.commands import COMPLETION, GROUPS, SHELLS, parser, within
 __all__ = ["script"]
 
 FILES, FOLDERS = "@files", "@folders"
-OF_FOLDERS = ("DIR", "BUNDLE")  # what help calls the name of a folder
+OF_FOLDERS = ("DIR", "BUNDLE")  # names of folders in the help
 
 
 @dataclass(frozen=True)
 class _Verb:
-    """What may follow a verb."""
+    """The words that may follow a verb."""
 
-    words: str  # that lead to it
+    words: str  # the group and the verb
     options: dict[str, str]  # option -> its help
     values: dict[str, str]  # option that takes a value -> the choices, FILES, FOLDERS or nothing
-    places: list[str]  # the same of the arguments without a name, in order; what follows the last is like it
+    places: list[tuple[str, str]]  # arguments without a name: their number, or * for any, and the same of each
 
 
 def script(shell: str) -> str:
-    """The script for a shell, which reads it when it starts."""
+    """The script for a shell, to be read when the shell starts."""
     verbs = list(_verbs())
     return _fish(verbs) if shell == "fish" else _posix(verbs) + (ZSH if shell == "zsh" else BASH)
 
 
 def _verbs() -> Iterator[_Verb]:
-    yield _Verb(COMPLETION, {"--help": "show the help and exit"}, {}, [" ".join(SHELLS)])
+    yield _Verb(COMPLETION, {"--help": "show the help and exit"}, {}, [("0", " ".join(SHELLS))])
     for group in GROUPS:
         for name in next(a.choices for a in within(parser([group]), [group])._actions if isinstance(a.choices, dict)):
             verb = within(parser([group, name]), [group, name])
@@ -43,10 +43,10 @@ def _verbs() -> Iterator[_Verb]:
 
 
 def _verb(words: str, verb: argparse.ArgumentParser) -> _Verb:
-    options, values, places = {}, {}, []
+    options, values, places = dict[str, str](), dict[str, str](), list[tuple[str, str]]()
     for action in verb._actions:
         if not action.option_strings:
-            places.append(_takes(action))
+            places.append(("*" if action.nargs == "+" else str(len(places)), _takes(action)))
         for option in action.option_strings:
             options[option] = (action.help or "").partition(";")[0].replace("'", "")
             if action.nargs != 0:
@@ -67,64 +67,57 @@ def _takes(action: argparse.Action) -> str:
     return FILES if action.type is str else ""
 
 
-def _groups(verbs: Iterable[_Verb]) -> dict[str, list[str]]:
+def _posix(verbs: list[_Verb]) -> str:
+    """The part for bash and zsh: a function that sets `takes` to the words that may follow at the cursor."""
+
+    def case(words: str, takes: str) -> str:
+        pattern = f"'{words[:-1]}'*" if words.endswith("*") else f"'{words}'"
+        return f"    {pattern}) takes='{takes}' ;;"
+
+    return _filled(POSIX, verbs, case, [case(verb.words, " ".join(verb.options)) for verb in verbs])
+
+
+def _fish(verbs: list[_Verb]) -> str:
+    paths = {FILES: "__fish_complete_path (commandline -ct)", FOLDERS: "__fish_complete_directories (commandline -ct)"}
+
+    def case(words: str, takes: str) -> str:
+        offer = paths.get(takes, f"string split -n ' ' -- '{takes}'")
+        return f"        case '{words}'\n            {offer}"
+
+    options = []
+    for verb in verbs:
+        lines = " ".join(f"'{option}\t{text}'" for option, text in verb.options.items())
+        options.append(f"        case '{verb.words}'\n            printf '%s\\n' {lines}")
+    return _filled(FISH, verbs, case, options)
+
+
+def _filled(text: str, verbs: list[_Verb], case: Callable[[str, str], str], options: list[str]) -> str:
+    """A script with its cases: what may follow some words."""
     groups: dict[str, list[str]] = {}
     for verb in verbs:
         group, _, name = verb.words.partition(" ")
         groups.setdefault(group, []).extend([name] if name else [])
-    return groups
-
-
-def _posix(verbs: list[_Verb]) -> str:
-    """What bash and zsh share: a function that sets `takes` to what may follow the words before the cursor."""
-    groups = _groups(verbs)
-    of_group = [f"    {name}) takes='{' '.join([*names, '--help'])}' ;;" for name, names in groups.items() if names]
-    values = [f"    '{verb.words} {option}') takes='{takes}' ;;" for verb in verbs for option, takes in verb.values.items()]
-    options = [f"    '{verb.words}') takes='{' '.join(verb.options)}' ;;" for verb in verbs]
-    places = [
-        f"    '{verb.words} '{'*' if i == len(verb.places) - 1 else i}) takes='{takes}' ;;"
-        for verb in verbs
-        for i, takes in enumerate(verb.places)
-        if takes
-    ]
-    lines = {"GROUPS": " ".join([*groups, "--help", "--version"]), "NAMES": "|".join(n for n, v in groups.items() if v)}
-    lines |= {"VERBS": "\n".join(of_group), "VALUES": "\n".join(values)}
-    lines |= {"OPTIONS": "\n".join(options), "PLACES": "\n".join(places)}
-    text = POSIX
-    for name, line in lines.items():
-        text = text.replace(f"<{name}>", line)
-    return text
-
-
-def _fish(verbs: list[_Verb]) -> str:
-    groups = _groups(verbs)
-    offers = {FILES: "__fish_complete_path (commandline -ct)", FOLDERS: "__fish_complete_directories (commandline -ct)"}
-
-    def case(pattern: str, takes: str) -> str:
-        offer = offers.get(takes, f"string split -n ' ' -- '{takes}'")
-        return f"        case {pattern}\n            {offer}"
-
-    def told(verb: _Verb) -> str:
-        lines = " ".join(f"'{option}\t{text}'" for option, text in verb.options.items())
-        return f"        case '{verb.words}'\n            printf '%s\\n' {lines}"
-
-    values = [case(f"'{v.words} {option}'", takes) for v in verbs for option, takes in v.values.items()]
-    places = [
-        case(f"'{v.words} {'*' if i == len(v.places) - 1 else i}'", takes)
-        for v in verbs
-        for i, takes in enumerate(v.places)
-        if takes
-    ]
-    lines = {"GROUPS": " ".join([*groups, "--help", "--version"]), "NAMES": " ".join(n for n, v in groups.items() if v)}
-    lines |= {"VERBS": "\n".join(case(name, " ".join([*names, "--help"])) for name, names in groups.items() if names)}
-    lines |= {"VALUES": "\n".join(values), "OPTIONS": "\n".join(map(told, verbs)), "PLACES": "\n".join(places)}
-    text = FISH
+    with_verbs = [name for name, names in groups.items() if names]
+    lines = {
+        "GROUPS": " ".join([*groups, "--help", "--version"]),
+        "VERBS": "\n".join(case(name, " ".join([*groups[name], "--help"])) for name in with_verbs),
+        "VALUES": "\n".join(case(f"{v.words} {option}", takes) for v in verbs for option, takes in v.values.items()),
+        "OPTIONS": "\n".join(options),
+        "PLACES": "\n".join(case(f"{v.words} {at}", takes) for v in verbs for at, takes in v.places if takes),
+    }
     for name, line in lines.items():
         text = text.replace(f"<{name}>", line)
     return text
 
 
 POSIX = """\
+_tilewright_verbs() { # of a group; 1 where the word is none
+    case "$1" in
+<VERBS>
+    *) return 1 ;;
+    esac
+}
+
 _tilewright_values() { # of an option, after its verb; 1 where it takes none
     case "$1" in
 <VALUES>
@@ -147,18 +140,12 @@ _tilewright_takes() { # the word at the cursor, then those before it
         return
     fi
     verb=$1
-    case "$1" in
-    <NAMES>)
-        if [ $# -eq 1 ]; then
-            case "$1" in
-<VERBS>
-            esac
-            return
-        fi
+    if _tilewright_verbs "$1"; then
+        [ $# -eq 1 ] && return
         verb="$1 $2"
+        takes=
         shift
-        ;;
-    esac
+    fi
     shift
     while [ $# -gt 0 ]; do
         if _tilewright_values "$verb $1"; then
@@ -204,6 +191,14 @@ _tilewright() { # eval "$(tilewright completion zsh)", after compinit
 compdef _tilewright tilewright"""
 
 FISH = """\
+function __tilewright_verbs # of a group; 1 where the word is none
+    switch "$argv"
+<VERBS>
+        case '*'
+            return 1
+    end
+end
+
 function __tilewright_values # of an option, after its verb; 1 where it takes none
     switch "$argv"
 <VALUES>
@@ -234,11 +229,9 @@ function __tilewright # tilewright completion fish | source
         return
     end
     set -l verb $words[1]
-    if contains -- $words[1] <NAMES>
+    if __tilewright_verbs $words[1] >/dev/null
         if not set -q words[2]
-            switch $words[1]
-<VERBS>
-            end
+            __tilewright_verbs $words[1]
             return
         end
         set verb "$words[1] $words[2]"

@@ -1,15 +1,16 @@
-"""The verbs of `tilewright export`: list, build, stand-in, inspect, verify, clean."""
+"""The verbs of `tilewright export`: list, build, stand-in, inspect, onnx, verify, clean."""
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tilewright.cli.terminal import Progress, answer, expect_argument, size, verb
+from tilewright.cli.terminal import Progress, answer, expect_argument, verb
+from tilewright.runtime.errors import amount
 
 if TYPE_CHECKING:
     from tilewright.export.build.request import Request
@@ -18,7 +19,7 @@ __all__ = ["add_verbs"]
 
 
 def add_verbs(verbs: Any) -> None:
-    """Every verb of the group."""
+    """Add the verbs of the group."""
     verb(verbs, "list", "systems and presets that can be built", _list)
 
     build = verb(verbs, "build", "build a bundle from a system's weights", _build)
@@ -57,15 +58,25 @@ def add_verbs(verbs: Any) -> None:
     stand_in.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="a new folder")
 
     inspect = verb(verbs, "inspect", "what a bundle holds and where every byte lives", _inspect)
-    inspect.add_argument("bundle", type=Path)
+    inspect.add_argument("bundle", type=Path, metavar="BUNDLE", help="its directory")
     expect_argument(inspect)
-    inspect.add_argument("--weights-dir", type=Path, help="where the weights are, if they moved")
+    inspect.add_argument("--weights-dir", type=Path, metavar="DIR", help="where the weights are, if they moved")
+
+    onnx = verb(verbs, "onnx", "write a folder of graphs and weights that any ONNX tool opens", _onnx)
+    onnx.add_argument("bundle", type=Path, metavar="BUNDLE", help="its directory")
+    expect_argument(onnx)
+    onnx.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="a new or empty folder")
+    onnx.add_argument("--component", metavar="NAME", help="only this component (default: all)")
+    onnx.add_argument(
+        "--fold", action="store_true", help="standard operators, and weights as initializers that quantizers find"
+    )
+    onnx.add_argument("--weights-dir", type=Path, metavar="DIR", help="where the weights are, if they moved")
 
     verify = verb(verbs, "verify", "compare a bundle's engines with eager PyTorch; exit 7 on a miss", _verify)
-    verify.add_argument("bundle", type=Path)
+    verify.add_argument("bundle", type=Path, metavar="BUNDLE", help="its directory")
     expect_argument(verify)
     verify.add_argument("--size", type=int, metavar="PX", help="side of the picture (default: small, in small tiles)")
-    verify.add_argument("--weights-dir", type=Path, help="where the weights are, if they moved")
+    verify.add_argument("--weights-dir", type=Path, metavar="DIR", help="where the weights are, if they moved")
 
     clean = verb(verbs, "clean", "remove cached build stages; bundles stay", _clean)
     clean.add_argument("--older-than", type=float, default=0.0, metavar="DAYS", help="keep what is younger")
@@ -75,10 +86,10 @@ def add_verbs(verbs: Any) -> None:
 
 
 def _system_options(build: argparse.ArgumentParser, words: Sequence[str]) -> None:
-    """Add the options that systems take."""
+    """Add the options that only some systems have."""
     from tilewright.export.systems import names, system
 
-    takers: dict[str, dict[str, list[str]]] = {}  # option -> what it does -> systems
+    takers: dict[str, dict[str, list[str]]] = {}  # option -> help -> systems
     options = {}
     for s in names():
         for name, option in system(s).options.items():
@@ -86,7 +97,7 @@ def _system_options(build: argparse.ArgumentParser, words: Sequence[str]) -> Non
             takers.setdefault(name, {}).setdefault(option.help, []).append(s)
     group = build.add_argument_group("options of some systems")
     for name, option in options.items():
-        help_text = "; ".join(f"{text} ({', '.join(of)})" for text, of in takers[name].items())
+        help_text = "; ".join(f"{text} ({', '.join(systems)})" for text, systems in takers[name].items())
         flag = f"--{name.replace('_', '-')}"
         if option.flag:
             group.add_argument(flag, action="store_const", const=True, help=help_text)
@@ -97,18 +108,18 @@ def _system_options(build: argparse.ArgumentParser, words: Sequence[str]) -> Non
             )
 
 
-def _asked(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The system's own options that were given."""
+def _option_values(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The values of the system's options that the user set."""
     from tilewright.export.systems import names, system
 
     options = dict.fromkeys(name for s in names() for name in system(s).options)
-    asked = {name: value for name in options if (value := getattr(arguments, name)) is not None}
+    values = {name: value for name in options if (value := getattr(arguments, name)) is not None}
     paths = {origin.argument for origin in system(arguments.system).origins.values()}
-    return {name: _local(value) if name in paths else value for name, value in asked.items()}
+    return {name: _local(value) if name in paths else value for name, value in values.items()}
 
 
 def _local(value: str) -> str:
-    """What a repo id means, with the strength that may be behind it."""
+    """The local path for a repo id, with the strength behind it if there is one."""
     from tilewright.export.weights.hub import local
     from tilewright.export.weights.lora import path_and_strength
 
@@ -120,12 +131,13 @@ def _stand_in(arguments: argparse.Namespace) -> None:
     from tilewright.export.systems import system
     from tilewright.export.weights.stand_in import stand_in
 
-    made = stand_in(system(arguments.system), arguments.out)
+    with Progress(arguments) as progress:
+        report = stand_in(system(arguments.system), arguments.out, progress.tiles)
     answer(
         arguments,
-        made,
-        f"{made['folder']}: {len(made['files'])} files, {made['tensors']} tensors of zeros,"
-        f" {made['apparent_bytes'] / 1e9:.1f} GB that take {made['disk_bytes'] / 1e6:.1f} MB",
+        report,
+        f"{report['folder']}: {len(report['files'])} files, {report['tensors']} tensors of zeros,"
+        f" {amount(report['apparent_bytes'])} that take {amount(report['disk_bytes'])}",
     )
 
 
@@ -146,6 +158,7 @@ def _build(arguments: argparse.Namespace) -> None:
     from tilewright.export.build.run import build, changes
     from tilewright.export.build.stage_list import all_remembered, list_stages, quick_digest
     from tilewright.export.weights.hub import local
+    from tilewright.runtime.bundle.digests import sha256_of_file
 
     request = Request(
         arguments.system,
@@ -156,27 +169,46 @@ def _build(arguments: argparse.Namespace) -> None:
         arguments.pack,
         arguments.verify,
         arguments.ops,
-        _asked(arguments),
+        _option_values(arguments),
         arguments.allow_nonfinite,
     )
-    if arguments.explain:
-        if not all_remembered(request):
-            check_files(request)
-        changed = changes(request, list_stages(request, quick_digest if arguments.dry_run else sha256_of_file))
-        lines = [f"{stage} runs, changed: {', '.join(reasons)}" for stage, reasons in changed.items()]
-        print("\n".join(lines or ["nothing changed since the last build"]), file=sys.stderr)
+    start, usual, explained = time.perf_counter(), _usual(arguments.out), dict[str, Any]()
+    with Progress(arguments) as progress:
+
+        def digest(path: Path) -> str:
+            return sha256_of_file(path, on_read=partial(progress.bytes, f"reading {path.name}"))
+
+        def tell(stage: str, event: str, seconds: float) -> None:
+            progress.stage(stage, event, seconds, usual.get(stage))
+
+        if arguments.explain:
+            if not all_remembered(request):
+                check_files(request)
+            explained = {
+                "changed": changes(request, list_stages(request, quick_digest if arguments.dry_run else digest))
+            }
+        if explained and not arguments.json:
+            lines = [f"{stage} runs, changed: {', '.join(reasons)}" for stage, reasons in explained["changed"].items()]
+            progress.say("\n".join(lines or ["nothing changed since the last build"]))
+        cost = {} if arguments.dry_run else build(request, tell, digest)
     if arguments.dry_run:
-        _dry_run(arguments, request)
+        _dry_run(arguments, request, explained)
         return
-    start = time.perf_counter()
-    with Progress() as progress:
-        cost = build(request, progress.stage)
     seconds = time.perf_counter() - start
     done = f"{arguments.out}: built in {seconds:.1f} s" if cost else f"{arguments.out}: up to date, nothing to do"
-    answer(arguments, {"bundle": str(arguments.out), "built": bool(cost), "stages": cost}, done)
+    answer(arguments, {"bundle": str(arguments.out), "built": bool(cost), "stages": cost} | explained, done)
 
 
-def _dry_run(arguments: argparse.Namespace, request: "Request") -> None:
+def _usual(out: Path) -> dict[str, float]:
+    """How long each stage took when this bundle was built before."""
+    try:
+        cost = json.loads((out / "reports" / "build.json").read_text())
+        return {stage: float(spent["seconds"]) for stage, spent in cost.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _dry_run(arguments: argparse.Namespace, request: "Request", explained: dict[str, Any]) -> None:
     from tilewright.export.build.forecast import forecast
     from tilewright.export.build.preflight import check_files
     from tilewright.export.build.run import up_to_date
@@ -185,13 +217,13 @@ def _dry_run(arguments: argparse.Namespace, request: "Request") -> None:
     check_files(request)
     stages = list_stages(request, quick_digest)
     predicted = forecast(request, stages, up_to_date=up_to_date(request, stages))
-    disk = ", ".join(f"{size / 1e6:.1f} MB under {place}" for place, size in predicted.disk.items()) or "nothing"
+    disk = ", ".join(f"{amount(needed)} under {place}" for place, needed in predicted.disk.items()) or "nothing"
     answer(
         arguments,
-        predicted.to_json(),
+        predicted.to_json() | explained,
         f"stages: {', '.join(predicted.stages) or 'none, the bundle is up to date'}\n"
         f"disk: {disk}\n"
-        f"peak memory: {predicted.memory / 1e9:.1f} GB",
+        f"peak memory: {amount(predicted.memory)}",
     )
 
 
@@ -202,13 +234,37 @@ def _inspect(arguments: argparse.Namespace) -> None:
     answer(arguments, report, summary(report))
 
 
-def _verify(arguments: argparse.Namespace) -> None:
-    from tilewright.export.verify.engines import require, verify
-    from tilewright.runtime.bundle.digests import writing
+def _onnx(arguments: argparse.Namespace) -> None:
+    from tilewright.export.onnx_folder import onnx_folder
 
-    report = verify(
-        arguments.bundle, weights_dir=arguments.weights_dir, size_px=arguments.size, expect=arguments.expect
-    )
+    with Progress(arguments) as progress:
+        written = onnx_folder(
+            arguments.bundle,
+            arguments.out,
+            component=arguments.component,
+            fold=arguments.fold,
+            weights_dir=arguments.weights_dir,
+            expect=arguments.expect,
+            on_bytes=partial(progress.bytes, "weights"),
+        )
+    size = amount(sum(written["files"].values()))
+    answer(arguments, written, f"{written['folder']}: {', '.join(written['graphs'])}; {size}")
+
+
+def _verify(arguments: argparse.Namespace) -> None:
+    from tilewright.export.verify.engines import PARTS, require, verify
+    from tilewright.runtime.bundle.digests import writing
+    from tilewright.runtime.errors import AccuracyError
+
+    with Progress(arguments, PARTS) as progress:
+        progress.doing("reading the files")
+        report = verify(
+            arguments.bundle,
+            weights_dir=arguments.weights_dir,
+            size_px=arguments.size,
+            expect=arguments.expect,
+            on_progress=progress.tiles,
+        )
     path = arguments.bundle / "reports" / "accuracy.json"
     with writing(path) as temporary:
         temporary.write_text(json.dumps(report, indent=2, sort_keys=True) + "\n")
@@ -220,17 +276,21 @@ def _verify(arguments: argparse.Namespace) -> None:
             lines.append(f"{name}: " + ", ".join(f"{count} {what}" for what, count in choices.items()) + " choices")
     lines.append(f"picture: PSNR {report['restore']['psnr_db']:.1f} dB")
     lines.append("seams: " + ", ".join(f"{picture} {excess:+.0%}" for picture, excess in report["seams"].items()))
-    answer(arguments, report, "\n".join([*lines, f"written to {path}"]))
-    require(report)
+    fault = None
+    try:
+        require(report)
+    except AccuracyError as error:
+        fault = error
+    answer(arguments, report, "\n".join([*lines, f"written to {path}"]), fault=fault)
 
 
 def _clean(arguments: argparse.Namespace) -> None:
     from tilewright.export.build.clean import clean
 
     cleaned = clean(arguments.older_than, converted=arguments.converted)
-    lines = [f"freed {cleaned.freed_bytes / 1e6:.1f} MB"]
+    lines = [f"freed {amount(cleaned.freed_bytes)}"]
     if cleaned.converted_bytes:
-        lines.append(f"{cleaned.converted_bytes / 1e6:.1f} MB of converted weights stay; --converted removes them too")
+        lines.append(f"{amount(cleaned.converted_bytes)} of converted weights stay; --converted removes them too")
     if cleaned.bundles:
         state = "no longer find their weights; build them again" if arguments.converted else "read converted weights"
         lines.append(f"{', '.join(cleaned.bundles)} {state}")

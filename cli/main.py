@@ -1,4 +1,4 @@
-"""The command `tilewright`: how it begins and how it ends. Nothing heavy is imported before signals are in hand."""
+"""The command `tilewright`: its start, its signals and its exit codes. Heavy imports come after signal handlers."""
 
 import os
 import signal
@@ -9,17 +9,21 @@ __all__ = ["main"]
 
 ENDINGS = {signal.SIGINT: ("interrupted", 130), signal.SIGTERM: ("terminated", 143)}
 RETRY_S = 0.05
-_stopped_by: list[int] = []  # the signals that came; a library may swallow the exception that one raised
+_stopped_by: list[int] = []  # the signals that came; a library may catch the exception that a signal raised
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; its exit code."""
+    """Run a command, and return its exit code."""
     if argv is None:
         for number in ENDINGS:
             signal.signal(number, _stop)
         if hasattr(signal, "SIGALRM"):
             signal.signal(signal.SIGALRM, _again)
         sys.unraisablehook = _unraisable
+        if sys.stderr is None:  # closed by the caller; print would take standard output instead
+            sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+        elif "--verbose" not in sys.argv:
+            _keep_stderr()
     try:
         code = _run(sys.argv[1:] if argv is None else argv)
         if _stopped_by:
@@ -31,14 +35,21 @@ def main(argv: list[str] | None = None) -> int:
         from tilewright.cli.terminal import say_error
 
         words = sys.argv[1:] if argv is None else argv
-        said, code = ENDINGS[signal.Signals(_stopped_by[0] if _stopped_by else signal.SIGINT)]
-        kept = "; finished stages of the build are kept" if words[:2] == ["export", "build"] else ""
-        say_error(f"{said}{kept}", code, said.capitalize(), to=sys.stdout if "--json" in words else None)
+        ending, code = ENDINGS[signal.Signals(_stopped_by[0] if _stopped_by else signal.SIGINT)]
+        hint = "; finished stages of the build are kept" if words[:2] == ["export", "build"] else ""
+        say_error(f"{ending}{hint}", code, ending.capitalize(), to=sys.stdout if "--json" in words else None)
         return code
     finally:
         if argv is None:
             for number in (*ENDINGS, getattr(signal, "SIGALRM", signal.SIGINT)):  # nothing is left to clean up
                 signal.signal(number, signal.SIG_IGN)
+
+
+def _keep_stderr() -> None:
+    """Keep stderr for our own lines: libraries in C write to descriptor 2, which now leads nowhere."""
+    ours = os.dup(2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    sys.stderr = os.fdopen(ours, "w", buffering=1, encoding=sys.stderr.encoding, errors="backslashreplace")
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
@@ -47,7 +58,9 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 
 def _again(number: int, frame: FrameType | None) -> None:
-    if hasattr(signal, "setitimer") and _imports(frame):  # a library that is half there may crash: when it is whole
+    if hasattr(signal, "setitimer") and _imports(
+        frame
+    ):  # stopping in the middle of an import may crash a library, so wait
         signal.setitimer(signal.ITIMER_REAL, RETRY_S)
         return
     raise KeyboardInterrupt
@@ -68,6 +81,7 @@ def _unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
 
 
 def _run(words: list[str]) -> int:
+    from tilewright.cli.commands import as_typed, parse
     from tilewright.cli.terminal import say_error
     from tilewright.runtime.errors import TilewrightError
 
@@ -75,12 +89,10 @@ def _run(words: list[str]) -> int:
     _silence(verbose, "-q" in words or "--quiet" in words)
     arguments = None
     try:
-        from tilewright.cli.commands import parse
-
         arguments = parse(words)
         arguments.run(arguments)
         return 0
-    except BrokenPipeError:  # nobody reads our output any more
+    except BrokenPipeError:  # the reader of the output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
@@ -90,15 +102,18 @@ def _run(words: list[str]) -> int:
             import traceback
 
             traceback.print_exc()
-        said, code = (str(error), error.exit_code) if isinstance(error, TilewrightError) else _ending(error)
+        if isinstance(error, TilewrightError):
+            message, code = as_typed(str(error), getattr(arguments, "options", {})), error.exit_code
+        else:
+            message, code = _ending(error)
         picture_goes_there = str(getattr(arguments, "output", "")) == "-"
         to = None if "--json" not in words else sys.stderr if picture_goes_there else sys.stdout
-        say_error(said, code, type(error).__name__, getattr(error, "report", None), to=to)
+        say_error(message, code, type(error).__name__, getattr(error, "report", None), to=to)
         return code
 
 
 def _silence(verbose: bool, quiet: bool) -> None:
-    """Let only our own lines reach stderr, or with `verbose` those of every library."""
+    """Show only our own log lines on stderr; with `verbose`, those of every library."""
     import logging
 
     if verbose:
@@ -121,7 +136,7 @@ def _silence(verbose: bool, quiet: bool) -> None:
 
 
 def _ending(error: Exception) -> tuple[str, int]:
-    """What to say of an error that is none of ours, in one line, and the exit code."""
+    """The line and the exit code for an error that is not ours."""
     import errno
 
     from tilewright.runtime.bundle.strict import one_line
@@ -136,8 +151,8 @@ def _ending(error: Exception) -> tuple[str, int]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return f"{where}{error.strerror}; free space there, or choose another place", 5
         return f"{where}{error.strerror or error}; check that the path is right and may be used", 4
-    said = one_line(f"internal error, {type(error).__name__}: {error}")
-    return f"{said}; repeat with --verbose and report it", 1
+    message = one_line(f"internal error, {type(error).__name__}: {error}")
+    return f"{message}; repeat with --verbose and report it", 1
 
 
 if __name__ == "__main__":

@@ -6,15 +6,15 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from tilewright.cli.terminal import Progress, answer, expect_argument, verb
+from tilewright.cli.terminal import Progress, answer, expect_argument, note, send_image, verb
 from tilewright.runtime.bundle.arguments import Argument, flag
 from tilewright.runtime.bundle.program import Input
 from tilewright.runtime.bundle.read import read_bundle
 from tilewright.runtime.errors import UsageError
 from tilewright.runtime.estimate import MEMORY_MODES, estimate
-from tilewright.runtime.images.write import check_writable, write_image
+from tilewright.runtime.images.write import FORMATS, check_overwrite, check_writable, encode_image, write_image
 from tilewright.runtime.inputs import checked
 from tilewright.runtime.restore import Restorer, load
 
@@ -22,11 +22,12 @@ __all__ = ["add_verbs"]
 
 
 LISTED = "A bundle has arguments of its own: --bundle DIR --help lists them."
+STREAM = "-"
 METAVARS = {"words": "WORDS", "tensors": "FILE", "number": "NUMBER", "integer": "INTEGER"}
 
 
 def add_verbs(verbs: Any) -> None:
-    """restore, plan, select, profile."""
+    """Add the verbs restore, plan, select and profile."""
     _restore_arguments(verb(verbs, "restore", "restore an image", _restore))
 
     plan = verb(verbs, "plan", "tiles and memory for an image size; nothing is run", _plan)
@@ -34,7 +35,7 @@ def add_verbs(verbs: Any) -> None:
     plan.add_argument("height", type=int)
     _bundle_arguments(plan)
     plan.add_argument("--memory", choices=MEMORY_MODES, default="fast", help="as for restore")
-    plan.add_argument("--scale", type=int, help="as for restore")
+    plan.add_argument("--scale", type=int, metavar="N", help="as for restore")
 
     select = verb(verbs, "select", "the best of several restorations of one image, by scores of quality", _select)
     select.add_argument("candidates", nargs="+", type=Path, metavar="IMAGE", help="in the order of their rounds")
@@ -44,15 +45,17 @@ def add_verbs(verbs: Any) -> None:
 
 
 def _restore_arguments(restore: argparse.ArgumentParser) -> None:
-    restore.add_argument("input", type=Path, metavar="IN")
-    restore.add_argument("output", type=Path, metavar="OUT", help="its suffix chooses the format")
+    restore.add_argument("input", type=Path, metavar="IN", help="an image, or - for standard input")
+    restore.add_argument("output", type=Path, metavar="OUT", help="its suffix chooses the format; - is standard output")
+    restore.add_argument("--format", choices=FORMATS, help="of the image on standard output (default: png)")
+    restore.add_argument("--force", action="store_true", help="replace the input itself, or a read-only file")
     _bundle_arguments(restore)
     _engine_arguments(restore)
-    restore.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
-    restore.add_argument("--steps", type=int, help="sampling steps, where the system has any")
-    restore.add_argument("--scale", type=int, help="enlarge by this, where the system leaves it open")
+    restore.add_argument("--seed", type=int, metavar="N", default=0, help="of the noise (default: 0)")
+    restore.add_argument("--steps", type=int, metavar="N", help="sampling steps, where the system has any")
+    restore.add_argument("--scale", type=int, metavar="N", help="enlarge by this, where the system leaves it open")
     restore.add_argument(
-        "--max-pixels", type=int, default=100_000_000, help="refuse larger inputs (default: 100 million)"
+        "--max-pixels", type=int, metavar="N", default=100_000_000, help="refuse larger inputs (default: 100 million)"
     )
     restore.epilog = LISTED
     restore.set_defaults(more_arguments=_arguments_of_bundle)
@@ -62,20 +65,25 @@ def _profile_arguments(profile: argparse.ArgumentParser) -> None:
     _bundle_arguments(profile)
     _engine_arguments(profile)
     profile.add_argument(
-        "--resolutions", default="512,1024", help="output sizes: 512 or 2560x1440, with commas (default: 512,1024)"
+        "--resolutions",
+        metavar="SIZES",
+        default="512,1024",
+        help="output sizes: 512 or 2560x1440, with commas (default: 512,1024)",
     )
-    profile.add_argument("--runs", type=int, default=5, help="measured runs after a warm-up, at least 5 (default: 5)")
-    profile.add_argument("--steps", type=int, help="as for restore")
+    profile.add_argument(
+        "--runs", type=int, metavar="N", default=5, help="measured runs after a warm-up, at least 5 (default: 5)"
+    )
+    profile.add_argument("--steps", type=int, metavar="N", help="as for restore")
     profile.epilog = LISTED
     profile.set_defaults(more_arguments=_arguments_of_bundle)
 
 
 def _arguments_of_bundle(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
-    """Read the bundle that the words name, and add its arguments to the parser."""
-    ours = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    ours.add_argument("--bundle", nargs="?")
-    ours.add_argument("--expect", nargs="?")
-    named = ours.parse_known_args([*words])[0]
+    """Read the bundle that the command names, and add its arguments to the parser."""
+    reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    reader.add_argument("--bundle", nargs="?")
+    reader.add_argument("--expect", nargs="?")
+    named = reader.parse_known_args([*words])[0]
     if named.bundle is None:
         return
     bundle = read_bundle(named.bundle, expect=named.expect)
@@ -84,28 +92,28 @@ def _arguments_of_bundle(parser: argparse.ArgumentParser, words: Sequence[str]) 
     for name, argument in bundle.arguments.items():
         group.add_argument(
             flag(name),
-            dest=f"${name}",  # apart from ours
+            dest=f"${name}",  # so that it cannot be one of ours
             type=_converter(name, bundle.program.inputs.get(name)),
             metavar=METAVARS.get(argument.kind) or f"{{{','.join(argument.choices)}}}",
             default=argparse.SUPPRESS,
             help=_help(argument).replace("%", "%%"),
         )
-    known = ", ".join(map(flag, bundle.arguments)) or "no arguments of its own"
-    parser.set_defaults(opened=bundle, takes=f"this bundle takes {known}")
+    flags = ", ".join(map(flag, bundle.arguments)) or "no arguments of its own"
+    parser.set_defaults(opened=bundle, takes=f"this bundle takes {flags}")
     parser.epilog = None
 
 
-def _converter(name: str, taken: Input | None) -> Callable[[str], Any]:
-    """From a word of the command line to a value; words and files are taken as they are."""
+def _converter(name: str, spec: Input | None) -> Callable[[str], Any]:
+    """A function that converts a word of the command line into a value; texts and files stay as they are."""
 
     def convert(word: str) -> Any:
-        if taken is None:
+        if spec is None:
             return word
         value: Any = word
-        if not taken.choices:
+        if not spec.choices:
             with contextlib.suppress(ValueError):
-                value = float(word) if "float" in taken.dtype else int(word)
-        checked(flag(name), f"{flag(name)} {word!r}", taken, value)
+                value = float(word) if "float" in spec.dtype else int(word)
+        checked(flag(name), f"{flag(name)} {word!r}", spec, value)
         return value
 
     return convert
@@ -116,12 +124,12 @@ def _help(argument: Argument) -> str:
     return f"{argument.help}{ranged} ({argument.otherwise})"
 
 
-def _own(arguments: argparse.Namespace) -> dict[str, Any]:
+def _bundle_values(arguments: argparse.Namespace) -> dict[str, Any]:
     """The values of the bundle's arguments."""
     values = {name[1:]: value for name, value in vars(arguments).items() if name.startswith("$")}
-    known = arguments.opened.arguments
-    from_file = any(known[name].kind == "tensors" for name in values)
-    for name, argument in known.items():
+    listed = arguments.opened.arguments
+    from_file = any(listed[name].kind == "tensors" for name in values)
+    for name, argument in listed.items():
         if argument.needed and name not in values and not from_file:
             raise UsageError(f"{flag(name)} has no default; give it: {argument.help or argument.takes}")
     return values
@@ -140,9 +148,9 @@ def _engine_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--memory", choices=MEMORY_MODES, default="fast", help="speed, or weights mapped and not copied"
     )
-    parser.add_argument("--threads", type=int, default=0, help="of an engine (default: all cores)")
-    parser.add_argument("--workers", type=int, default=1, help="tiles run at once (default: 1)")
-    parser.add_argument("--weights-dir", type=Path, help="where the weights are, if they moved")
+    parser.add_argument("--threads", type=int, metavar="N", default=0, help="of an engine (default: all cores)")
+    parser.add_argument("--workers", type=int, metavar="N", default=1, help="tiles run at once (default: 1)")
+    parser.add_argument("--weights-dir", type=Path, metavar="DIR", help="where the weights are, if they moved")
 
 
 def _open(arguments: argparse.Namespace) -> Restorer:
@@ -156,18 +164,20 @@ def _open(arguments: argparse.Namespace) -> Restorer:
 
 
 def _restore(arguments: argparse.Namespace) -> None:
-    check_writable(arguments.output)
-    own = _own(arguments)
+    source, piped = _streams(arguments)
+    values = _bundle_values(arguments)
     weights = arguments.opened.manifest.options.get("weights", "")
     if weights.startswith(("random", "stand-in")):
         kind = weights.partition(",")[0]
-        print(f"note: this bundle holds {kind} weights; the picture proves plumbing, not restoration", file=sys.stderr)
+        note(arguments, f"this bundle holds {kind} weights; the picture proves plumbing, not restoration")
     start = time.perf_counter()
-    with _open(arguments) as restorer:
-        opened = time.perf_counter() - start
-        with Progress() as progress:
-            made = restorer.restore(
-                arguments.input,
+    with Progress(arguments, [p.name for p in arguments.opened.program.passes]) as progress:
+        progress.doing("opening the engines")
+        with _open(arguments) as restorer:
+            opened = time.perf_counter() - start
+            progress.doing("reading the image")
+            restoration = restorer.restore(
+                source,
                 tile=arguments.tile,
                 overlap=arguments.overlap,
                 seed=arguments.seed,
@@ -175,23 +185,46 @@ def _restore(arguments: argparse.Namespace) -> None:
                 scale=arguments.scale,
                 max_pixels=arguments.max_pixels,
                 on_progress=progress.tiles,
-                **own,
+                **values,
             )
-    before = time.perf_counter()
-    write_image(arguments.output, made.image, icc=made.icc)
-    seconds = made.seconds | {"open": opened, "write": time.perf_counter() - before}
-    height, width = made.image.shape[:2]
+        progress.doing("writing the image")
+        before = time.perf_counter()
+        if piped:
+            send_image(encode_image(restoration.image, arguments.format or "png", icc=restoration.icc))
+        else:
+            write_image(arguments.output, restoration.image, icc=restoration.icc)
+    seconds = restoration.seconds | {"open": opened, "write": time.perf_counter() - before}
+    height, width = restoration.image.shape[:2]
     value = {
-        "input_width": width // made.scale,
-        "input_height": height // made.scale,
+        "input_width": width // restoration.scale,
+        "input_height": height // restoration.scale,
         "output": str(arguments.output),
         "width": width,
         "height": height,
-        "tiles": made.tiles,
+        "tiles": restoration.tiles,
         "seconds": seconds,
-        "peak_bytes": made.peak_bytes,
+        "peak_bytes": restoration.peak_bytes,
     }
-    answer(arguments, value, _restored(arguments.input, value))
+    answer(arguments, value, _restored(arguments.input, value), to=sys.stderr if piped else None)
+
+
+def _streams(arguments: argparse.Namespace) -> tuple[Path | BinaryIO, bool]:
+    """Where the image comes from, and whether it goes to standard output; refused before any work is done."""
+    piped = str(arguments.output) == STREAM
+    if piped:
+        if sys.stdout is None or sys.stdout.isatty():
+            raise UsageError("standard output is no place for an image here; name a file, or write > FILE after it")
+    else:
+        if arguments.format:
+            raise UsageError(f"--format is for standard output; the suffix of {arguments.output} chooses its format")
+        check_writable(arguments.output)
+        if not arguments.force:
+            check_overwrite(arguments.output, arguments.input)
+    if str(arguments.input) != STREAM:
+        return arguments.input, piped
+    if sys.stdin is None or sys.stdin.isatty():
+        raise UsageError("standard input holds no image here; name a file, or write < FILE after it")
+    return sys.stdin.buffer, piped
 
 
 def _restored(source: Path, value: dict[str, Any]) -> str:
@@ -207,7 +240,7 @@ def _restored(source: Path, value: dict[str, Any]) -> str:
 
 def _plan(arguments: argparse.Namespace) -> None:
     bundle = read_bundle(arguments.bundle, expect=arguments.expect)
-    found = estimate(
+    needs = estimate(
         bundle,
         arguments.width,
         arguments.height,
@@ -226,22 +259,22 @@ def _plan(arguments: argparse.Namespace) -> None:
             "overlap": plan.overlap,
             "steps": p.steps.count if p.steps else 1,
         }
-        for p, plan in found.passes
+        for p, plan in needs.passes
     ]
     value = {
-        "result": [found.width, found.height],
+        "result": [needs.width, needs.height],
         "passes": passes,
-        "needed_bytes": found.needed_bytes,
-        "available_bytes": found.available_bytes,
+        "needed_bytes": needs.needed_bytes,
+        "available_bytes": needs.available_bytes,
     }
     rows = [
         f"{p['pass']:<12} {p['columns']}x{p['rows']} tiles of {p['tile'][0]}x{p['tile'][1]} px,"  # type: ignore[index]
         f" overlap {p['overlap']}, {p['steps']} step(s)"
         for p in passes
     ]
-    free = "unknown" if found.available_bytes is None else f"{found.available_bytes / 2**30:.1f} GiB"
-    rows.append(f"memory: about {found.needed_bytes / 2**30:.2f} GiB needed, {free} free")
-    answer(arguments, value, "\n".join([f"result: {found.width}x{found.height} px", *rows]))
+    free = "unknown" if needs.available_bytes is None else f"{needs.available_bytes / 2**30:.1f} GiB"
+    rows.append(f"memory: about {needs.needed_bytes / 2**30:.2f} GiB needed, {free} free")
+    answer(arguments, value, "\n".join([f"result: {needs.width}x{needs.height} px", *rows]))
 
 
 def _select(arguments: argparse.Namespace) -> None:
@@ -260,8 +293,9 @@ def _select(arguments: argparse.Namespace) -> None:
 def _profile(arguments: argparse.Namespace) -> None:
     from tilewright.runtime.profile import profile, resolutions, table
 
-    sizes, own = resolutions(arguments.resolutions), _own(arguments)
-    with _open(arguments) as restorer, Progress() as progress:
+    sizes, values = resolutions(arguments.resolutions), _bundle_values(arguments)
+    parts = [f"{width}x{height}" for width, height in sizes]
+    with _open(arguments) as restorer, Progress(arguments, parts) as progress:
         measured = profile(
             restorer,
             sizes,
@@ -270,6 +304,6 @@ def _profile(arguments: argparse.Namespace) -> None:
             overlap=arguments.overlap,
             steps=arguments.steps,
             on_progress=progress.tiles,
-            **own,
+            **values,
         )
     answer(arguments, measured, table(measured))

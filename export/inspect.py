@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tilewright.runtime.bundle.arguments import Argument, flag
 from tilewright.runtime.bundle.program import Program
 from tilewright.runtime.bundle.read import Bundle, read_bundle
+from tilewright.runtime.bundle.strict import encode
 from tilewright.runtime.bundle.weights import checked_folder
 
 __all__ = ["inspect", "summary"]
@@ -45,6 +47,7 @@ def inspect(root: Path, weights_dir: Path | None = None, expect: str | None = No
         "licence": manifest.licence,
         "options": manifest.options,
         "made_with": manifest.made_with,
+        "arguments": {name: encode(argument) for name, argument in bundle.arguments.items()},
         "components": components,
         "passes": _passes(bundle.program),
         "tensors": _accounts(root),
@@ -72,6 +75,10 @@ def _passes(program: Program) -> list[str]:
         + (f", {p.steps.count} steps of {p.steps.schedule}" if p.steps else "")
         for p in program.passes
     ]
+
+
+def _argument(name: str, argument: Argument) -> str:
+    return f"argument {flag(name)}: {argument.takes} ({argument.otherwise})" + (argument.help and f"; {argument.help}")
 
 
 def _orphaned(bundle: Bundle) -> int:
@@ -104,6 +111,7 @@ def summary(report: dict[str, Any]) -> str:
         f"{report['bundle']}: {report['system']} {report['preset']}, {report['precision']}, {report['digest'][:12]}",
         f"licence of the weights: {report['licence']}",
         *(f"pass {p}" for p in report["passes"]),
+        *(_argument(name, Argument(**fields)) for name, fields in report["arguments"].items()),
     ]
     for name, c in report["components"].items():
         lines.append(f"{name}: {c['nodes']} nodes; {', '.join(c['engines'])}")

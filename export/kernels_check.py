@@ -16,18 +16,18 @@ from tilewright.kernels.table import Op
 from tilewright.runtime.bundle.strict import one_line
 from tilewright.runtime.engines import ort
 
-__all__ = ["GET_TRITON", "NO_GPU", "NO_NATIVE", "check", "here"]
+__all__ = ["GET_TRITON", "NO_GPU", "NO_NATIVE", "check", "implementations"]
 
 GET_TRITON = "Triton is not installed: pip install 'triton>=3.6'"
 NO_GPU = "no GPU that PyTorch can use"
-NO_NATIVE = "not built: make native"
+NO_NATIVE = "not here: install a platform wheel, or make native in a clone"
 NO_CUDA = "not built: cmake -S kernels/native -B build/native -DTILEWRIGHT_CUDA=ON"
 NATIVE = ("codebook_nearest", "codebook_from_logits", "codebook_from_hidden")  # ops with a native kernel
 OF_PARTS = "of its parts"
 Progress = Callable[[str, int, int], Any]
 
 
-def here(ops: Sequence[Op]) -> dict[str, Any]:
+def implementations(ops: Sequence[Op]) -> dict[str, Any]:
     """The implementations of each op on this machine, and those that the runtime uses."""
     native = _native(ops)
     rows = [

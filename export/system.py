@@ -209,7 +209,8 @@ class System:
     components: Parts  # the networks that become graphs
     program: Callable[[Settings], Program]
     licences: Mapping[str, str] = field(default_factory=dict)  # preset -> licence, where it differs
-    stand_in: Callable[[], dict[str, Any]] | None = None  # every file a build needs -> its tensors or its text
+    base_models: tuple[str, ...] = ()  # of the published system, as the Hugging Face Hub names them
+    stand_in: Callable[[], dict[str, Any]] | None = None  # file -> its tensors or its text: all a user must have
     options: Mapping[str, Option] = field(default_factory=dict)
     lora: LoraFile | None = None
     settings: Callable[[Preset, Mapping[str, Any], UserFiles], Settings] | None = None

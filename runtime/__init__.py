@@ -5,13 +5,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tilewright.runtime.errors import TilewrightError
+    from tilewright.runtime.images.write import encode_image, write_image
     from tilewright.runtime.restore import Restoration, Restorer, load
 
     __version__: str
 
-__all__ = ["Restoration", "Restorer", "TilewrightError", "__version__", "load"]
+__all__ = ["Restoration", "Restorer", "TilewrightError", "__version__", "encode_image", "load", "write_image"]
 
-_HOMES = {"TilewrightError": "errors", "Restoration": "restore", "Restorer": "restore", "load": "restore"}
+_HOMES = {
+    "TilewrightError": "errors",
+    **dict.fromkeys(("Restoration", "Restorer", "load"), "restore"),
+    **dict.fromkeys(("encode_image", "write_image"), "images.write"),
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,6 @@
 """Errors that a user can act on, with the exit code of each.
 
-Messages name options as on the command line: --max-pixels there is max_pixels in Python.
+Messages name arguments as Python does, max_pixels=64; the command line shows them as its options, --max-pixels 64.
 """
 
 from typing import Any
@@ -14,7 +14,16 @@ __all__ = [
     "ResourceError",
     "TilewrightError",
     "UsageError",
+    "amount",
 ]
+
+
+def amount(number: float) -> str:
+    """Bytes in the unit that shows them."""
+    for unit, of in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if number >= of:
+            return f"{number / of:.1f} {unit}"
+    return f"{number:.0f} bytes"
 
 
 class TilewrightError(Exception):

@@ -51,7 +51,10 @@ def checked(name: str, shown: str, spec: Input, value: Any) -> Any:
     if array.shape != spec.shape:
         expected = f"an array of {list(spec.shape)}" if spec.shape else takes
         raise UsageError(f"{name} has shape {list(array.shape)}; give {expected}")
-    _require_finite(f"{shown} is" if not spec.shape else f"{name} holds", array, UsageError)
+    if spec.shape:
+        _require_finite(f"{name} holds", array, UsageError)
+    elif not np.isfinite(array):
+        raise UsageError(f"{shown} is not finite as {spec.dtype}; give {takes}")
     if spec.choices and not np.isin(array, list(spec.choices.values())).all():
         raise UsageError(f"{shown} is not {takes}")
     too_low = spec.least is not None and array < np.asarray(spec.least, array.dtype)
@@ -77,9 +80,10 @@ def whole(name: str, value: Any, least: int, most: int | None = None) -> int:
 
 
 def gather(bundle: Bundle, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The inputs and values of a program by name. Words become ids, and files become their tensors."""
+    """The inputs and values of a program by name. Words become ids, files become their tensors; None is the default."""
     program, specs = bundle.program, _specs(bundle)
     check_names(bundle, arguments)
+    arguments = {name: value for name, value in arguments.items() if value is not None}
     values = {
         name: value for name, value in arguments.items() if name not in program.texts and name not in program.files
     }

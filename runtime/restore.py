@@ -99,7 +99,7 @@ class Restorer:
         """The restored image as uint8, with the layout of the source.
 
         `image`: a path, bytes, a binary file, a Pillow image or a uint8 array. Options as for `restore`. For a file or
-        bytes of it: `write_image("out.png", pixels)`, `encode_image(pixels, "png")`.
+        bytes of it: `write_image("out.png", pixels)`, `encode_image(pixels, ".png")`.
         """
         return self.restore(image, **options).image
 

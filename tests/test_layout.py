@@ -10,6 +10,7 @@ import tomllib
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("cli", "export", "kernels", "runtime", "calib")
+COMMAND = Path("cli") / "module"  # what `python -m tilewright` runs
 MAY_IMPORT = {
     "cli": {"export", "runtime", "kernels", "calib"},
     "runtime": set(),
@@ -36,6 +37,7 @@ RUNTIME = (
     {"restore.py"},
     {"profile.py"},
 )
+HEAVY = {"torch", "diffusers", "transformers", "onnx", "onnx_ir", "onnxruntime"}
 LAYERS = {"export": EXPORT, "runtime": RUNTIME}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
@@ -119,8 +121,14 @@ def test_the_manifest_reader_needs_only_the_standard_library() -> None:
 def test_every_sub_folder_with_sources_is_packaged() -> None:
     packaged = set(PROJECT["tool"]["setuptools"]["packages"])
     folders = {file.parent.relative_to(ROOT) for folder in FOLDERS for file in sources(folder)}
-    assert packaged == {"tilewright." + ".".join(folder.parts) for folder in folders}
-    assert set(PROJECT["tool"]["setuptools"]["package-dir"].values()) == set(FOLDERS)
+    names = {"tilewright" if folder == COMMAND else "tilewright." + ".".join(folder.parts) for folder in folders}
+    assert packaged == names
+    assert set(PROJECT["tool"]["setuptools"]["package-dir"].values()) == {*FOLDERS, COMMAND.as_posix()}
+
+
+def test_the_top_of_the_namespace_holds_the_command_alone_and_no_init() -> None:
+    assert [file.name for file in sources(COMMAND.as_posix())] == ["__main__.py"]
+    assert PROJECT["tool"]["setuptools"]["package-dir"]["tilewright"] == COMMAND.as_posix()
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
@@ -151,16 +159,24 @@ def test_versions_are_exact_and_torch_comes_first() -> None:
 
 
 def test_the_runtime_loads_no_heavy_package() -> None:
-    code = "import sys, tilewright.runtime; print(*sys.modules)"
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    loaded = loaded_by("from tilewright.runtime import *")
     assert "tilewright.runtime.restore" in loaded
-    assert not {"torch", "diffusers", "transformers", "onnx", "onnx_ir", "onnxruntime"} & set(loaded)
+    assert not HEAVY & loaded
 
 
-def test_the_command_loads_no_heavy_package_before_a_verb_needs_it() -> None:
-    code = "import sys; from tilewright.cli.commands import parser; parser(); print(*sys.modules)"
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert not {"torch", "diffusers", "transformers", "onnx", "onnx_ir", "onnxruntime"} & set(loaded)
+@pytest.mark.parametrize("words", [["export", "list"], ["export", "build", "--help"], ["kernels", "--help"]], ids=str)
+def test_a_command_that_computes_nothing_loads_neither_heavy_packages_nor_numpy(words: list[str]) -> None:
+    code = f"from tilewright.cli.main import main\ntry: main({words})\nexcept SystemExit: pass"
+    loaded = loaded_by(code)
+    assert "tilewright.cli.commands" in loaded
+    assert not (HEAVY | {"numpy", "PIL"}) & loaded
+
+
+def loaded_by(code: str) -> set[str]:
+    """The modules that a process has loaded after this code."""
+    command = [sys.executable, "-c", f"{code}\nimport sys; print(*sys.modules)"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return set(done.stdout.splitlines()[-1].split())
 
 
 def test_the_repository_root_is_not_importable_from_elsewhere(tmp_path: Path) -> None:

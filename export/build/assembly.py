@@ -42,7 +42,7 @@ class Assembly:
             shutil.copytree(self.optimised / "engines", root / "engines")
         write(root / "weights.json", to_json(self.weights()))
         shutil.copytree(self.constants, root, dirs_exist_ok=True)
-        write(root / "program.json", to_json(request.system.program(request.settings)))
+        write(root / "program.json", to_json(request.program))
         memory = json.loads((self.optimised / "memory.json").read_text())
         components = {
             name: Component(

@@ -7,8 +7,9 @@ from tilewright.export.build.attachment import check_attachment
 from tilewright.export.build.forecast import Forecast
 from tilewright.export.build.request import Request
 from tilewright.export.build.stages.constants import check_constants
+from tilewright.runtime.bundle.arguments import check_arguments
 from tilewright.runtime.bundle.write import check_replaceable
-from tilewright.runtime.errors import ResourceError
+from tilewright.runtime.errors import BundleError, ResourceError, UsageError, amount
 from tilewright.runtime.estimate import available_bytes
 
 __all__ = ["check_files", "check_room"]
@@ -19,6 +20,10 @@ def check_files(request: Request) -> None:
     check_replaceable(request.out)
     check_attachment(request)
     check_constants(request)
+    try:
+        check_arguments(request.program)
+    except BundleError as error:
+        raise UsageError(f"{request.name}: {error}") from None
 
 
 def check_room(forecast: Forecast) -> None:
@@ -29,7 +34,7 @@ def check_room(forecast: Forecast) -> None:
     for place in forecast.disk:
         size, free = needed[_existing(place).stat().st_dev], shutil.disk_usage(_existing(place)).free
         if size > free:
-            raise ResourceError(f"{place}: needs {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; make room")
+            raise ResourceError(f"{place}: needs {amount(size)}, {amount(free)} are free; make room")
     free_memory = available_bytes()
     if free_memory is not None and forecast.memory > free_memory:
         raise ResourceError(

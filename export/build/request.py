@@ -11,6 +11,7 @@ from tilewright.export.system import ComponentSpec, Lora, Preset, Settings, Syst
 from tilewright.export.systems import system
 from tilewright.export.weights.files import find, locate
 from tilewright.export.weights.lora import lora_of, path_and_strength
+from tilewright.runtime.bundle.program import Program
 from tilewright.runtime.errors import InputError, UsageError
 
 __all__ = ["OPS", "VERIFY_MODES", "Request"]
@@ -108,6 +109,11 @@ class Request:
     def components(self) -> dict[str, ComponentSpec]:
         """The networks that become graphs."""
         return self.system.components(self.settings)
+
+    @cached_property
+    def program(self) -> Program:
+        """What runs them on an image."""
+        return self.system.program(self.settings)
 
     @cached_property
     def build_time(self) -> dict[str, ComponentSpec]:

@@ -17,7 +17,7 @@ from tilewright.export.build.forecast import forecast, unverifiable
 from tilewright.export.build.preflight import check_files, check_room
 from tilewright.export.build.request import Request
 from tilewright.export.build.stage_list import all_remembered, list_stages
-from tilewright.runtime.bundle.digests import cache_dir, sha256_of_bytes
+from tilewright.runtime.bundle.digests import cache_dir, sha256_of_bytes, sha256_of_file
 from tilewright.runtime.bundle.read import read_bundle
 from tilewright.runtime.errors import BundleError
 from tilewright.runtime.estimate import peak_bytes, reset_peak
@@ -29,12 +29,16 @@ Cost = dict[str, dict[str, float]]  # stage -> seconds and peak_bytes
 Report = Callable[[str, str, float], None]  # called with a stage, its event, and seconds
 
 
-def build(request: Request, on_stage: Report = lambda name, event, seconds: None) -> Cost:
+def build(
+    request: Request,
+    on_stage: Report = lambda name, event, seconds: None,
+    digest: Callable[[Path], str] = sha256_of_file,
+) -> Cost:
     """Run the stages that are not finished, put the bundle in place, and return the cost of each stage that ran."""
     unread = not all_remembered(request)
     if unread:  # check files before reading gigabytes for the keys of stages
         check_files(request)
-    stages = list_stages(request)
+    stages = list_stages(request, digest)
     if up_to_date(request, stages):
         return {}
     if not unread:

@@ -19,14 +19,14 @@ __all__ = ["quicker"]
 def quicker() -> Iterator[None]:
     """Replace the slow functions that exist, and restore them at the end."""
     with contextlib.ExitStack() as stack:
-        for part in (_translations, _promotions, _numbers):
+        for part in (_translations, _promotions, _numbers, _stacks):
             with contextlib.suppress(ImportError, AttributeError, KeyError):
                 stack.enter_context(_replaced(*part()))
         yield
 
 
 @contextlib.contextmanager
-def _replaced(owner: type, name: str, by: Any) -> Iterator[None]:
+def _replaced(owner: Any, name: str, by: Any) -> Iterator[None]:
     before = vars(owner)[name]  # getattr would bind it
     setattr(owner, name, by)
     try:
@@ -40,7 +40,7 @@ def _once(make: Callable[..., Any], **options: Any) -> Any:
     return make(**options)
 
 
-def _translations() -> tuple[type, str, Any]:
+def _translations() -> tuple[Any, str, Any]:
     """The exporter parses the source of every translation to ONNX for every graph, which takes 0.3 s."""
     from torch.onnx._internal.exporter._registration import ONNXRegistry
 
@@ -57,7 +57,7 @@ def _translations() -> tuple[type, str, Any]:
     return ONNXRegistry, "from_torchlib", staticmethod(registry)
 
 
-def _promotions() -> tuple[type, str, Any]:
+def _promotions() -> tuple[Any, str, Any]:
     """The exporter runs every node again when it promotes types, although their values are known."""
     from torch.onnx._internal.fx.passes import type_promotion
 
@@ -74,6 +74,11 @@ def _promotions() -> tuple[type, str, Any]:
     return interpreter, "run_node", run_node
 
 
-def _numbers() -> tuple[type, str, Any]:
+def _numbers() -> tuple[Any, str, Any]:
     """Every operation on a size asks several times whether it is a number, which searches the expression."""
     return sympy.Expr, "is_number", property(functools.cache(sympy.Expr.is_number.fget))
+
+
+def _stacks() -> tuple[Any, str, Any]:
+    """Every node gets the lines of source that it comes from, which graphs leave behind."""
+    return fx.config, "do_not_emit_stack_traces", True

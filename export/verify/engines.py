@@ -23,6 +23,7 @@ from tilewright.export.systems import system
 from tilewright.export.verify.memory import VERIFY_COPIES
 from tilewright.export.verify.seams import PICTURES, seam_excess
 from tilewright.export.weights.files import mapped_tensor
+from tilewright.runtime.bundle.program import Program
 from tilewright.runtime.bundle.read import Bundle, read_bundle
 from tilewright.runtime.engines import Engine, backend
 from tilewright.runtime.errors import AccuracyError, ResourceError, UsageError
@@ -34,18 +35,21 @@ from tilewright.runtime.restore import Restorer, load
 from tilewright.runtime.scheduler import Job, run
 from tilewright.runtime.text import token_ids
 
-__all__ = ["RELATIVE_L2_GATE", "require", "sample_photo", "verify"]
+__all__ = ["PARTS", "RELATIVE_L2_GATE", "require", "sample_photo", "verify"]
 
 RELATIVE_L2_GATE = 1e-4  # for float outputs of a component, in float32; measured are 1e-6 to 1e-5
 SMALL = 2**24  # a bundle with fewer parameters is small
 WORDS = "a stone bridge over a river"
-FEW_STEPS = 8  # sampling steps when engines are compared
-SEAM_STEPS = 4  # sampling steps when seams are judged; each step joins the tiles
-LEAST_TILE_PX = 96  # of tiles when seams are judged: convolutions reach further than 12 of the smallest tokens
-SEAM_GATE = 0.15  # for `seam_excess`: blended tiles of random networks reach 0.09, unblended tiles of the demo 0.4
-UNDECIDED = 4.0  # a choice may differ if its scores differ by fewer roundings
+FEW_STEPS = 8  # in which engines are compared
+SEAM_STEPS = 4  # in which seams are judged: each step joins the tiles
+SMALL_SEAM_STEPS = 2  # the second reads what the first joined; the demo's averaged tiles show as much as after 4
+LEAST_TILE_PX = 96  # to judge seams by: convolutions see further than 12 of the smallest tokens
+SEAM_GATE = 0.15  # of `seam_excess`; blended tiles of random networks reach 0.09, averaged ones of the demo exceed 0.4
+UNDECIDED = 4.0  # a choice won by less than this many roundings of its scores may fall either way
+PARTS = ("engines", "engines and eager", *(f"seams, {name}" for name in (*PICTURES, "photo")))  # of a verification
 Floats = npt.NDArray[np.floating[Any]]
 Pixels = npt.NDArray[np.uint8]
+Report = Callable[[str, int, int], None]  # is told one of PARTS and how much of it is done
 
 
 def verify(
@@ -55,6 +59,7 @@ def verify(
     size_px: int | None = None,
     expect: str | None = None,
     fresh: bool = True,
+    on_progress: Report = lambda part, done, total: None,
 ) -> dict[str, Any]:
     """Compare a bundle's engines with the networks that they were traced from, and return a report.
 
@@ -72,9 +77,12 @@ def verify(
         pairs = {n: _Paired(restorer.engines[n], e) for n, e in eager.items()}
         job = _job(restorer, size_px)
         job.inputs = gather(bundle, example_inputs(bundle))
-        engine_image = run(program, pairs, restorer.constants, job)
-        eager_image = run(program, eager, restorer.constants, job)
-        seams = {name: _seam(restorer, job, make) for name, make in (PICTURES | {"photo": _photo}).items()}
+        told = {part: replace(job, on_progress=_percent(on_progress, part, program)) for part in PARTS}
+        engine_image = run(program, restorer.engines, restorer.constants, told["engines"])
+        eager_image = run(program, pairs, restorer.constants, told["engines and eager"])
+        few = _few_steps(restorer, SMALL_SEAM_STEPS if small else SEAM_STEPS)
+        pictures = (PICTURES | {"photo": _photo}).items()
+        seams = {name: _seam(restorer, told[f"seams, {name}"], few, make) for name, make in pictures}
     first = bundle.manifest.components[next(iter(eager))].engines[0]
     return {
         "bundle": bundle.digest,
@@ -87,6 +95,12 @@ def verify(
         "seams": seams,
         "gate": {"relative_l2": RELATIVE_L2_GATE, "seam_excess": SEAM_GATE},
     }
+
+
+def _percent(report: Report, part: str, program: Program) -> Report:
+    """Tell how much of a restoration is done, as if its passes took equally long."""
+    names = [p.name for p in program.passes]
+    return lambda name, done, total: report(part, round(100 * (names.index(name) + done / total) / len(names)), 100)
 
 
 @contextlib.contextmanager
@@ -113,8 +127,8 @@ def _require_memory(bundle: Bundle) -> None:
         )
 
 
-def _seam(restorer: Restorer, job: Job, make: Callable[[int, int], Pixels]) -> float:
-    """The seams of a picture of 3 x 3 tiles that overlap by a third; with a few steps if the bundle allows few."""
+def _seam(restorer: Restorer, job: Job, steps: int | None, make: Callable[[int, int], Pixels]) -> float:
+    """The seams of a picture of three by three tiles that share a third, after so many steps."""
     program = restorer.bundle.program
     fixed = job.tile_px is not None and least_px(program, job.tile_px) == job.tile_px
     usual = min(p.tiles.px for p in program.passes if p.tiles)
@@ -125,8 +139,7 @@ def _seam(restorer: Restorer, job: Job, make: Callable[[int, int], Pixels]) -> f
     whole = 3 * tile - 2 * overlap
     side = -(-whole // program.scale)
     enlarged = Enlarged(make(side, side), program.scale, program.multiple_px, least_px(program, tile))
-    steps, workers = _few_steps(restorer, SEAM_STEPS), restorer.workers
-    tiled = replace(job, image=enlarged, tile_px=tile, overlap_px=overlap, steps=steps, workers=workers)
+    tiled = replace(job, image=enlarged, tile_px=tile, overlap_px=overlap, steps=steps, workers=restorer.workers)
     image = run(program, restorer.engines, restorer.constants, tiled)
     last = [p for p in program.passes if "result" in p.writes()][-1]
     plan = plan_of(program, last, image.shape[1], image.shape[2], tile, overlap)
@@ -251,7 +264,7 @@ class Eager:
 
 
 class _Paired:
-    """Runs an engine and its eager network on the same inputs, and returns the engine's outputs."""
+    """An engine and its network, run on the same inputs; answers with the network's outputs."""
 
     def __init__(self, engine: Engine, eager: Eager) -> None:
         self.engine, self.eager = engine, eager
@@ -266,7 +279,7 @@ class _Paired:
             if array.dtype.kind == "f":
                 compared = np.broadcast_to(same, array.shape) if same is not None else np.ones(array.shape, bool)
                 self.pairs.setdefault(name, []).append((array[compared], theirs[name][compared]))
-        return {name: ours[name] for name in outputs}
+        return {name: theirs[name] for name in outputs}
 
     def _compare_choices(
         self, inputs: Mapping[str, Any], ours: dict[str, Any], theirs: dict[str, Any]

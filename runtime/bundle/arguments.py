@@ -87,7 +87,8 @@ def argument_of(spec: Input) -> Argument:
     """The argument for an input of a single value."""
     if spec.choices:
         usual = next((name for name, number in spec.choices.items() if number == spec.default), None)
-        return Argument("choice", spec.help, usual, tuple(spec.choices), needed=spec.default is None)
+        choices = tuple(sorted(spec.choices, key=lambda name: spec.choices[name]))
+        return Argument("choice", spec.help, usual, choices, needed=spec.default is None)
     kind = "number" if "float" in spec.dtype else "integer"
     default = (
         None if isinstance(spec.default, str) else spec.default
@@ -124,4 +125,4 @@ def _check_range(where: str, spec: Input) -> None:
     if least > most:
         raise BundleError(f"{where}: least {least:g} is above most {most:g}; exchange them")
     if isinstance(spec.default, int | float) and not least <= spec.default <= most:
-        raise BundleError(f"{where}: default {spec.default:g} does not lie in {least:g} to {most:g}")
+        raise BundleError(f"{where}: default {_plain(spec.default)} is not {argument_of(spec).takes}")

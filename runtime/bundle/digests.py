@@ -10,7 +10,7 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tilewright.runtime.errors import EnvironmentMismatch
@@ -37,12 +37,14 @@ def sha256_of_bytes(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def sha256_of_file(path: Path, *, fresh: bool = False) -> str:
+def sha256_of_file(
+    path: Path, *, fresh: bool = False, on_read: Callable[[int, int], None] = lambda done, total: None
+) -> str:
     """The SHA-256 of a file, in hexadecimal. It is remembered while the file does not change, except with `fresh`."""
     if not fresh and (remembered := remembered_sha256(path)):
         return remembered
     identity = _identity(path)
-    digest = _sha256(path)
+    digest = _sha256(path, on_read)
     note = _note(identity)
     if note and _identity(path) == identity:  # a file that changed while it was read is not remembered
         with contextlib.suppress(OSError), writing(note) as temporary:
@@ -74,7 +76,7 @@ def _identity(path: Path) -> list[str | int]:
     return [str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
 
-def _sha256(path: Path) -> str:
+def _sha256(path: Path, on_read: Callable[[int, int], None]) -> str:
     """The SHA-256 by reading the file. The zeros in holes of a sparse file are not read."""
     digest, at, end = hashlib.sha256(), 0, path.stat().st_size
     with path.open("rb", buffering=0) as file:
@@ -86,6 +88,7 @@ def _sha256(path: Path) -> str:
             block = file.read(len(ZEROS))
             digest.update(block)
             at = start + len(block)
+            on_read(at, end)
             if not block:
                 break
     return digest.hexdigest()
@@ -111,5 +114,9 @@ def writing(path: Path) -> Iterator[Path]:
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        if error.filename is None:  # of a write, which does not know where
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU, with our own kernels if they are built.
+"""ONNX Runtime on the CPU, with our own kernels where they are installed or built.
 
 With `fast` ONNX Runtime re-packs the weights for speed, and they are in memory twice; `low` runs on the mapped files.
 Graphs name their weights by the paths in a packed bundle. A graph is opened with the real paths, below one folder that
@@ -18,7 +18,8 @@ from tilewright.runtime.errors import BundleError, EnvironmentMismatch, Resource
 
 __all__ = ["OrtEngine", "missing", "native_library", "open_engine", "open_graph", "version"]
 
-NATIVE = Path(__file__).parents[2] / "kernels" / "native" / "lib" / "libtilewright_cpu.so"  # `make native` builds it
+# where `make native` puts our kernels in a clone, and where they lie in a platform wheel
+NATIVE = Path(__file__).parents[2] / "kernels" / "native" / "lib" / "libtilewright_cpu.so"
 
 
 def missing() -> str | None:
@@ -36,7 +37,7 @@ def version() -> str:
 
 
 def native_library() -> Path | None:
-    """The library of our kernels, if it is built. TILEWRIGHT_NATIVE names another one, or none if it is empty."""
+    """Our kernels for ONNX Runtime, if here; TILEWRIGHT_NATIVE names another library, or none when it is empty."""
     path = os.environ.get("TILEWRIGHT_NATIVE", str(NATIVE))
     return Path(path) if path and (Path(path).is_file() or "TILEWRIGHT_NATIVE" in os.environ) else None
 
@@ -94,8 +95,8 @@ def open_graph(
             options.register_custom_ops_library(str(library))
         except Exception as error:  # ONNX Runtime's exceptions share no base class
             raise EnvironmentMismatch(
-                f"native kernels {library} do not load ({one_line(str(error))}); run make native, or "
-                "set TILEWRIGHT_NATIVE= to do without"
+                f"native kernels {library} do not load ({one_line(str(error))}); run make native in a clone, "
+                "install Tilewright anew, or set TILEWRIGHT_NATIVE= to do without"
             ) from error
     disabled = []
     if memory == "low":

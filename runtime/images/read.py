@@ -8,12 +8,14 @@ files.
 from __future__ import annotations
 
 import os
+import stat
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +26,9 @@ from tilewright.runtime.errors import InputError
 __all__ = ["Picture", "Pixels", "read_image"]
 
 Pixels = npt.NDArray[np.uint8]
+Source: TypeAlias = (
+    "str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO | Image.Image | npt.NDArray[Any]"
+)
 
 
 # The first five need no further plugins, and AVIF is last because a Pillow without it fails on reaching the name.
@@ -63,10 +68,11 @@ class Picture:
     icc: bytes | None  # only a profile that describes these pixels: a CMYK one is dropped
 
 
-def read_image(
-    source: str | os.PathLike[str] | Image.Image | npt.NDArray[Any], *, max_pixels: int = 100_000_000
-) -> Picture:
-    """Read a file, a Pillow image or a uint8 array, upright and in 8 bits; of an animated file, the first frame."""
+def read_image(source: Source, *, max_pixels: int = 100_000_000) -> Picture:
+    """Read an image, upright and in 8 bits; of an animated file, the first frame.
+
+    `source` is a path, the bytes of a file, a binary file (a pipe too), a Pillow image or a uint8 array.
+    """
     if isinstance(source, np.ndarray):
         return _from_array(source, max_pixels)
     if isinstance(source, Image.Image):
@@ -74,7 +80,12 @@ def read_image(
         return _from_image(source, "the image")
     if isinstance(source, (str, os.PathLike)):
         return _from_file(Path(source), max_pixels)
-    raise InputError(f"cannot read an image from a {type(source).__name__}: pass a path, a Pillow image or an array")
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return _from_bytes(BytesIO(source), "the image", max_pixels)
+    if callable(getattr(source, "read", None)):
+        return _from_bytes(BytesIO(_read_all(source)), str(getattr(source, "name", "the image")), max_pixels)
+    takes = "a path, bytes, a binary file, a Pillow image or an array"
+    raise InputError(f"cannot read an image from a {type(source).__name__}: pass {takes}")
 
 
 def _from_array(array: npt.NDArray[Any], max_pixels: int) -> Picture:
@@ -89,9 +100,26 @@ def _from_array(array: npt.NDArray[Any], max_pixels: int) -> Picture:
 
 def _from_file(path: Path, max_pixels: int) -> Picture:
     # Not by its name: Pillow would map the file, and so scramble an uncompressed TIFF that is stored on its side.
-    with _opened(path) as file, _bomb_check_off(), _identified(file, path) as image:
-        _check_size(str(path), image.size, max_pixels)
-        return _from_image(image, str(path))
+    with _opened(path) as file:
+        return _from_bytes(file, str(path), max_pixels)
+
+
+def _from_bytes(file: BinaryIO, name: str, max_pixels: int) -> Picture:
+    with _bomb_check_off(), _identified(file, name) as image:
+        _check_size(name, image.size, max_pixels)
+        return _from_image(image, name)
+
+
+def _read_all(file: BinaryIO) -> bytes:
+    """From where the file is now to its end: Pillow would seek, which a pipe cannot."""
+    name = getattr(file, "name", "the image")
+    try:
+        content = file.read()
+    except (OSError, ValueError) as error:
+        raise InputError(f"{name} cannot be read ({reason(error)}): check the file") from error
+    if not isinstance(content, bytes):
+        raise InputError(f"{name} reads as {type(content).__name__}: open it in binary mode, 'rb'")
+    return content
 
 
 @contextmanager
@@ -113,17 +141,20 @@ def _bomb_check_off() -> Iterator[None]:
 
 def _opened(path: Path) -> BinaryIO:
     try:
+        mode = path.stat().st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # opening a pipe waits for its other end
+            raise InputError(f"{path} is a device or a pipe, not a file: name a file, or - for standard input")
         return path.open("rb")
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be opened ({reason(error)}): check the path") from error
 
 
-def _identified(file: BinaryIO, path: Path) -> Image.Image:
+def _identified(file: BinaryIO, name: str) -> Image.Image:
     try:
         return Image.open(file, formats=_FORMATS)
     except Exception as error:  # damaged headers cause errors of any type
         formats = ", ".join(_FORMATS)
-        raise InputError(f"{path} is damaged or not an image: pass one of the formats {formats}") from error
+        raise InputError(f"{name} is damaged or not an image: pass one of the formats {formats}") from error
 
 
 def reason(error: Exception) -> str:
@@ -138,7 +169,7 @@ def _check_size(name: str, size: tuple[int, int], max_pixels: int) -> None:
     if width * height > max_pixels:
         raise InputError(
             f"{name} is {width}x{height} = {width * height} pixels, over the limit of {max_pixels}: "
-            "raise max_pixels to read it"
+            f"read it with max_pixels={width * height}"
         )
 
 

@@ -6,6 +6,7 @@ import os
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from PIL import Image
 from tilewright.runtime.errors import ResourceError, UsageError
 from tilewright.runtime.images.read import Picture, Pixels, fitting_profile, reason
 
-__all__ = ["assemble", "check_writable", "write_image"]
+__all__ = ["FORMATS", "assemble", "check_overwrite", "check_writable", "encode_image", "write_image"]
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,9 @@ _WRITERS = {
 }
 
 
+FORMATS = tuple(suffix[1:] for suffix in _WRITERS)
+
+
 def assemble(rgb: Pixels, like: Picture) -> Pixels:
     """A result with the layout of its source: [H, W], [H, W, 2], [H, W, 3] or [H, W, 4]; alpha is enlarged."""
     colour = np.array(Image.fromarray(rgb).convert("L")) if like.grey else rgb
@@ -73,24 +77,54 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     target = Path(path).resolve()
     if target.is_dir():
         raise UsageError(f"{path} is a directory: name a file")
+    if target.exists() and not target.is_file():
+        raise UsageError(f"{path} is a device or a pipe: name a file")
     if not target.parent.is_dir():
         raise UsageError(f"{path} is in {target.parent}, which is not a directory: create it first")
     if not os.access(target.parent, os.W_OK | os.X_OK):
         raise UsageError(f"{path} is in {target.parent}, which is not writable: choose another directory")
 
 
+def check_overwrite(path: str | os.PathLike[str], source: str | os.PathLike[str]) -> None:
+    """Refuse to replace the image that is read, or a file that somebody has made read-only."""
+    target = Path(path)
+    if not target.exists():
+        return
+    if Path(source).exists() and target.samefile(source):
+        raise UsageError(f"{path} is the input itself: name another file, or replace it with --force")
+    if not target.stat().st_mode & 0o222:
+        raise UsageError(f"{path} is read-only: name another file, or replace it with --force")
+
+
 def write_image(path: str | os.PathLike[str], pixels: Pixels, *, icc: bytes | None = None) -> None:
     """Write [H, W], [H, W, 2], [H, W, 3] or [H, W, 4] whole or not at all; JPEG and BMP drop the alpha."""
     check_writable(path)
-    writer = _WRITERS[Path(path).suffix.lower()]
-    pixels = pixels if writer.alpha else _without_alpha(pixels)
-    _check_fits(path, pixels, writer)
-    profile = fitting_profile(icc, writer.grey and (pixels.ndim == 2 or pixels.shape[2] == 2))
+    image, writer, profile = _prepared(str(path), Path(path).suffix.lower(), pixels, icc)
     try:
-        _replace(Path(path).resolve(), Image.fromarray(pixels), writer, profile)
+        _replace(Path(path).resolve(), image, writer, profile)
     except OSError as error:
         advice = "free space there or choose another path"
         raise ResourceError(f"{path} cannot be written ({reason(error)}): {advice}") from error
+
+
+def encode_image(pixels: Pixels, suffix: str = ".png", *, icc: bytes | None = None) -> bytes:
+    """The bytes of the file that `write_image` would write under this suffix: .png, .jpg, .webp, .tif, .bmp."""
+    suffix = f".{suffix.lower().removeprefix('.')}"
+    if suffix not in _WRITERS:
+        raise UsageError(f"no writer knows the suffix {suffix!r}: use one of {', '.join(_WRITERS)}")
+    image, writer, profile = _prepared("the image", suffix, pixels, icc)
+    file = BytesIO()
+    image.save(file, writer.format, icc_profile=profile, **writer.options)
+    return file.getvalue()
+
+
+def _prepared(name: str, suffix: str, pixels: Pixels, icc: bytes | None) -> tuple[Image.Image, _Writer, bytes | None]:
+    """What the suffix's format can hold of an image."""
+    writer = _WRITERS[suffix]
+    pixels = pixels if writer.alpha else _without_alpha(pixels)
+    _check_fits(name, pixels, writer)
+    grey = writer.grey and (pixels.ndim == 2 or pixels.shape[2] == 2)
+    return Image.fromarray(pixels), writer, fitting_profile(icc, grey)
 
 
 def _without_alpha(pixels: Pixels) -> Pixels:
@@ -99,7 +133,7 @@ def _without_alpha(pixels: Pixels) -> Pixels:
     return pixels[:, :, 0] if pixels.shape[2] == 2 else pixels[:, :, :3]
 
 
-def _check_fits(path: str | os.PathLike[str], pixels: Pixels, writer: _Writer) -> None:
+def _check_fits(name: str, pixels: Pixels, writer: _Writer) -> None:
     height, width = pixels.shape[:2]
     if max(height, width) > writer.max_side:
         limit = f"{writer.max_side} pixels a side"
@@ -107,7 +141,7 @@ def _check_fits(path: str | os.PathLike[str], pixels: Pixels, writer: _Writer) -
         limit = f"{writer.max_bytes} bytes"
     else:
         return
-    raise UsageError(f"{path} would be {width}x{height}, over {writer.format}'s limit of {limit}: use .png")
+    raise UsageError(f"{name} would be {width}x{height}, over {writer.format}'s limit of {limit}: use .png")
 
 
 def _replace(target: Path, image: Image.Image, writer: _Writer, icc: bytes | None) -> None:

@@ -1,6 +1,5 @@
 """The verbs of `tilewright kernels`: tables, JSON, and one line where something is wrong or missing."""
 
-import argparse
 import dataclasses
 import json
 from collections.abc import Callable
@@ -9,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from tilewright.cli.kernels import add_verbs
+from tilewright.cli.commands import parse
+from tilewright.cli.main import main
 from tilewright.export import kernels_check
 from tilewright.kernels import ahead, gate, jit, timing
 from tilewright.kernels.table import KERNELS
 from tilewright.runtime.engines import ort
-from tilewright.runtime.errors import AccuracyError, EnvironmentMismatch, UsageError
+from tilewright.runtime.errors import AccuracyError, EnvironmentMismatch, TilewrightError, UsageError
 
 CODEBOOKS = {"codebook_nearest", "codebook_from_logits", "codebook_from_hidden"}
 FACED = {name for name, op in KERNELS.items() if op.face}
@@ -23,23 +23,25 @@ with_triton = pytest.mark.skipif(jit.triton is None, reason="Triton is not insta
 
 
 def run(*words: str) -> None:
-    parser = argparse.ArgumentParser()
-    add_verbs(parser.add_subparsers(required=True))
-    arguments = parser.parse_args(words)
+    arguments = parse(["kernels", *words])
     arguments.run(arguments)
 
 
 @pytest.fixture
 def answered(capsys) -> Callable[..., Any]:
-    """What a verb answers as JSON, also when it then fails with this error."""
+    """What a verb answers as JSON; with the message where it fails with this error."""
 
-    def answer(*words: str, error: type[Exception] | None = None) -> Any:
+    def answer(*words: str, error: type[TilewrightError] | None = None) -> Any:
+        code = main(["kernels", *words, "--json"])
+        said = capsys.readouterr()
+        value = json.loads(said.out)
         if error is None:
-            run(*words, "--json")
-            return json.loads(capsys.readouterr().out)
-        with pytest.raises(error) as caught:
-            run(*words, "--json")
-        return json.loads(capsys.readouterr().out), str(caught.value)
+            assert code == 0
+            return value
+        told = value.pop("error")
+        assert (code, told["code"], told["kind"]) == (error.exit_code, error.exit_code, error.__name__)
+        assert said.err == f"tilewright: {told['message']}\n"
+        return value, told["message"]
 
     return answer
 
@@ -60,7 +62,7 @@ def test_list_shows_what_is_here(answered, monkeypatch, capsys):
     assert {row["op"]: row["cases"] for row in found["ops"]} == {
         name: [case for case in op.cases if case != "small"] for name, op in KERNELS.items()
     }
-    assert {row["op"] for row in found["ops"] if row["native"] == "not built: make native"} == CODEBOOKS
+    assert {row["op"] for row in found["ops"] if row["native"] == kernels_check.NO_NATIVE} == CODEBOOKS
     assert {row["op"] for row in found["ops"] if row["onnx"].startswith("tilewright::")} == FACED
     assert found["runtime"] == "the runtime takes ONNX's standard operators"
     run("list")
@@ -182,7 +184,7 @@ def test_bench_times_native_kernels_and_says_why_others_have_no_times(answered, 
 def test_bench_without_native_kernels_says_how_to_build_them(answered, doctored, monkeypatch):
     monkeypatch.setenv("TILEWRIGHT_NATIVE", "")
     assert {row["cpu"] for row in answered("bench", "--op", "codebook_from_hidden")["rows"]} == {
-        "not built: make native"
+        kernels_check.NO_NATIVE
     }
 
 

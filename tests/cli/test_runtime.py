@@ -3,6 +3,7 @@
 import json
 import math
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,10 @@ from safetensors.numpy import save_file
 
 from tilewright.cli.main import main
 from tilewright.runtime import load
+from tilewright.runtime.bundle import read
 from tilewright.runtime.bundle.digests import sha256_of_bytes
+from tilewright.runtime.bundle.files import check_files
+from tilewright.runtime.bundle.program import Input
 from tilewright.runtime.bundle.safetensors import safetensors_header
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
@@ -98,14 +102,14 @@ SEE = "see tilewright runtime restore --help"
         (["--prompt"], f"argument --prompt: expected one argument; {SEE}", 2),
         (["--prompt", "--gain", "3"], f"argument --prompt: expected one argument; {SEE}", 2),
         (["--prompt", "dim", "red"], f"unknown argument 'red'; {TAKES}", 2),
-        (["--pro", "dim"], f"unknown argument '--pro'; {TAKES}", 2),  # no abbreviations
+        (["--pro", "dim"], f"unknown argument '--pro'; did you mean --prompt?; {TAKES}", 2),  # no abbreviations
         (["--ids", "3"], f"unknown argument '--ids'; {TAKES}", 2),
         (["--gain", "high"], "--gain 'high' is not a number from -8 to 8", 2),
         (["--gain="], "--gain '' is not a number from -8 to 8", 2),
         (["--gain", "8.5"], "--gain '8.5' is not a number from -8 to 8", 2),
         (["--gain=-1e3"], "--gain '-1e3' is not a number from -8 to 8", 2),
-        (["--gain", "nan"], "--gain 'nan' is nan as float32; give finite numbers", 2),
-        (["--gain", "1e40"], "--gain '1e40' is inf as float32; give finite numbers", 2),
+        (["--gain", "nan"], "--gain 'nan' is not finite as float32; give a number from -8 to 8", 2),
+        (["--gain", "1e40"], "--gain '1e40' is not finite as float32; give a number from -8 to 8", 2),
         (["--steps", "3"], "steps=3: sharpen has no steps; leave it out", 2),
         (["--scale", "17"], "scale=17 does not work with this bundle; use 1 to 16", 2),
         (["--seed", "1.5"], f"argument --seed: invalid int value: '1.5'; {SEE}", 2),
@@ -118,6 +122,77 @@ def test_what_cannot_be_meant_is_refused_in_one_line(refused, words, message, co
     said, found = refused(*words)
     assert said.startswith(message)
     assert found == code
+
+
+def helped(capsys, *words: str) -> str:
+    """The text of a verb's help, on one line."""
+    with pytest.raises(SystemExit) as ended:
+        main(["runtime", *words, "--help"])
+    assert ended.value.code == 0
+    return " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("verb", ["restore", "profile"])
+def test_the_arguments_of_a_bundle_are_listed_like_ours(tinted, capsys, monkeypatch, verb):
+    monkeypatch.setenv("COLUMNS", "100")
+    for named in (["--bundle", str(tinted)], [f"--bundle={tinted}"]):
+        text = helped(capsys, verb, *named)
+        ours, _, own = text.partition("arguments of this bundle (sharpen):")
+        assert "--tile PX side of a tile" in ours and "--gain NUMBER 100%" not in ours
+        assert '--prompt WORDS the tint in words (default: "bright bright bright")' in own
+        assert "--look FILE what a prompt becomes (default: none)" in own
+        assert "--gain NUMBER 100% is 1; a number from -8 to 8 (default: 1)" in own
+    plain = helped(capsys, verb)
+    assert "--gain" not in plain and "--bundle DIR --help lists them" in plain
+
+
+def test_the_help_of_a_bundle_without_arguments_says_so(bundle, capsys):
+    assert helped(capsys, "restore", "--bundle", str(bundle)).endswith("arguments of this bundle (sharpen): none")
+
+
+def test_inspect_lists_the_arguments(tinted, capsys):
+    assert main(["export", "inspect", str(tinted)]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("argument ")]
+    assert lines == [
+        'argument --prompt: words (default: "bright bright bright"); the tint in words',
+        "argument --look: a safetensors file (default: none); what a prompt becomes",
+        "argument --gain: a number from -8 to 8 (default: 1); 100% is 1",
+    ]
+    assert main(["export", "inspect", str(tinted), "--json"]) == 0
+    listed = json.loads((tinted / "bundle.json").read_text())["arguments"]
+    assert json.loads(capsys.readouterr().out)["arguments"] == listed
+
+
+def test_a_choice_is_offered_and_others_are_refused(tint, tinting, tmp_path, capsys):
+    mode = Input("int64", default=0, choices={"off": 0, "on": 1})
+    bundle = tint(program=replace(tinting, inputs=tinting.inputs | {"mode": mode}))
+    assert "--mode {off,on} (default: off)" in helped(capsys, "restore", "--bundle", str(bundle))
+    Image.fromarray(IMAGE).save(tmp_path / "in.png")
+    words = ["runtime", "restore", str(tmp_path / "in.png"), str(tmp_path / "out.png"), "--bundle", str(bundle)]
+    assert main([*words, "--mode", "on"]) == 0
+    capsys.readouterr()
+    for wrong in ("1", "auto", ""):
+        assert main([*words, "--mode", wrong]) == 2
+        assert capsys.readouterr().err == f"tilewright: --mode {wrong!r} is not one of off, on\n"
+
+
+def test_words_without_a_default_are_asked_for_before_anything_is_read(tint, tinting, tmp_path, capsys):
+    needed = replace(tinting.texts["prompt"], default=None)
+    bundle = tint(program=replace(tinting, texts={"prompt": needed}))
+    assert "--prompt WORDS the tint in words (needed)" in helped(capsys, "restore", "--bundle", str(bundle))
+    words = ["runtime", "restore", str(tmp_path / "no.png"), str(tmp_path / "out.png"), "--bundle", str(bundle)]
+    assert main(words) == 2
+    assert capsys.readouterr().err == "tilewright: --prompt has no default; give it: the tint in words\n"
+    save_file({"look.tint": np.float32([[0.5, 0.25, 1]])}, tmp_path / "look.safetensors")
+    Image.fromarray(IMAGE).save(tmp_path / "no.png")
+    assert main([*words, "--look", str(tmp_path / "look.safetensors")]) == 0
+
+
+def test_a_restoration_reads_its_bundle_once(restored, monkeypatch):
+    reads = []
+    monkeypatch.setattr(read, "check_files", lambda *given: reads.append(given[0].name) or check_files(*given))
+    restored("--prompt", "red")
+    assert reads == ["tint.bundle"]
 
 
 def test_a_prompt_that_is_no_unicode_is_refused(refused):

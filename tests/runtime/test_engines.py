@@ -6,7 +6,6 @@ import struct
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,6 @@ from onnx import TensorProto, helper
 from tilewright.runtime import load
 from tilewright.runtime.bundle.digests import sha256_of_file
 from tilewright.runtime.bundle.read import read_bundle
-from tilewright.runtime.bundle.weights import Reference
 from tilewright.runtime.engines import BACKENDS, backend, ort
 from tilewright.runtime.errors import BundleError, EnvironmentMismatch, ResourceError
 
@@ -93,7 +91,7 @@ def hugging_face(folder: Path, cache: Path) -> Path:
 @pytest.mark.parametrize("linked", [False, True], ids=["files", "links"])
 def test_low_memory_holds_no_copy_of_weights(tmp_path, kind, linked):
     side = 4096
-    dtype, width = {1: ("float32", 4), 10: ("float16", 2), 16: ("bfloat16", 2)}[kind]
+    width = {1: 4, 10: 2, 16: 2}[kind]
     folder = tmp_path / "weights"
     folder.mkdir()
     (folder / "weights.bin").write_bytes(bytes(width * side * side))
@@ -106,20 +104,16 @@ def test_low_memory_holds_no_copy_of_weights(tmp_path, kind, linked):
     graph = helper.make_graph(nodes, "cast", *ends, [weight])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     onnx.save(model, tmp_path / "model.onnx")
-    mapped = None
-    if linked:
-        reference = Reference("weights.bin", dtype, (side, side), 0, width * side * side)
-        mapped = {"w": (hugging_face(folder, tmp_path / "hub") / "weights.bin", reference)}
+    place = hugging_face(folder, tmp_path / "hub") if linked else folder
     code = f"""
-from pathlib import Path, PosixPath
-from tilewright.runtime.bundle.weights import Reference
+from pathlib import Path
 from tilewright.runtime.engines.ort import open_graph
 def held():
     return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("RssAnon"))
 import onnxruntime
 before = held()
-engine = open_graph(Path({str(tmp_path / "model.onnx")!r}), {None if linked else folder!r}, memory="low", threads=1,
-    mapped={mapped!r})
+files = {{"weights.bin": Path({str(place / "weights.bin")!r})}}
+engine = open_graph(Path({str(tmp_path / "model.onnx")!r}), files, memory="low", threads=1)
 print(held() - before)
 """
     if not Path("/proc/self/status").exists():
@@ -176,7 +170,7 @@ def test_four_threads_at_once_get_each_its_own_answer(engine):
     np.testing.assert_allclose(together, alone, atol=1e-6)
 
 
-# Weights in two folders: one as external data of the graph, the other mapped from here
+# Weights in two folders
 
 
 def added(image: np.ndarray, tensors) -> np.ndarray:
@@ -195,8 +189,12 @@ def test_weights_of_two_folders_and_three_types_meet_in_one_session(two_folder_b
         for folder in ("models", "other"):
             (root.parent / folder).rename(root.parent / f"{folder}.gone")
     whole = read_bundle(root)
-    assert set(whole.elsewhere("add")) == {"single", "half", "brain"}
-    assert {r.dtype for r in whole.elsewhere("add").values()} == {"float32", "float16", "bfloat16"}
+    references = whole.weights.tensors["add"]
+    assert {name: r.folder for name, r in references.items()} == {
+        "scale": "base",
+        **dict.fromkeys(two_folders["extra"], "extra"),
+    }
+    assert {r.dtype for r in references.values()} == {"float32", "float16", "bfloat16"}
     engine = ort.open_engine(whole, "add", memory=memory)
     for image in (noise(1, 3, 8, 8), noise(2, 3, 16, 8)):
         np.testing.assert_allclose(engine.run({"image": image}, ["sum"])["sum"], added(image, two_folders), atol=1e-6)
@@ -204,29 +202,28 @@ def test_weights_of_two_folders_and_three_types_meet_in_one_session(two_folder_b
     assert engine.session is None
 
 
-@pytest.mark.parametrize("name", ["single", "half", "brain"])
-def test_each_mapped_weight_is_the_one_that_its_reference_says(two_folder_bundle, two_folders, tmp_path, name):
+@pytest.mark.parametrize("name", ["base", "extra"])
+def test_a_file_is_the_one_that_the_caller_says(two_folder_bundle, two_folders, tmp_path, name):
     whole = read_bundle(two_folder_bundle())
+    files = whole.files_of("add")
+    place = f"weights/{name}/weights.safetensors"
     other = tmp_path / "else.bin"
-    numbers = {"single": struct.pack("<3f", 1, 2, 3), "half": struct.pack("<3e", 1, 2, 3)}
-    numbers["brain"] = b"".join(struct.pack("<f", number)[2:] for number in (1, 2, 3))
-    other.write_bytes(b"\1" * 64 + numbers[name] + b"\1" * 64)
-    mapped = {n: (whole.folder(r.folder or "base") / r.file, r) for n, r in whole.weights.tensors["add"].items()}
-    mapped[name] = (other, replace(mapped[name][1], offset=64, length=len(numbers[name])))
-    engine = ort.open_graph(whole.path("add/model.onnx"), None, mapped=mapped)
+    tensors = {n: r for n, r in whole.weights.tensors["add"].items() if r.folder == name}
+    data = bytearray(files[place].read_bytes())
+    for r in tensors.values():  # each number twice as large: one more in the exponent
+        numbers = {"float32": "<3f", "float16": "<3e", "bfloat16": None}[r.dtype]
+        if numbers:
+            doubled = struct.pack(numbers, *(2 * x for x in struct.unpack_from(numbers, data, r.offset)))
+        else:
+            wide = b"".join(b"\0\0" + data[r.offset + i : r.offset + i + 2] for i in (0, 2, 4))
+            doubled = b"".join(struct.pack("<f", 2 * x)[2:] for x in struct.unpack("<3f", wide))
+        data[r.offset : r.offset + r.length] = doubled
+    other.write_bytes(data)
+    engine = ort.open_graph(whole.path("add.onnx"), files | {place: other})
     image = noise(1, 3, 8, 8)
-    changed = two_folders["extra"] | {name: ("", [1, 2, 3])}
-    expected = added(image, two_folders | {"extra": changed})
+    twice = {n: (dtype, [2 * x for x in numbers]) for n, (dtype, numbers) in two_folders[name].items()}
+    expected = added(image, two_folders | {name: twice})
     np.testing.assert_allclose(engine.run({"image": image}, ["sum"])["sum"], expected, atol=1e-6)
-
-
-def test_a_graph_whose_weights_are_all_mapped_needs_no_folder(two_folder_bundle, two_folders):
-    whole = read_bundle(two_folder_bundle())
-    references = whole.weights.tensors["add"]
-    mapped = {n: (whole.folder(r.folder or "base") / r.file, r) for n, r in references.items()}
-    engine = ort.open_graph(whole.path("add/model.onnx"), None, mapped=mapped)
-    image = noise(1, 3, 8, 8)
-    np.testing.assert_allclose(engine.run({"image": image}, ["sum"])["sum"], added(image, two_folders), atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -305,21 +302,22 @@ def test_changed_weights_of_either_folder_are_refused(two_folder_bundle, tmp_pat
 @pytest.mark.parametrize("data", [b"", b"\0" * 100, b"not a graph", b"\x08\x0a:\xff\xff", bytes(range(256))])
 def test_a_broken_graph_is_refused_in_one_line(tmp_path, data):
     (tmp_path / "model.onnx").write_bytes(data)
-    text = refusal(ort.open_graph, tmp_path / "model.onnx", None)
+    text = refusal(ort.open_graph, tmp_path / "model.onnx", {})
     assert text.startswith(f"{tmp_path / 'model.onnx'}: onnxruntime ")
     assert text.endswith("); rebuild the bundle")
 
 
 def test_a_missing_graph_is_refused_in_one_line(tmp_path):
-    assert refusal(ort.open_graph, tmp_path / "model.onnx", None).startswith(f"{tmp_path / 'model.onnx'}: ")
+    assert refusal(ort.open_graph, tmp_path / "model.onnx", {}).startswith(f"{tmp_path / 'model.onnx'}: ")
 
 
 @pytest.mark.parametrize("length", [0, 100])
 def test_a_graph_whose_weights_are_cut_short_is_refused_in_one_line(bundle, tmp_path, length):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "sharpen.safetensors").write_bytes(bytes(length))
-    text = refusal(ort.open_graph, bundle / "sharpen" / "model.onnx", tmp_path / "empty")
-    assert text.startswith(f"{bundle / 'sharpen' / 'model.onnx'}: onnxruntime ")
+    files = {"weights/sharpen/sharpen.safetensors": tmp_path / "empty" / "sharpen.safetensors"}
+    text = refusal(ort.open_graph, bundle / "sharpen.onnx", files)
+    assert text.startswith(f"{bundle / 'sharpen.onnx'}: onnxruntime ")
 
 
 def test_without_onnx_runtime_the_line_says_what_to_install(bundle, monkeypatch):
@@ -351,7 +349,7 @@ def test_every_backend_has_the_three_functions(name):
 
 def test_a_graph_that_fails_while_it_runs_is_one_line(engine):
     text = refusal(engine.run, {"image": noise(1, 5, 8, 8)}, ["sharp"])  # five colours for a graph of three
-    assert "ort.onnx" in text or "model.onnx" in text
+    assert "sharpen.onnx" in text
     assert "onnxruntime" in text
 
 

@@ -99,7 +99,7 @@ def test_rounds_in_low_memory_open_only_the_engines_they_call(tinted, life):
 def test_what_is_given_for_words_keeps_their_engine_closed(tinted, life, tmp_path):
     save_file({"look.tint": np.float32([[0.5, 0.25, 1]])}, tmp_path / "look.safetensors")
     with load(tinted, memory="low") as restorer:
-        restorer(scene(20, 50), inputs={"look": tmp_path / "look.safetensors"})
+        restorer(scene(20, 50), look=tmp_path / "look.safetensors")
     assert life.take() == ["+see", "-see", "+paint", "-paint"]
 
 

@@ -48,7 +48,7 @@ def test_options_of_loading_that_cannot_be_meant_are_refused(bundle, options, wo
         ({"tile": 60}, "tile=60 is not a positive multiple of 8; use 64"),
         ({"tile": 0}, "tile=0 is not a positive multiple of 8; use 8"),
         ({"overlap": 40}, "overlap=40 does not fit tile=64"),
-        ({"inputs": {"strength": 1}}, "input 'strength' is not one of none"),
+        ({"strength": 1}, "unknown argument 'strength'; this bundle takes no arguments of its own"),
     ],
 )
 def test_options_of_restoring_that_cannot_be_meant_are_refused(restorer, options, words):

@@ -203,14 +203,12 @@ def test_a_restoration_says_what_it_cost(restorer):
 def test_a_prompt_decides_through_its_tokenizer(tinted):
     image = noise(20, 30, 3)
     with load(tinted) as restorer:
-        assert_tinted(restorer(image, inputs={"prompt": "dim warm red"}), tinted_by(image, [3, 4, 5]))
-        assert_tinted(restorer(image, inputs={"prompt": "red"}), tinted_by(image, [5, 1, 0]))
+        assert_tinted(restorer(image, prompt="dim warm red"), tinted_by(image, [3, 4, 5]))
+        assert_tinted(restorer(image, prompt="red"), tinted_by(image, [5, 1, 0]))
         assert_tinted(restorer(image), tinted_by(image, [6, 6, 6]))  # the program's own words
-        assert_tinted(
-            restorer(image, inputs={"prompt": "dim dim dim", "gain": 0.5}), tinted_by(image, [3, 3, 3], gain=0.5)
-        )
+        assert_tinted(restorer(image, prompt="dim dim dim", gain=0.5), tinted_by(image, [3, 3, 3], gain=0.5))
         with pytest.raises(UsageError, match="has 7 tokens, the network takes 6; use a shorter one"):
-            restorer(image, inputs={"prompt": "red " * 6})
+            restorer(image, prompt="red " * 6)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, np.float64])
@@ -218,7 +216,7 @@ def test_a_file_of_what_words_become_takes_their_place(tinted, tmp_path, dtype):
     image = noise(20, 30, 3)
     save_file({"look.tint": np.array([[0.5, 0.25, 1]], dtype)}, tmp_path / "look.safetensors")
     with load(tinted) as restorer:
-        made = restorer.restore(image, inputs={"look": tmp_path / "look.safetensors"})
+        made = restorer.restore(image, look=tmp_path / "look.safetensors")
     assert_tinted(made.image, tinted_by(image, [4, 2, 8]))
     assert "words" not in made.seconds and "paint" in made.seconds
 
@@ -229,7 +227,7 @@ def test_a_file_of_another_shape_is_refused_before_any_work(tinted, tmp_path):
         with pytest.raises(
             InputError, match=r"'look.tint' has shape \[1, 4\], this bundle takes \[1, 3\]; use its own$"
         ):
-            restorer(noise(4, 4, 3), inputs={"look": tmp_path / "look.safetensors"})
+            restorer(noise(4, 4, 3), look=tmp_path / "look.safetensors")
         assert restorer.engines.opened == {}
 
 

@@ -51,13 +51,13 @@ def test_a_sitting_repeats_only_what_other_inputs_reach(tinted, tmp_path, monkey
         for inputs, repeated in ROUNDS:
             calls.clear()
             told.clear()
-            made = sitting.restore(inputs)
+            made = sitting.restore(**inputs)
             assert calls == repeated
             assert made.seconds.keys() & {"words", "see", "paint"} == repeated.keys()
             again = {"words": "text"}  # the pass is called otherwise than its component
             assert set(told) == {again.get(name, name) for name in repeated}
             assert made.tiles == {"text": 1, "see": 2, "paint": 2}
-            np.testing.assert_array_equal(made.image, restorer(image, inputs=inputs))
+            np.testing.assert_array_equal(made.image, restorer(image, **inputs))
 
 
 def test_a_sitting_is_called_with_its_inputs_by_name(tinted):
@@ -65,7 +65,7 @@ def test_a_sitting_is_called_with_its_inputs_by_name(tinted):
     with load(tinted) as restorer:
         sitting = restorer.sitting(image)
         np.testing.assert_array_equal(
-            sitting(prompt="dim red", gain=2), sitting.restore({"prompt": "dim red", "gain": 2}).image
+            sitting(prompt="dim red", gain=2), sitting.restore(prompt="dim red", gain=2).image
         )
         assert_tinted(sitting(prompt="dim red"), tinted_by(image, [3, 5, 1]))
 
@@ -88,7 +88,7 @@ def test_a_round_that_is_refused_leaves_the_sitting_usable(tinted, calls):
         calls.clear()
         for wrong in ({"prompt": "red " * 9}, {"gian": 1}, {"gain": "high"}, {"look": "nowhere"}, {"mean": 1}):
             with pytest.raises(TilewrightError):
-                sitting.restore(wrong)
+                sitting.restore(**wrong)
         np.testing.assert_array_equal(sitting(prompt="red"), first)
         assert calls == {}
 
@@ -109,16 +109,16 @@ def test_a_round_after_an_engine_failed_gives_what_a_fresh_one_gives(tinted, mon
         with pytest.raises(ResourceError, match="no room"):
             sitting(prompt="dim")
         failing.clear()
-        np.testing.assert_array_equal(sitting(prompt="dim"), restorer(image, inputs={"prompt": "dim"}))
+        np.testing.assert_array_equal(sitting(prompt="dim"), restorer(image, prompt="dim"))
         np.testing.assert_array_equal(sitting(), restorer(image))
 
 
 def test_the_time_between_rounds_is_nobodys(tinted):
     with load(tinted) as restorer:
         sitting = restorer.sitting(noise(20, 30, 3))
-        sitting.restore({})
+        sitting.restore()
         time.sleep(0.5)
-        seconds = sitting.restore({"gain": 2}).seconds
+        seconds = sitting.restore(gain=2).seconds
     assert seconds["passes"] < 0.4 and seconds["total"] < 0.4
     phases = seconds.keys() - {"total", "words", "see", "paint"}
     assert seconds["total"] == pytest.approx(sum(seconds[name] for name in phases))

@@ -61,7 +61,7 @@ def staged(tmp_path, weights_dir) -> Callable[..., tuple[Path, Manifest]]:
 
     def stage(name: str = "staging", *, packed: bool = False, program: Program = PROGRAM) -> tuple[Path, Manifest]:
         staging = tmp_path / name
-        (staging / "sharpen").mkdir(parents=True)
+        staging.mkdir(parents=True)
         data = (weights_dir / "sharpen.safetensors").read_bytes()
         if packed:
             (staging / "weights" / "sharpen").mkdir(parents=True)
@@ -69,11 +69,11 @@ def staged(tmp_path, weights_dir) -> Callable[..., tuple[Path, Manifest]]:
         weight = _reference(data, "conv.weight")
         files = {"sharpen.safetensors": File(len(data), sha256_of_bytes(data))}
         folder = Folder(None if packed else str(weights_dir), files)
-        weights = Weights({"sharpen": folder}, {"sharpen": "sharpen"}, {"sharpen": {"weight": weight}})
+        weights = Weights({"sharpen": folder}, {"sharpen": {"weight": weight}})
         (staging / "weights.json").write_text(to_json(weights))
         (staging / "program.json").write_text(to_json(program))
         save_file({"shift": np.zeros(3, np.float32)}, staging / "constants.safetensors")
-        onnx.save(_graph(weight), staging / "sharpen" / "model.onnx")
+        onnx.save(_graph(weight), staging / "sharpen.onnx")
         (staging / "README.md").write_text("# sharpen\n")
         return staging, MANIFEST
 
@@ -155,12 +155,11 @@ def tint(tmp_path) -> Callable[..., Path]:
         made.save(str(staging / "tokenizers" / "words.json"))
         components = {}
         for component, (inputs, outputs, model) in _tint_components().items():
-            (staging / component).mkdir()
-            onnx.save(model, staging / component / "model.onnx")
-            file = f"{component}/model.onnx"
+            file = f"{component}.onnx"
+            onnx.save(model, staging / file)
             engines = (EngineSpec("ort", "float32", file),)
             components[component] = Component(file, inputs, outputs, engines, Memory(1_000_000, 24, 0))
-        (staging / "weights.json").write_text(to_json(Weights({}, {}, {})))
+        (staging / "weights.json").write_text(to_json(Weights({}, {})))
         (staging / "program.json").write_text(to_json(program))
         listed = tuple(sorted({file for text in program.texts.values() for file in text.ids.values()}))
         seal(staging, replace(MANIFEST, components=components, constants=None, tokenizers=listed), tmp_path / name)
@@ -258,7 +257,7 @@ def two_folder_bundle(tmp_path, two_folders) -> Callable[..., Path]:
 
     def build(name: str = "two.bundle", *, packed: bool = False) -> Path:
         staging = tmp_path / f".{name}"
-        (staging / "add").mkdir(parents=True)
+        staging.mkdir(parents=True)
         folders, references = {}, {}
         for folder in two_folders:
             at = tmp_path / ("models" if folder == "base" else "other") / folder
@@ -270,14 +269,11 @@ def two_folder_bundle(tmp_path, two_folders) -> Callable[..., Path]:
             folders[folder] = Folder(None if packed else str(at), sealed)
             for tensor, (spec, offset, length) in safetensors_header(at / "weights.safetensors").items():
                 shape = tuple(int(d) for d in spec.shape)
-                own = None if folder == "base" else folder
-                references[tensor] = Reference("weights.safetensors", spec.dtype, shape, offset, length, own)
-        (staging / "weights.json").write_text(to_json(Weights(folders, {"add": "base"}, {"add": references})))
-        onnx.save(_adding(references), staging / "add" / "model.onnx")
-        engines = (EngineSpec("ort", "float32", "add/model.onnx"),)
-        components = {
-            "add": Component("add/model.onnx", {"image": IMAGE}, {"sum": IMAGE}, engines, Memory(1_000_000, 24, 0))
-        }
+                references[tensor] = Reference("weights.safetensors", spec.dtype, shape, offset, length, folder)
+        (staging / "weights.json").write_text(to_json(Weights(folders, {"add": references})))
+        onnx.save(_adding(references), staging / "add.onnx")
+        engines = (EngineSpec("ort", "float32", "add.onnx"),)
+        components = {"add": Component("add.onnx", {"image": IMAGE}, {"sum": IMAGE}, engines, Memory(1_000_000, 24, 0))}
         once = (Call("add", {"image": "image"}, {"sum": "result"}),)
         program = replace(PROGRAM, scale=1, passes=(Pass("add", Tiles(64, 16), once=once),))
         (staging / "program.json").write_text(to_json(program))
@@ -304,7 +300,7 @@ def _adding(references: dict[str, Reference]) -> onnx.ModelProto:
 
 def _external(name: str, kind: int, reference: Reference) -> TensorProto:
     tensor = TensorProto(name=name, data_type=kind, dims=reference.shape, data_location=TensorProto.EXTERNAL)
-    place = reference.file if reference.folder is None else f"{reference.folder}/{reference.file}"
+    place = f"weights/{reference.folder}/{reference.file}"
     for key, value in {"location": place, "offset": reference.offset, "length": reference.length}.items():
         tensor.external_data.add(key=key, value=str(value))
     return tensor
@@ -334,10 +330,10 @@ MANIFEST = Manifest(
     licence="CC0-1.0",
     components={
         "sharpen": Component(
-            "sharpen/model.onnx",
+            "sharpen.onnx",
             {"image": IMAGE},
             {"sharp": IMAGE},
-            (EngineSpec("ort", "float32", "sharpen/model.onnx"),),
+            (EngineSpec("ort", "float32", "sharpen.onnx"),),
             Memory(1_000_000, 24, 0),
         )
     },
@@ -352,7 +348,8 @@ def _reference(data: bytes, name: str) -> Reference:
     (length,) = struct.unpack("<Q", data[:8])
     entry = json.loads(data[8 : 8 + length])[name]
     start, end = entry["data_offsets"]
-    return Reference("sharpen.safetensors", "float32", tuple(entry["shape"]), 8 + length + start, end - start)
+    shape, offset = tuple(entry["shape"]), 8 + length + start
+    return Reference("sharpen.safetensors", "float32", shape, offset, end - start, "sharpen")
 
 
 def _graph(weight: Reference) -> onnx.ModelProto:

@@ -106,12 +106,12 @@ def meaning(tree):
         full["steps"] = full["steps"] and {"px_per_token": 256, "options": {}} | full["steps"]
         full["state"] = {name: {"init": "zeros"} | state for name, state in full["state"].items()}
         passes.append(full)
-    inputs = {
-        name: {"shape": [], "default": None, "choices": {}} | value for name, value in tree.get("inputs", {}).items()
-    }
-    texts = {name: {"default": None} | text for name, text in tree.get("texts", {}).items()}
+    no_input = {"shape": [], "default": None, "choices": {}, "help": "", "least": None, "most": None}
+    inputs = {name: no_input | value for name, value in tree.get("inputs", {}).items()}
+    texts = {name: {"default": None, "help": ""} | text for name, text in tree.get("texts", {}).items()}
+    files = {name: {"help": ""} | file for name, file in tree.get("files", {}).items()}
     grids = {name: {"init": "none"} | grid for name, grid in tree["grids"].items()}
-    full = {"files": {}, "any_scale": False} | tree | {"inputs": inputs, "texts": texts}
+    full = {"any_scale": False} | tree | {"inputs": inputs, "texts": texts, "files": files}
     # as text, which tells 1 from 1.0 and from true
     return json.dumps(full | {"grids": grids, "passes": passes}, sort_keys=True)
 

@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 DOCUMENTS = {"bundle.json": Manifest, "program.json": Program, "weights.json": Weights}
-SEALED = ["constants.safetensors", "program.json", "sharpen/model.onnx", "weights.json"]
+SEALED = ["constants.safetensors", "program.json", "sharpen.onnx", "weights.json"]
 ABSENT = object()
 TICKS = itertools.count(10**18, 10**9)  # modification times: no two writes of this module look alike
 
@@ -122,7 +122,7 @@ REQUIRED = {
         ("passes", 0, "name"),
     ],
     "weights.json": [
-        *((key,) for key in ("folders", "folder_of", "tensors")),
+        *((key,) for key in ("folders", "tensors")),
         *(("folders", "sharpen", key) for key in ("path", "files")),
         *(("tensors", "sharpen", "weight", key) for key in ("file", "dtype", "shape", "offset", "length")),
     ],

@@ -13,7 +13,7 @@ from train.metrics import psnr
 
 __all__ = ["appearance", "crops", "mixed", "pixels", "score"]
 
-JUDGED = 64  # crops in a score
+JUDGED = 64  # crops in a score in a score
 
 
 def pixels(images: np.ndarray) -> Tensor:

@@ -36,6 +36,7 @@ def _work(request: Request, traced: Path, attached: Path, directory: Path) -> No
     from tilewright.export.graph.ops import inline
     from tilewright.export.graph.rewrites.cast import cast
     from tilewright.export.graph.rewrites.fold import fold
+    from tilewright.export.graph.rewrites.forget_shapes import forget_shapes
 
     weights = read_weights(attached)
     memory, read = {}, {}
@@ -54,7 +55,7 @@ def _work(request: Request, traced: Path, attached: Path, directory: Path) -> No
                 engine = directory / engine_folder(name, target, "float32") / "model.onnx"
                 engine.parent.mkdir(parents=True)
                 ir.save(copy, engine)
-        _forget_shapes(model)
+        forget_shapes(model)
         ir.save(model, directory / f"{name}.onnx")
     write(directory / "memory.json", json.dumps(encode(memory), indent=1, sort_keys=True))
     write(directory / "read.json", json.dumps(read, indent=1, sort_keys=True))
@@ -71,14 +72,6 @@ def _refer(model: Any, references: Mapping[str, Reference]) -> list[str]:
         value = ir.ExternalTensor(location(r), r.offset, r.length, ir.DataType[dtype], shape=shape, name=name)
         model.graph.initializers[name].const_value = value
     return read
-
-
-def _forget_shapes(model: Any) -> None:
-    """Drop the shapes of inner values: tools that read the graph compute them with their own names for free sizes."""
-    for node in model.graph.all_nodes():
-        for value in node.outputs:
-            if not value.is_graph_output():
-                value.shape = value.type = None
 
 
 def _sizes(spec: ComponentSpec, side: int) -> dict[str, int]:

@@ -4,15 +4,13 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from tilewright.export.build.assembly import Assembly
 from tilewright.export.build.cache import Stage, write
+from tilewright.export.build.card import card
 from tilewright.export.build.code import code
-from tilewright.export.build.request import Request
 from tilewright.export.build.stages.verify import REPORT
 from tilewright.export.build.versions import version
-from tilewright.runtime.bundle.manifest import Manifest
 from tilewright.runtime.bundle.write import seal
 
 __all__ = ["stage"]
@@ -38,24 +36,5 @@ def _work(assembly: Assembly, verified: Path | None, folder: Path) -> None:
         if weights.path is None:
             shutil.copytree(assembly.attached / "weights" / name, folder / "weights" / name)
     shutil.copyfile(assembly.attached / "accounts.json", folder / "reports" / "weights.json")
-    write(folder / "README.md", _card(request, manifest, report))
+    write(folder / "README.md", card(request, manifest, report))
     seal(folder, manifest, request.out)
-
-
-def _card(request: Request, manifest: Manifest, report: dict[str, Any] | None) -> str:
-    measured = "not verified against eager PyTorch"
-    if report:
-        measured = f"engine against eager PyTorch: PSNR {report['restore']['psnr_db']:.1f} dB on {report['image']}"
-    lines = [
-        f"# {request.name}, {f'preset {request.preset}' if request.preset else 'sizes from its files'}",
-        "",
-        request.system.title + ".",
-        "",
-        f"- weights: {manifest.options['weights']}; licence: {manifest.licence}",
-        f"- precision: {manifest.precision}; {measured}",
-        f"- made with {', '.join(f'{k} {v}' for k, v in sorted(manifest.made_with.items()))}",
-        "",
-        "    tilewright runtime restore in.png out.png --bundle THIS_DIRECTORY",
-        "",
-    ]
-    return "\n".join(lines)

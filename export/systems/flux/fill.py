@@ -13,6 +13,7 @@ from tilewright.runtime.bundle.program import Input, TensorSpec, Tiles
 from tilewright.runtime.errors import InputError, UsageError
 
 __all__ = [
+    "BASE_MODELS",
     "BASE_OPTIONS",
     "BASE_ORIGINS",
     "LICENCE",
@@ -41,7 +42,9 @@ SCHEDULE_OPTIONS = {  # key of the scheduler's configuration file -> option of t
     "max_image_seq_len": "max_tokens",
 }
 LICENCE = "FLUX.1 [dev] Non-Commercial License (FLUX.1-Fill-dev)"
+BASE_MODELS = ("black-forest-labs/FLUX.1-Fill-dev",)
 FLOAT = "float32"
+GUIDANCE = "strength of the guidance that the model was distilled for"
 
 BASE_ORIGINS = {
     "transformer": Origin("weights", ("transformer", "flux1-fill-dev.safetensors"), "FLUX.1-Fill-dev's transformer"),
@@ -205,9 +208,9 @@ def caller_inputs(settings: Settings) -> dict[str, Input]:
     """The inputs that a caller may set. Those that a table of the build depends on are not among them."""
     inputs, fixed = {}, settings.choices["fixed"]
     if not fixed:
-        inputs["guidance"] = Input(FLOAT, default=settings.choices["guidance"])
+        inputs["guidance"] = Input(FLOAT, default=settings.choices["guidance"], help=GUIDANCE, least=0)
     if settings.branches and not (fixed and _modulated(settings)):
-        inputs["lora_scale"] = Input(FLOAT, default=_strength(settings))
+        inputs["lora_scale"] = Input(FLOAT, default=_strength(settings), help="strength of the LoRA")
     return inputs
 
 

@@ -174,6 +174,7 @@ SYSTEM = System(
     name="in-token",
     title="In-Token Learning, FLUX.1-Fill by channels, SigLIP and Redux, 28 steps",
     licence=f"{fill.LICENCE}, FLUX.1-Redux-dev (the same); the system's own weights are the user's",
+    base_models=(*fill.BASE_MODELS, "black-forest-labs/FLUX.1-Redux-dev"),
     licences={"demo": "Apache-2.0: trained by tools/train"},
     presets=PRESETS,
     options=OPTIONS,

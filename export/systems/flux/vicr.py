@@ -17,7 +17,18 @@ from tilewright.export.systems.flux.fill_sizes import fill_sizes
 from tilewright.export.systems.flux.keys import ignored, keys, origin
 from tilewright.export.systems.flux.sizes import PRESETS as SIZES
 from tilewright.export.weights.lora import as_parameters
-from tilewright.runtime.bundle.program import Call, Grid, Input, Pass, Program, State, Steps, TensorSpec, Text
+from tilewright.runtime.bundle.program import (
+    Call,
+    Grid,
+    Input,
+    Pass,
+    Program,
+    State,
+    Steps,
+    TensorFile,
+    TensorSpec,
+    Text,
+)
 from tilewright.runtime.errors import UsageError
 
 __all__ = ["SYSTEM"]
@@ -38,6 +49,8 @@ ORIGINS = fill.BASE_ORIGINS | {
 }
 WORDS = ("t5_ids", "clip_ids")
 TOKENIZERS = ("tokenizers/t5.json", "tokenizers/clip.json")
+PROMPT = "what the picture shows"
+EMBEDS = "the prompt as the text encoders give it, instead of words"
 
 
 def settings(preset: Preset, options: Mapping[str, Any], files: UserFiles) -> Settings:
@@ -122,9 +135,9 @@ def program(settings: Settings) -> Program:
     decode = (Call("decode", {"latent": "z"}, {"image": "result"}),)
     passes += [Pass("sample", tiles, steps, state, each=each), Pass("decode", tiles, once=decode)]
     grids = {"image": Grid(1, 3, "input"), "result": Grid(1, 3)}
-    texts = {"prompt": Text(dict(zip(WORDS, TOKENIZERS, strict=True)))} if choices["text"] else {}
-    files = {"prompt_embeds": {"prompt_embeds": "context", "pooled_prompt_embeds": "pooled"}}
-    return Program(4, sizes.multiple, grids, tuple(passes), inputs, texts, files, any_scale=True)
+    texts = {"prompt": Text(dict(zip(WORDS, TOKENIZERS, strict=True)), help=PROMPT)} if choices["text"] else {}
+    embeds = TensorFile({"prompt_embeds": "context", "pooled_prompt_embeds": "pooled"}, EMBEDS)
+    return Program(4, sizes.multiple, grids, tuple(passes), inputs, texts, {"prompt_embeds": embeds}, any_scale=True)
 
 
 def tokenizers(settings: Settings, options: Mapping[str, Any], folder: Path | None) -> dict[str, str]:
@@ -162,6 +175,7 @@ SYSTEM = System(
     name="vicr",
     title="VICR, FLUX.1-Fill as a diptych, words and CLIP through a bridge, 30 steps",
     licence=f"{fill.LICENCE}; CLIP ViT-L/14 (MIT); the system's own weights are the user's",
+    base_models=(*fill.BASE_MODELS, "openai/clip-vit-large-patch14"),
     presets=PRESETS,
     options=OPTIONS,
     origins=ORIGINS,

@@ -97,6 +97,7 @@ SYSTEM = System(
     name="hitoksr",
     title="HiTokSR, x4, one pass, 4 groups of 4096 codewords",
     licence="DINOv3 License (vision prior); the system's own weights are the user's",
+    base_models=("facebook/dinov3-vitb16-pretrain-lvd1689m",),
     presets=PRESETS,
     options=OPTIONS,
     origins={ORIGIN: Origin("weights", (".",), "HiTokSR's generator, decoder and codebook, and DINOv3-B")},

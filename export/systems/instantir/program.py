@@ -3,11 +3,18 @@
 from tilewright.export.system import Settings
 from tilewright.export.systems.instantir.components import FLOAT, GATES, WORDS, components
 from tilewright.export.systems.instantir.sizes import Sizes
-from tilewright.runtime.bundle.program import Call, Grid, Input, Pass, Program, State, Steps, Text, Tiles
+from tilewright.runtime.bundle.program import Call, Grid, Input, Pass, Program, State, Steps, TensorFile, Text, Tiles
 
 __all__ = ["TOKENIZERS", "program"]
 
 TOKENIZERS = ("tokenizers/clip.json", "tokenizers/clip_2.json")
+ADARES = "adaptive restoration: off as released, or as the paper or the code computes it"
+GATED = (
+    "share of the steps that pass before the input picture leads",
+    "share of the steps after which it no longer leads",
+    "share of the steps that pass before previews are made",
+    "share of the steps after which no preview is made",
+)
 
 
 def program(settings: Settings) -> Program:
@@ -35,16 +42,20 @@ def program(settings: Settings) -> Program:
         f"{prefix}prompt": Text(
             {f"{prefix}{name}": file for name, file in zip(WORDS, TOKENIZERS, strict=True)},
             choices[f"{prefix}prompt"],
+            "what the picture keeps away from" if prefix else "what the picture shows",
         )
         for prefix in ("", "negative_")
         if choices["text"]
     }
     files = {
-        "prompt_embeds": {
-            f"{prefix}{tensor}_embeds": f"{prefix}{value}"
-            for prefix in ("", "negative_")
-            for tensor, value in (("prompt", "context"), ("pooled_prompt", "pooled"))
-        }
+        "prompt_embeds": TensorFile(
+            {
+                f"{prefix}{tensor}_embeds": f"{prefix}{value}"
+                for prefix in ("", "negative_")
+                for tensor, value in (("prompt", "context"), ("pooled_prompt", "pooled"))
+            },
+            "both prompts as the text encoders give them, instead of words",
+        )
     }
     inputs = _inputs(sizes, settings)
     return Program(4, sizes.multiple, grids, passes, inputs, texts, files, any_scale=True)
@@ -98,15 +109,19 @@ def _each(sizes: Sizes, settings: Settings, text: str) -> tuple[Call, ...]:
 def _inputs(sizes: Sizes, settings: Settings) -> dict[str, Input]:
     """The inputs that the caller may set."""
     inputs = {
-        "guidance": Input(FLOAT, default=settings.choices["guidance"]),
-        "control_scale": Input(FLOAT, default=1.0),
-        "sampler": Input("int64", default=0, choices={"ddim": 0, "ddpm": 1}),
-        "adares": Input("int64", default=0, choices={"off": 0, "paper": 1, "code": 2}),
-        "start": Input("int64", default=0, choices={"image": 0, "noise": 1}),
+        "guidance": Input(FLOAT, default=settings.choices["guidance"], help="how strongly the words lead", least=0),
+        "control_scale": Input(FLOAT, default=1.0, help="how strongly the input picture leads", least=0),
+        "sampler": Input("int64", default=0, choices={"ddim": 0, "ddpm": 1}, help="ddpm adds noise each step"),
+        "adares": Input("int64", default=0, choices={"off": 0, "paper": 1, "code": 2}, help=ADARES),
+        "start": Input("int64", default=0, choices={"image": 0, "noise": 1}, help="what sampling begins with"),
     }
-    inputs |= {name: Input(FLOAT, default=float(name.endswith("end"))) for name in GATES}
+    inputs |= {
+        name: Input(FLOAT, default=float(name.endswith("end")), help=help_, least=0, most=1)
+        for name, help_ in zip(GATES, GATED, strict=True)
+    }
     if not settings.merged:
-        inputs["preview_strength"] = Input(FLOAT, default=settings.lora.strength if settings.lora else 1.0)
+        strength = settings.lora.strength if settings.lora else 1.0
+        inputs["preview_strength"] = Input(FLOAT, default=strength, help="strength of the previewer's LoRA")
     for prefix in ("", "negative_"):
         if settings.choices["text"]:
             inputs |= {f"{prefix}{name}": Input("int64", (1, sizes.words)) for name in WORDS}

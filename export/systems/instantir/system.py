@@ -118,6 +118,7 @@ SYSTEM = System(
     name="instantir",
     title="InstantIR, SDXL with DINOv2's image tokens and a previewer, 30 steps",
     licence="CreativeML Open RAIL++-M (SDXL); Apache-2.0 (DINOv2, InstantIR)",
+    base_models=("stabilityai/stable-diffusion-xl-base-1.0", "facebook/dinov2-large", "InstantX/InstantIR"),
     presets=PRESETS,
     origins=ORIGINS,
     options=OPTIONS,

@@ -102,7 +102,8 @@ def program(settings: Settings) -> Program:
     tiles = Tiles(side, settings.sizes["overlap"], batch=choices["batch"], fixed_px=(side,))
     steps = Steps("ddim", choices["steps"], options=SCHEDULE)
     inputs = {"ids": Input("int64", (1, sizes["words"]))}
-    inputs |= {"guidance": Input(FLOAT, default=choices["guidance"])} if guided else {}
+    guidance = Input(FLOAT, default=choices["guidance"], help="how strongly the words lead", least=0)
+    inputs |= {"guidance": guidance} if guided else {}
     sources = {name: name for name in ("image", "words", "pooled", "tokens", "condition")} | {"guidance": "$guidance"}
     sources |= {name: f"@{name}" for name in ("t", "alpha", "beta", "alpha_next", "beta_next")}
 
@@ -117,7 +118,7 @@ def program(settings: Settings) -> Program:
         Pass("detokenise", tiles, once=(call("detokenise", {"image": "result"}),)),
     )
     grids = {"image": Grid(1, 3, "input"), "result": Grid(1, 3)}
-    texts = {"prompt": Text({"ids": TOKENIZER}, choices["prompt"])}
+    texts = {"prompt": Text({"ids": TOKENIZER}, choices["prompt"], "what the picture shows")}
     return Program(4, sizes["patch"], grids, passes, inputs, texts)
 
 
@@ -181,6 +182,7 @@ SYSTEM = System(
     name="toksr",
     title="TokSR, 32 tokens a tile of 256 px through TA-TiTok and a DiT, 25 steps",
     licence="Apache-2.0 (TA-TiTok), MIT (CLIP ViT-L/14); the system's own weights are the user's",
+    base_models=("openai/clip-vit-large-patch14",),
     presets=PRESETS,
     options=OPTIONS | SIZE_OPTIONS,
     origins=ORIGINS,

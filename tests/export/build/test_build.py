@@ -61,7 +61,7 @@ def test_pack_copies_only_what_is_read(hitoksr_tiny: Path, tmp_path: Path) -> No
     packed = load_file(tmp_path / "b" / "weights" / "hitoksr" / "hitoksr.safetensors")
     assert packed.keys() == tensors.keys()
     assert all((packed[name] == tensors[name]).all() for name in tensors)
-    assert read_bundle(tmp_path / "b").weights_folder("decode") == tmp_path / "b" / "weights" / "hitoksr"
+    assert read_bundle(tmp_path / "b").folder("hitoksr") == tmp_path / "b" / "weights" / "hitoksr"
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -139,7 +139,7 @@ def test_packing_after_a_build_without_is_not_up_to_date(hitoksr_tiny: Path, tmp
     assert list((tmp_path / "b" / "weights").rglob("*.safetensors"))
 
 
-@pytest.mark.parametrize("file", ["bundle.json", "program.json", "decode/model.onnx"])
+@pytest.mark.parametrize("file", ["bundle.json", "program.json", "decode.onnx"])
 def test_a_damaged_bundle_is_built_again(tmp_path: Path, file: str) -> None:
     request = Request("hitoksr", "tiny", tmp_path / "b", seed=0)
     build(request)

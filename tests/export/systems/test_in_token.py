@@ -287,7 +287,7 @@ def test_other_words_give_other_constants(tmp_path: Path, in_token_tiny: Path) -
 
 
 def test_guidance_and_inexact_scalars_reach_the_picture(tmp_path: Path, in_token_tiny: Path, usual: np.ndarray) -> None:
-    weaker = restored(in_token_tiny, scale=1, steps=6, inputs={"guidance": 2.0})
+    weaker = restored(in_token_tiny, scale=1, steps=6, guidance=2.0)
     assert not np.array_equal(weaker, usual)
     inexact = restored(built(tmp_path, exact_scalars="off"), scale=1, steps=6)
     assert not np.array_equal(inexact, usual)

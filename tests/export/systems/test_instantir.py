@@ -456,7 +456,7 @@ def test_rounds_repeat_only_what_the_words_decide(usual: Any) -> None:
     assert np.array_equal(one, again) and not np.array_equal(one, other)
     assert not np.array_equal(one, sitting(prompt=PROMPT, guidance=9.0))
     assert (len(engines["text"].made), len(engines["words"].made), len(engines["encode"].made)) == (6, 3, 1)
-    assert np.array_equal(other, usual(picture, scale=1, steps=3, seed=4, inputs={"prompt": NEGATIVE}))
+    assert np.array_equal(other, usual(picture, scale=1, steps=3, seed=4, prompt=NEGATIVE))
 
 
 def test_both_texts_reach_both_encoders_padded_as_each_was_trained(usual: Any, instantir_files: Path) -> None:

@@ -251,7 +251,7 @@ def attached(root: Path, folder: Path, lora_mode: str = "branch", **changed: Any
 
 def where(weights: Weights, component: str, reference: Reference) -> tuple[str, int, int]:
     """The file that a component's weight lies in, and its place there."""
-    folder = weights.folders[weights.folder_name(component, reference)]
+    folder = weights.folders[reference.folder]
     return str(Path(folder.path or "") / reference.file), reference.offset, reference.length
 
 
@@ -271,7 +271,7 @@ def held_by(weights: Weights) -> dict[tuple[str, str], bytes]:
 def restored(folder: Path) -> np.ndarray:
     image = np.random.default_rng(0).integers(0, 256, (40, 32, 3), np.uint8)
     with load(folder, threads=1) as restorer:
-        return restorer.restore(image, steps=2, scale=1, seed=1, inputs={"prompt": "a photo"}).image
+        return restorer.restore(image, steps=2, scale=1, seed=1, prompt="a photo").image
 
 
 def test_both_layouts_and_the_variant_are_one_adapter(

@@ -206,7 +206,7 @@ def test_a_picture_of_any_size_is_padded_and_cut(bundles, width, height):
         large = np.pad(large, [(0, more * (a == axis)) for a in range(3)], "reflect" if more < side else "edge")
     _, expected = eager("default", Canvas(large))
     with load(bundles("default"), threads=1) as restorer:
-        ours = restorer(picture, seed=SEED, inputs={"prompt": WORDS})
+        ours = restorer(picture, seed=SEED, prompt=WORDS)
     assert ours.shape == (4 * height, 4 * width, 3)
     assert np.abs(ours - 255 * expected.transpose(1, 2, 0)[: 4 * height, : 4 * width]).max() <= 0.51
 

@@ -20,6 +20,7 @@ from transformers import (
     T5EncoderModel,
 )
 
+from support.cards import check_card
 from support.fill import Canvas, Vicr, distance, psnr
 from support.systems import components_of, settings_of
 from tilewright.cli.main import main
@@ -132,7 +133,7 @@ def test_rounds_repeat_only_what_the_words_decide(vicr_tiny: Path) -> None:
         sitting.walk.engines = engines
         one, two, again = (sitting(prompt=words) for words in (WORDS, "an old map", WORDS))
         calls = {name: len(engine.made) for name, engine in engines.items()}
-        fresh = restorer(picture, scale=1, steps=3, seed=4, inputs={"prompt": "an old map"})
+        fresh = restorer(picture, scale=1, steps=3, seed=4, prompt="an old map")
     assert calls == {"encode": 1, "see": 1, "bridge": 1, "t5": 3, "clip": 3, "modulate": 3, "step": 9, "decode": 3}
     assert np.array_equal(one, again) and np.array_equal(two, fresh)
     assert not np.array_equal(one, two)
@@ -144,7 +145,7 @@ def test_embeddings_stand_for_words(vicr_tiny: Path, tmp_path: Path) -> None:
     save_file({"prompt_embeds": context.numpy(), "pooled_prompt_embeds": pooled.numpy()}, tmp_path / "p.safetensors")
     picture = sample_photo(40, 24, 1)
     with load(vicr_tiny) as restorer:
-        by_words = restorer(picture, scale=1, steps=3, inputs={"prompt": WORDS})
+        by_words = restorer(picture, scale=1, steps=3, prompt=WORDS)
         engines = counted(restorer)
         sitting = restorer.sitting(picture, scale=1, steps=3)
         sitting.walk.engines = engines
@@ -154,11 +155,11 @@ def test_embeddings_stand_for_words(vicr_tiny: Path, tmp_path: Path) -> None:
             restorer(picture)
         save_file({"prompt_embeds": np.zeros((1, 3, 32), np.float32)}, tmp_path / "half.safetensors")
         with pytest.raises(InputError, match="lacks the tensor 'pooled_prompt_embeds'"):
-            restorer(picture, inputs={"prompt_embeds": tmp_path / "half.safetensors"})
+            restorer(picture, prompt_embeds=tmp_path / "half.safetensors")
         short = {"prompt_embeds": np.zeros((1, 3, 32), np.float32), "pooled_prompt_embeds": pooled.numpy()}
         save_file(short, tmp_path / "short.safetensors")
         with pytest.raises(InputError, match=r"shape \[1, 3, 32\]"):
-            restorer(picture, inputs={"prompt_embeds": tmp_path / "short.safetensors"})
+            restorer(picture, prompt_embeds=tmp_path / "short.safetensors")
     assert np.abs(by_words.astype(int) - by_embeds).max() <= 1
 
 
@@ -172,13 +173,15 @@ def test_a_margin_of_columns_is_decoded_instead_of_the_canvas(vicr_tiny: Path, t
     picture, made = sample_photo(64, 40, 1), {}
     for name, bundle in {"canvas": vicr_tiny, "narrow": narrow, "wide": wide}.items():
         with load(bundle) as restorer:
-            made[name] = restorer(picture, scale=1, steps=3, inputs={"prompt": WORDS}).astype(int)
+            made[name] = restorer(picture, scale=1, steps=3, prompt=WORDS).astype(int)
     assert np.abs(made["wide"] - made["canvas"]).max() <= 1
     differ = np.abs(made["narrow"] - made["canvas"])
     assert differ.max() > 0 and np.median(differ) <= 8  # the VAE's norms and attention see fewer columns
 
 
-def test_without_text_encoders_only_embeddings_are_taken(tmp_path: Path, vicr_tiny: Path) -> None:
+def test_without_text_encoders_only_embeddings_are_taken(
+    tmp_path: Path, vicr_tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bundle = built(tmp_path, no_text=True)
     assert not read_bundle(bundle).manifest.components.keys() & {"t5", "clip"}
     assert not (bundle / "tokenizers").exists()
@@ -187,17 +190,22 @@ def test_without_text_encoders_only_embeddings_are_taken(tmp_path: Path, vicr_ti
     save_file({"prompt_embeds": context.numpy(), "pooled_prompt_embeds": pooled.numpy()}, tmp_path / "p.safetensors")
     picture = sample_photo(40, 24, 1)
     with load(bundle) as restorer, load(vicr_tiny) as other:
-        ours = restorer(picture, scale=1, steps=3, inputs={"prompt_embeds": tmp_path / "p.safetensors"})
-        theirs = other(picture, scale=1, steps=3, inputs={"prompt": WORDS})
+        ours = restorer(picture, scale=1, steps=3, prompt_embeds=tmp_path / "p.safetensors")
+        theirs = other(picture, scale=1, steps=3, prompt=WORDS)
         assert np.abs(ours.astype(int) - theirs).max() <= 1
-        with pytest.raises(UsageError, match="'prompt' is not one of"):
-            restorer(picture, inputs={"prompt": WORDS})
+        with pytest.raises(UsageError, match="unknown argument 'prompt'; this bundle takes prompt_embeds, guidance"):
+            restorer(picture, prompt=WORDS)
+        with pytest.raises(UsageError, match="prompt_embeds has no default; give it a value"):
+            restorer(picture)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "p.safetensors").rename(tmp_path / "here" / "prompt_embeds.safetensors")
+    check_card(bundle, tmp_path / "here", monkeypatch)
 
 
 def test_the_whole_modulation_in_the_step_gives_the_same_picture(vicr_tiny: Path, tmp_path: Path) -> None:
     bundle, picture = built(tmp_path, no_split_modulation=True), sample_photo(40, 24, 1)
     with load(bundle) as restorer, load(vicr_tiny) as other:
-        ours, theirs = (r(picture, scale=1, steps=3, inputs={"prompt": WORDS}) for r in (restorer, other))
+        ours, theirs = (r(picture, scale=1, steps=3, prompt=WORDS) for r in (restorer, other))
     assert np.abs(ours.astype(int) - theirs).max() <= 1
 
 
@@ -238,7 +246,7 @@ def test_a_lora_beside_the_weights_equals_one_merged_into_them(vicr_tiny: Path, 
     ]:
         with load(bundle) as restorer:
             options = {"prompt": WORDS, **inputs}
-            made[name] = restorer(picture, scale=1, steps=3, inputs=options).astype(int)
+            made[name] = restorer(picture, scale=1, steps=3, **options).astype(int)
     assert np.abs(made["off"] - made["base"]).max() <= 1
     assert np.abs(made["branch"] - made["merged"]).max() <= 1
     assert np.abs(made["branch"] - made["base"]).mean() > 2

@@ -38,7 +38,7 @@ def test_verification_notices_an_engine_that_computes_something_else(
     import onnx
 
     bundle = shutil.copytree(hitoksr_tiny, tmp_path / "b")
-    file = bundle / "decode" / "model.onnx"  # ONNX Runtime's too: it had nothing to rewrite
+    file = bundle / "decode.onnx"  # ONNX Runtime's too: it had nothing to rewrite
     model = onnx.load(file, load_external_data=False)
     gain = next(n for n in model.graph.node if n.op_type == "RMSNormalization")
     next(a for a in gain.attribute if a.name == "epsilon").f = 0.3

@@ -123,8 +123,8 @@ def test_a_download_that_fails_is_one_line(monkeypatch):
 def test_options_that_name_files_may_be_repo_ids_too_and_words_may_not(hub):
     snapshot = cached(hub, COMMIT, "main")
     assert _local("org/model:0.8") == f"{snapshot}:0.8" and _local("org/model") == str(snapshot)
-    from tilewright.cli.commands import parser
+    from tilewright.cli.commands import parse
 
     command = ["export", "build", "toksr", "--clip", "org/model", "--prompt", "org/model", "-o", "out"]
-    given = _asked(parser().parse_args(command))
+    given = _asked(parse(command))
     assert given == {"clip": str(snapshot), "prompt": "org/model"}

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 
 import pytest
 
@@ -38,7 +37,7 @@ def test_a_bundle_that_is_moved_still_reads_and_finds_its_weights(build, tmp_pat
     moved.parent.mkdir()
     before.rename(moved)
     whole = read_bundle(moved)
-    folder = whole.weights_folder("sharpen")
+    folder = whole.folder("sharpen")
     assert (folder / "sharpen.safetensors").is_file()
     assert folder.is_relative_to(moved) == packed
 
@@ -47,12 +46,12 @@ def test_a_bundle_reads_through_a_link_a_string_and_a_relative_path(bundle, tmp_
     (tmp_path / "latest").symlink_to(bundle)
     assert read_bundle(tmp_path / "latest").manifest == read_bundle(str(bundle)).manifest
     monkeypatch.chdir(tmp_path)
-    assert read_bundle(bundle.name).weights_folder("sharpen") == read_bundle(bundle).weights_folder("sharpen")
+    assert read_bundle(bundle.name).folder("sharpen") == read_bundle(bundle).folder("sharpen")
 
 
 def test_a_link_that_stays_in_the_bundle_is_followed(bundle):
-    (bundle / "sharpen" / "model.onnx").rename(bundle / "kept.onnx")
-    (bundle / "sharpen" / "model.onnx").symlink_to("../kept.onnx")
+    (bundle / "sharpen.onnx").rename(bundle / "kept.onnx")
+    (bundle / "sharpen.onnx").symlink_to("kept.onnx")
     read_bundle(bundle)
 
 
@@ -109,13 +108,17 @@ def test_a_file_with_one_changed_bit_is_refused(bundle, name, position):
 
 
 def test_a_link_that_leaves_the_bundle_is_refused(bundle, tmp_path):
-    (bundle / "sharpen").rename(tmp_path / "outside")
-    (bundle / "sharpen").mkdir()
-    (bundle / "sharpen" / "model.onnx").symlink_to(tmp_path / "outside" / "model.onnx")
-    assert f"{bundle / 'bundle.json'}: 'sharpen/model.onnx' leaves the bundle" in refusal(read_bundle, bundle)
-    shutil.rmtree(bundle / "sharpen")
-    (bundle / "sharpen").symlink_to("../outside")
-    assert f"{bundle / 'bundle.json'}: 'sharpen/model.onnx' leaves the bundle" in refusal(read_bundle, bundle)
+    (bundle / "sharpen.onnx").rename(tmp_path / "outside.onnx")
+    for target in (tmp_path / "outside.onnx", "../outside.onnx"):
+        (bundle / "sharpen.onnx").symlink_to(target)
+        assert f"{bundle / 'bundle.json'}: 'sharpen.onnx' leaves the bundle" in refusal(read_bundle, bundle)
+        (bundle / "sharpen.onnx").unlink()
+
+
+def test_a_folder_that_is_a_link_out_of_the_bundle_is_refused(packed_bundle, tmp_path):
+    (packed_bundle / "weights").rename(tmp_path / "outside")
+    (packed_bundle / "weights").symlink_to("../outside")
+    assert "'weights/sharpen' leaves the bundle" in refusal(read_bundle, packed_bundle)
 
 
 def test_a_link_to_nothing_or_to_itself_is_refused(bundle):
@@ -135,7 +138,7 @@ def test_a_name_too_long_for_the_disk_is_missing(bundle, place):
         assert "xxx: missing; rebuild the bundle" in refusal(read_bundle, bundle)
     else:
         put(bundle, "weights.json", ("folders", "sharpen", "files", "x" * 300), entry)
-        text = refusal(read_bundle(bundle).weights_folder, "sharpen", longest=2000)
+        text = refusal(read_bundle(bundle).folder, "sharpen", longest=2000)
         assert "xxx of 'sharpen' are in none of " in text
 
 

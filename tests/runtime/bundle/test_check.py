@@ -423,7 +423,7 @@ GRIDS_AND_INPUTS = {
         "input 'adares': default 'off' is no constant of that type and shape",
     ),
 }
-IDS, FILE = "texts.prompt.ids", "files.prompt_embeds"
+IDS, FILE = "texts.prompt.ids", "files.prompt_embeds.tensors"
 TEXTS_AND_FILES = {
     "words for an input that is not there": (
         "vicr",
@@ -441,10 +441,19 @@ TEXTS_AND_FILES = {
     ),
     "a file by the name of an input": (
         "vicr",
-        {"files.guidance": {"a": "context"}},
-        "file 'guidance': the name is taken; give every argument its own",
+        {"files.guidance": {"tensors": {"a": "context"}}},
+        "argument 'guidance': the name is taken; give every argument its own",
     ),
-    "a file by the name of a text": ("vicr", {"files.prompt": {"a": "context"}}, "file 'prompt': the name is taken"),
+    "a file by the name of an input of more than a number": (
+        "vicr",
+        {"files.t5_ids": {"tensors": {"a": "context"}}},
+        "file 't5_ids': the name is taken; give every argument its own",
+    ),
+    "a file by the name of a text": (
+        "vicr",
+        {"files.prompt": {"tensors": {"a": "context"}}},
+        "argument 'prompt': the name is taken",
+    ),
     "a file of what nobody makes": (
         "vicr",
         {f"{FILE}.prompt_embeds": "words"},
@@ -455,7 +464,7 @@ TEXTS_AND_FILES = {
     "a file of a grid": ("vicr", {f"{FILE}.prompt_embeds": "result"}, "no input or value 'result'"),
     "a file of what tiles share": (
         "in-token",
-        {"files": {"table": {"table": "modulation"}}},
+        {"files": {"table": {"tensors": {"table": "modulation"}}}},
         "file 'table': no input or value 'modulation'; there are guidance",
     ),
 }

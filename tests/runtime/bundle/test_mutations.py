@@ -138,7 +138,7 @@ def test_a_mutated_document_is_refused_in_one_line_or_read_to_what_it_says(bundl
         assert schema.is_valid(document), (seed, data)
         outcomes["read"] += 1
         try:
-            whole.weights_folder("sharpen")
+            whole.folder("sharpen")
         except BundleError as error:
             assert str(error).isprintable(), (seed, str(error))
     assert outcomes["refused"] > 200

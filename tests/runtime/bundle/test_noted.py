@@ -89,7 +89,7 @@ def test_a_fresh_reading_reads_every_sealed_file_and_weights_once(bundle, weight
         read_files.clear()
         whole = read_bundle(bundle, fresh=fresh)
         for _ in range(3):
-            whole.weights_folder("sharpen")
+            whole.folder("sharpen")
     assert sorted(read_files) == sorted([Path(name).name for name in SEALED] + ["sharpen.safetensors"])
 
 
@@ -99,8 +99,8 @@ def test_weights_that_a_wrong_note_vouches_for_are_noticed_by_a_fresh_reading(bu
     overwrite(path, b"x" + path.read_bytes()[1:])
     sha256_of_file(path)
     note_of(path).write_text(sealed)
-    assert read_bundle(bundle).weights_folder("sharpen") == weights_dir
-    assert "SHA-256 differs" in refusal(read_bundle(bundle, fresh=True).weights_folder, "sharpen")
+    assert read_bundle(bundle).folder("sharpen") == weights_dir
+    assert "SHA-256 differs" in refusal(read_bundle(bundle, fresh=True).folder, "sharpen")
 
 
 def test_without_a_home_a_bundle_reads_and_a_build_is_told_what_to_set(bundle, monkeypatch):
@@ -110,7 +110,7 @@ def test_without_a_home_a_bundle_reads_and_a_build_is_told_what_to_set(bundle, m
     monkeypatch.delenv("TILEWRIGHT_CACHE_DIR")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "home", homeless)
-    assert read_bundle(bundle).weights_folder("sharpen").is_dir()
+    assert read_bundle(bundle).folder("sharpen").is_dir()
     with pytest.raises(EnvironmentMismatch, match="; set TILEWRIGHT_CACHE_DIR"):
         cache_dir()
 
@@ -135,8 +135,8 @@ def test_a_corrupt_note_is_ignored_and_written_anew(tmp_path, monkeypatch, note)
 def test_a_bundle_reads_where_the_cache_cannot_be_written(bundle, tmp_path, monkeypatch):
     (tmp_path / "cache").write_bytes(b"a file in the way")
     monkeypatch.setenv("TILEWRIGHT_CACHE_DIR", str(tmp_path / "cache"))
-    assert read_bundle(bundle).weights_folder("sharpen").is_dir()
-    overwrite(bundle / "sharpen" / "model.onnx", b"\0" * (bundle / "sharpen" / "model.onnx").stat().st_size)
+    assert read_bundle(bundle).folder("sharpen").is_dir()
+    overwrite(bundle / "sharpen.onnx", b"\0" * (bundle / "sharpen.onnx").stat().st_size)
     assert "SHA-256 differs" in refusal(read_bundle, bundle)
     assert (tmp_path / "cache").read_bytes() == b"a file in the way"
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import threading
 import warnings
+from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -286,10 +290,58 @@ def test_empty_arrays_and_images_are_refused(shape: tuple[int, ...]) -> None:
         read_image(Image.new("RGB", (shape[1], shape[0])))
 
 
-def test_other_objects_are_refused() -> None:
-    with pytest.raises(InputError, match="bytes") as error:
-        read_image(b"in.png")  # type: ignore[arg-type]
-    assert "pass a path" in message(error)
+@pytest.mark.parametrize("thing", [None, 3, ["in.png"], object])
+def test_other_objects_are_refused(thing: object) -> None:
+    with pytest.raises(InputError, match=f"from a {type(thing).__name__}:") as error:
+        read_image(thing)  # type: ignore[arg-type]
+    assert "pass a path, bytes, a binary file" in message(error)
+
+
+# Bytes and files
+
+
+@pytest.mark.parametrize("kind", [bytes, bytearray, memoryview, BytesIO])
+def test_bytes_and_files_in_memory_are_read_as_the_file_is(tmp_path: Path, kind: Callable[[bytes], Any]) -> None:
+    path = saved(tmp_path, Image.fromarray(noise(5, 7, 4)))
+    picture, expected = read_image(kind(path.read_bytes())), read_image(path)
+    assert np.array_equal(picture.rgb, expected.rgb) and np.array_equal(picture.alpha, expected.alpha)
+
+
+def test_an_open_file_is_read_from_where_it_is_and_stays_open(tmp_path: Path) -> None:
+    path = saved(tmp_path, Image.fromarray(noise(5, 7, 3)))
+    (tmp_path / "two").write_bytes(b"head" + path.read_bytes())
+    with (tmp_path / "two").open("rb") as file:
+        file.seek(4)
+        assert np.array_equal(read_image(file).rgb, read_image(path).rgb)
+        assert not file.closed
+
+
+def test_a_pipe_is_read_though_it_cannot_seek(tmp_path: Path) -> None:
+    content = saved(tmp_path, Image.fromarray(noise(5, 7, 3))).read_bytes()
+    reader, writer = os.pipe()
+    os.write(writer, content)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as file:
+        assert np.array_equal(read_image(file).rgb, read_image(content).rgb)
+
+
+def test_bytes_that_are_no_image_are_refused() -> None:
+    with pytest.raises(InputError, match=r"^the image is damaged or not an image"):
+        read_image(b"in.png")
+    with pytest.raises(InputError, match="over the limit of 34") as error:
+        read_image(png(5, 7, depth=8, colour=0, rows=b"\0" * 42), max_pixels=34)
+    assert message(error).startswith("the image is 5x7")
+
+
+def test_a_file_that_gives_text_or_nothing_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "in.txt"
+    path.write_text("words")
+    with path.open() as file, pytest.raises(InputError, match=r"in\.txt reads as str: open it in binary mode, 'rb'"):
+        read_image(file)  # type: ignore[arg-type]
+    with path.open("rb") as closed:
+        pass
+    with pytest.raises(InputError, match=r"in\.txt cannot be read \(read of closed file\)"):
+        read_image(closed)
 
 
 # Sizes beyond a limit

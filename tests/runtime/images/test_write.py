@@ -13,7 +13,7 @@ from PIL import Image
 from support.pictures import CMYK_PROFILE, GREY_PROFILE, SRGB, filled, message, noise, whole
 from tilewright.runtime.errors import ResourceError, UsageError
 from tilewright.runtime.images.read import Picture, read_image
-from tilewright.runtime.images.write import assemble, check_writable, write_image
+from tilewright.runtime.images.write import assemble, check_writable, encode_image, write_image
 
 # Assembling
 
@@ -87,6 +87,22 @@ def test_a_profile_is_written_with_the_pixels_it_describes(tmp_path: Path, suffi
     write_image(path, noise(4, 4, 3), icc=CMYK_PROFILE)
     with Image.open(path) as image:
         assert not image.info.get("icc_profile")
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".tif", ".bmp"])
+def test_encoded_bytes_are_those_of_the_file(tmp_path: Path, suffix: str) -> None:
+    pixels = noise(5, 7, 4)
+    write_image(tmp_path / f"out{suffix}", pixels, icc=SRGB)
+    for name in (suffix, suffix[1:].upper()):
+        assert encode_image(pixels, name, icc=SRGB) == (tmp_path / f"out{suffix}").read_bytes()
+    assert encode_image(pixels) == encode_image(pixels, ".png")
+
+
+def test_what_no_format_can_hold_is_not_encoded() -> None:
+    with pytest.raises(UsageError, match=r"no writer knows the suffix '\.xyz': use one of \.png"):
+        encode_image(noise(5, 7, 3), "xyz")
+    with pytest.raises(UsageError, match="the image would be 16384x1, over WEBP's limit of 16383 pixels a side"):
+        encode_image(np.zeros((1, 16384, 3), np.uint8), "webp")
 
 
 def test_an_existing_file_is_replaced(tmp_path: Path) -> None:

@@ -1,0 +1,85 @@
+"""Weights as plain initializers: every weight behind a Cast, a Transpose or the like is computed once and stored.
+
+Quantizers look for the weight of a MatMul among the initializers. The portable graph has it behind a Transpose, because
+the bytes are the user's own and are not copied.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+from onnx.reference import ReferenceEvaluator
+
+__all__ = ["fold_weights"]
+
+MOVES = {"Cast", "Concat", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"}
+Array = npt.NDArray[Any]
+
+
+def fold_weights(
+    model: ir.Model, read: Callable[[ir.Value], Array], store: Callable[[str, Array], ir.TensorProtocol]
+) -> int:
+    """Store what becomes of each weight, one at a time, and use that instead; how many were stored.
+
+    `read` gives an initializer's numbers, `store` keeps an array and gives the tensor that stands for it.
+    """
+    graph: Any = model.graph
+    moved = _moved(graph)
+    ends = [v for v in moved if v.is_graph_output() or any(use.node.outputs[0] not in moved for use in v.uses())]
+    for value in ends:
+        sources = [v for v in _sources(value, moved) if isinstance(v.const_value, ir.ExternalTensor)]
+        name = _free(graph, f"{sources[0].name}.folded")
+        tensor = store(name, np.ascontiguousarray(_computed(value, moved, read, model.opset_imports[""])))
+        kept = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+        graph.register_initializer(kept)
+        for use in list(value.uses()):
+            use.node.replace_input_with(use.idx, kept)
+    _drop(graph, moved)
+    return len(ends)
+
+
+def _moved(graph: Any) -> dict[ir.Value, ir.Node]:
+    """Every value that is a weight with its numbers moved or cast, and the node that makes it."""
+    moved: dict[ir.Value, ir.Node] = {}
+    for node in graph:
+        inputs = [v for v in node.inputs if v is not None]
+        known = all(v in moved or v.is_initializer() for v in inputs)
+        weight = any(v in moved or isinstance(v.const_value, ir.ExternalTensor) for v in inputs)
+        if node.op_type in MOVES and not node.domain and known and weight:
+            moved |= dict.fromkeys(node.outputs, node)
+    return {value: node for value, node in moved.items() if not any(o.is_graph_output() for o in node.outputs)}
+
+
+def _sources(value: Any, moved: dict[ir.Value, ir.Node]) -> list[Any]:
+    """The initializers that a value comes from."""
+    if value not in moved:
+        return [value]
+    return [source for v in moved[value].inputs if v is not None for source in _sources(v, moved)]
+
+
+def _computed(value: Any, moved: dict[ir.Value, ir.Node], read: Callable[[ir.Value], Array], opset: int) -> Array:
+    if value not in moved:
+        return read(value)
+    node = moved[value]
+    given = {v.name: _computed(v, moved, read, opset) for v in node.inputs if v is not None}
+    results = ReferenceEvaluator(ir.to_proto(node), opsets={"": opset}).run(None, given)
+    return np.asarray(results[node.outputs.index(value)])
+
+
+def _free(graph: Any, name: str) -> str:
+    number, taken = 1, graph.initializers
+    while (free := name if number == 1 else f"{name}.{number}") in taken:
+        number += 1
+    return free
+
+
+def _drop(graph: Any, moved: dict[ir.Value, ir.Node]) -> None:
+    """Remove the nodes that nothing reads any more, and the weights that only they read."""
+    nodes = dict.fromkeys(moved.values())
+    sources = {v for node in nodes for v in node.inputs if v is not None and v.is_initializer()}
+    graph.remove(list(nodes), safe=True)
+    for value in sources:
+        if not value.uses() and not value.is_graph_output():
+            del graph.initializers[value.name]

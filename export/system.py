@@ -209,7 +209,7 @@ class System:
     components: Parts  # the networks that become graphs
     program: Callable[[Settings], Program]
     licences: Mapping[str, str] = field(default_factory=dict)  # preset -> licence, where it differs
-    base_models: tuple[str, ...] = ()  # of the published system, as the Hugging Face Hub names them
+    base_models: tuple[str, ...] = ()  # names of the published base models on the Hugging Face Hub
     stand_in: Callable[[], dict[str, Any]] | None = None  # file -> its tensors or its text: all a user must have
     options: Mapping[str, Option] = field(default_factory=dict)
     lora: LoraFile | None = None

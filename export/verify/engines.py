@@ -42,7 +42,7 @@ SMALL = 2**24  # a bundle with fewer parameters is small
 WORDS = "a stone bridge over a river"
 FEW_STEPS = 8  # in which engines are compared
 SEAM_STEPS = 4  # in which seams are judged: each step joins the tiles
-SMALL_SEAM_STEPS = 2  # the second reads what the first joined; the demo's averaged tiles show as much as after 4
+SMALL_SEAM_STEPS = 2  # for small networks: the second step reads joined tiles, and seams show as much as after 4
 LEAST_TILE_PX = 96  # to judge seams by: convolutions see further than 12 of the smallest tokens
 SEAM_GATE = 0.15  # of `seam_excess`; blended tiles of random networks reach 0.09, averaged ones of the demo exceed 0.4
 UNDECIDED = 4.0  # a choice won by less than this many roundings of its scores may fall either way
@@ -128,7 +128,7 @@ def _require_memory(bundle: Bundle) -> None:
 
 
 def _seam(restorer: Restorer, job: Job, steps: int | None, make: Callable[[int, int], Pixels]) -> float:
-    """The seams of a picture of three by three tiles that share a third, after so many steps."""
+    """The seams of a picture of 3 x 3 tiles that overlap by a third, after so many steps."""
     program = restorer.bundle.program
     fixed = job.tile_px is not None and least_px(program, job.tile_px) == job.tile_px
     usual = min(p.tiles.px for p in program.passes if p.tiles)
@@ -264,7 +264,7 @@ class Eager:
 
 
 class _Paired:
-    """An engine and its network, run on the same inputs; answers with the network's outputs."""
+    """Runs an engine and its eager network on the same inputs, and returns the network's outputs."""
 
     def __init__(self, engine: Engine, eager: Eager) -> None:
         self.engine, self.eager = engine, eager

@@ -26,7 +26,7 @@ EXPORT = (
     {"targets", "systems"},
     {"verify"},
     {"build"},
-    {"inspect.py", "kernels_bench.py", "kernels_check.py"},
+    {"inspect.py", "kernels_bench.py", "kernels_check.py", "onnx_folder.py"},
 )
 RUNTIME = (
     {"errors.py"},

@@ -92,7 +92,7 @@ def _fish(verbs: list[_Verb]) -> str:
 
 
 def _filled(text: str, verbs: list[_Verb], case: Callable[[str, str], str], options: list[str]) -> str:
-    """A script with its cases: what may follow some words."""
+    """Fill a script with its cases, the words that may follow other words."""
     groups: dict[str, list[str]] = {}
     for verb in verbs:
         group, _, name = verb.words.partition(" ")

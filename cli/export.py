@@ -153,7 +153,7 @@ def _list(arguments: argparse.Namespace) -> None:
 
 
 def _build(arguments: argparse.Namespace) -> None:
-    from tilewright.export.build.preflight import check_files
+    from tilewright.export.build.preflight import check_request
     from tilewright.export.build.request import Request
     from tilewright.export.build.run import build, changes
     from tilewright.export.build.stage_list import all_remembered, list_stages, quick_digest
@@ -183,7 +183,7 @@ def _build(arguments: argparse.Namespace) -> None:
 
         if arguments.explain:
             if not all_remembered(request):
-                check_files(request)
+                check_request(request)
             explained = {
                 "changed": changes(request, list_stages(request, quick_digest if arguments.dry_run else digest))
             }
@@ -200,7 +200,7 @@ def _build(arguments: argparse.Namespace) -> None:
 
 
 def _usual(out: Path) -> dict[str, float]:
-    """How long each stage took when this bundle was built before."""
+    """Stage -> its seconds in the last build of this bundle."""
     try:
         cost = json.loads((out / "reports" / "build.json").read_text())
         return {stage: float(spent["seconds"]) for stage, spent in cost.items()}
@@ -210,11 +210,11 @@ def _usual(out: Path) -> dict[str, float]:
 
 def _dry_run(arguments: argparse.Namespace, request: "Request", explained: dict[str, Any]) -> None:
     from tilewright.export.build.forecast import forecast
-    from tilewright.export.build.preflight import check_files
+    from tilewright.export.build.preflight import check_request
     from tilewright.export.build.run import up_to_date
     from tilewright.export.build.stage_list import list_stages, quick_digest
 
-    check_files(request)
+    check_request(request)
     stages = list_stages(request, quick_digest)
     predicted = forecast(request, stages, up_to_date=up_to_date(request, stages))
     disk = ", ".join(f"{amount(needed)} under {place}" for place, needed in predicted.disk.items()) or "nothing"

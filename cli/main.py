@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _keep_stderr() -> None:
-    """Keep stderr for our own lines: libraries in C write to descriptor 2, which now leads nowhere."""
+    """Keep stderr for our own lines, by sending descriptor 2, to which C libraries write, to nowhere."""
     ours = os.dup(2)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     sys.stderr = os.fdopen(ours, "w", buffering=1, encoding=sys.stderr.encoding, errors="backslashreplace")

@@ -209,7 +209,7 @@ def _restore(arguments: argparse.Namespace) -> None:
 
 
 def _streams(arguments: argparse.Namespace) -> tuple[Path | BinaryIO, bool]:
-    """Where the image comes from, and whether it goes to standard output; refused before any work is done."""
+    """The source of the image, and whether the result goes to standard output. Bad ones are refused before any work."""
     piped = str(arguments.output) == STREAM
     if piped:
         if sys.stdout is None or sys.stdout.isatty():

@@ -93,10 +93,10 @@ def expect_argument(parser: argparse.ArgumentParser) -> None:
 
 
 class Progress:
-    """What is running and about how long it still takes.
+    """Shows the current work and an estimate of the remaining time.
 
-    On a terminal, a bar that redraws itself; elsewhere plain lines, at most one every few seconds. `parts` are the
-    names of all that will be counted, in order, where they are known.
+    On a terminal it is a bar that redraws itself, elsewhere plain lines, at most one every few seconds. `parts` are the
+    names of all parts that will be counted, in order, if they are known.
     """
 
     def __init__(self, arguments: argparse.Namespace | None = None, parts: Sequence[str] = ()) -> None:
@@ -122,7 +122,7 @@ class Progress:
             self._draw("")
 
     def say(self, text: str) -> None:
-        """Lines that were asked for, above the bar."""
+        """Print lines above the bar."""
         if self.terminal:
             self._draw("")
             self.line = ""

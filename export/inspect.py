@@ -14,7 +14,7 @@ __all__ = ["inspect", "summary"]
 
 
 def inspect(root: Path, weights_dir: Path | None = None, expect: str | None = None) -> dict[str, Any]:
-    """Components, program, files and the bytes of weights: referenced, materialised, orphaned."""
+    """A report on components, program, files and the bytes of weights: referenced, materialised, orphaned."""
     import onnx_ir as ir
 
     bundle = read_bundle(root, expect=expect)

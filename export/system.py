@@ -101,12 +101,12 @@ class Origin:
     places: tuple[str, ...]  # places to look at in that folder, best first
     what: str  # its name in messages
     needed: bool = True
-    read: Callable[[Tensors], Tensors] = lambda tensors: tensors  # renames tensors to the names of `System.keys`
+    rename: Callable[[Tensors], Tensors] = lambda tensors: tensors  # gives tensors the names of `System.keys`
 
 
 @dataclass(frozen=True)
 class Option:
-    """An argument of `export build` that some systems take."""
+    """An argument of `export build` that only some systems have."""
 
     help: str
     kind: Callable[[str], Any] = str
@@ -173,7 +173,7 @@ class Settings:
             object.__setattr__(self, name, json.loads(json.dumps(getattr(self, name))))
 
     def to_json(self) -> str:
-        """One line, keys sorted."""
+        """The settings as one line of JSON, with sorted keys."""
         return json.dumps(asdict(self), sort_keys=True)
 
     @classmethod
@@ -199,7 +199,7 @@ Parts = Callable[[Settings], dict[str, ComponentSpec]]
 
 @dataclass(frozen=True)
 class System:
-    """One published system."""
+    """A published system."""
 
     name: str
     title: str
@@ -239,5 +239,5 @@ class System:
 
 
 def plain(sizes: Any) -> dict[str, Any]:
-    """Sizes as a dict."""
+    """Sizes of any type as a dict."""
     return dict(sizes) if isinstance(sizes, Mapping) else asdict(sizes)

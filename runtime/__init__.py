@@ -1,4 +1,4 @@
-"""A bundle in, pixels out. Needs NumPy, Pillow and an engine; never PyTorch."""
+"""Restoring images with a bundle. It needs NumPy, Pillow and an engine, and never PyTorch."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

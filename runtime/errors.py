@@ -19,15 +19,15 @@ __all__ = [
 
 
 def amount(number: float) -> str:
-    """Bytes in the unit that shows them."""
-    for unit, of in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if number >= of:
-            return f"{number / of:.1f} {unit}"
+    """A number of bytes with a fitting unit."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if number >= factor:
+            return f"{number / factor:.1f} {unit}"
     return f"{number:.0f} bytes"
 
 
 class TilewrightError(Exception):
-    """One line: what is wrong, the value, what to do next."""
+    """An error with a message of one line: what is wrong, the value, what to do next."""
 
     exit_code = 1
     report: dict[str, Any] | None = None  # results from before the failure, for --json

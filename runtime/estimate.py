@@ -137,7 +137,7 @@ class Estimate:
     available_bytes: int | None
 
     def require(self) -> None:
-        """Refuse work that would not fit in memory."""
+        """Refuse a restoration that does not fit in memory."""
         if self.available_bytes is not None and self.needed_bytes > self.available_bytes:
             raise ResourceError(
                 f"{self.width}x{self.height} px needs about {self.needed_bytes / 2**30:.1f} GiB of memory,"

@@ -18,7 +18,7 @@ __all__ = ["hardware", "profile", "resolutions", "table"]
 
 
 def resolutions(text: str) -> list[tuple[int, int]]:
-    """Output sizes from `512,2560x1440`."""
+    """The output sizes in a text like `512,2560x1440`."""
     sizes = []
     for part in text.split(","):
         sides = part.lower().strip().split("x")

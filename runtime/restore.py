@@ -135,15 +135,15 @@ class Restorer:
         picture = read_image(image, max_pixels=max_pixels)
         height, width = picture.rgb.shape[:2]
         opened = self.engines.opened if isinstance(self.engines, _Engines) else ()
-        plans = estimate(
+        needs = estimate(
             self.bundle, width, height, tile=tile, overlap=overlap, memory=self.memory, scale=scale, opened=opened
         )
-        plans.require()
+        needs.require()
         clock.lap("read")
         program = self.bundle.program
-        enlarged = Enlarged(picture.rgb, plans.scale, program.multiple_px, least_px(program, tile))
+        enlarged = Enlarged(picture.rgb, needs.scale, program.multiple_px, least_px(program, tile))
         job = Job(enlarged, seed, tile, overlap, steps, {}, self.workers, on_progress, self.on_unused)
-        return Sitting(self.bundle, picture, plans, Walk(program, self.engines, self.constants, job), arguments, clock)
+        return Sitting(self.bundle, picture, needs, Walk(program, self.engines, self.constants, job), arguments, clock)
 
 
 @dataclass
@@ -152,7 +152,7 @@ class Sitting:
 
     bundle: Bundle
     picture: Picture
-    plans: Estimate
+    estimate: Estimate
     walk: Walk
     arguments: Mapping[str, Any]
     clock: "_Clock"
@@ -170,15 +170,15 @@ class Sitting:
         job = self.walk.job
         job.seconds.clear()
         self.clock.last = time.perf_counter()  # the caller's time between rounds does not count
-        rgb = np.empty((self.plans.height, self.plans.width, 3), np.uint8)
+        rgb = np.empty((self.estimate.height, self.estimate.width, 3), np.uint8)
         job.on_final = partial(fill, rgb)
         self.walk.run(gather(self.bundle, {**self.arguments, **arguments}), keep=keep)
         self.clock.lap("passes")
         pixels = assemble(rgb, self.picture)
         self.clock.lap("assemble")
-        tiles = {p.name: len(plan.tiles) for p, plan in self.plans.passes}
+        tiles = {p.name: len(plan.tiles) for p, plan in self.estimate.passes}
         return Restoration(
-            pixels, self.plans.scale, self.picture.icc, self.clock.seconds | job.seconds, tiles, peak_bytes()
+            pixels, self.estimate.scale, self.picture.icc, self.clock.seconds | job.seconds, tiles, peak_bytes()
         )
 
 

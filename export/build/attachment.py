@@ -18,7 +18,7 @@ References = dict[str, dict[str, Reference]]  # component -> parameter -> bytes
 
 def origins_of(request: Request, used: Mapping[str, Tensors]) -> dict[str, Tensors]:
     """The tensors of each origin, renamed as the system's keys expect."""
-    return {name: request.system.origins[name].read(tensors) for name, tensors in used.items()}
+    return {name: request.system.origins[name].rename(tensors) for name, tensors in used.items()}
 
 
 def missing_tensors(request: Request, origins: Mapping[str, Tensors]) -> dict[str, Shapes]:

@@ -1,4 +1,4 @@
-"""Emptying the cache."""
+"""Removing files from the cache."""
 
 import json
 import shutil

@@ -12,10 +12,10 @@ from tilewright.runtime.bundle.write import check_replaceable
 from tilewright.runtime.errors import BundleError, ResourceError, UsageError, amount
 from tilewright.runtime.estimate import available_bytes
 
-__all__ = ["check_files", "check_room"]
+__all__ = ["check_request", "check_room"]
 
 
-def check_files(request: Request) -> None:
+def check_request(request: Request) -> None:
     """Refuse an output that is not a bundle, and files that do not fit the system."""
     check_replaceable(request.out)
     check_attachment(request)

@@ -112,7 +112,7 @@ class Request:
 
     @cached_property
     def program(self) -> Program:
-        """What runs them on an image."""
+        """The program, which runs the networks on an image."""
         return self.system.program(self.settings)
 
     @cached_property
@@ -149,7 +149,7 @@ class Request:
 
     @property
     def stand_in(self) -> bool:
-        """Whether some weights are zeros in the place of real ones."""
+        """Whether some weights are stand-ins: zeros in the place of real weights."""
         return any(tensors.stand_in for tensors in self.used.values())
 
     @property

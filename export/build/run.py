@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tilewright.export.build.cache import Stage, filling, staging, write
 from tilewright.export.build.forecast import forecast, unverifiable
-from tilewright.export.build.preflight import check_files, check_room
+from tilewright.export.build.preflight import check_request, check_room
 from tilewright.export.build.request import Request
 from tilewright.export.build.stage_list import all_remembered, list_stages
 from tilewright.runtime.bundle.digests import cache_dir, sha256_of_bytes, sha256_of_file
@@ -37,12 +37,12 @@ def build(
     """Run the stages that are not finished, put the bundle in place, and return the cost of each stage that ran."""
     unread = not all_remembered(request)
     if unread:  # check files before reading gigabytes for the keys of stages
-        check_files(request)
+        check_request(request)
     stages = list_stages(request, digest)
     if up_to_date(request, stages):
         return {}
     if not unread:
-        check_files(request)
+        check_request(request)
     skipped = unverifiable(request)
     check_room(forecast(request, stages, up_to_date=False))
     cost: Cost = {}

@@ -80,5 +80,5 @@ def _numbers() -> tuple[Any, str, Any]:
 
 
 def _stacks() -> tuple[Any, str, Any]:
-    """Every node gets the lines of source that it comes from, which graphs leave behind."""
+    """The exporter stores lines of source code in every node, which our graphs do not keep."""
     return fx.config, "do_not_emit_stack_traces", True

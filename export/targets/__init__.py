@@ -9,5 +9,5 @@ TARGETS = {"ort": "tilewright.export.targets.ort"}
 
 
 def engine_folder(component: str, backend: str, precision: str) -> str:
-    """The folder of a bundle for the files of one engine."""
+    """The folder in a bundle for the files of one engine."""
     return f"engines/{component}.{backend}-{precision}"

@@ -98,7 +98,7 @@ def verify(
 
 
 def _percent(report: Report, part: str, program: Program) -> Report:
-    """Tell how much of a restoration is done, as if its passes took equally long."""
+    """Report the finished share of a restoration, as if all passes took the same time."""
     names = [p.name for p in program.passes]
     return lambda name, done, total: report(part, round(100 * (names.index(name) + done / total) / len(names)), 100)
 

@@ -132,7 +132,7 @@ class Input:
 
 @dataclass(frozen=True)
 class Text:
-    """Words of the caller, which tokenizers turn into the ids of inputs."""
+    """A text of the caller. Tokenizers turn it into the ids of inputs."""
 
     ids: dict[str, str]  # input -> file of its tokenizer in the bundle
     default: str | None = None  # none: the caller must give words, or the values that are computed from them

@@ -52,7 +52,7 @@ class Bundle:
         return self.root / name
 
     def folder(self, name: str, weights_dir: Path | None = None) -> Path:
-        """Where a folder of weights is, its files checked: packed, under `weights_dir`, or where it was at build."""
+        """The current place of a folder of weights, checked: packed, under `weights_dir`, or its place at build."""
         checked = self._checked.get((name, weights_dir))
         if checked and self.fresh:  # gigabytes are read only once
             return checked

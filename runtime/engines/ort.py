@@ -37,7 +37,7 @@ def version() -> str:
 
 
 def native_library() -> Path | None:
-    """Our kernels for ONNX Runtime, if here; TILEWRIGHT_NATIVE names another library, or none when it is empty."""
+    """The library of our kernels, if there is one. TILEWRIGHT_NATIVE names another one, or none if it is empty."""
     path = os.environ.get("TILEWRIGHT_NATIVE", str(NATIVE))
     return Path(path) if path and (Path(path).is_file() or "TILEWRIGHT_NATIVE" in os.environ) else None
 

@@ -40,7 +40,7 @@ class Enlarged:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Channels, padded height, padded width."""
+        """The shape of the padded picture: channels, height, width."""
         height, width = (padded(side * self.scale, self.multiple, self.least) for side in self.rgb.shape[:2])
         return 3, height, width
 

@@ -69,7 +69,7 @@ class Picture:
 
 
 def read_image(source: Source, *, max_pixels: int = 100_000_000) -> Picture:
-    """Read an image, upright and in 8 bits; of an animated file, the first frame.
+    """Read an image upright and in 8 bits. An animated file gives its first frame.
 
     `source` is a path, the bytes of a file, a binary file (a pipe too), a Pillow image or a uint8 array.
     """
@@ -111,7 +111,7 @@ def _from_bytes(file: BinaryIO, name: str, max_pixels: int) -> Picture:
 
 
 def _read_all(file: BinaryIO) -> bytes:
-    """From where the file is now to its end: Pillow would seek, which a pipe cannot."""
+    """Read a file from its current position to its end: Pillow would seek, which a pipe cannot do."""
     name = getattr(file, "name", "the image")
     try:
         content = file.read()

@@ -58,7 +58,7 @@ def _span(first: int, count: int) -> UInt64s:
 def _rounds(
     c0: UInt64s, c1: UInt64s, c2: UInt64s, c3: UInt64s, key: tuple[int, int]
 ) -> tuple[UInt64s, UInt64s, UInt64s, UInt64s]:
-    """Return the four output words, held as uint64, of counters whose words broadcast against each other."""
+    """Return the four output words as uint64. The words of the counters may broadcast against each other."""
     for i in range(ROUNDS):
         k0, k1 = (np.uint64((int(k) + i * w) & WORD_MAX) for k, w in zip(key, WEYL, strict=True))
         p0, p1 = MULTIPLIERS[0] * c0, MULTIPLIERS[1] * c2

@@ -1,4 +1,4 @@
-"""Split an image into overlapping tiles, and the weights that join them again.
+"""Splitting an image into overlapping tiles, and the weights that join the tiles again.
 
 Every tile of a plan has the same size, so an engine built for one shape serves them all: the last row and column
 shift inwards instead of shrinking, and share more than the nominal overlap with their neighbours.
@@ -73,7 +73,7 @@ def tile_plan(width: int, height: int, tile: int, overlap: int, multiple: int) -
 
 
 def weights(plan: TilePlan, px: int) -> tuple[Weights, Weights]:
-    """Return the weights of each row and of each column of tiles, on a grid with `px` output pixels a cell.
+    """Return the weights of each row and of each column of tiles, for a grid whose cells have `px` output pixels.
 
     The weight of a tile is the outer product of its row's and its column's.
     """

@@ -33,7 +33,7 @@ class EagerEngine:
 
 def eager_engines(system: System, settings: Settings, tensors: Mapping[str, Tensors]) -> dict[str, EagerEngine]:
     """Component -> its network, every parameter from the files of its origin; those of the build too."""
-    origins = {name: system.origins[name].read(converted(of)) for name, of in tensors.items()}
+    origins = {name: system.origins[name].rename(converted(of)) for name, of in tensors.items()}
     specs = {**system.components(settings), **system.build_time(settings)}
     shapes = {
         component: {name: tuple(parameter.shape) for name, parameter in parameter_specs(spec).items()}

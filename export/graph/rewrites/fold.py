@@ -23,7 +23,7 @@ LARGEST_INPUT, LARGEST_RESULT = 8_192, 65_536  # elements; larger constants are 
 
 
 def fold(model: ir.Model) -> None:
-    """Simplify in place. Weights keep their names and their references."""
+    """Simplify a graph in place. Weights keep their names and their references."""
     weights = {n: v for n, v in model.graph.initializers.items() if isinstance(v.const_value, ir.ExternalTensor)}
     references = {name: value.const_value for name, value in weights.items()}
     # a pass that sees a value reads it, and may store a transposed copy

@@ -44,7 +44,7 @@ def text_sizes(sizes: Sizes, preset: Preset, files: UserFiles) -> Sizes:
 
 
 def words_size(preset: Preset, files: UserFiles) -> int:
-    """How many words T5 reads."""
+    """The number of ids that T5 reads."""
     return _length("tokenizer_2", {"words": preset.sizes.words}, preset, files, LONGEST)
 
 

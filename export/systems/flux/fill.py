@@ -48,14 +48,14 @@ GUIDANCE = "strength of the guidance that the model was distilled for"
 
 BASE_ORIGINS = {
     "transformer": Origin("weights", ("transformer", "flux1-fill-dev.safetensors"), "FLUX.1-Fill-dev's transformer"),
-    "vae": Origin("weights", ("vae", "ae.safetensors"), "FLUX.1-Fill-dev's VAE", read=named_by_diffusers),
+    "vae": Origin("weights", ("vae", "ae.safetensors"), "FLUX.1-Fill-dev's VAE", rename=named_by_diffusers),
     "text_encoder": Origin("weights", ("text_encoder",), "FLUX.1-Fill-dev's CLIP text encoder", needed=False),
     "text_encoder_2": Origin("weights", ("text_encoder_2",), "FLUX.1-Fill-dev's T5 text encoder", needed=False),
 }
 
 
 def _tiles(text: str) -> list[int]:
-    """Sides from `1024` or `512,1024`."""
+    """The sides in a text like `1024` or `512,1024`."""
     sides = text.split(",")
     if not all(side.isdigit() and int(side) for side in sides):
         raise UsageError(f"--fixed-tile {text!r} is no list of sizes; write 1024 or 512,1024")
@@ -159,7 +159,7 @@ def _pooled(sizes: Sizes, *, bridge: bool) -> dict[str, TensorSpec]:
 
 
 def encode(sizes: Sizes, *, diptych: bool = False) -> ComponentSpec:
-    """Image to latent."""
+    """The VAE's encoder, from image to latent."""
     image, latent = _pictures(sizes, diptych)
     multiples = dict.fromkeys(("height", "width"), sizes.multiple)
     arguments = {"config": sizes.vae, "diptych": diptych}
@@ -167,7 +167,7 @@ def encode(sizes: Sizes, *, diptych: bool = False) -> ComponentSpec:
 
 
 def decode(sizes: Sizes, *, diptych: bool = False, margin: int | None = None) -> ComponentSpec:
-    """Latent to image."""
+    """The VAE's decoder, from latent to image."""
     image, latent = _pictures(sizes, diptych)
     multiples = {"h": 2, "w2" if diptych else "w": 4 if diptych else 2}
     arguments = {"config": sizes.vae, "diptych": diptych, "margin": margin}

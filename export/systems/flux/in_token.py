@@ -32,7 +32,7 @@ OPTIONS = fill.BASE_OPTIONS | {
 ORIGINS = fill.BASE_ORIGINS | {
     "image_encoder": Origin("redux", ("image_encoder",), "FLUX.1-Redux-dev's SigLIP"),
     "image_embedder": Origin("redux", ("image_embedder", "flux1-redux-dev.safetensors"), "FLUX.1-Redux-dev"),
-    "lora": Origin("lora", (".",), "the system's LoRA", needed=False, read=as_parameters),
+    "lora": Origin("lora", (".",), "the system's LoRA", needed=False, rename=as_parameters),
 }
 
 

@@ -142,7 +142,7 @@ class Sizes:
 
     @property
     def pooled(self) -> int:
-        """Width of what the transformer reads of the whole text."""
+        """Width of the pooled text, the vector that the transformer reads for the whole text."""
         return int(self.transformer["pooled_projection_dim"])
 
 

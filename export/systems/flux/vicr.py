@@ -45,7 +45,7 @@ OPTIONS = {
 }
 ORIGINS = fill.BASE_ORIGINS | {
     "image_encoder": Origin("clip", (".",), "CLIP ViT-L/14's image tower"),
-    "lora": Origin("lora", (".",), "VICR's LoRA and bridge", read=as_parameters),
+    "lora": Origin("lora", (".",), "VICR's LoRA and bridge", rename=as_parameters),
 }
 WORDS = ("t5_ids", "clip_ids")
 TOKENIZERS = ("tokenizers/t5.json", "tokenizers/clip.json")

@@ -54,13 +54,13 @@ ORIGINS = {
     "text_encoder": Origin("weights", ("text_encoder",), "SDXL's CLIP-L text encoder", needed=False),
     "text_encoder_2": Origin("weights", ("text_encoder_2",), "SDXL's bigG text encoder", needed=False),
     "dino": Origin("dino", (".",), "DINOv2-large"),
-    "adapter": Origin("adapter", (".",), "InstantIR's adapter", read=named),
+    "adapter": Origin("adapter", (".",), "InstantIR's adapter", rename=named),
     "aggregator": Origin("aggregator", (".",), "InstantIR's aggregator"),
     "lora": Origin(
         "previewer",
         (".",),
         "InstantIR's previewer LoRA",
-        read=partial(as_parameters, prefixes=LORA.prefixes, default_alpha=LORA.default_alpha),
+        rename=partial(as_parameters, prefixes=LORA.prefixes, default_alpha=LORA.default_alpha),
     ),
 }
 

@@ -190,7 +190,7 @@ def test_of_the_authors_full_files_every_byte_is_some_parameters(components):
     wanted = {component: ours("full", component) for component in components}
     for layout in (authors, theirs("full", network)):
         found = as_file(layout)
-        attached = reference_parameters(wanted, {network: IN_TOKEN.origins[network].read(found)}, IN_TOKEN)
+        attached = reference_parameters(wanted, {network: IN_TOKEN.origins[network].rename(found)}, IN_TOKEN)
         references = [r for of in attached.values() for r in of.values()]
         assert len(references) == sum(map(len, wanted.values()))
         assert_covered(found, references)
@@ -245,7 +245,7 @@ def test_no_other_names_are_found_in_either_layout():
     for components in HALVES:
         network = ORIGIN_OF_COMPONENT[components[0]]
         for layout in (AUTHORS[network](), theirs("full", network)):
-            layout = IN_TOKEN.origins[network].read(as_file(layout)).tensors
+            layout = IN_TOKEN.origins[network].rename(as_file(layout)).tensors
             for component in components:
                 for parameter in ours("full", component):
                     names = {n if isinstance(n, str) else n.key for n in keys(component, parameter)}
@@ -257,7 +257,7 @@ def test_a_tensor_that_fill_does_not_have_is_refused():
         wanted = {component: ours("full", component) for component in components}
         with pytest.raises(InputError, match=r"holds unexpected 1 tensors: quant_conv\.weight"):
             found = as_file(AUTHORS[network]() | {"quant_conv.weight": (32, 32, 1, 1)})
-            reference_parameters(wanted, {network: IN_TOKEN.origins[network].read(found)}, IN_TOKEN)
+            reference_parameters(wanted, {network: IN_TOKEN.origins[network].rename(found)}, IN_TOKEN)
 
 
 # low-rank branches

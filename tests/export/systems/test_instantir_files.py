@@ -145,7 +145,7 @@ def on_disk(shapes: Nested, folder: Path) -> dict[str, Tensors]:
 
 
 def as_read(found: dict[str, Tensors]) -> dict[str, Tensors]:
-    return {origin: SYSTEM.origins[origin].read(held) for origin, held in found.items()}
+    return {origin: SYSTEM.origins[origin].rename(held) for origin, held in found.items()}
 
 
 def decided(preset: str, found: dict[str, Tensors], **options: Any) -> Settings:

@@ -84,7 +84,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
 def as_typed(message: str, options: Mapping[str, str]) -> str:
     """A message of the library with arguments written as options of the command line: `tile=64` as `--tile 64`."""
     names = "|".join(map(re.escape, options))
-    quoted_or_named = rf"'[^']*'|(?<![\w./-])({names})="  # what is quoted is the user's
+    quoted_or_named = rf"'[^']*'|(?<![\w./-])({names})="  # text in quotes is the user's
     return re.sub(quoted_or_named, lambda m: f"{options[m[1]]} " if m[1] else m[0], message) if names else message
 
 

@@ -43,7 +43,7 @@ class ComponentSpec:
     outputs: dict[str, TensorSpec]
     px: dict[str, int] = field(default_factory=dict)  # named size -> output pixels behind one unit of it
     multiples: dict[str, int] = field(default_factory=dict)  # named size -> the number that divides it
-    arguments: dict[str, Any] = field(default_factory=dict)  # of the network
+    arguments: dict[str, Any] = field(default_factory=dict)  # arguments of the network's class
 
     def build(self) -> Any:
         """Build the network. PyTorch is loaded here, not before."""

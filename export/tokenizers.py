@@ -26,7 +26,7 @@ CLIP_TOKENS = {
     "pad_token": "<|endoftext|>",
     "unk_token": "<|unk|>",  # the real one is EOS, but the network pools at the first EOS
 }
-FLAGS = ("lstrip", "rstrip", "single_word", "normalized")  # of a special token
+FLAGS = ("lstrip", "rstrip", "single_word", "normalized")  # flags of a special token
 CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 

@@ -129,7 +129,7 @@ OPEN_SHARE = 0.7  # share of the free memory for all engines together; the rest 
 class Estimate:
     """The size, tile plans and memory of a restoration."""
 
-    width: int  # of the result
+    width: int  # width of the result
     height: int
     scale: int
     passes: list[tuple[Pass, TilePlan]]

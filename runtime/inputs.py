@@ -25,7 +25,7 @@ def value_of(program: Program, name: str, arguments: Mapping[str, Any], constant
     spec = program.inputs[name]
     value = arguments.get(name, spec.default)
     if value is None:
-        labels = [text for text, t in program.texts.items() if name in t.ids]  # as the caller knows it
+        labels = [text for text, t in program.texts.items() if name in t.ids]  # names that the caller knows
         labels += [file for file, f in program.files.items() if name in f.tensors.values()]
         raise UsageError(f"{[*labels, name][0]} has no default; give it a value")
     if isinstance(value, str) and name not in arguments:

@@ -43,7 +43,7 @@ def imports(text: str) -> Iterator[str]:
         if module:
             yield module
         for name in re.sub(r"#[^\n]*|[()]", " ", names or plain).split(","):
-            if words := name.split():  # of `b as c`, b
+            if words := name.split():  # `b as c` imports b
                 yield f"{module}.{words[0]}" if module else words[0]
 
 

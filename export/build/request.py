@@ -127,10 +127,7 @@ class Request:
 
     @cached_property
     def used(self) -> dict[str, Tensors]:
-        """The origins whose tensors must all be known: those that networks read, and those the user named.
-
-        Text encoders are not among them if embeddings replace them.
-        """
+        """The origins that networks read or the user named; not text encoders that embeddings replace."""
         s = self.system
         read = {s.origin_of(component, name) for component, shapes in self.parameters.items() for name in shapes}
         return {

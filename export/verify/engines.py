@@ -40,16 +40,20 @@ __all__ = ["PARTS", "RELATIVE_L2_GATE", "require", "sample_photo", "verify"]
 RELATIVE_L2_GATE = 1e-4  # for float outputs of a component, in float32; measured are 1e-6 to 1e-5
 SMALL = 2**24  # a bundle with fewer parameters is small
 WORDS = "a stone bridge over a river"
-FEW_STEPS = 8  # in which engines are compared
-SEAM_STEPS = 4  # in which seams are judged: each step joins the tiles
+FEW_STEPS = 8  # sampling steps when engines are compared
+SEAM_STEPS = 4  # sampling steps when seams are judged; each step joins the tiles
 SMALL_SEAM_STEPS = 2  # for small networks: the second step reads joined tiles, and seams show as much as after 4
-LEAST_TILE_PX = 96  # to judge seams by: convolutions see further than 12 of the smallest tokens
-SEAM_GATE = 0.15  # of `seam_excess`; blended tiles of random networks reach 0.09, averaged ones of the demo exceed 0.4
-UNDECIDED = 4.0  # a choice won by less than this many roundings of its scores may fall either way
-PARTS = ("engines", "engines and eager", *(f"seams, {name}" for name in (*PICTURES, "photo")))  # of a verification
+LEAST_TILE_PX = 96  # side of tiles when seams are judged: convolutions reach further than 12 of the smallest tokens
+SEAM_GATE = 0.15  # for `seam_excess`: blended tiles of random networks reach 0.09, averaged ones of the demo 0.4
+UNDECIDED = 4.0  # a choice may differ if its scores differ by fewer roundings
+PARTS = (
+    "engines",
+    "engines and eager",
+    *(f"seams, {name}" for name in (*PICTURES, "photo")),
+)  # parts of a verification, for progress
 Floats = npt.NDArray[np.floating[Any]]
 Pixels = npt.NDArray[np.uint8]
-Report = Callable[[str, int, int], None]  # is told one of PARTS and how much of it is done
+Report = Callable[[str, int, int], None]  # called with one of PARTS, and the finished and total amount of it
 
 
 def verify(

@@ -115,7 +115,7 @@ def writing(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        if error.filename is None:  # of a write, which does not know where
+        if error.filename is None:  # an error of a write does not name its file
             error.filename = str(path)
         raise
     finally:

@@ -71,7 +71,7 @@ class Manifest:
     files: dict[str, File]
     made_with: dict[str, str]  # package -> version
     options: dict[str, str] = field(default_factory=dict)  # options of the build
-    arguments: dict[str, Argument] = field(default_factory=dict)  # what a caller may set; it follows from the program
+    arguments: dict[str, Argument] = field(default_factory=dict)  # arguments of a caller; they follow from the program
     program: str = "program.json"
     weights: str = "weights.json"
     constants: str | None = None

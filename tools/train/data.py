@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 __all__ = ["FAMILIES", "PHOTOGRAPHS", "batch", "degrade", "images", "kept_back", "random", "sample", "squares"]
 
 SCALE = 4
-SIDE = 256  # of drawn images, in pixels
+SIDE = 256  # side of drawn images, in pixels
 PHOTOGRAPHS = {
     "train": (
         "astronaut.png",
@@ -40,7 +40,7 @@ PHOTOGRAPHS = {
     "calibration": ("rocket.jpg", "gravel.png"),
     "held-out": ("chelsea.png", "coffee.png", "camera.png", "text.png"),
 }
-MADE = {"train": 70, "calibration": 4, "held-out": 2}  # drawn images of every family
+DRAWN = {"train": 70, "calibration": 4, "held-out": 2}  # drawn images of every family
 SAMPLE = "chelsea.png", (48, 8, 320, 256)
 SEEDS = {"train": 1, "calibration": 2, "held-out": 3}
 
@@ -173,7 +173,7 @@ def images(split: str) -> dict[str, list[np.ndarray]]:
     folder = Path(skimage.__file__).parent / "data"
     photographs = [np.asarray(Image.open(folder / name).convert("RGB")) for name in PHOTOGRAPHS[split]]
     drawings = {
-        name: [(family(random(SEEDS[split], number, i)) * 255).round().astype(np.uint8) for i in range(MADE[split])]
+        name: [(family(random(SEEDS[split], number, i)) * 255).round().astype(np.uint8) for i in range(DRAWN[split])]
         for number, (name, family) in enumerate(FAMILIES.items())
     }
     return {"photographs": photographs} | drawings

@@ -184,9 +184,9 @@ class Training:
         state = {"network": trained, "average": average}
         batch = crops(list(STEPS).index(name), COUNT, SIDE)
 
-        def measured(step: int, given: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        def measured(step: int, images: tuple[Tensor, ...]) -> dict[str, Tensor]:
             with mixed():
-                return losses(step, *given)
+                return losses(step, *images)
 
         stage(name, self.folder, STEPS[name], peak, optimizer, state, batch, measured, average.update, judged)
 

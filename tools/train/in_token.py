@@ -54,7 +54,7 @@ class Conditioned(nn.Module):
         self.prompt = nn.Parameter(0.02 * torch.randn(1, SIZES.words, SIZES.t5["d_model"]))
         self.pooled = nn.Parameter(torch.zeros(1, SIZES.clip_text["hidden_size"]))
 
-    def seen(self, image: Tensor) -> Tensor:
+    def tokens(self, image: Tensor) -> Tensor:
         """The prompt's tokens, then those that SigLIP and Redux make of images between 0 and 1."""
         side = (SIZES.siglip["image_size"],) * 2
         small = F.interpolate(image, side, mode="bicubic", antialias=True).clamp(0, 1)
@@ -109,9 +109,9 @@ class Training:
     ) -> None:
         batch = crops(10 + list(STEPS).index(name), COUNT[name], SIDE)
 
-        def measured(step: int, given: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        def measured(step: int, images: tuple[Tensor, ...]) -> dict[str, Tensor]:
             with mixed():
-                return losses(*given[:2])
+                return losses(*images[:2])
 
         state, optimizer = {"network": network, "average": average}, adam(network.parameters())
         stage(name, self.folder, STEPS[name], PEAK[name], optimizer, state, batch, measured, average.update, judged)
@@ -165,7 +165,7 @@ class Training:
                 z, y = self.latent(self.vae, torch.cat([sharp, soft])).chunk(2)
             noise, time = torch.randn_like(z), torch.rand(len(z), 1, 1, 1)
             sigma = SHIFT * time / (1 + (SHIFT - 1) * time)  # mostly large, where the picture is decided
-            velocity = self.conditioned(z + sigma * (noise - z), y, sigma.flatten(), self.conditioned.seen(soft))
+            velocity = self.conditioned(z + sigma * (noise - z), y, sigma.flatten(), self.conditioned.tokens(soft))
             return {"flow": (velocity.float() - (noise - z)).square().mean()}
 
         self.stage("flow", self.conditioned, average, losses, lambda: score(SIDE, self.sampler(average.network)))
@@ -176,7 +176,7 @@ class Training:
         shift = {SCHEDULE_OPTIONS[key]: value for key, value in SIZES.schedule.items()}
 
         def restored(sharp: Tensor, soft: Tensor) -> Tensor:
-            y, context = self.latent(self.vae, soft), conditioned.seen(soft)
+            y, context = self.latent(self.vae, soft), conditioned.tokens(soft)
             z = torch.randn(y.shape, generator=torch.Generator().manual_seed(0))
             tables = flow_shift(steps, (SIDE // SIZES.multiple) ** 2, **shift)
             for sigma, sigma_next in zip(tables["sigma"], tables["sigma_next"], strict=True):

@@ -15,7 +15,12 @@ from tilewright.runtime.bundle.program import TensorSpec
 
 __all__ = ["check_constants", "stage"]
 
-TOKENIZER_FILES = ("vocab.json", "merges.txt", "spiece.model", "*token*.json")  # beside a text encoder
+TOKENIZER_FILES = (
+    "vocab.json",
+    "merges.txt",
+    "spiece.model",
+    "*token*.json",
+)  # files of a tokenizer, in the folder of a text encoder
 
 
 def stage(request: Request, attached: Stage, digest: Callable[[Path], str]) -> Stage:

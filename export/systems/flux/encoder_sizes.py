@@ -71,7 +71,7 @@ def _t5_shape_sizes(shapes: Shapes) -> dict[str, Any]:
     block = "model.encoder.block.{}.layer."
     attention, dense = f"{block.format(0)}0.SelfAttention.", f"{block.format(0)}1.DenseReluDense."
     heads, inner = shapes.side(f"{attention}relative_attention_bias.weight", 1), shapes.side(f"{attention}q.weight", 0)
-    plain = shapes.side(f"{dense}wi.weight", 0)  # of the first T5, which has no gates
+    plain = shapes.side(f"{dense}wi.weight", 0)  # only the first T5 has this weight, and no gates
     return {
         "vocab_size": shapes.side("model.shared.weight", 0),
         "d_model": shapes.side("model.shared.weight", 1),

@@ -12,8 +12,8 @@ from tilewright.runtime.errors import InputError, UsageError
 __all__ = ["adaptive", "hidden", "resampler"]
 
 log = logging.getLogger("tilewright")
-HEAD_WIDTH = 64  # of the resampler, as published
-HEADS = ("heads", "head_width")  # of the resampler, which no shape tells
+HEAD_WIDTH = 64  # width of the published resampler's heads
+HEADS = ("heads", "head_width")  # sizes of the resampler that no shape tells
 IN_BLOCK = "image_proj.layers."
 
 

@@ -18,7 +18,7 @@ class Sizes:
     pixels: dict[str, Any]  # settings of DINOv2's image processor
     schedule: dict[str, Any]  # options of the program's schedule
     resampler: dict[str, int]
-    hidden: int  # of the aggregator's heads
+    hidden: int  # width of the aggregator's heads
     adaptive: bool  # keys and values of image tokens depend on the time step
     words: int  # ids of a text
     tile_px: int
@@ -74,7 +74,7 @@ class Sizes:
         return named | {"mid": (widths[-1], 2 ** (len(widths) - 1))}
 
 
-SCHEDULE = {  # of SDXL
+SCHEDULE = {  # SDXL's noise schedule
     "betas": "scaled_linear",
     "beta_start": 0.00085,
     "beta_end": 0.012,

@@ -2,10 +2,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 TOOLS := PATH="$(abspath $(BIN)):$$PATH"
+# a worker a core, one thread each; a file stays with one worker, and slow files come first
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 CMAKE := $(or $(wildcard $(BIN)/cmake),cmake)
 PREFIX := kernels/native
 
-.PHONY: demo demo-hitoksr demo-in-token test lint bench native wheel clean train-hitoksr train-in-token
+.PHONY: demo demo-hitoksr demo-in-token check test test-quick test-isa lint bench native wheel clean
+.PHONY: train-hitoksr train-in-token
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -34,15 +37,30 @@ train-hitoksr: .venv/ready
 train-in-token: .venv/ready
 	PYTHONPATH=tools $(BIN)/python -W ignore -m train.in_token build/train/in-token demo/in-token
 
+# two minutes on two cores
+check: .venv/ready
+	@$(MAKE) --no-print-directory -j 2 --output-sync lint test-quick
+
 test: .venv/ready
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(PYTEST) --durations=10
+
+test-quick: .venv/ready
+	$(PYTEST) -q -m "not slow"
+
+# what CPUs with fewer instructions compute: PyTorch, oneDNN and MKL use no more than they are told
+test-isa: .venv/ready
+	for isa in default:SSE41:SSE4_2 avx2:AVX2:AVX2 avx512:AVX512_CORE:AVX512; do \
+		set -- $$(echo $$isa | tr : ' '); echo "$$@"; \
+		ATEN_CPU_CAPABILITY=$$1 ONEDNN_MAX_CPU_ISA=$$2 MKL_ENABLE_INSTRUCTIONS=$$3 \
+			$(PYTEST) -q tests/kernels tests/export/networks tests/export/graph || exit 1; \
+	done
 
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy --strict -p tilewright.runtime
-	$(BIN)/mypy -p tilewright.export -p tilewright.kernels -p tilewright.calib
-	MYPYPATH=tools:typings $(BIN)/mypy -p train
+	$(BIN)/mypy --cache-dir .mypy_cache/strict --strict -p tilewright.runtime
+	$(BIN)/mypy --cache-dir .mypy_cache/usual -p tilewright.export -p tilewright.kernels -p tilewright.calib
+	MYPYPATH=tools:typings $(BIN)/mypy --cache-dir .mypy_cache/train -p train
 
 bench: .venv/ready
 	$(BIN)/python bench/run.py

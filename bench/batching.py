@@ -19,9 +19,9 @@ import torch
 from tilewright.export.verify.engines import eager_network
 from tilewright.runtime import load
 from tilewright.runtime.bundle.program import Program
+from tilewright.runtime.execute.walk import Job, run
 from tilewright.runtime.images.canvas import Enlarged
 from tilewright.runtime.inputs import gather
-from tilewright.runtime.scheduler import Job, run
 
 THREADS, ROUNDS, TILES = 2, 5, 64
 BATCHES = (1, 4, 16, 31)

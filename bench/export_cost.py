@@ -33,7 +33,7 @@ def cost(system: str, weights: Path, work: Path) -> dict[str, Any]:
         "wall_seconds": seconds,
         "cpu_seconds": used.ru_utime + used.ru_stime,
         "peak_rss_bytes": used.ru_maxrss * 1024,
-        "graph_bytes": {f.parent.name + "/" + f.name: f.stat().st_size for f in files if f.suffix == ".onnx"},
+        "graph_bytes": {f.relative_to(out).as_posix(): f.stat().st_size for f in files if f.suffix == ".onnx"},
         "bundle_bytes": sum(f.stat().st_size for f in files),
         "weight_bytes_written": sum(f.stat().st_size for f in written),
         "tensors": json.loads((out / "reports" / "weights.json").read_text()),

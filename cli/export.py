@@ -247,8 +247,8 @@ def _onnx(arguments: argparse.Namespace) -> None:
             expect=arguments.expect,
             on_bytes=partial(progress.bytes, "weights"),
         )
-    size = amount(sum(written["files"].values()))
-    answer(arguments, written, f"{written['folder']}: {', '.join(written['graphs'])}; {size}")
+    total = amount(sum(written["files"].values()))
+    answer(arguments, written, f"{written['folder']}: {', '.join(written['graphs'])}; {total} with weights")
 
 
 def _verify(arguments: argparse.Namespace) -> None:

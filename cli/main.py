@@ -20,11 +20,9 @@ def main(argv: list[str] | None = None) -> int:
         if hasattr(signal, "SIGALRM"):
             signal.signal(signal.SIGALRM, _again)
         sys.unraisablehook = _unraisable
-        if sys.stderr is None:  # closed by the caller; print would take standard output instead
-            sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
-        elif "--verbose" not in sys.argv:
-            _keep_stderr()
     try:
+        if argv is None:
+            _silence(sys.argv)
         code = _run(sys.argv[1:] if argv is None else argv)
         if _stopped_by:
             raise KeyboardInterrupt
@@ -36,20 +34,13 @@ def main(argv: list[str] | None = None) -> int:
 
         words = sys.argv[1:] if argv is None else argv
         ending, code = ENDINGS[signal.Signals(_stopped_by[0] if _stopped_by else signal.SIGINT)]
-        hint = "; finished stages of the build are kept" if words[:2] == ["export", "build"] else ""
+        hint = "; finished stages of a build are kept" if words[:2] == ["export", "build"] else ""
         say_error(f"{ending}{hint}", code, ending.capitalize(), to=sys.stdout if "--json" in words else None)
         return code
     finally:
         if argv is None:
             for number in (*ENDINGS, getattr(signal, "SIGALRM", signal.SIGINT)):  # nothing is left to clean up
                 signal.signal(number, signal.SIG_IGN)
-
-
-def _keep_stderr() -> None:
-    """Keep stderr for our own lines, by sending descriptor 2, to which C libraries write, to nowhere."""
-    ours = os.dup(2)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    sys.stderr = os.fdopen(ours, "w", buffering=1, encoding=sys.stderr.encoding, errors="backslashreplace")
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
@@ -85,8 +76,6 @@ def _run(words: list[str]) -> int:
     from tilewright.cli.terminal import say_error
     from tilewright.runtime.errors import TilewrightError
 
-    verbose = "--verbose" in words
-    _silence(verbose, "-q" in words or "--quiet" in words)
     arguments = None
     try:
         arguments = parse(words)
@@ -98,7 +87,7 @@ def _run(words: list[str]) -> int:
     except Exception as error:
         if _stopped_by:
             raise
-        if verbose:
+        if "--verbose" in words:
             import traceback
 
             traceback.print_exc()
@@ -112,27 +101,31 @@ def _run(words: list[str]) -> int:
         return code
 
 
-def _silence(verbose: bool, quiet: bool) -> None:
-    """Show only our own log lines on stderr; with `verbose`, those of every library."""
+def _silence(words: list[str]) -> None:
+    """Show only our own log lines on stderr; with `--verbose`, those of every library."""
     import logging
 
-    if verbose:
+    if sys.stderr is None:  # closed by the caller: print would take standard output instead
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        sys.stderr = os.fdopen(2, "w")
+    if "--verbose" in words:
         logging.basicConfig(format="%(name)s: %(message)s", stream=sys.stderr)
         logging.getLogger("tilewright").setLevel(logging.DEBUG)
         return
     import warnings
 
     warnings.simplefilter("ignore")
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     for library in ("TRANSFORMERS", "DIFFUSERS", "HF_HUB"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    kept = os.dup(2)  # libraries in C write to descriptor 2, which from now on leads nowhere
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    sys.stderr = os.fdopen(kept, "w", buffering=1, encoding=sys.stderr.encoding, errors="backslashreplace")
     logging.getLogger().addHandler(logging.NullHandler())
-    ours = logging.getLogger("tilewright")
-    ours.setLevel(logging.ERROR if quiet else logging.WARNING)
-    handler = logging.StreamHandler()
+    ours, handler = logging.getLogger("tilewright"), logging.StreamHandler()
     handler.setFormatter(logging.Formatter("note: %(message)s"))
-    ours.handlers, ours.propagate = [handler], False
+    ours.addHandler(handler)
+    ours.setLevel(logging.ERROR if {"-q", "--quiet"} & set(words) else logging.WARNING)
 
 
 def _ending(error: Exception) -> tuple[str, int]:

@@ -149,7 +149,9 @@ def _engine_arguments(parser: argparse.ArgumentParser) -> None:
         "--memory", choices=MEMORY_MODES, default="fast", help="speed, or weights mapped and not copied"
     )
     parser.add_argument("--threads", type=int, metavar="N", default=0, help="of an engine (default: all cores)")
-    parser.add_argument("--workers", type=int, metavar="N", default=1, help="tiles run at once (default: 1)")
+    parser.add_argument(
+        "--devices", default="cpu:0", metavar="NAMES", help="run tiles at once on cpu:0,cpu:1,... (default: cpu:0)"
+    )
     parser.add_argument("--weights-dir", type=Path, metavar="DIR", help="where the weights are, if they moved")
 
 
@@ -158,7 +160,7 @@ def _open(arguments: argparse.Namespace) -> Restorer:
         arguments.opened,
         memory=arguments.memory,
         threads=arguments.threads,
-        workers=arguments.workers,
+        devices=arguments.devices.split(","),
         weights_dir=arguments.weights_dir,
     )
 

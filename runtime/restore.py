@@ -1,8 +1,9 @@
 """Restoring images with a bundle, with progress and timings."""
 
+import asyncio
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from threading import Lock
@@ -18,15 +19,17 @@ from tilewright.runtime.bundle.weights import checked_folder
 from tilewright.runtime.engines import Engine, backend
 from tilewright.runtime.errors import UsageError
 from tilewright.runtime.estimate import MEMORY_MODES, Estimate, all_open, available_bytes, estimate, peak_bytes
+from tilewright.runtime.execute.devices import CpuDevice, OpenEngines, cpu_names, usable_cores
+from tilewright.runtime.execute.executor import Executor
+from tilewright.runtime.execute.walk import Job, Walk
 from tilewright.runtime.images.canvas import Enlarged, fill
 from tilewright.runtime.images.read import Picture, read_image
 from tilewright.runtime.images.write import assemble
 from tilewright.runtime.inputs import check_names, gather, read_tensors, whole
 from tilewright.runtime.plan.noise import WORD_MAX
 from tilewright.runtime.plan.passes import least_px
-from tilewright.runtime.scheduler import Job, Walk
 
-__all__ = ["Restoration", "Restorer", "Sitting", "load"]
+__all__ = ["Restoration", "Restorer", "Sitting", "Ticket", "load"]
 
 
 @dataclass(frozen=True)
@@ -41,43 +44,15 @@ class Restoration:
     peak_bytes: int
 
 
-class _Engines(Mapping[str, Engine]):
-    """The engine of each component, opened on its first use."""
-
-    def __init__(self, names: Iterable[str], open_engine: Callable[[str], Engine]) -> None:
-        self.names, self.open_engine = sorted(names), open_engine
-        self.opened: dict[str, Engine] = {}
-        self.lock = Lock()
-
-    def __getitem__(self, name: str) -> Engine:
-        with self.lock:
-            if name not in self.opened:
-                self.opened[name] = self.open_engine(name)
-            return self.opened[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def close(self, names: Iterable[str]) -> None:
-        """Close some engines; they are opened again on their next use."""
-        for name in names:
-            if engine := self.opened.pop(name, None):
-                engine.close()
-
-
 @dataclass
 class Restorer:
     """A bundle with its engines. It is a context manager."""
 
     bundle: Bundle
-    engines: Mapping[str, Engine]
+    engines: OpenEngines  # of the first device
+    executor: Executor
     constants: Mapping[str, Any] = field(default_factory=dict)
     memory: str = "fast"
-    workers: int = 1
-    on_unused: Callable[[set[str]], None] = lambda components: None
 
     def __enter__(self) -> "Restorer":
         return self
@@ -86,9 +61,8 @@ class Restorer:
         self.close()
 
     def close(self) -> None:
-        """Close the engines."""
-        if isinstance(self.engines, _Engines):
-            self.engines.close(self.engines.names)
+        """End what runs, and close the engines."""
+        self.executor.close()
 
     @property
     def arguments(self) -> dict[str, Argument]:
@@ -105,7 +79,11 @@ class Restorer:
 
     def restore(self, image: Any, **options: Any) -> Restoration:
         """Restore an image and measure it; options as for `sitting`."""
-        return self.sitting(image, **options).round({}, keep=False)
+        return self.submit(image, **options).result()
+
+    def submit(self, image: Any, **options: Any) -> "Ticket":
+        """Begin to restore an image, and return at once; options as for `sitting`. Safe from any thread."""
+        return self.sitting(image, **options).begin({}, keep=False)
 
     def sitting(
         self,
@@ -118,23 +96,26 @@ class Restorer:
         scale: int | None = None,
         max_pixels: int = 100_000_000,
         on_progress: Callable[[str, int, int], None] = lambda name, done, total: None,
+        on_part: Callable[[int, int, npt.NDArray[np.uint8]], None] = lambda top, left, pixels: None,
         **arguments: Any,
     ) -> "Sitting":
         """An image that can be restored several times, with other arguments. Sizes are in output pixels.
 
         `arguments` are the bundle's, see `Restorer.arguments`: `prompt="a stone bridge"`. A round may choose others.
+        `on_progress` gets the name of a pass, how many of its tiles are done, and how many it has. `on_part` gets each
+        part of the picture (RGB) as soon as it is final. Both are called on threads of the devices, one call at a time.
+        An exception that they raise ends the job.
         """
         check_names(self.bundle, arguments)
-        whole("seed", seed, 0, WORD_MAX)
-        for name, value in {"tile": tile, "overlap": overlap, "steps": steps, "scale": scale}.items():
-            if value is not None:
-                whole(name, value, 0)
+        seed = whole("seed", seed, 0, WORD_MAX)
+        sizes = {"tile": tile, "overlap": overlap, "steps": steps, "scale": scale}
+        tile, overlap, steps, scale = (n if n is None else whole(name, n, 0) for name, n in sizes.items())
         if steps is not None and not any(p.steps for p in self.bundle.program.passes):
             raise UsageError(f"steps={steps}: {self.bundle.manifest.system} has no steps; leave it out")
         clock = _Clock()
         picture = read_image(image, max_pixels=max_pixels)
         height, width = picture.rgb.shape[:2]
-        opened = self.engines.opened if isinstance(self.engines, _Engines) else ()
+        opened = tuple(self.engines.opened)
         needs = estimate(
             self.bundle, width, height, tile=tile, overlap=overlap, memory=self.memory, scale=scale, opened=opened
         )
@@ -142,8 +123,9 @@ class Restorer:
         clock.lap("read")
         program = self.bundle.program
         enlarged = Enlarged(picture.rgb, needs.scale, program.multiple_px, least_px(program, tile))
-        job = Job(enlarged, seed, tile, overlap, steps, {}, self.workers, on_progress, self.on_unused)
-        return Sitting(self.bundle, picture, needs, Walk(program, self.engines, self.constants, job), arguments, clock)
+        job = Job(enlarged, seed, tile, overlap, steps, on_progress=on_progress)
+        walk = Walk(program, self.executor, self.constants, job)
+        return Sitting(self.bundle, picture, needs, walk, arguments, clock, on_part)
 
 
 @dataclass
@@ -156,6 +138,7 @@ class Sitting:
     walk: Walk
     arguments: Mapping[str, Any]
     clock: "_Clock"
+    on_part: Callable[[int, int, npt.NDArray[np.uint8]], None] = lambda top, left, pixels: None
 
     def __call__(self, **arguments: Any) -> npt.NDArray[np.uint8]:
         """The image restored with these arguments of the bundle: `sitting(prompt="a stone bridge")`."""
@@ -167,19 +150,60 @@ class Sitting:
 
     def round(self, arguments: Mapping[str, Any], *, keep: bool) -> Restoration:
         """The same. `keep` the values that another round can use."""
+        return self.begin(arguments, keep=keep).result()
+
+    def begin(self, arguments: Mapping[str, Any], *, keep: bool) -> "Ticket":
+        """Begin a round, and return at once. The next round may begin when this one has its result."""
         job = self.walk.job
         job.seconds.clear()
         self.clock.last = time.perf_counter()  # the caller's time between rounds does not count
         rgb = np.empty((self.estimate.height, self.estimate.width, 3), np.uint8)
-        job.on_final = partial(fill, rgb)
-        self.walk.run(gather(self.bundle, {**self.arguments, **arguments}), keep=keep)
+        job.on_final = partial(self._part, rgb)
+        self.walk.begin(gather(self.bundle, {**self.arguments, **arguments}), keep=keep)
+        return Ticket(self, rgb)
+
+    def _part(self, rgb: npt.NDArray[np.uint8], top: int, left: int, part: npt.NDArray[np.float32]) -> None:
+        fill(rgb, top, left, part)
+        pixels = rgb[top : top + part.shape[1], left : left + part.shape[2]]
+        if pixels.size:  # a part that is all padding has no pixels
+            self.on_part(top, left, pixels)
+
+    def finish(self, rgb: npt.NDArray[np.uint8]) -> Restoration:
+        """The result of a round whose passes have ended."""
         self.clock.lap("passes")
         pixels = assemble(rgb, self.picture)
         self.clock.lap("assemble")
         tiles = {p.name: len(plan.tiles) for p, plan in self.estimate.passes}
-        return Restoration(
-            pixels, self.estimate.scale, self.picture.icc, self.clock.seconds | job.seconds, tiles, peak_bytes()
-        )
+        seconds = self.clock.seconds | self.walk.job.seconds
+        return Restoration(pixels, self.estimate.scale, self.picture.icc, seconds, tiles, peak_bytes())
+
+
+class Ticket:
+    """A restoration that runs: wait for its `result`, `await` it, or `cancel` it."""
+
+    def __init__(self, sitting: Sitting, rgb: npt.NDArray[np.uint8]) -> None:
+        self.sitting, self.rgb = sitting, rgb
+        self.lock = Lock()
+        self.restoration: Restoration | None = None
+
+    def result(self) -> Restoration:
+        """Wait for the restoration, and return it. An interrupt during the wait cancels it."""
+        with self.lock:
+            if self.restoration is None:
+                self.sitting.walk.end()
+                self.restoration = self.sitting.finish(self.rgb)
+            return self.restoration
+
+    def done(self) -> bool:
+        """Whether `result` would return at once."""
+        return self.sitting.walk.ended()
+
+    def cancel(self) -> None:
+        """Stop within one call of an engine. `result` then raises CancelledError, unless it had a result already."""
+        self.sitting.walk.cancel()
+
+    def __await__(self) -> Generator[Any, None, Restoration]:
+        return asyncio.get_running_loop().run_in_executor(None, self.result).__await__()
 
 
 class _Clock:
@@ -200,21 +224,25 @@ def load(
     path: str | os.PathLike[str] | Bundle,
     *,
     memory: str = "fast",
+    devices: Sequence[str] = ("cpu:0",),
     threads: int = 0,
-    workers: int = 1,
     weights_dir: str | os.PathLike[str] | None = None,
     expect: str | None = None,
     fresh: bool = False,
 ) -> Restorer:
-    """Check a bundle, and open an engine for every component that its program calls.
+    """Check a bundle, and open an engine on every device for every component that its program calls.
 
     `path`: a folder, or the result of `read_bundle`, for which `expect` and `fresh` have no effect.
-    `expect` and `fresh` as for `read_bundle`.
+    `expect` and `fresh` as for `read_bundle`. `devices`: `cpu:0`, `cpu:1`, ... run tiles at the same time, each with
+    `threads` threads. With 0 threads the devices share the cores.
     """
     if memory not in MEMORY_MODES:
         raise UsageError(f"memory={memory!r} is not one of {', '.join(MEMORY_MODES)}")
-    if threads < 0 or workers < 1:
-        raise UsageError(f"threads={threads} and workers={workers} must be at least 0 and 1")
+    if threads < 0:
+        raise UsageError(f"threads={threads} must be at least 0")
+    names = cpu_names(devices)
+    if len(names) > 1 and not threads:
+        threads = max(1, usable_cores() // len(names))
     bundle = path if isinstance(path, Bundle) else read_bundle(path, expect=expect, fresh=fresh)
     folder = checked_folder(weights_dir)
 
@@ -223,10 +251,15 @@ def load(
         engine: Engine = module.open_engine(bundle, name, memory=memory, threads=threads, weights_dir=folder)
         return engine
 
-    engines = _Engines(bundle.program.components(), open_engine)
+    # engines of one thread run on the thread that calls them, so devices of one thread can share them
+    shared = OpenEngines(bundle.program.components(), open_engine)
+    own = [shared] + [shared if threads == 1 else OpenEngines(shared.names, open_engine) for _ in names[1:]]
     constants = read_tensors(bundle.path(bundle.manifest.constants)) if bundle.manifest.constants else {}
-    if not all_open(bundle, memory, available_bytes()):
-        return Restorer(bundle, engines, constants, memory, workers, engines.close)
-    for name in engines:
-        engines[name]
-    return Restorer(bundle, engines, constants, memory, workers)
+    fits = all_open(bundle, memory, available_bytes())
+    cpus = [CpuDevice(name, engines) for name, engines in zip(names, own, strict=True)]
+    executor = Executor(cpus, pass_by_pass=not fits)
+    if fits:
+        for engines in own:
+            for name in engines:
+                engines[name]
+    return Restorer(bundle, shared, executor, constants, memory)

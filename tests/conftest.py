@@ -1,4 +1,4 @@
-"""One cache and one built bundle for the whole session."""
+"""One cache of builds and one bundle for the whole run, shared by its workers."""
 
 import os
 import subprocess
@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from support.shared import Shared, filled_once, folder_of_run
+
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A cache of the session's own, also for the commands that tests start."""
-    directory = tmp_path_factory.mktemp("cache")
+    """A cache of the run's own, also for the commands that tests start."""
+    directory = folder_of_run(tmp_path_factory) / "cache"
+    directory.mkdir(exist_ok=True)
     before = os.environ.get("TILEWRIGHT_CACHE_DIR")
     os.environ["TILEWRIGHT_CACHE_DIR"] = str(directory)
     yield directory
@@ -23,9 +26,25 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def hitoksr_tiny(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Shared:
+    """Name and filler -> the folder of that name, filled once a run; do not change it."""
+    root = folder_of_run(tmp_path_factory) / "shared"
+    return lambda name, fill: filled_once(root / name, fill)
+
+
+@pytest.fixture(scope="session")
+def hitoksr_tiny(shared: Shared) -> Path:
     """The tiny bundle, built by the command; do not change it."""
-    bundle = tmp_path_factory.mktemp("bundles") / "hitoksr-tiny"
-    words = ["export", "build", "hitoksr", "--preset", "tiny", "--random-weights", "0", "-o", str(bundle)]
-    subprocess.run([sys.executable, "-m", "tilewright.cli.main", *words], check=True, capture_output=True)
-    return bundle
+    words = [sys.executable, "-m", "tilewright.cli.main", "export", "build", "hitoksr", "--preset", "tiny"]
+    words += ["--random-weights", "0", "-o"]
+    return shared("hitoksr-tiny", lambda bundle: subprocess.run([*words, bundle], check=True, capture_output=True))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What needs a diffusion system's bundle is slow; files with slow tests come first, so that workers end alike."""
+    for item in items:
+        if {"in_token_tiny", "vicr_tiny", "instantir_tiny"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker("slow")
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)

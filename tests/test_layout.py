@@ -152,6 +152,13 @@ def is_all(node: ast.stmt) -> bool:
     return isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "__all__"
 
 
+def test_no_file_is_longer_than_600_lines() -> None:
+    folders = (*FOLDERS, "bench", "demo", "tests", "tools")
+    lengths = {file: len(file.read_text().splitlines()) for folder in folders for file in sources(folder)}
+    assert len(lengths) > 200
+    assert not {str(file): length for file, length in lengths.items() if length > 600}
+
+
 def test_versions_are_exact_and_torch_comes_first() -> None:
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
     assert lines[0] == "torch==2.13.0"

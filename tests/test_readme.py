@@ -34,6 +34,7 @@ def test_every_make_target_named_exists() -> None:
     assert named and set(named) <= targets
 
 
+@pytest.mark.slow
 def test_the_commands_and_the_snippet_run_in_an_empty_directory(tmp_path: Path) -> None:
     (tmp_path / "demo").symlink_to(ROOT / "demo")
     (tmp_path / "scores.csv").write_text("image,liqe,musiq\nround1.png,3.1,60\nround2.png,3.3,58\n")

@@ -36,6 +36,7 @@ class Assembly:
     def assemble(self, root: Path, verified: str) -> Manifest:
         """Fill the folder, and return the manifest without writing it."""
         request = self.request
+        root.mkdir(exist_ok=True)
         for name in request.components:
             shutil.copyfile(self.optimised / f"{name}.onnx", root / f"{name}.onnx")
         if (self.optimised / "engines").is_dir():

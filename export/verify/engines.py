@@ -7,7 +7,6 @@ differ by less than their rounding; values that follow from a different choice a
 import contextlib
 import copy
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,11 +27,12 @@ from tilewright.runtime.bundle.read import Bundle, read_bundle
 from tilewright.runtime.engines import Engine, backend
 from tilewright.runtime.errors import AccuracyError, ResourceError, UsageError
 from tilewright.runtime.estimate import available_bytes
+from tilewright.runtime.execute.devices import usable_cores
+from tilewright.runtime.execute.walk import Job, run
 from tilewright.runtime.images.canvas import Enlarged
 from tilewright.runtime.inputs import gather
 from tilewright.runtime.plan.passes import least_px, plan_of
 from tilewright.runtime.restore import Restorer, load
-from tilewright.runtime.scheduler import Job, run
 from tilewright.runtime.text import token_ids
 
 __all__ = ["PARTS", "RELATIVE_L2_GATE", "require", "sample_photo", "verify"]
@@ -72,8 +72,8 @@ def verify(
     """
     small = _parameters(read_bundle(root)) < SMALL
     # in a small network, threads would mostly wait for each other, so tiles run at the same time instead
-    threads, workers = (1, os.cpu_count() or 1) if small else (0, 1)
-    opened = load(root, threads=threads, workers=workers, weights_dir=weights_dir, expect=expect, fresh=fresh)
+    threads, devices = (1, [f"cpu:{i}" for i in range(usable_cores())]) if small else (0, ["cpu:0"])
+    opened = load(root, threads=threads, devices=devices, weights_dir=weights_dir, expect=expect, fresh=fresh)
     with _torch_threads(threads), opened as restorer:
         bundle, program = restorer.bundle, restorer.bundle.program
         _require_memory(bundle)
@@ -143,8 +143,9 @@ def _seam(restorer: Restorer, job: Job, steps: int | None, make: Callable[[int, 
     whole = 3 * tile - 2 * overlap
     side = -(-whole // program.scale)
     enlarged = Enlarged(make(side, side), program.scale, program.multiple_px, least_px(program, tile))
-    tiled = replace(job, image=enlarged, tile_px=tile, overlap_px=overlap, steps=steps, workers=restorer.workers)
-    image = run(program, restorer.engines, restorer.constants, tiled)
+    tiled = replace(job, image=enlarged, tile_px=tile, overlap_px=overlap, steps=steps)
+    devices = len(restorer.executor.devices)
+    image = run(program, restorer.engines, restorer.constants, tiled, devices=devices)
     last = [p for p in program.passes if "result" in p.writes()][-1]
     plan = plan_of(program, last, image.shape[1], image.shape[2], tile, overlap)
     excess = seam_excess(image, plan, program.multiple_px)

@@ -14,11 +14,11 @@ __all__ = ["RESERVED", "Argument", "argument_of", "arguments_of", "check_argumen
 KINDS = ("words", "tensors", "number", "integer", "choice")
 NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
 OPTIONS = (  # options of `tilewright runtime restore` and `profile`
-    *("bundle", "expect", "explain", "force", "help", "json", "max_pixels", "memory", "overlap", "quiet"),
+    *("bundle", "expect", "explain", "force", "format", "help", "json", "max_pixels", "memory", "overlap", "quiet"),
     *("resolutions", "runs", "scale", "seed", "steps", "threads", "tile", "verbose", "version", "weights_dir"),
-    "workers",
+    "devices",
 )
-PARAMETERS = ("self", "image", "restorer", "sizes", "on_progress")  # parameters of the Python functions
+PARAMETERS = ("self", "image", "restorer", "sizes", "on_progress", "on_part")  # parameters of the Python functions
 RESERVED = (*OPTIONS, *PARAMETERS)
 
 

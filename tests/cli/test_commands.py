@@ -74,6 +74,7 @@ def test_a_second_build_does_nothing_quickly_and_says_so(hitoksr_tiny: Path) -> 
     assert predicted["stages"] == [] and predicted["disk_bytes"] == 0
 
 
+@pytest.mark.slow
 def test_a_dry_run_predicts_and_leaves_nothing(tmp_path: Path) -> None:
     words = ("export", "build", "hitoksr", "--preset", "tiny", "--random-weights", "1", "-o", tmp_path / "b")
     predicted = json.loads(tilewright(*words, "--dry-run", "--json", TILEWRIGHT_CACHE_DIR=str(tmp_path / "c")).stdout)
@@ -101,6 +102,7 @@ def test_inspect_accounts_for_every_byte(hitoksr_tiny: Path) -> None:
     assert "orphaned 0" in tilewright("export", "inspect", hitoksr_tiny).stdout
 
 
+@pytest.mark.slow
 def test_verify_writes_its_report(hitoksr_tiny: Path, tmp_path: Path) -> None:
     bundle = shutil.copytree(hitoksr_tiny, tmp_path / "b")
     (bundle / "reports" / "accuracy.json").unlink()
@@ -127,7 +129,7 @@ def test_tiles_threads_workers_and_memory_change_nothing_that_shows(
     sample, first, second = ROOT / "docs" / "sample.png", tmp_path / "1.png", tmp_path / "2.png"
     common = ("--bundle", hitoksr_tiny, "--tile", "256", "--overlap", "32")
     assert tilewright("runtime", "restore", sample, first, *common, "--threads", 1).returncode == 0
-    options = ("--threads", 2, "--workers", 3, "--memory", memory)
+    options = ("--threads", 1, "--devices", "cpu:0,cpu:1", "--memory", memory)
     assert tilewright("runtime", "restore", sample, second, *common, *options).returncode == 0
     one, two = (np.asarray(Image.open(path)).astype(int) for path in (first, second))
     assert np.abs(one - two).max() <= 1
@@ -170,8 +172,7 @@ def test_clean_empties_the_cache_but_not_bundles(tmp_path: Path) -> None:
         (("export", "inspect", "nowhere"), 3, "nowhere"),
         (("export", "verify", "nowhere"), 3, "nowhere"),
         (("runtime", "plan", "10", "10", "--bundle", "nowhere"), 3, "nowhere"),
-        (("runtime", "restore", "in.png", "out.xyz", "--bundle", "nowhere"), 2, "xyz"),
-        (("runtime", "restore", "in.png", "no/such/out.png", "--bundle", "nowhere"), 2, "no/such"),
+        (("runtime", "restore", "in.png", "out.png", "--bundle", "nowhere"), 3, "nowhere"),
     ],
 )
 def test_bad_input_gets_one_line_and_its_exit_code(
@@ -247,6 +248,7 @@ def test_too_little_memory_is_exit_5_before_anything_runs(hitoksr_tiny: Path, tm
     assert "GiB" in said and not (tmp_path / "out.png").exists()
 
 
+@pytest.mark.slow
 def test_an_interrupt_is_exit_130_and_leaves_no_half_bundle(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tilewright.cli.main", "export", "build", "hitoksr", "--preset", "tiny"]
     environment = {**os.environ, "TILEWRIGHT_CACHE_DIR": str(tmp_path / "cache")}

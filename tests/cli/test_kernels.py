@@ -85,6 +85,7 @@ def test_a_library_that_does_not_load_is_named(monkeypatch, tmp_path):
         run("list")
 
 
+@pytest.mark.slow
 def test_every_op_passes_in_every_implementation(answered):
     found = answered("check")
     assert all(row["passes"] for row in found["rows"])

@@ -143,6 +143,11 @@ def test_the_input_and_read_only_files_are_replaced_only_by_force(restoring: Pat
         assert (restoring / name).read_bytes() != before
 
 
+def test_an_output_that_cannot_be_is_refused_before_the_image_is_read(restoring: Path) -> None:
+    for name in ("out.xyz", "no/such/out.png", "."):
+        refused(run(*RESTORE, "no-image.png", name, "--bundle", "b"), 2, name)
+
+
 def test_pipes_and_sockets_are_no_files(restoring: Path) -> None:
     os.mkfifo("pipe.png")
     with socket.socket(socket.AF_UNIX) as listening:
@@ -243,7 +248,7 @@ def test_lines_of_progress_are_seconds_apart_and_tell_what_is_left(
         "1 of 2: encode 2/4 after 8 s, about 8 s left of encode",
         "2 of 2: decode 1/50 after 6 s, about 5 min left",
         "trace     started, about 2 min",
-        "reading model 1.0 GB of 3.0 GB after 200 s, about 7 min left",
+        "reading model 1.0 GB of 3.0 GB after 3 min, about 7 min left",
     ]
 
 

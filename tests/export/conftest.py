@@ -7,6 +7,7 @@ import pytest
 from safetensors.torch import load_file
 from torch import nn
 
+from support.shared import Shared
 from support.systems import components_of
 from tilewright.export.graph.rewrites.fold import fold
 from tilewright.export.graph.trace import network_on_meta, trace
@@ -17,18 +18,25 @@ from tilewright.export.weights.writing import random_weights
 
 
 @pytest.fixture(scope="session")
-def traced(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def traced(shared: Shared) -> Path:
     """COMPONENT.onnx as traced, its weights unresolved; do not change them."""
-    folder = tmp_path_factory.mktemp("traced")
-    for name, source in components_of("hitoksr", "tiny").items():
-        ir.save(trace(source), folder / f"{name}.onnx")
-    return folder
+
+    def fill(folder: Path) -> None:
+        folder.mkdir()
+        for name, source in components_of("hitoksr", "tiny").items():
+            ir.save(trace(source), folder / f"{name}.onnx")
+
+    return shared("traced", fill)
 
 
 @pytest.fixture(scope="session")
-def graphs(traced: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def graphs(traced: Path, shared: Shared) -> Path:
     """COMPONENT.FORM.onnx with weights.safetensors beside; FORM: traced, model (folded), ort. Do not change them."""
-    folder = tmp_path_factory.mktemp("graphs")
+    return shared("graphs", lambda folder: _write_graphs(traced, folder))
+
+
+def _write_graphs(traced: Path, folder: Path) -> None:
+    folder.mkdir()
     models = {name: ir.load(traced / f"{name}.onnx") for name in components_of("hitoksr", "tiny")}
     shapes = {
         component: {
@@ -51,7 +59,6 @@ def graphs(traced: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ir.save(model, folder / f"{component}.model.onnx")
         prepare(model)
         ir.save(model, folder / f"{component}.ort.onnx")
-    return folder
 
 
 @pytest.fixture(scope="session")

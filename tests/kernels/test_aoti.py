@@ -18,7 +18,10 @@ from tilewright.kernels.joint_attention import joint_attention
 from tilewright.kernels.qkv_norm_rope import qkv_norm_rope
 
 COMPILER = shutil.which(os.environ.get("CXX", "g++"))
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler (g++, or what CXX names)")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler (g++, or what CXX names)"),
+]
 
 HEADS, WIDTH, LONGEST = 2, 16, 64
 DIM = HEADS * WIDTH

@@ -11,6 +11,8 @@ from tilewright.kernels import ahead
 from tilewright.kernels.gate import gate, gate_cases
 from tilewright.kernels.table import KERNELS
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("triton", reason="the gate compiles with Triton, which is not installed")
 
 JUDGE = """

@@ -19,6 +19,8 @@ import torch
 
 from tilewright.kernels.table import KERNELS
 
+pytestmark = pytest.mark.slow
+
 triton = pytest.importorskip("triton")
 
 HERE = Path(__file__).parent / "tensorrt"

@@ -12,6 +12,8 @@ from support.cases import CASES, CODEBOOKS, call, maker
 from support.textbook import assert_right
 from tilewright.kernels.table import KERNELS
 
+pytestmark = pytest.mark.slow
+
 COMPILER = shutil.which(os.environ.get("CXX", "g++"))
 OPS = pytest.mark.parametrize("name", [name for name, op in KERNELS.items() if op.kernel_launches is not None])
 # of every argument that has them, the axes that change: images, tokens, rows

@@ -8,6 +8,9 @@ from tilewright.runtime import TilewrightError, load
 from tilewright.runtime.bundle.read import read_bundle
 from tilewright.runtime.errors import InputError, UsageError
 from tilewright.runtime.estimate import estimate
+from tilewright.runtime.execute.devices import usable_cores
+
+CORES = usable_cores()
 
 
 @pytest.mark.parametrize(
@@ -32,8 +35,15 @@ def test_an_image_of_more_pixels_than_allowed_is_refused(restorer):
     ("options", "words"),
     [
         ({"memory": "medium"}, "memory='medium' is not one of fast, low"),
-        ({"workers": 0}, "threads=0 and workers=0 must be at least 0 and 1"),
-        ({"threads": -1}, "threads=-1 and workers=1 must be at least 0 and 1"),
+        ({"threads": -1}, "threads=-1 must be at least 0"),
+        ({"devices": []}, "no device is named; use cpu:0"),
+        ({"devices": ["gpu:0"]}, rf"device 'gpu:0' is unknown; there are cpu:0 to cpu:{CORES - 1}"),
+        ({"devices": ["cpu"]}, rf"device 'cpu' is unknown; there are cpu:0 to cpu:{CORES - 1}"),
+        (
+            {"devices": [f"cpu:{CORES}"]},
+            rf"device 'cpu:{CORES}': there are {CORES} cores; use cpu:0 to cpu:{CORES - 1}",
+        ),
+        ({"devices": ["cpu:0", "cpu:0"]}, "device 'cpu:0' is named twice; name it once"),
     ],
 )
 def test_options_of_loading_that_cannot_be_meant_are_refused(bundle, options, words):

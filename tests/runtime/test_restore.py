@@ -14,6 +14,7 @@ from PIL import Image, ImageCms
 from safetensors.numpy import save_file
 
 from support.scenes import (
+    CPUS,
     FROM_NOISE,
     SHARPENED,
     WHOLE,
@@ -31,6 +32,8 @@ from tilewright.runtime.bundle.read import read_bundle
 from tilewright.runtime.bundle.write import write_manifest
 from tilewright.runtime.errors import BundleError, InputError, UsageError
 from tilewright.runtime.estimate import estimate
+from tilewright.runtime.execute.devices import CpuDevice, OpenEngines
+from tilewright.runtime.execute.executor import Executor
 
 # Pixels
 
@@ -69,11 +72,11 @@ def test_a_tile_larger_than_the_image_changes_no_byte(restorer, height, width):
     np.testing.assert_array_equal(usual.image, large.image)
 
 
-def test_the_number_of_workers_changes_no_byte(bundle):
+def test_the_number_of_devices_changes_no_byte(bundle):
     image = scene(100, 130)
     made = []
-    for workers in (1, 2, 4):
-        with load(bundle, threads=1, workers=workers) as restorer:
+    for devices in (CPUS[:1], CPUS[:2], CPUS):
+        with load(bundle, threads=1, devices=devices) as restorer:
             made.append(restorer(image).tobytes())
     assert made[0] == made[1] == made[2]
 
@@ -159,21 +162,21 @@ def test_with_noise_the_seed_alone_decides(build):
         np.testing.assert_array_equal(restorer(noise(40, 50, 3, seed=9), seed=1), first)
 
 
-@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("devices", [CPUS[:1], CPUS])
 @pytest.mark.parametrize(
     ("options", "columns", "rows"),  # of 264 x 200 px
     [({}, 6, 4), ({"overlap": 0}, 5, 4), ({"overlap": 32}, 8, 6), ({"tile": 128}, 3, 2), ({"tile": 8}, 33, 25)],
 )
-def test_progress_is_told_once_a_tile_and_in_order(bundle, workers, options, columns, rows):
+def test_progress_is_told_once_a_tile_and_in_order(bundle, devices, options, columns, rows):
     told = []
-    with load(bundle, workers=workers) as restorer:
+    with load(bundle, devices=devices) as restorer:
         made = restorer.restore(scene(100, 130), on_progress=lambda *news: told.append(news), **options)
     total = made.tiles["restore"]
     assert total == columns * rows
     assert told == [("restore", done, total) for done in range(1, total + 1)]
 
 
-def test_workers_work_at_once(bundle):
+def test_devices_work_at_once(bundle):
     meeting = threading.Barrier(2)
 
     class Engine:
@@ -181,7 +184,8 @@ def test_workers_work_at_once(bundle):
             meeting.wait(timeout=20)
             return {"sharp": inputs["image"]}
 
-    restorer = Restorer(read_bundle(bundle), {"sharpen": Engine()}, workers=2)
+    executor = Executor([CpuDevice(f"cpu:{i}", {"sharpen": Engine()}) for i in range(2)])
+    restorer = Restorer(read_bundle(bundle), OpenEngines([], None), executor)
     assert restorer(noise(32, 88, 3)).shape == (64, 176, 3)  # four tiles: two meetings
 
 

@@ -6,8 +6,10 @@ from PIL import Image
 
 from tilewright.runtime import load
 from tilewright.runtime.bundle.program import Call, Grid, Pass, Program, Tiles
+from tilewright.runtime.execute.devices import usable_cores
 
 __all__ = [
+    "CPUS",
     "FROM_NOISE",
     "SHARPENED",
     "WHOLE",
@@ -23,6 +25,7 @@ __all__ = [
     "tinted_by",
 ]
 
+CPUS = [f"cpu:{i}" for i in range(min(3, usable_cores()))]
 WHOLE = 4096  # a tile larger than any image here
 SHARPENED = Program(
     scale=2,

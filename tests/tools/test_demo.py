@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from tilewright.export.verify.engines import require, verify
+from tilewright.export.verify.seams import PICTURES
 from tilewright.runtime.errors import AccuracyError
 
 ROOT = Path(__file__).parents[2]
@@ -30,6 +31,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     return folder, done.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_every_restored_picture_is_nearer_to_the_original_than_bicubic(made):
     folder, lines = made
     table = next(i for i, line in enumerate(lines) if line.split() == ["psnr", "ssim", "gmsd"])
@@ -42,6 +44,7 @@ def test_every_restored_picture_is_nearer_to_the_original_than_bicubic(made):
     assert Image.open(folder / "out" / "demo.png").height > 256
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("system", LIMITS)
 def test_tiles_that_do_not_fade_into_each_other_are_refused(made, system, monkeypatch):
     def as_they_are(starts: Sequence[int], tile: int, overlap: int) -> list[np.ndarray]:
@@ -50,7 +53,8 @@ def test_tiles_that_do_not_fade_into_each_other_are_refused(made, system, monkey
             count[start : start + tile] += 1
         return [1 / count[start : start + tile] for start in starts]
 
-    monkeypatch.setattr("tilewright.runtime.tiles._axis_weights", as_they_are)
+    monkeypatch.setattr("tilewright.runtime.plan.tiles._axis_weights", as_they_are)
+    monkeypatch.setattr("tilewright.export.verify.engines.PICTURES", {"flat": PICTURES["flat"]})  # the one that is told
     with pytest.raises(AccuracyError, match="tiles show on the flat picture"):
         require(verify(made[0] / "out" / f"{system}-demo"))
 

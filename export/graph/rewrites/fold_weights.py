@@ -31,8 +31,9 @@ def fold_weights(
     for value in ends:
         sources = [v for v in _sources(value, moved) if isinstance(v.const_value, ir.ExternalTensor)]
         name = _free(graph, f"{sources[0].name}.folded")
-        tensor = store(name, np.ascontiguousarray(_computed(value, moved, read, model.opset_imports[""])))
-        folded = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+        array = np.ascontiguousarray(_computed(value, moved, read, model.opset_imports[""]))
+        tensor = store(name, array)
+        folded = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
         graph.register_initializer(folded)
         for use in list(value.uses()):
             use.node.replace_input_with(use.idx, folded)
@@ -63,8 +64,8 @@ def _computed(value: Any, moved: dict[ir.Value, ir.Node], read: Callable[[ir.Val
     if value not in moved:
         return read(value)
     node = moved[value]
-    arrays = {v.name: _computed(v, moved, read, opset) for v in node.inputs if v is not None}
-    results = ReferenceEvaluator(ir.to_proto(node), opsets={"": opset}).run(None, arrays)
+    inputs = {str(v.name): _computed(v, moved, read, opset) for v in node.inputs if v is not None}
+    results: Any = ReferenceEvaluator(ir.to_proto(node), opsets={"": opset}).run(None, inputs)
     return np.asarray(results[node.outputs.index(value)])
 
 

@@ -23,6 +23,8 @@ from tilewright.runtime.bundle.safetensors import safetensors_header
 from tilewright.runtime.errors import InputError, ResourceError, UsageError
 from tilewright.runtime.estimate import available_bytes
 
+pytestmark = pytest.mark.slow
+
 
 def tree(root: Path) -> dict[str, bytes]:
     """Every sealed byte of a bundle."""

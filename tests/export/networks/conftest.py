@@ -48,7 +48,10 @@ def opened() -> Callable[[ComponentSpec, Path], Opened]:
         fold(model)
         ir.save(model, folder / "folded.onnx")
         network.load_state_dict(load_file(folder / "weights.safetensors"), assign=True)
-        engines = [open_graph(folder / f"{form}.onnx", folder) for form in ("traced", "folded")]
+        engines = [
+            open_graph(folder / f"{form}.onnx", {"weights.safetensors": folder / "weights.safetensors"})
+            for form in ("traced", "folded")
+        ]
         return Opened(model, engines, network.requires_grad_(False))
 
     return opened

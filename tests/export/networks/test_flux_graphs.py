@@ -50,7 +50,9 @@ def opened(source: ComponentSpec, folder: Path) -> Opened:
                 r.file, r.offset, r.length, ir.DataType.FLOAT, shape=ir.Shape(r.shape), name=name
             )
     ir.save(model, folder / "traced.onnx")
-    return Opened(source, model, open_graph(folder / "traced.onnx", folder, threads=1), network.requires_grad_(False))
+    files = {"weights.safetensors": folder / "weights.safetensors"}
+    engine = open_graph(folder / "traced.onnx", files, threads=1)
+    return Opened(source, model, engine, network.requires_grad_(False))
 
 
 BRANCHED = [

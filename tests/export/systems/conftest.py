@@ -10,25 +10,22 @@ from safetensors.torch import load_file
 
 from support.instantir_files import write_folder
 from support.instantir_reference import TINY, make_files
+from support.shared import Shared
 from tilewright.export.build.request import Request
 from tilewright.export.build.run import build
 from tilewright.export.systems.flux.sizes import PRESETS
 
 
 @pytest.fixture(scope="session")
-def in_token_tiny(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def in_token_tiny(shared: Shared) -> Path:
     """In-Token's tiny bundle with random weights; do not change it."""
-    bundle = tmp_path_factory.mktemp("bundles") / "in-token-tiny"
-    build(Request("in-token", "tiny", bundle, seed=0))
-    return bundle
+    return shared("in-token-tiny", lambda bundle: build(Request("in-token", "tiny", bundle, seed=0)))
 
 
 @pytest.fixture(scope="session")
-def vicr_tiny(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def vicr_tiny(shared: Shared) -> Path:
     """VICR's tiny bundle with random weights; do not change it."""
-    bundle = tmp_path_factory.mktemp("bundles") / "vicr-tiny"
-    build(Request("vicr", "tiny", bundle, seed=0))
-    return bundle
+    return shared("vicr-tiny", lambda bundle: build(Request("vicr", "tiny", bundle, seed=0)))
 
 
 @pytest.fixture(scope="session")
@@ -47,31 +44,23 @@ def upstream() -> Callable[[Path], tuple[Any, Any]]:
 
 
 @pytest.fixture(scope="session")
-def instantir_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def instantir_files(shared: Shared) -> Path:
     """A folder with random tiny weights as they are published, `make_files(TINY, 0)`; do not change it."""
-    return write_folder(tmp_path_factory.mktemp("instantir"), TINY, make_files(TINY, 0))
+    return shared("instantir", lambda folder: write_folder(folder, TINY, make_files(TINY, 0)))
+
+
+def _instantir(files: Path, **asked: Any) -> Callable[[Path], object]:
+    asked["resampler_heads"] = 2
+    return lambda bundle: build(Request("instantir", None, bundle, files, verify="never", system_options=asked))
 
 
 @pytest.fixture(scope="session")
-def instantir_tiny(cache: Path, instantir_files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def instantir_tiny(instantir_files: Path, shared: Shared) -> Path:
     """InstantIR's tiny bundle of those files; do not change it."""
-    bundle = tmp_path_factory.mktemp("bundles") / "instantir-tiny"
-    build(Request("instantir", None, bundle, instantir_files, verify="never", system_options={"resampler_heads": 2}))
-    return bundle
+    return shared("instantir-tiny", _instantir(instantir_files))
 
 
 @pytest.fixture(scope="session")
-def instantir_merged(cache: Path, instantir_files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def instantir_merged(instantir_files: Path, shared: Shared) -> Path:
     """The same with a UNet for each role; do not change it."""
-    bundle = tmp_path_factory.mktemp("bundles") / "instantir-merged"
-    build(
-        Request(
-            "instantir",
-            None,
-            bundle,
-            instantir_files,
-            verify="never",
-            system_options={"lora_mode": "merge", "resampler_heads": 2},
-        )
-    )
-    return bundle
+    return shared("instantir-merged", _instantir(instantir_files, lora_mode="merge"))

@@ -107,6 +107,6 @@ def test_every_option_the_page_names_exists(page: str, capsys: pytest.CaptureFix
 
 
 def _inputs(name: str) -> list[str]:
-    """A program's own arguments, which `restore --help` cannot list."""
+    """A program's own arguments, which `restore --help` lists with --bundle only."""
     program = system(name).program(settings_of(name))
     return [*program.inputs, *program.texts, *program.files]

@@ -16,9 +16,11 @@ from tilewright.export.networks.vision import ClipVision
 from tilewright.export.verify.engines import sample_photo
 from tilewright.runtime import load
 from tilewright.runtime.bundle.program import Tiles
+from tilewright.runtime.execute.walk import Job, run
 from tilewright.runtime.plan.noise import normal
-from tilewright.runtime.scheduler import Job, run
 from tilewright.runtime.text import token_ids
+
+pytestmark = pytest.mark.slow
 
 SPATIAL, CHANNELS, STEPS = 4, 3, 5
 PROMPT = "a stone bridge"

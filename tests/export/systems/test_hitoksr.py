@@ -189,6 +189,7 @@ class Holding:
         return self.tensors
 
 
+@pytest.mark.slow
 def test_a_bundle_of_such_files_restores_as_the_specification_does(
     cache: Path, published: Path, tmp_path: Path
 ) -> None:
@@ -273,7 +274,7 @@ REFUSED = {  # file and what is changed in it, what is said
     "a layer that is not": (OURS, {"class_layers": [1, 4]}, "[1, 4] are not rising numbers from 1 to DINOv3's 3"),
     "layers in disorder": (OURS, {"class_layers": [3, 1]}, "[3, 1] are not rising numbers from 1 to DINOv3's 3"),
     "tiles off the grid": (OURS, {"tile_px": 42}, "tiles of 42 px with an overlap of 8 are no multiples of 4 px"),
-    "tiles that share too much": (OURS, {"overlap_px": 24}, "tiles of 40 px that share 24"),
+    "tiles that share too much": (OURS, {"overlap_px": 24}, "tiles of 40 px with an overlap of 24"),
 }
 
 

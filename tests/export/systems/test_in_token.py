@@ -28,8 +28,8 @@ from tilewright.runtime.bundle.program import Program, Signature
 from tilewright.runtime.bundle.read import read_bundle
 from tilewright.runtime.bundle.strict import from_json
 from tilewright.runtime.errors import UsageError
+from tilewright.runtime.execute.walk import Job, run
 from tilewright.runtime.plan.noise import normal
-from tilewright.runtime.scheduler import Job, run
 
 SIZES = PRESETS["tiny"]
 MULTIPLE, SPATIAL, CHANNELS = SIZES.multiple, SIZES.spatial, SIZES.channels

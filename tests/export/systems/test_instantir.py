@@ -21,9 +21,9 @@ from tilewright.export.systems.instantir.sizes import PRESETS
 from tilewright.export.systems.instantir.system import SYSTEM
 from tilewright.export.verify.engines import sample_photo
 from tilewright.runtime import load
+from tilewright.runtime.execute.walk import Job, run
 from tilewright.runtime.plan.noise import normal
 from tilewright.runtime.plan.tiles import Tile, TilePlan, tile_plan, weights
-from tilewright.runtime.scheduler import Job, run
 from tilewright.runtime.text import token_ids
 
 SIZES, SEED = PRESETS["tiny"], 7
@@ -388,11 +388,14 @@ def blended(tiling: TilePlan, px: int, parts: list[Tensor]) -> Tensor:
     return whole
 
 
-def tiled(restorer: Any, inputs: dict[str, Any], program: Any = None, seed: int = SEED, workers: int = 1) -> Any:
+def tiled(restorer: Any, inputs: dict[str, Any], program: Any = None, seed: int = SEED, devices: int = 1) -> Any:
     """The picture, and what the step made of each noise: tiles come in any order."""
     engines = counted(restorer)
-    job = Job(TILED.view(Whole), seed, TILING.tile_width, TILING.overlap, STEPS, inputs, workers)
-    picture, step = run(program or restorer.bundle.program, engines, restorer.constants, job), engines["step"]
+    job = Job(TILED.view(Whole), seed, TILING.tile_width, TILING.overlap, STEPS, inputs)
+    picture, step = (
+        run(program or restorer.bundle.program, engines, restorer.constants, job, devices=devices),
+        engines["step"],
+    )
     made = {t["noise"].tobytes(): m["z_next"] for t, m in zip(step.taken, step.made, strict=True)}
     assert len(made) == len(step.made) == STEPS * len(TILING.tiles)
     return picture, made
@@ -439,7 +442,7 @@ def test_tiles_joined_by_their_pixels_are_images_of_their_own(usual: Any, eager:
 
 def test_workers_change_no_byte_and_a_seed_changes_them(usual: Any, eager: Eager) -> None:
     kinds = {name: eager.ids | {"sampler": name} for name in ("ddim", "ddpm")}
-    one, again, beside = (tiled(usual, kinds["ddpm"], workers=n)[0].tobytes() for n in (1, 1, 2))
+    one, again, beside = (tiled(usual, kinds["ddpm"], devices=n)[0].tobytes() for n in (1, 1, 2))
     assert one == again == beside
     others = [tiled(usual, inputs, seed=seed)[0].tobytes() for inputs in kinds.values() for seed in (SEED, SEED + 1)]
     assert one in others and len({*others}) == 4

@@ -38,6 +38,8 @@ from tilewright.runtime.bundle.weights import Reference, Weights
 from tilewright.runtime.engines.ort import open_engine
 from tilewright.runtime.restore import load
 
+pytestmark = pytest.mark.slow
+
 OWN = ("adapter", "aggregator", "previewer")
 UNREAD = {"text_encoder": 18, "dino": 1}  # its last layer and norm; the mask token
 IN_LORA = "encoder_hid_proj.image_projection_layers.0."
@@ -278,7 +280,8 @@ def test_both_layouts_and_the_variant_are_one_adapter(
     cache: Path, bundle: Path, mine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own, nested = tmp_path / "cache", flat(tensors()["adapter"])
-    shutil.copytree(cache / "build", own / "build", copy_function=os.link)  # what is traced is not traced again
+    finished = {"copy_function": os.link, "ignore": shutil.ignore_patterns(".*")}  # hidden is what others are making
+    shutil.copytree(cache / "build", own / "build", **finished)  # what is traced is not traced again
     monkeypatch.setenv("TILEWRIGHT_CACHE_DIR", str(own))
     torch.save(renamed(nested, LAYOUT), mine / "flat.pt")
     save_file(nested, mine / "variant.safetensors")

@@ -28,9 +28,9 @@ from tilewright.export.verify.engines import sample_photo
 from tilewright.runtime import load
 from tilewright.runtime.bundle.program import Program
 from tilewright.runtime.errors import InputError, UsageError
+from tilewright.runtime.execute.walk import Job, run
 from tilewright.runtime.plan.noise import normal
 from tilewright.runtime.plan.schedules import ddim
-from tilewright.runtime.scheduler import Job, run
 
 TOWER = {"vocab_size": 64, "bos_token_id": 62, "max_position_embeddings": 12, "eos_token_id": 63}
 LINEAR = {
@@ -239,6 +239,7 @@ def test_a_whole_restoration_is_the_references(folder: Folder, sampler: str) -> 
     restore(folder, SYSTEM.program(folder.settings), folder.engines, folder.constants, sampler)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", ["single"], indirect=True)
 def test_a_bundle_of_these_files_restores_as_the_reference(folder: Folder) -> None:
     """Traced, attached and sealed, with ONNX Runtime's engines."""

@@ -20,10 +20,12 @@ from tilewright.export.build.request import Request
 from tilewright.export.build.run import build
 from tilewright.export.verify.engines import sample_photo
 from tilewright.runtime import load
+from tilewright.runtime.execute.walk import Job, run
 from tilewright.runtime.plan.noise import normal
 from tilewright.runtime.plan.tiles import tile_plan, weights
-from tilewright.runtime.scheduler import Job, run
 from tilewright.runtime.text import token_ids
+
+pytestmark = pytest.mark.slow
 
 WORDS, BOS, EOS, SEED, GUIDANCE = "a cab", 62, 63, 5, 3.0
 # name -> the files' sizes and the options of the build; any two choices of a step in every combination
@@ -148,18 +150,18 @@ def counted(bundle):
         yield restorer, {name: Counting(restorer.engines[name]) for name in restorer.engines}
 
 
-def walked(bundle, image, workers=1):
+def walked(bundle, image, devices=1):
     with counted(bundle) as (restorer, engines):
         ids = token_ids(bundle / "tokenizers" / "clip.json", WORDS, 8)
-        job = Job(image, seed=SEED, inputs={"ids": ids}, workers=workers)
-        return run(restorer.bundle.program, engines, restorer.constants, job), engines
+        job = Job(image, seed=SEED, inputs={"ids": ids})
+        return run(restorer.bundle.program, engines, restorer.constants, job, devices=devices), engines
 
 
 def rounds(bundle, *asked):
     """A picture restored with these inputs, one after another; the ids, the text's outputs and the results."""
     with counted(bundle) as (restorer, engines):
         sitting = restorer.sitting(sample_photo(8, 8, 1), seed=SEED, steps=1)
-        sitting.walk.engines = engines
+        restorer.executor.devices[0].engines = engines
         made = [sitting(**inputs) for inputs in asked]
     return [feed["ids"][0].tolist() for feed in engines["text"].fed], engines["text"].made, made
 

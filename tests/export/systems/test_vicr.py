@@ -35,8 +35,8 @@ from tilewright.runtime.bundle.program import Program, Signature
 from tilewright.runtime.bundle.read import read_bundle
 from tilewright.runtime.bundle.strict import from_json
 from tilewright.runtime.errors import InputError, UsageError
+from tilewright.runtime.execute.walk import Job, run
 from tilewright.runtime.plan.noise import normal
-from tilewright.runtime.scheduler import Job, run
 from tilewright.runtime.text import token_ids
 
 SIZES = PRESETS["tiny"]
@@ -151,7 +151,7 @@ def test_embeddings_stand_for_words(vicr_tiny: Path, tmp_path: Path) -> None:
         sitting.walk.engines = engines
         by_embeds = sitting(prompt_embeds=tmp_path / "p.safetensors")
         assert not engines["t5"].made and not engines["clip"].made
-        with pytest.raises(UsageError, match="'prompt' has no default"):
+        with pytest.raises(UsageError, match=r"^prompt has no default"):
             restorer(picture)
         save_file({"prompt_embeds": np.zeros((1, 3, 32), np.float32)}, tmp_path / "half.safetensors")
         with pytest.raises(InputError, match="lacks the tensor 'pooled_prompt_embeds'"):
@@ -270,4 +270,4 @@ def test_a_profile_takes_words(vicr_tiny: Path, capsys: pytest.CaptureFixture[st
     (row,) = json.loads(capsys.readouterr().out)["resolutions"]
     assert (row["width"], row["height"]) == (32, 32) and {"t5", "step", "decode"} <= row["phases"].keys()
     assert main(words) == 2
-    assert "'prompt' has no default" in capsys.readouterr().err
+    assert "--prompt has no default" in capsys.readouterr().err

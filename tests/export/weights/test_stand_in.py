@@ -11,6 +11,8 @@ from tilewright.export.systems import SYSTEMS, system
 from tilewright.export.weights.stand_in import stand_in
 from tilewright.runtime.errors import UsageError
 
+pytestmark = pytest.mark.slow
+
 TENSORS = {"transformer": 1160, "vae": 244}
 OF_INSTANTIR = {"unet": 1680, "vae": 248}
 

@@ -8,7 +8,7 @@ import pytest
 from support.walks import PAINT, PAINTING, Toy, canvas, program_of
 from tilewright.runtime.bundle.program import Call, Input
 from tilewright.runtime.errors import UsageError
-from tilewright.runtime.scheduler import Job, run
+from tilewright.runtime.execute.walk import Job, run
 
 ASKING = replace(
     PAINTING,

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -28,7 +29,7 @@ from support.walked_systems import (
 )
 from support.walks import SEED, Late, Toy, canvas, field, flow, grown, program_of, same_arrays, toys, under, with_pass
 from tilewright.runtime.bundle.program import Tiles
-from tilewright.runtime.scheduler import Job, run
+from tilewright.runtime.execute.walk import Job, run
 
 # HiTokSR: calls in a row on a tile
 
@@ -77,8 +78,9 @@ def test_every_step_reads_its_row_of_the_schedules_tables_and_of_what_all_tiles_
     rows = in_token_modulate(IN_TOKEN_CONSTANTS["pooled"], np.float32(30), sigma)["modulation"]
     feeds = engines["step"].feeds
     assert len(feeds) == 28 * 4
-    for i, feed in enumerate(feeds):
-        step = i // 4
+    assert Counter(feed["sigma"].item() for feed in feeds) == dict.fromkeys(sigma.tolist(), 4)
+    for feed in feeds:
+        (step,) = np.flatnonzero(sigma == feed["sigma"])
         assert feed["sigma"].dtype == feed["sigma_next"].dtype == np.float32
         assert feed["sigma"].shape == feed["sigma_next"].shape == ()
         assert (feed["sigma"], feed["sigma_next"]) == (sigma[step], sigma_next[step])
@@ -208,7 +210,7 @@ def test_any_order_of_completion_gives_the_same_bytes(system, workers):
         program = with_pass(program, "restore", tiles=Tiles(64, 0, batch=2))
     job = Job(canvas(128, 192), SEED, tile_px=64, overlap_px=0 if system == "steered" else 16, steps=3, inputs=inputs)
     prompt = run(program, toys(functions), constants, job)
-    late = run(program, toys(functions, Late), constants, replace(job, workers=workers))
+    late = run(program, toys(functions, Late), constants, job, devices=workers)
     assert prompt.tobytes() == late.tobytes()
 
 
@@ -219,8 +221,8 @@ def test_workers_run_at_the_same_time():
         meeting.wait()
         return {"image": grown(codes, 16)}
 
-    job = Job(canvas(64, 192), tile_px=64, overlap_px=0, workers=3)
-    run(program_of("hitoksr"), toys(HITOKSR | {"decode": decode}), {}, job)
+    job = Job(canvas(64, 192), tile_px=64, overlap_px=0)
+    run(program_of("hitoksr"), toys(HITOKSR | {"decode": decode}), {}, job, devices=3)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -241,7 +243,7 @@ def test_engines_run_on_no_more_threads_than_there_are_workers(workers):
         return count
 
     engines = toys({name: counted(function) for name, function in HITOKSR.items()})
-    run(program_of("hitoksr"), engines, {}, Job(canvas(64, 512), tile_px=64, overlap_px=0, workers=workers))
+    run(program_of("hitoksr"), engines, {}, Job(canvas(64, 512), tile_px=64, overlap_px=0), devices=workers)
     assert most == workers
 
 

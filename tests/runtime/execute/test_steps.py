@@ -20,7 +20,7 @@ from support.walks import DDPM, PAINT, PAINTING, SEED, Toy, canvas, program_of, 
 from tilewright.runtime.bundle.program import Call, Program, Steps
 from tilewright.runtime.bundle.strict import from_json, to_json
 from tilewright.runtime.errors import UsageError
-from tilewright.runtime.scheduler import Job, run
+from tilewright.runtime.execute.walk import Job, run
 
 
 @pytest.mark.parametrize("steps", [1, 2, 50])

@@ -17,7 +17,7 @@ from support.walked_systems import (
 )
 from support.walks import SEED, canvas, program_of, toys, with_pass
 from tilewright.runtime.bundle.program import Tiles
-from tilewright.runtime.scheduler import Job, run
+from tilewright.runtime.execute.walk import Job, run
 
 
 def test_batches_hold_as_many_tiles_as_asked_and_the_last_the_rest():

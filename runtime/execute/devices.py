@@ -1,0 +1,125 @@
+"""Where engines run: a device holds buffers, and runs one call at a time.
+
+A buffer of the CPU is a NumPy array. A buffer of another device names it as its `holder`; it stays where it was made
+until something on another device, or a join on the host, reads it.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from threading import Lock
+from typing import Any, Protocol
+
+import numpy as np
+
+from tilewright.runtime.engines import Engine
+from tilewright.runtime.errors import UsageError
+
+__all__ = ["CpuDevice", "Device", "OpenEngines", "cpu_names", "usable_cores"]
+
+
+class Device(Protocol):
+    """A place with memory where engines run."""
+
+    name: str  # "cpu:0"
+
+    def put(self, array: Any) -> Any:
+        """A buffer here with the values of a NumPy array."""
+        ...
+
+    def get(self, buffer: Any) -> Any:
+        """The values of a buffer as a NumPy array."""
+        ...
+
+    def finite(self, buffer: Any) -> bool:
+        """Whether a buffer holds finite numbers only."""
+        ...
+
+    def run(self, component: str, inputs: Mapping[str, Any], outputs: Iterable[str]) -> dict[str, Any]:
+        """The outputs of a component for buffers of this device; they belong to the caller."""
+        ...
+
+    def close(self, components: Iterable[str] | None = None) -> None:
+        """Give back the memory of these components' engines, or of all."""
+        ...
+
+
+class OpenEngines(Mapping[str, Engine]):
+    """Engines by component, opened when they are asked for."""
+
+    def __init__(self, names: Iterable[str], open_engine: Callable[[str], Engine]) -> None:
+        self.names, self.open_engine = sorted(names), open_engine
+        self.opened: dict[str, Engine] = {}
+        self.lock = Lock()
+
+    def __getitem__(self, name: str) -> Engine:
+        with self.lock:
+            if name not in self.opened:
+                self.opened[name] = self.open_engine(name)
+            return self.opened[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def close(self, names: Iterable[str]) -> None:
+        """Give the memory of some back; asked for again, they are opened again."""
+        for name in names:
+            if engine := self.opened.pop(name, None):
+                engine.close()
+
+
+class CpuDevice:
+    """Processor cores with engines of their own, opened when they are first asked for."""
+
+    def __init__(self, name: str, engines: Mapping[str, Engine]) -> None:
+        self.name, self.engines = name, engines
+        self.slot = Lock()  # what a call reads is made ready while another runs
+
+    def put(self, array: Any) -> Any:
+        """The array itself."""
+        return array
+
+    def get(self, buffer: Any) -> Any:
+        """The buffer itself."""
+        return buffer
+
+    def finite(self, buffer: Any) -> bool:
+        """Whether all numbers are finite, with one look where they are."""
+        if buffer.dtype.kind != "f":
+            return True
+        with np.errstate(over="ignore", invalid="ignore"):
+            total = np.sum(buffer, dtype=np.float32)  # no array made: finite only where every number is
+        return bool(np.isfinite(total)) or bool(np.isfinite(buffer).all())
+
+    def run(self, component: str, inputs: Mapping[str, Any], outputs: Iterable[str]) -> dict[str, Any]:
+        """Run the component's engine."""
+        with self.slot:
+            return self.engines[component].run(inputs, outputs)
+
+    def close(self, components: Iterable[str] | None = None) -> None:
+        """Close engines; nothing that runs may need them."""
+        if isinstance(self.engines, OpenEngines):
+            self.engines.close(self.engines if components is None else components)
+
+
+def usable_cores() -> int:
+    """The cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cpu_names(names: Sequence[str]) -> list[str]:
+    """The names of CPU devices, checked: each is there, and is named once."""
+    cores = usable_cores()
+    for name in names:
+        kind, _, number = name.partition(":")
+        if kind != "cpu" or not number.isdecimal():
+            raise UsageError(f"device {name!r} is unknown; there are cpu:0 to cpu:{cores - 1}")
+        if int(number) >= cores:
+            raise UsageError(f"device {name!r}: there are {cores} cores; use cpu:0 to cpu:{cores - 1}")
+        if list(names).count(name) > 1:
+            raise UsageError(f"device {name!r} is named twice; name it once")
+    if not names:
+        raise UsageError("no device is named; use cpu:0")
+    return list(names)

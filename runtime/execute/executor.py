@@ -1,0 +1,300 @@
+"""Threads that run ready nodes on devices: batches, progress, cancelling, devices that fail.
+
+Each device has two threads: while one runs an engine, the other makes the next call's inputs ready. A node is pure: its
+outputs count when all of its calls have ended, so a node of a device that fails runs again on another one.
+"""
+
+import itertools
+import time
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import CancelledError, Future
+from dataclasses import dataclass, field
+from functools import partial
+from threading import Condition, Lock, Thread
+from typing import Any
+
+import numpy as np
+
+from tilewright.runtime.bundle.program import Call
+from tilewright.runtime.errors import AccuracyError
+from tilewright.runtime.execute.devices import Device
+from tilewright.runtime.execute.queue import Batch, Queue, Work
+from tilewright.runtime.execute.values import Outputs, Values, on_host
+from tilewright.runtime.plan.lower import Block, Graph
+
+__all__ = ["Executor", "Task"]
+
+LANES = 2  # threads of a device: one runs, one makes ready
+Node = tuple[Work, Block, int]
+
+
+@dataclass(eq=False)
+class Task:
+    """One round of a job: its nodes, what they read and write, and who is told."""
+
+    graph: Graph
+    values: Values
+    blocks: frozenset[int]  # of this round
+    keep: bool = False
+    on_progress: Callable[[str, int, int], None] = lambda name, done, total: None
+    on_pass: Callable[[str], None] = lambda name: None  # a pass has ended
+    seconds: dict[str, float] = field(default_factory=dict)  # component -> time in its engine
+    future: "Future[None]" = field(default_factory=Future)
+    counts: dict[int, int] = field(default_factory=dict)  # pass -> nodes that are done
+    telling: Lock = field(default_factory=Lock)
+    number: int = field(default_factory=itertools.count().__next__)
+
+
+class DeviceFault(Exception):
+    """A device failed at a node, which may run elsewhere."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+class Executor:
+    """Devices that share one queue of nodes; safe to use from any thread."""
+
+    def __init__(self, devices: Sequence[Device], *, pass_by_pass: bool = False) -> None:
+        self.devices, self.frees = list(devices), pass_by_pass
+        self.queue = Queue(len(self.devices), pass_by_pass=pass_by_pass)
+        self.changed = Condition()
+        self.closed = False
+        self.failed_on: dict[tuple[int, int, int], set[int]] = {}  # node -> devices
+        self.retired_by: dict[int, int] = {}  # device -> the task whose node it failed at
+        self.uploads: dict[tuple[int, int], tuple[Any, Any]] = {}  # (device, constant) -> the constant, its buffer
+        self.tasks: list[tuple[Task, Work]] = []
+        self.threads: list[Thread] = []
+
+    def submit(self, task: Task) -> "Future[None]":
+        """Run a round; the future ends when all its nodes have, or with the error that ended it."""
+        task.values.begin(task.blocks, keep=task.keep)
+        work = Work(task.graph, task.blocks, partial(self._key, task), task)
+        with self.changed:
+            if self.closed:
+                raise RuntimeError("the executor is closed")
+            self.queue.add(work)
+            self.tasks.append((task, work))
+            if work.done():
+                self._end(work)
+            if not self.threads:
+                self.threads = [
+                    Thread(target=self._serve, args=(place,), name=f"{device.name}/{lane}", daemon=True)
+                    for place, device in enumerate(self.devices)
+                    for lane in range(LANES)
+                ]
+                for thread in self.threads:
+                    thread.start()
+            self.changed.notify_all()
+        return task.future
+
+    def cancel(self, task: Task) -> None:
+        """Take a round out of the queue; calls that run are let end, and their outputs dropped."""
+        with self.changed:
+            for _, work in [(t, w) for t, w in self.tasks if t is task]:
+                self._end(work, CancelledError())
+
+    def close(self) -> None:
+        """End all threads and close all engines; rounds that have not ended are cancelled."""
+        with self.changed:
+            self.closed = True
+            for _, work in list(self.tasks):
+                self._end(work, CancelledError())
+            self.changed.notify_all()
+        for thread in self.threads:
+            thread.join()
+        for device in self.devices:
+            device.close()
+
+    def _key(self, task: Task, block: Block, tile: int) -> Hashable:
+        """Nodes of one key may share a call: what counts no tiles must be the same for all of them."""
+        p = task.graph.program.passes[block.place]
+        plan = task.graph.plan(block)
+        alone = p.tiles is None or block.section == "shared"
+        stepped = any(source[0] == "@" for call in block.calls for source in call.inputs.values())
+        step = block.step if stepped or block.section != "each" else -1
+        return block.place, block.section, step, plan.tile_height, plan.tile_width, task.number, tile if alone else None
+
+    def _serve(self, device: int) -> None:
+        while True:
+            with self.changed:
+                while not self.closed and (batch := self.queue.take(device)) is None:
+                    self.changed.wait()
+                if self.closed:
+                    return
+                self.changed.notify_all()  # a busy device may have waited until no other was idle
+            assert batch is not None
+            self._run(batch)
+            del batch  # or its values would live until the next one comes
+
+    def _run(self, batch: Batch) -> None:
+        work = batch.nodes[0][0]
+        try:
+            outputs = self._outputs(self.devices[batch.device], batch)
+        except DeviceFault as fault:
+            self._device_failed(batch, fault.error)
+        except BaseException as error:  # of the job itself: no other device would do better
+            with self.changed:
+                self.queue.put_back(batch)
+                self._end(work, error)
+        else:
+            self._count(batch, outputs)
+
+    def _outputs(self, device: Device, batch: Batch) -> list[Outputs]:
+        """Run the calls of a batch one after another."""
+        work, block, _ = batch.nodes[0]
+        task: Task = work.owner
+        outputs = [Outputs(values=task.values.begun(block, tile)) for _, _, tile in batch.nodes]
+        for call in block.calls:
+            feed = {name: self._input(device, batch, source, outputs) for name, source in call.inputs.items()}
+            start = time.perf_counter()
+            try:
+                results = device.run(call.run, feed, call.outputs)
+            except Exception as error:
+                raise DeviceFault(error) from error
+            seconds = time.perf_counter() - start
+            with self.changed:
+                task.seconds[call.run] = task.seconds.get(call.run, 0.0) + seconds
+            for name in call.outputs:
+                if not device.finite(results[name]):
+                    raise DeviceFault(_not_finite(task, block, call, name, device.get(results[name])))
+            for name, target in call.outputs.items():
+                self._keep(task, block, batch, target, results[name], outputs)
+        return outputs
+
+    def _keep(self, task: Task, block: Block, batch: Batch, target: str, result: Any, outputs: list[Outputs]) -> None:
+        count, grids = len(batch.nodes), task.graph.program.grids
+        for i, (_, _, tile) in enumerate(batch.nodes):
+            own = result if count == 1 else on_host(result)[i : i + 1]
+            if target in grids:
+                outputs[i].parts[target] = task.values.weighted(block, target, tile, own)
+            else:
+                outputs[i].values[target] = own
+
+    def _input(self, device: Device, batch: Batch, source: str, outputs: list[Outputs]) -> Any:
+        """What a call reads, as one buffer of the device: rows of tiles stacked, the rest as it is."""
+        work, block, tile = batch.nodes[0]
+        value, rows = work.owner.values.feed(block, tile, source, outputs[0])
+        if rows and len(batch.nodes) > 1:
+            values = [value]
+            for (other, its_block, its_tile), own in zip(batch.nodes[1:], outputs[1:], strict=True):
+                values.append(other.owner.values.feed(its_block, its_tile, source, own)[0])
+            return device.put(np.concatenate([on_host(v) for v in values]))
+        if source[0] == "#":
+            key = (id(device), id(value))
+            if key not in self.uploads:
+                self.uploads[key] = (value, device.put(value))
+            return self.uploads[key][1]
+        if getattr(value, "holder", None) is device:
+            return value
+        array = on_host(value)
+        contiguous = isinstance(array, np.ndarray) and rows and not array.flags.c_contiguous
+        return device.put(np.ascontiguousarray(array) if contiguous else array)
+
+    def _count(self, batch: Batch, outputs: list[Outputs]) -> None:
+        """Let a batch's outputs count, tell who listens, and end the rounds that are done."""
+        work, block, _ = batch.nodes[0]
+        task: Task = work.owner
+        with task.telling:
+            with self.changed:
+                if work.stopped:
+                    self.queue.complete(batch)
+                    return
+                final = [
+                    part
+                    for (_, _, tile), output in zip(batch.nodes, outputs, strict=True)
+                    for part in task.values.commit(block, tile, output)
+                ]
+                for _, _, tile in batch.nodes:
+                    self.failed_on.pop((task.number, block.number, tile), None)
+                self._drop_values(task, work, batch)
+            try:
+                for part in final:
+                    task.values.on_final(*part)
+                self._tell(task, block, len(batch.nodes))
+            except BaseException as error:
+                with self.changed:
+                    self.queue.put_back(batch)
+                    self._end(work, error)
+                return
+            with self.changed:
+                self.queue.complete(batch)
+                if not work.stopped:
+                    self._pass_ended(task, work, block)
+                    if work.done():
+                        self._end(work)
+                self.changed.notify_all()
+
+    def _tell(self, task: Task, block: Block, nodes: int) -> None:
+        p = task.graph.program.passes[block.place]
+        if block.section == "shared":
+            return
+        blocks = [task.graph.blocks[n] for n in task.graph.of_pass[p.name]]
+        total = sum(b.size for b in blocks if b.section != "shared")
+        task.counts[block.place] = task.counts.get(block.place, 0) + nodes
+        task.on_progress(p.name, task.counts[block.place], total)
+
+    def _drop_values(self, task: Task, work: Work, batch: Batch) -> None:
+        """Forget the values of tiles that no later pass reads."""
+        block = batch.nodes[0][1]
+        passes = task.graph.program.passes
+        p = passes[block.place]
+        if task.keep or p.tiles is None or block.number != task.graph.of_pass[p.name][-1]:
+            return
+        read = {name for later in passes[block.place + 1 :] for name in later.reads()}
+        for _, _, tile in batch.nodes:
+            held = task.values.held(p.tiles, tile)
+            task.values.forget(block.place, tile, set(held) - read)
+
+    def _pass_ended(self, task: Task, work: Work, block: Block) -> None:
+        p = task.graph.program.passes[block.place]
+        if any(work.todo[n] for n in task.graph.of_pass[p.name]):
+            return
+        task.on_pass(p.name)
+        if self.frees:
+            needed = {call.run for t, w in self.tasks for b in t.graph.blocks if w.todo[b.number] for call in b.calls}
+            for device in self.devices:
+                device.close({call.run for *_, call in p.calls()} - needed)
+
+    def _device_failed(self, batch: Batch, error: Exception) -> None:
+        """Retire a device and run its nodes elsewhere; a node that fails on two devices is itself at fault."""
+        with self.changed:
+            self.queue.put_back(batch)
+            if batch.device in self.queue.retired:  # its other thread saw it fail
+                self.changed.notify_all()
+                return
+            for work, block, tile in batch.nodes:
+                failed_on = self.failed_on.setdefault((work.owner.number, block.number, tile), set())
+                failed_on.add(batch.device)
+                if len(failed_on) > 1 or len(self.queue.retired) == len(self.devices) - 1:
+                    self.queue.retired -= {d for d, number in self.retired_by.items() if number == work.owner.number}
+                    self._end(work, error)
+                    return
+            self.queue.retired.add(batch.device)
+            self.retired_by[batch.device] = batch.nodes[0][0].owner.number
+            self.changed.notify_all()
+
+    def _end(self, work: Work, error: BaseException | None = None) -> None:
+        self.queue.remove(work)
+        self.tasks = [(t, w) for t, w in self.tasks if w is not work]
+        task: Task = work.owner
+        if not task.future.done():
+            if error is None:
+                task.future.set_result(None)
+            else:
+                task.future.set_exception(error)
+        self.changed.notify_all()
+
+
+def _not_finite(task: Task, block: Block, call: Call, name: str, output: Any) -> AccuracyError:
+    p = task.graph.program.passes[block.place]
+    when = (
+        f"step {block.step + 1}" if block.section == "each" else "once" if block.section == "shared" else block.section
+    )
+    finite = np.isfinite(output)
+    return AccuracyError(
+        f"pass {p.name!r}, {when}: {call.run}.{name} holds {output[~finite].flat[0]},"
+        f" {output.size - np.count_nonzero(finite)} of {output.size} numbers are not finite; check the weights, and the"
+        " bundle with 'tilewright export verify'"
+    )

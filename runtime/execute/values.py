@@ -1,0 +1,295 @@
+"""What the nodes of a job read and write: parts of grids, values of tiles, values of the job.
+
+A grid is never put together as a whole. It is the parts that tiles wrote, each with its ramps; a crop adds the parts
+that overlap it in tile order, so the bytes do not depend on who finished first. A part goes when its last reader ran.
+"""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from tilewright.runtime.bundle.program import Pass, Tiles, state_shape
+from tilewright.runtime.errors import UsageError
+from tilewright.runtime.plan.lower import Beneath, Block, Graph, beneath, regions
+from tilewright.runtime.plan.noise import normal
+from tilewright.runtime.plan.passes import of_tokens
+from tilewright.runtime.plan.tiles import Tile, TilePlan, weights
+
+__all__ = ["Floats", "Image", "Outputs", "Values", "on_host"]
+
+Floats = npt.NDArray[np.float32]
+Rectangle = tuple[int, int, int, int]  # top, left, bottom, right in output pixels
+
+
+def on_host(value: Any) -> Any:
+    """A value as a NumPy array, fetched from the device that holds it."""
+    holder = getattr(value, "holder", None)
+    return value if holder is None else holder.get(value)
+
+
+class Image(Protocol):
+    """The padded input [3, H, W] in [0, 1], read by crops."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Channels, height, width."""
+
+    def crop(self, top: int, left: int, height: int, width: int) -> Floats:
+        """The planes of a rectangle."""
+
+
+@dataclass
+class Outputs:
+    """What one node wrote, before it counts."""
+
+    parts: dict[str, Any] = field(default_factory=dict)  # grid -> the tile's part
+    values: dict[str, Any] = field(default_factory=dict)
+
+
+class Values:
+    """All that a job holds while its nodes run. Reading is safe beside `commit`, which one thread calls at a time."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        image: Image,
+        seed: int,
+        constants: Mapping[str, Any],
+        tables: Mapping[str, Mapping[str, Any]],
+        on_final: Callable[[int, int, Floats], None],
+    ) -> None:
+        self.graph, self.image, self.seed, self.constants, self.tables = graph, image, seed, constants, tables
+        self.on_final = on_final
+        self.inputs: dict[str, Any] = {}
+        self.job: dict[str, Any] = {}
+        self.tiles: dict[tuple[Tiles | str, int], dict[str, Any]] = {}
+        self.parts: dict[tuple[str, int], dict[int, Any]] = {}
+        self.uses: dict[tuple[str, int], dict[int, int]] = {}  # how many nodes have yet to read a part
+        self.kept: set[tuple[str, int]] = set()  # parts that a further round may read
+        self.ramps: dict[tuple[TilePlan, int], Any] = {}
+        last = graph.blocks[graph.last_writer["result"]]
+        self.final = last.number
+        self.regions: Beneath = beneath(regions(graph.plan(last)), graph.plan(last))
+        self.waiting: dict[int, int] = {}  # region of the result -> parts that it lacks
+        self.runs: Collection[int] = ()  # the blocks of this round
+
+    def begin(self, runs: Collection[int], *, keep: bool) -> None:
+        """Make ready for a round of these blocks; what they write anew is dropped."""
+        self.runs = frozenset(runs)
+        for number in self.runs:
+            for grid in self.graph.blocks[number].writes:
+                self.parts.pop((grid, number), None)
+                self.uses.pop((grid, number), None)
+        self.kept = set(self.graph.last_writer.items()) if keep else set()
+        if self.final not in self.runs:
+            self.kept.add(("result", self.final))  # it is told again
+        for key in list(self.parts):  # of earlier rounds
+            readers = [over for number, over in self.graph.readers.get(key, ()) if number in self.runs]
+            for tile in list(self.parts[key]):
+                self.uses[key][tile] = sum(over.count_above(tile) for over in readers)
+                if not self.uses[key][tile] and key not in self.kept:
+                    del self.uses[key][tile], self.parts[key][tile]
+        plan = self.graph.plan(self.graph.blocks[self.final])
+        self.waiting = (
+            {i: self.regions.count_below(i) for i in range(len(plan.tiles))} if self.final in self.runs else {}
+        )
+
+    def feed(self, block: Block, tile: int, source: str, outputs: Outputs) -> tuple[Any, bool]:
+        """The array behind a source, as `program` spells them, and whether its first axis counts tiles."""
+        p, name = self.graph.program.passes[block.place], source[1:]
+        if source[0] == "#":
+            return self.constants[name], False
+        if source[0] == "$":
+            return self.inputs[name], False
+        if source[0] == "~":
+            stream = {"once": 0, "each": 1 + block.step, "last": 2 + block.step}[block.section]
+            return self._noise(p, block, tile, name, stream), True
+        if source[0] == "@":
+            return self._row(p, block, tile, name, outputs)
+        if source == "image" or source in self.graph.program.grids:
+            return self.crop(block, tile, source), True
+        own = self._own(p, tile)
+        for values, rows in ((outputs.values, p.tiles is not None), (own, True), (self.job, False)):
+            if source in values:
+                return values[source], rows
+        raise LookupError(f"pass {p.name!r}, {block.section}: no value {source!r}")
+
+    def begun(self, block: Block, tile: int) -> dict[str, Any]:
+        """The state that a tile starts its pass with."""
+        p = self.graph.program.passes[block.place]
+        return {name: self._initial(p, block, tile, name) for name in p.state} if block.section == "once" else {}
+
+    def crop(self, block: Block, tile: int, grid: str) -> Any:
+        """A grid [1, C, H, W] under a tile, as it was before the block; a single part stays on its device."""
+        rectangle = _rectangle(self.graph.plan(block).tiles[tile])
+        top, left, bottom, right = rectangle
+        if grid == "image":
+            return np.ascontiguousarray(self.image.crop(top, left, bottom - top, right - left)[None])
+        writer = dict(block.reads)[grid]
+        if writer is None:
+            return self._blank(grid, rectangle)[None]
+        over = beneath(self.graph.plan(block), self.graph.plan(self.graph.blocks[writer]))
+        return self._gather(grid, writer, rectangle, over.below(tile))
+
+    def commit(self, block: Block, tile: int, outputs: Outputs) -> list[tuple[int, int, Floats]]:
+        """Let what a node wrote count, drop what nobody reads any more; the parts of the result that are final now."""
+        p = self.graph.program.passes[block.place]
+        for name, value in outputs.values.items():
+            if block.section == "shared" or (p.tiles is None and name not in p.state):
+                self.job[name] = value
+            else:
+                self.tiles.setdefault((p.tiles or p.name, tile), {})[name] = value
+        for grid, part in outputs.parts.items():
+            readers = [(n, over) for n, over in self.graph.readers.get((grid, block.number), ()) if n in self.runs]
+            uses = sum(over.count_above(tile) for _, over in readers)
+            if grid == "result" and block.number == self.final:
+                uses += self.regions.count_above(tile)
+            if uses or (grid, block.number) in self.kept:
+                self.parts.setdefault((grid, block.number), {})[tile] = part
+                self.uses.setdefault((grid, block.number), {})[tile] = uses
+        self._release(block, tile)
+        return self._settled(tile) if block.number == self.final else []
+
+    def weighted(self, block: Block, grid: str, tile: int, part: Any) -> Any:
+        """A part times its tile's ramps, as joins add it up; one that meets no other tile stays as it is."""
+        plan = self.graph.plan(block)
+        if _alone(plan, tile):
+            return part
+        rows, columns = self._ramps(plan, self.graph.program.grids[grid].px)
+        row, column = divmod(tile, len(plan.lefts))
+        product = on_host(part) * columns[column]
+        product *= rows[row][:, None]
+        return product
+
+    def forget(self, place: int, tile: int, names: Collection[str]) -> None:
+        """Drop these values of a tile."""
+        p = self.graph.program.passes[place]
+        values = self.tiles.get((p.tiles or p.name, tile), {})
+        for name in names & values.keys():
+            del values[name]
+
+    def held(self, tiles: Tiles, tile: int) -> Collection[str]:
+        """The names of a tile's values."""
+        return self.tiles.get((tiles, tile), {}).keys()
+
+    def result(self) -> Floats:
+        """The whole grid `result` [3, H, W] of a round that kept it."""
+        plan = self.graph.plan(self.graph.blocks[self.final])
+        whole = self._gather("result", self.final, (0, 0, plan.height, plan.width), range(len(plan.tiles)))
+        return np.ascontiguousarray(on_host(whole)[0])
+
+    def _own(self, p: Pass, tile: int) -> Mapping[str, Any]:
+        return self.tiles.get((p.tiles or p.name, tile), {})
+
+    def _release(self, block: Block, tile: int) -> None:
+        for grid, writer in block.reads:
+            if writer is None:
+                continue
+            over = beneath(self.graph.plan(block), self.graph.plan(self.graph.blocks[writer]))
+            for part in over.below(tile):
+                self._used(grid, writer, part)
+
+    def _used(self, grid: str, writer: int, part: int) -> None:
+        uses = self.uses.get((grid, writer))
+        if uses is None or part not in uses:  # of an earlier round, which keeps its parts
+            return
+        uses[part] -= 1
+        if uses[part] <= 0 and (grid, writer) not in self.kept:
+            del uses[part], self.parts[grid, writer][part]
+
+    def _settled(self, tile: int) -> list[tuple[int, int, Floats]]:
+        plan = self.graph.plan(self.graph.blocks[self.final])
+        told = []
+        for region in self.regions.above(tile):
+            self.waiting[region] -= 1
+            if self.waiting[region]:
+                continue
+            del self.waiting[region]
+            row, column = divmod(region, len(plan.lefts))
+            top, bottom = (*plan.tops, plan.height)[row : row + 2]
+            left, right = (*plan.lefts, plan.width)[column : column + 2]
+            parts = self.regions.below(region)
+            px = self.graph.program.grids["result"].px
+            whole = self._gather("result", self.final, (top, left, bottom, right), parts)
+            told.append((top // px, left // px, on_host(whole)[0]))
+            for part in parts:
+                self._used("result", self.final, part)
+        return told
+
+    def _gather(self, grid: str, writer: int, rectangle: Rectangle, parts: Sequence[int]) -> Any:
+        """A rectangle of a grid [1, C, H, W]: the parts that overlap it, added in tile order."""
+        plan, there = self.graph.plan(self.graph.blocks[writer]), self.parts[grid, writer]
+        px, channels = self.graph.program.grids[grid].px, self.graph.program.grids[grid].channels
+        if len(parts) == 1 and _rectangle(plan.tiles[parts[0]]) == rectangle:
+            return there[parts[0]]
+        top, left, bottom, right = (side // px for side in rectangle)
+        whole = np.zeros((1, channels, bottom - top, right - left), np.float32)
+        for i in parts:
+            t, e, b, r = (side // px for side in _rectangle(plan.tiles[i]))
+            rows, columns = slice(max(t, top), min(b, bottom)), slice(max(e, left), min(r, right))
+            place = whole[:, :, rows.start - top : rows.stop - top, columns.start - left : columns.stop - left]
+            place += on_host(there[i])[:, :, rows.start - t : rows.stop - t, columns.start - e : columns.stop - e]
+        return whole
+
+    def _blank(self, grid: str, rectangle: Rectangle) -> Floats:
+        """A rectangle of a grid that no pass has written: noise or zeros."""
+        spec = self.graph.program.grids[grid]
+        top, left, bottom, right = (side // spec.px for side in rectangle)
+        if spec.init == "noise":
+            return self._field(0, 0, spec.channels, top, left, bottom - top, right - left)
+        return np.zeros((spec.channels, bottom - top, right - left), np.float32)
+
+    def _field(self, region: int, stream: int, channels: int, top: int, left: int, rows: int, columns: int) -> Floats:
+        return normal(
+            self.seed, region=region, stream=stream, channels=channels, top=top, left=left, height=rows, width=columns
+        )
+
+    def _ramps(self, plan: TilePlan, px: int) -> Any:
+        if (plan, px) not in self.ramps:
+            self.ramps[plan, px] = weights(plan, px)
+        return self.ramps[plan, px]
+
+    def _initial(self, p: Pass, block: Block, tile: int, name: str) -> Any:
+        state, here = p.state[name], self.graph.plan(block).tiles[tile]
+        if state.init == "noise":
+            return self._noise(p, block, tile, name, 0)
+        shape = (1, *state_shape(state, here.height, here.width))
+        return np.full(shape, 1.0 if state.init == "ones" else 0.0, np.float32)
+
+    def _noise(self, p: Pass, block: Block, tile: int, name: str, stream: int) -> Any:
+        """Global noise under the tile for a grid, the tile's own field for a state."""
+        here = self.graph.plan(block).tiles[tile]
+        if grid := self.graph.program.grids.get(name):
+            px = grid.px
+            rows, columns = here.height // px, here.width // px
+            return self._field(0, stream, grid.channels, here.top // px, here.left // px, rows, columns)[None]
+        channels, rows, columns = state_shape(p.state[name], here.height, here.width)
+        return self._field(1 + tile, stream, channels, 0, 0, rows, columns)[None]
+
+    def _row(self, p: Pass, block: Block, tile: int, name: str, outputs: Outputs) -> tuple[Any, bool]:
+        """This step's row of a table; the whole table outside `each`."""
+        tables = self.tables[p.name]
+        if name in tables:
+            return (tables[name] if block.section != "each" else np.asarray(tables[name][block.step])), False
+        here = self.graph.plan(block).tiles[tile]
+        if table := of_tokens(p, name, here.height * here.width, self.constants):
+            name = table
+        tiled = p.tiles is not None
+        scopes = ((outputs.values, tiled), (self._own(p, tile), True), (self.job, False), (self.constants, False))
+        whole, of_tile = next((on_host(values[name]), rows) for values, rows in scopes if name in values)
+        rows, steps = whole.shape[of_tile], len(next(iter(tables.values())))
+        if rows != steps:  # rows for another number of steps are rows for other sigmas
+            raise UsageError(f"table {name!r} has {rows} rows for {steps} steps; use --steps {rows}")
+        return (whole[:, block.step] if of_tile else whole[block.step]), of_tile
+
+
+def _rectangle(tile: Tile) -> Rectangle:
+    return tile.top, tile.left, tile.top + tile.height, tile.left + tile.width
+
+
+def _alone(plan: TilePlan, tile: int) -> bool:
+    """Whether a tile shares no pixel with another."""
+    return beneath(plan, plan).count_below(tile) == 1

@@ -1,0 +1,142 @@
+"""A program over one image: its nodes run once, or round after round with other inputs."""
+
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from tilewright.runtime.bundle.program import Pass, Program, untiled_values
+from tilewright.runtime.engines import Engine
+from tilewright.runtime.errors import UsageError
+from tilewright.runtime.execute.devices import CpuDevice
+from tilewright.runtime.execute.executor import Executor, Task
+from tilewright.runtime.execute.values import Floats, Image, Values
+from tilewright.runtime.inputs import value_of
+from tilewright.runtime.plan.lower import Graph, lower
+from tilewright.runtime.plan.passes import plan_of
+from tilewright.runtime.plan.rounds import reached, skipped_passes, with_other_writers
+from tilewright.runtime.plan.schedules import SCHEDULES
+from tilewright.runtime.plan.tiles import TilePlan
+
+__all__ = ["Job", "Walk", "run"]
+
+
+@dataclass
+class Job:
+    """One image and how to restore it."""
+
+    image: Image
+    seed: int = 0
+    tile_px: int | None = None  # of every tiled pass, instead of the program's
+    overlap_px: int | None = None
+    steps: int | None = None  # of every stepped pass, instead of the program's
+    inputs: dict[str, Any] = field(default_factory=dict)
+    on_progress: Callable[[str, int, int], None] = lambda name, done, total: None
+    on_final: Callable[[int, int, Floats], None] = lambda top, left, part: None  # a part of the result that stays
+    seconds: dict[str, float] = field(default_factory=dict)  # filled in: component -> time in its engine
+
+
+class Walk:
+    """A job while its passes run; run again with other inputs, it repeats only the passes they reach."""
+
+    def __init__(self, program: Program, executor: Executor, constants: Mapping[str, Any], job: Job) -> None:
+        self.program, self.executor, self.constants, self.job = program, executor, constants, job
+        height, width = job.image.shape[1:]
+        plans = {p.name: plan_of(program, p, height, width, job.tile_px, job.overlap_px) for p in program.passes}
+        tables = {p.name: _tables(p, plans[p.name], job.steps) for p in program.passes}
+        steps = {name: len(next(iter(t.values()))) for name, t in tables.items() if t}
+        self.graph: Graph = lower(program, plans, steps)
+        self.values = Values(self.graph, job.image, job.seed, constants, tables, self._final)
+        self.inputs: dict[str, Any] = {}  # as the caller gave them
+        self.reached = reached(program)
+        self.finished: set[str] = set()
+        self.told = False
+
+    def run(self, inputs: Mapping[str, Any], *, keep: bool = False) -> None:
+        """Restore with these inputs, telling the final parts; `keep` what a further run may need."""
+        self.begin(inputs, keep=keep)
+        self.end()
+
+    def begin(self, inputs: Mapping[str, Any], *, keep: bool = False) -> None:
+        """The same, without waiting for it."""
+        skipped = skipped_passes(self.program, inputs.keys())
+        before, now = dict(self.inputs), dict(inputs)
+        same = {n for n in before.keys() & now.keys() if np.array_equal(before[n], now[n])}
+        changed = (before.keys() | now.keys()) - same
+        again = {p.name for p in self.program.passes if self.reached[p.name] & changed} - skipped
+        again |= {p.name for p in self.program.passes} - self.finished - skipped
+        again = with_other_writers(self.program, again)
+        self._take(inputs, [p for p in self.program.passes if p.name in again])
+        self.finished = self.finished - again - skipped if keep else set()  # what may be built on, should a pass fail
+        self.told = False
+
+        def ended(name: str) -> None:
+            self.finished |= {name} if keep else set()
+
+        blocks = frozenset(number for name in again for number in self.graph.of_pass[name])
+        self.task = Task(self.graph, self.values, blocks, keep, self.job.on_progress, ended, self.job.seconds)
+        self.executor.submit(self.task)
+
+    def end(self) -> None:
+        """Wait until the run has ended; an interrupt while waiting cancels it."""
+        try:
+            self.task.future.result()
+        except BaseException:
+            self.cancel()
+            raise
+        if not self.told:
+            self.job.on_final(0, 0, self.values.result())
+
+    def ended(self) -> bool:
+        """Whether the run has ended."""
+        return self.task.future.done()
+
+    def cancel(self) -> None:
+        """Stop the run within one call."""
+        self.executor.cancel(self.task)
+
+    def _final(self, top: int, left: int, part: Floats) -> None:
+        self.told = True
+        self.job.on_final(top, left, part)
+
+    def _take(self, inputs: Mapping[str, Any], passes: Sequence[Pass]) -> None:
+        """Check the caller's inputs before any work; only what the passes read must be there."""
+        values = untiled_values(self.program)
+        if unknown := sorted(inputs.keys() - self.program.inputs.keys() - values):
+            known = ", ".join([*self.program.inputs, *sorted(values)]) or "none"
+            raise UsageError(f"input {unknown[0]!r} is not one of {known}")
+        names = {s[1:] for p in passes for *_, c in p.calls() for s in c.inputs.values() if s[0] == "$"}
+        self.values.inputs |= {name: value_of(self.program, name, inputs, self.constants) for name in sorted(names)}
+        self.values.job |= {name: np.asarray(inputs[name]) for name in inputs.keys() & values}
+        self.inputs = deepcopy(dict(inputs))  # a caller may change its arrays in place
+
+
+def run(
+    program: Program, engines: Mapping[str, Engine], constants: Mapping[str, Any], job: Job, *, devices: int = 1
+) -> Floats:
+    """The result grid [3, H, W] of a job, on devices that share these engines."""
+    executor = Executor([CpuDevice(f"cpu:{i}", engines) for i in range(devices)])
+    height, width = job.image.shape[1:]
+    whole = np.empty((program.grids["result"].channels, height, width), np.float32)
+
+    def place(top: int, left: int, part: Floats) -> None:
+        whole[:, top : top + part.shape[1], left : left + part.shape[2]] = part
+        tell(top, left, part)
+
+    tell, job.on_final = job.on_final, place
+    try:
+        Walk(program, executor, constants, job).run(job.inputs)
+    finally:
+        job.on_final = tell
+        executor.close()
+    return whole
+
+
+def _tables(p: Pass, plan: TilePlan, steps: int | None) -> dict[str, Any]:
+    if p.steps is None:
+        return {}
+    tokens = plan.tile_height * plan.tile_width // p.steps.px_per_token
+    options: dict[str, Any] = p.steps.options
+    return dict(SCHEDULES[p.steps.schedule](p.steps.count if steps is None else steps, tokens, **options))

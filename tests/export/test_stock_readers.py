@@ -1,0 +1,95 @@
+"""A packed bundle's graphs open where they lie in eight tools that are not ours, and give our engine's numbers.
+
+reader                  opens  runs
+ONNX Runtime            yes    yes
+onnx.checker, full      yes
+onnx.shape_inference    yes
+OpenVINO                yes    yes     with --ops standard: it does not run a model's own functions
+Polygraphy              yes    yes
+Netron                  yes            and shows every weight
+quantize_dynamic        yes    yes
+quantize_static         yes    yes
+"""
+
+import hashlib
+import shutil
+
+import numpy as np
+import onnx
+import pytest
+
+from support.readers import READERS, netron
+from support.recorded import recorded
+from tilewright.export.build.request import Request
+from tilewright.export.build.run import build
+from tilewright.export.systems import names
+from tilewright.runtime.bundle.external_data import external_data
+from tilewright.runtime.bundle.read import read_bundle
+
+ROUNDING = 2e-5  # relative L2, float32 against float32 in another order
+FUNCTIONS = sorted(READERS.keys() - {"openvino"})  # readers that take a model's own functions
+
+
+@pytest.fixture(scope="module")
+def packed(cache, tmp_path_factory):
+    """Build a system's tiny bundle, packed, once; its place and its components' calls. Do not change it."""
+    built = {}
+
+    def bundle(system, ops):
+        if (system, ops) not in built:
+            root = tmp_path_factory.mktemp("packed") / f"{system}-{ops}"
+            build(Request(system, "tiny", root, seed=0, pack=True, verify="never", ops=ops))
+            built[system, ops] = root, recorded(root)
+        return built[system, ops]
+
+    return bundle
+
+
+@pytest.fixture(scope="module", params=names())
+def system(request):
+    return request.param
+
+
+def assert_same(ours, theirs):
+    """Floats within rounding, integers exactly."""
+    assert theirs.keys() == ours.keys()
+    for name, array in ours.items():
+        other = np.asarray(theirs[name])
+        assert other.shape == array.shape
+        if array.dtype.kind == "f":
+            error = np.linalg.norm((other - array).astype(np.float64))
+            assert error <= ROUNDING * np.linalg.norm(array.astype(np.float64)) + 1e-7
+        else:
+            np.testing.assert_array_equal(other, array)
+
+
+@pytest.mark.parametrize(
+    ("ops", "reader"),
+    [*(("standard", reader) for reader in READERS), *(("tilewright", reader) for reader in FUNCTIONS)],
+)
+def test_a_stock_reader_opens_every_graph_where_it_lies(packed, system, ops, reader, tmp_path):
+    root, calls = packed(system, ops)
+    components = read_bundle(root).manifest.components
+    assert calls.keys() == components.keys()
+    for component, (inputs, outputs) in calls.items():
+        theirs = READERS[reader](root / components[component].graph, inputs, tmp_path)
+        if theirs is not None:
+            assert_same(outputs, theirs)
+
+
+@pytest.mark.parametrize("ops", ["standard", "tilewright"])
+def test_netron_shows_every_node_and_weight_where_it_lies(packed, system, ops, tmp_path):
+    if shutil.which("node") is None:
+        pytest.skip("Netron's reader is JavaScript, and node is not installed")
+    root, calls = packed(system, ops)
+    shown = netron([root / f"{component}.onnx" for component in calls], tmp_path)
+    for component in calls:
+        graph, answer = root / f"{component}.onnx", shown[f"{component}.onnx"]
+        data = {n: ((root / w.location).read_bytes(), w) for n, w in external_data(graph.read_bytes(), "").items()}
+        digests = {n: hashlib.sha256(of[w.offset : w.offset + w.length]).hexdigest() for n, (of, w) in data.items()}
+        assert answer["nodes"] == len(onnx.load(graph, load_external_data=False).graph.node)
+        assert {n: d for n, d in answer["tensors"].items() if n in digests} == digests
+
+
+def test_the_readers_are_eight():
+    assert len([*READERS, netron]) == 8

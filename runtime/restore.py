@@ -63,6 +63,8 @@ class Restorer:
     def close(self) -> None:
         """End what runs, and close the engines."""
         self.executor.close()
+        for device in self.executor.devices:
+            device.close()
 
     @property
     def arguments(self) -> dict[str, Argument]:

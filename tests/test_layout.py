@@ -33,8 +33,8 @@ RUNTIME = (
     {"bundle"},
     {"plan", "engines", "text.py", "images"},
     {"inputs.py", "select.py"},
-    {"scheduler.py", "estimate.py"},
-    {"restore.py"},
+    {"execute", "estimate.py"},
+    {"restore.py", "simulate.py"},
     {"profile.py"},
 )
 HEAVY = {"torch", "diffusers", "transformers", "onnx", "onnx_ir", "onnxruntime"}

@@ -96,7 +96,7 @@ class Executor:
                 self._end(work, CancelledError())
 
     def close(self) -> None:
-        """End all threads and close all engines; rounds that have not ended are cancelled."""
+        """End all threads; rounds that have not ended are cancelled. Engines stay open."""
         with self.changed:
             self.closed = True
             for _, work in list(self.tasks):
@@ -104,8 +104,6 @@ class Executor:
             self.changed.notify_all()
         for thread in self.threads:
             thread.join()
-        for device in self.devices:
-            device.close()
 
     def _key(self, task: Task, block: Block, tile: int) -> Hashable:
         """Nodes of one key may share a call: what counts no tiles must be the same for all of them."""

@@ -71,8 +71,8 @@ def test_a_file_that_changes_while_it_is_read_is_not_remembered(tmp_path, monkey
     (tmp_path / "file").write_bytes(b"one")
     read_whole = digests._sha256
 
-    def changing(path):
-        found = read_whole(path)
+    def changing(path, on_read):
+        found = read_whole(path, on_read)
         overwrite(path, b"two")
         return found
 
@@ -84,7 +84,12 @@ def test_a_file_that_changes_while_it_is_read_is_not_remembered(tmp_path, monkey
 def test_a_fresh_reading_reads_every_sealed_file_and_weights_once(bundle, weights_dir, tmp_path, monkeypatch):
     monkeypatch.setenv("TILEWRIGHT_CACHE_DIR", str(tmp_path / "cache"))
     read_files, read_whole = [], digests._sha256
-    monkeypatch.setattr(digests, "_sha256", lambda path: read_files.append(path.name) or read_whole(path))
+
+    def noting(path, on_read):
+        read_files.append(path.name)
+        return read_whole(path, on_read)
+
+    monkeypatch.setattr(digests, "_sha256", noting)
     for fresh in (False, False, True):
         read_files.clear()
         whole = read_bundle(bundle, fresh=fresh)

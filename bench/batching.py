@@ -1,7 +1,7 @@
-"""TokSR at full width: many tiles in a call against tile by tile, on the same threads. Prints JSON.
+"""TokSR at full width: many tiles in one call against one tile in a call, on the same threads. Prints JSON.
 
-A single step of the denoiser for growing batches, beside the network in eager PyTorch: contenders take turns, medians
-of five rounds. And the whole restoration of 64 tiles, once each way.
+It times one step of the denoiser for growing batches, also in eager PyTorch: contenders take turns, and the numbers are
+medians of five rounds. Then it times the whole restoration of 64 tiles, once each way.
 """
 
 import argparse
@@ -28,13 +28,13 @@ BATCHES = (1, 4, 16, 31)
 
 
 def batched(program: Program, batch: int) -> Program:
-    """The same program with so many tiles in a call."""
+    """The same program with this many tiles in a call."""
     tiles = {p.tiles: replace(p.tiles, batch=batch) for p in program.passes if p.tiles}
     return replace(program, passes=tuple(replace(p, tiles=tiles[p.tiles]) if p.tiles else p for p in program.passes))
 
 
 def medians(contenders: dict[str, Callable[[], Any]]) -> dict[str, float]:
-    """Seconds of each, interleaved, after a round that is not counted."""
+    """The median seconds of each contender. They take turns, and the first round does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(ROUNDS + 1):
         for name, contender in contenders.items():
@@ -45,7 +45,7 @@ def medians(contenders: dict[str, Callable[[], Any]]) -> dict[str, float]:
 
 
 def steps(engine: Any, eager: Any, bundle: Any) -> dict[str, dict[str, float]]:
-    """One step by batch, in seconds a tile."""
+    """The time of one step for each batch size, in seconds a tile."""
     spec = bundle.manifest.components["step"].inputs
     random = np.random.Generator(np.random.Philox(key=0))
 
@@ -59,13 +59,13 @@ def steps(engine: Any, eager: Any, bundle: Any) -> dict[str, dict[str, float]]:
 
     contenders = {f"engine, {batch} a call": call(engine, batch) for batch in BATCHES}
     contenders |= {f"eager PyTorch, {batch} a call": call(eager, batch) for batch in (1, 16)}
-    found = {name: seconds / int(name.split()[-3]) for name, seconds in medians(contenders).items()}
-    base = found["engine, 1 a call"]
-    return {name: {"seconds_a_tile": s, "throughput_ratio": base / s} for name, s in found.items()}
+    seconds_a_tile = {name: seconds / int(name.split()[-3]) for name, seconds in medians(contenders).items()}
+    base = seconds_a_tile["engine, 1 a call"]
+    return {name: {"seconds_a_tile": s, "throughput_ratio": base / s} for name, s in seconds_a_tile.items()}
 
 
 def restorations(restorer: Any, tile: int, overlap: int) -> dict[str, dict[str, float]]:
-    """A picture of 64 tiles in one plan, and tile by tile, each a picture of its own; once each, after one tile."""
+    """The time of one picture of 64 tiles, and of 64 pictures of one tile, after a warm-up of one tile."""
     program, scale = restorer.bundle.program, restorer.bundle.program.scale
     inputs = gather(restorer.bundle, {})
 
@@ -86,13 +86,13 @@ def restorations(restorer: Any, tile: int, overlap: int) -> dict[str, dict[str, 
 
 def main(path: Path) -> None:
     torch.set_num_threads(THREADS)
-    found: dict[str, Any] = {"threads": THREADS, "tiles": TILES}
+    results: dict[str, Any] = {"threads": THREADS, "tiles": TILES}
     for memory in ("fast", "low"):
         with load(path, memory=memory, threads=THREADS) as restorer, torch.no_grad():
             eager = eager_network(restorer.bundle, "step", None)
-            found[f"one step, memory {memory}"] = steps(restorer.engines["step"], eager, restorer.bundle)
-            found[f"whole restoration, memory {memory}"] = restorations(restorer, 256, 32)
-    print(json.dumps(found, indent=1))
+            results[f"one step, memory {memory}"] = steps(restorer.engines["step"], eager, restorer.bundle)
+            results[f"whole restoration, memory {memory}"] = restorations(restorer, 256, 32)
+    print(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""The shipped models on images that training never saw: bicubic and restored, through bundles and the runtime.
+"""The quality of the shipped models on images without training, beside bicubic, through bundles and the runtime.
 
-Prints JSON; `bench/run.py` stores it. Every image is degraded in its own, fixed way (tools/train/data.py).
+Prints JSON; `bench/run.py` stores it. The degradation of each image is fixed (tools/train/data.py).
 """
 
 import argparse
@@ -27,12 +27,12 @@ TILE = 96
 
 
 def quality(restorers: dict[str, tuple[Restorer, dict[str, Any]]]) -> dict[str, Any]:
-    """Every measure of every image, and averages over photographs and over all."""
+    """All measures of every image, and their averages over photographs and over all images."""
     rows: dict[str, dict[str, dict[str, float]]] = {}
     for name, sharp, small in data.kept_back("held-out"):
-        found = {"bicubic": data.enlarged(small)}
-        found |= {system: restorer(small, **options) for system, (restorer, options) in restorers.items()}
-        rows[name] = {system: measures(image, sharp) for system, image in found.items()}
+        pictures = {"bicubic": data.enlarged(small)}
+        pictures |= {system: restorer(small, **options) for system, (restorer, options) in restorers.items()}
+        rows[name] = {system: measures(image, sharp) for system, image in pictures.items()}
     groups = {"all": list(rows), "photographs": [name for name in rows if "-" not in name]}
     averages = {
         group: {system: mean([rows[name][system] for name in names]) for system in rows[names[0]]}
@@ -46,7 +46,7 @@ def mean(rows: list[dict[str, float]]) -> dict[str, float]:
 
 
 def codebooks(restorer: Restorer) -> list[dict[str, float]]:
-    """For every group, the share of codewords that held-out images choose, and how many it is as if equally often."""
+    """For every group, the share of codewords that held-out images use, and the perplexity of their use."""
     chosen = []
     for _, _, small in data.kept_back("held-out"):
         for tile in data.squares(data.enlarged(small), TILE):
@@ -54,18 +54,18 @@ def codebooks(restorer: Restorer) -> list[dict[str, float]]:
             indices = restorer.engines["generate"].run({"image": planes}, ["indices"])["indices"]
             chosen.append(np.asarray(indices)[0].reshape(indices.shape[1], -1))
     sizes = Settings.from_json(restorer.bundle.manifest.options["settings"]).sizes
-    found = []
+    usage = []
     for group in np.concatenate(chosen, 1):
         counts = np.bincount(group, minlength=sizes["codes"])
         shares = counts[counts > 0] / counts.sum()
-        found.append(
+        usage.append(
             {"used": float((counts > 0).mean()), "perplexity": float(np.exp(-(shares * np.log(shares)).sum()))}
         )
-    return found
+    return usage
 
 
 def seams(restorer: Restorer, options: dict[str, Any]) -> dict[str, Any]:
-    """A square of 512 px by tiles and as one tile: the same borders' excess in both, and how near each comes."""
+    """A square of 512 px restored in tiles and as one tile: seams at the same borders, and all measures."""
     sharp, small = next((s, d) for name, s, d in data.kept_back("held-out") if name == SQUARE)
     program = restorer.bundle.program
     last = [p for p in program.passes if "result" in p.writes()][-1]
@@ -84,16 +84,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--hitoksr", type=Path, metavar="BUNDLE")
     parser.add_argument("--in-token", type=Path, metavar="BUNDLE")
-    asked = parser.parse_args()
-    restorers, found = {}, {}
-    if asked.hitoksr:
-        restorers["hitoksr"] = load(asked.hitoksr), {}
-        found["codebooks"] = codebooks(restorers["hitoksr"][0])
-    if asked.in_token:
-        restorers["in-token"] = load(asked.in_token), FLOW
+    arguments = parser.parse_args()
+    restorers, results = {}, {}
+    if arguments.hitoksr:
+        restorers["hitoksr"] = load(arguments.hitoksr), {}
+        results["codebooks"] = codebooks(restorers["hitoksr"][0])
+    if arguments.in_token:
+        restorers["in-token"] = load(arguments.in_token), FLOW
         restorers["in-token, 28 steps"] = restorers["in-token"][0], FLOW | {"steps": 28}
-        found["seams of in-token"] = seams(*restorers["in-token"])
-    print(json.dumps(quality(restorers) | found, indent=1))
+        results["seams of in-token"] = seams(*restorers["in-token"])
+    print(json.dumps(quality(restorers) | results, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""What exporting a system in full size costs: CPU and wall seconds, peak memory, bytes of graphs and weights written.
+"""The cost of exporting a system in full size: CPU and wall seconds, peak memory, bytes of graphs and written weights.
 
-Weights are given as a folder; without one, stand-ins of the published files are made first. Prints JSON.
+Prints JSON. Without a folder of weights, it first writes stand-ins of the published files.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from typing import Any
 
 
 def cost(system: str, weights: Path, work: Path) -> dict[str, Any]:
-    """Build from an empty cache in a process of its own."""
+    """Build from an empty cache, in a separate process."""
     out, cache = work / f"{system}-bundle", work / f"{system}-cache"
     words = ["export", "build", system, "--weights", str(weights), "-o", str(out)]
     command = [sys.executable, "-m", "tilewright.cli.main", *words, "--verify", "never"]

@@ -1,6 +1,6 @@
-"""One FLUX.1-Fill step, 1 + 2 blocks at full width: our engine in both memory modes against eager diffusers.
+"""One step of FLUX.1-Fill, 1 + 2 blocks at full width: our engine in both memory modes against eager diffusers.
 
-Every contender lives in a process of its own and they run in turn. Prints JSON; `bench/run.py` stores it.
+Every contender has its own process, and they take turns. Prints JSON; `bench/run.py` stores it.
 """
 
 import argparse
@@ -21,14 +21,14 @@ ROUNDS = 5
 
 
 def inputs(bundle: Path, side: int) -> dict[str, Any]:
-    """What a step of a square picture reads, seeded."""
+    """Seeded inputs of a step for a square picture."""
     from tilewright.runtime.bundle.read import read_bundle
 
     random = np.random.Generator(np.random.Philox(key=0))
     sizes = {"batch": 1, "h": side // 8, "w": side // 8}
     specs = read_bundle(bundle).manifest.components["step"].inputs
-    made = {n: random.standard_normal([sizes.get(str(d), d) for d in s.shape], np.float32) for n, s in specs.items()}
-    return made | {"sigma": np.array(0.7, np.float32), "sigma_next": np.array(0.6, np.float32)}
+    arrays = {n: random.standard_normal([sizes.get(str(d), d) for d in s.shape], np.float32) for n, s in specs.items()}
+    return arrays | {"sigma": np.array(0.7, np.float32), "sigma_next": np.array(0.6, np.float32)}
 
 
 def engine(memory: str) -> Callable[[Path, int], Callable[[], Any]]:
@@ -44,7 +44,7 @@ def engine(memory: str) -> Callable[[Path, int], Callable[[], Any]]:
 
 
 def eager(bundle: Path, side: int) -> Callable[[], Any]:
-    """The upstream class as its pipeline calls it: all 384 channels, modulation computed from sigma and text."""
+    """The published class as its pipeline calls it: all 384 channels, modulation computed from sigma and text."""
     import torch
     from diffusers import FluxTransformer2DModel
     from safetensors.torch import load_file
@@ -93,12 +93,12 @@ def contend(name: str, bundle: Path, side: int, pipe: Connection) -> None:
     pipe.send(None)
     while pipe.recv():
         start = time.perf_counter()
-        made = run()
-        pipe.send((time.perf_counter() - start, float(made.std()), memory_of_its_own()))
+        latent = run()
+        pipe.send((time.perf_counter() - start, float(latent.std()), memory_of_its_own()))
 
 
 def memory_of_its_own() -> int:
-    """Bytes that are no mapped file."""
+    """Bytes of this process's memory, without mapped files."""
     lines = Path(f"/proc/{os.getpid()}/smaps_rollup").read_text().splitlines()
     return 1024 * int(next(line for line in lines if line.startswith("Anonymous:")).split()[1])
 
@@ -113,20 +113,20 @@ def measure(bundle: Path, side: int, rounds: int) -> dict[str, Any]:
         processes[-1].start()
         theirs.close()
         pipes[name].recv()
-    seen: dict[str, list[tuple[float, float, int]]] = {name: [] for name in CONTENDERS}
+    timings: dict[str, list[tuple[float, float, int]]] = {name: [] for name in CONTENDERS}
     for _ in range(rounds + 1):
         for name, pipe in pipes.items():
             pipe.send(True)
-            seen[name].append(pipe.recv())
+            timings[name].append(pipe.recv())
     for process in processes:
         process.kill()
     rows = {
         name: {
             "median_s": statistics.median(s for s, *_ in runs[1:]),
-            "ratio_to_eager": statistics.median(a[0] / b[0] for a, b in zip(runs[1:], seen[PEER][1:], strict=True)),
+            "ratio_to_eager": statistics.median(a[0] / b[0] for a, b in zip(runs[1:], timings[PEER][1:], strict=True)),
             "anonymous_bytes": runs[-1][2],
         }
-        for name, runs in seen.items()
+        for name, runs in timings.items()
     }
     return {
         "what": f"one step, 1 + 2 blocks of full width, {side}x{side} px, 1241 text tokens, float32, random weights",

@@ -1,4 +1,4 @@
-"""Time on a GPU: runs as CUDA graphs, the cache flushed in between, and what a number was measured on."""
+"""Timing on a GPU: runs are CUDA graphs, the cache is flushed between them, and results name hardware and versions."""
 
 import json
 import platform
@@ -16,11 +16,11 @@ from tilewright.kernels.sample import EIGHT_BIT
 from tilewright.runtime.profile import hardware
 
 Run = Callable[[], Any]
-TOGETHER_MS = 50  # that runs of one turn take
+TOGETHER_MS = 50  # time of all runs of one turn
 
 
 def captured(run: Run) -> Run:
-    """Its kernels as one CUDA graph, so that launching them takes no time."""
+    """The kernels of a run as one CUDA graph, so that launching them takes no time."""
     run()  # compiles
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -36,7 +36,7 @@ def captured(run: Run) -> Run:
 
 
 def times(run: Run, count: int) -> list[float]:
-    """Milliseconds of each run; the cache holds nothing of the last one, and is flushed outside the timing."""
+    """Milliseconds of each run. The cache is flushed before every run, which is not timed."""
     flush = torch.empty(4 * torch.cuda.get_device_properties(0).L2_cache_size, dtype=torch.int8, device="cuda")
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count + 1)]
     for start, end in events:
@@ -49,19 +49,19 @@ def times(run: Run, count: int) -> list[float]:
 
 
 def count(run: Run) -> int:
-    """How many runs a turn has."""
+    """The number of runs in a turn."""
     return min(50, max(5, int(TOGETHER_MS / statistics.median(times(run, 3)))))
 
 
 def copy_rate() -> float:
-    """Bytes a second, those read and those written."""
+    """Bytes a second of a copy, counting reads and writes."""
     source = torch.randint(0, 127, (1 << 30,), dtype=torch.int8, device="cuda")
     target = torch.empty_like(source)
     return 2 * source.nbytes / (statistics.median(times(partial(target.copy_, source), 20)) / 1e3)
 
 
 def product_rate(dtype: torch.dtype) -> float:
-    """Operations a second of a matrix product of 8192 x 8192 x 8192."""
+    """Operations a second of a matrix product with sides of 8192."""
     n = 8192
     a, b = (torch.randn(n, n, device="cuda").to(dtype) for _ in range(2))
     run = partial(torch.mm, a, b)
@@ -71,12 +71,12 @@ def product_rate(dtype: torch.dtype) -> float:
     return 2 * n**3 / (statistics.median(times(run, 20)) / 1e3)
 
 
-def difference(found: Any, expected: Any) -> float:
-    """Share of indices that are others; or how far numbers are off in the root of the mean square, relative."""
-    mine, theirs = (results if isinstance(results, tuple) else (results,) for results in (found, expected))
-    if mine[0].dtype == torch.int32:
-        return (mine[0] != theirs[0]).double().mean().item()
-    pairs = [(a.double(), b.double()) for a, b in zip(mine, theirs, strict=True)]
+def difference(results: Any, expected: Any) -> float:
+    """The share of different indices, or the relative error of numbers in the root of the mean square."""
+    ours, reference = (value if isinstance(value, tuple) else (value,) for value in (results, expected))
+    if ours[0].dtype == torch.int32:
+        return (ours[0] != reference[0]).double().mean().item()
+    pairs = [(a.double(), b.double()) for a, b in zip(ours, reference, strict=True)]
     return max(((a - b).norm() / b.norm()).item() for a, b in pairs)
 
 
@@ -86,7 +86,7 @@ def reason(error: Exception) -> str:
 
 
 def store(folder: Path, name: str, result: Any) -> None:
-    """Results with their hardware and versions."""
+    """Store a result with its hardware and versions."""
     gpu = torch.cuda.get_device_properties(0)
     chip = {
         "gpu": gpu.name,

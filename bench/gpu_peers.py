@@ -1,4 +1,4 @@
-"""What one writes in PyTorch in the place of each op, and that compiled."""
+"""Plain PyTorch code in the place of each op, eager and compiled."""
 
 from collections.abc import Callable
 from functools import partial
@@ -31,7 +31,7 @@ def qkv_norm_rope(
 
 
 def turned(p: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """The last tokens of [B, N, H, D], by tables [N', 1, D/2]; in float32, as diffusers and transformers do it."""
+    """Rotate the last tokens of [B, N, H, D] by tables [N', 1, D/2], in float32 as diffusers and transformers do."""
     prefix = p.shape[1] - cos.shape[0]
     moved = p[:, prefix:].float()
     if interleaved:
@@ -43,10 +43,10 @@ def turned(p: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     return torch.cat([p[:, :prefix], moved.to(p.dtype)], 1) if prefix else moved.to(p.dtype)
 
 
-def joint_attention(*given: Tensor) -> Results:
-    q, k, v = (torch.cat(pair, 2) for pair in zip(given[:3], given[3:], strict=True))
+def joint_attention(*tensors: Tensor) -> Results:
+    q, k, v = (torch.cat(pair, 2) for pair in zip(tensors[:3], tensors[3:], strict=True))
     tokens = scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-    return tokens[:, : given[0].shape[2]], tokens[:, given[0].shape[2] :]
+    return tokens[:, : tensors[0].shape[2]], tokens[:, tensors[0].shape[2] :]
 
 
 def by_cudnn(*joined: Tensor) -> Tensor:
@@ -111,21 +111,21 @@ PLAIN_OF_8_BITS: dict[str, Callable[..., Any]] = {
 
 
 def contenders(call: Sample, *, compile: bool) -> dict[str, Callable[[], Any]]:
-    """Ours first."""
-    name, given, options = call.op.name, call.arguments, call.options
-    plain, theirs = PLAIN[name], given
+    """The contenders of a call by their names; ours is the first."""
+    name, arguments, options = call.op.name, call.arguments, call.options
+    plain, plain_arguments = PLAIN[name], arguments
     if call.dtype == EIGHT_BIT:
         plain = PLAIN_OF_8_BITS[name]
-        if name == "concat_project":  # their product takes no columns out of more
-            x, c, weight, h = given
-            theirs = (x, c, weight[:, : x.shape[-1] + c.shape[-1]].contiguous(), h)
-    runs = {"ours": partial(call.op.run, *given, **options), "eager": partial(plain, *theirs, **options)}
+        if name == "concat_project":  # PyTorch's product of 8 bits needs a contiguous weight
+            x, c, weight, h = arguments
+            plain_arguments = (x, c, weight[:, : x.shape[-1] + c.shape[-1]].contiguous(), h)
+    runs = {"ours": partial(call.op.run, *arguments, **options), "eager": partial(plain, *plain_arguments, **options)}
     if compile:
         torch._dynamo.reset()
         compiled = torch.compile(plain, mode="max-autotune-no-cudagraphs", fullgraph=True, dynamic=False)
-        runs["compiled"] = partial(compiled, *theirs, **options)
+        runs["compiled"] = partial(compiled, *plain_arguments, **options)
     if name == "joint_attention":
-        joined = [torch.cat(pair, 2) for pair in zip(given[:3], given[3:], strict=True)]
+        joined = [torch.cat(pair, 2) for pair in zip(arguments[:3], arguments[3:], strict=True)]
         runs["sdpa, joined before"] = partial(scaled_dot_product_attention, *joined)
         runs["sdpa of cuDNN, joined before"] = partial(by_cudnn, *joined)
     return runs

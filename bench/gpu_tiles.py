@@ -1,4 +1,4 @@
-"""Which tile of each kernel is fastest on this GPU: a small grid of block sizes, warps and stages, all of it timed."""
+"""Finding the fastest tile of each kernel on this GPU, by timing a small grid of block sizes, warps and stages."""
 
 import itertools
 import multiprocessing
@@ -29,33 +29,33 @@ SPACES: dict[str, dict[str, tuple[int, ...]]] = {
     "codebook_from_hidden": {"BLOCK_M": (64, 128), "BLOCK_K": (64, 128, 256), "BLOCK_C": (64, 128), "stages": (3, 4)},
 }
 WARPS = (4, 8)
-Tile = tuple[dict[str, Any], list[Launch], Any]  # what it is, the launches, what they write to
+Tile = tuple[dict[str, Any], list[Launch], Any]  # its settings, the launches, and the tensors that they fill
 
 
 def tiles(call: Sample, arch: int) -> Iterator[Tile]:
-    """The one that ships, then all others."""
-    assert call.op.plan is not None
-    plan = partial(call.op.plan, *call.arguments, **call.options, arch=arch)
-    launches, results = plan()
+    """The tile that ships, then all others."""
+    assert call.op.kernel_launches is not None
+    launches_for = partial(call.op.kernel_launches, *call.arguments, **call.options, arch=arch)
+    launches, results = launches_for()
     yield {"shipped": True}, launches, results
-    plans: list[Tile] = [({}, launches, results)]
+    candidates: list[Tile] = [({}, launches, results)]
     if call.op.name == "codebook_from_hidden":
         usual = launches[0].grid[2]
-        plans = [({"shares": n}, *plan(shares=n)) for n in sorted({max(1, usual // 2), usual, 2 * usual})]
+        candidates = [({"shares": n}, *launches_for(shares=n)) for n in sorted({max(1, usual // 2), usual, 2 * usual})]
     space = SPACES[call.op.name]
-    for (shared, (first, *rest), made), warps in itertools.product(plans, WARPS):
+    for (shared, (first, *rest), results), warps in itertools.product(candidates, WARPS):
         for values in itertools.product(*space.values()):
             tile = dict(zip(space, values, strict=True)) | {"warps": warps}
             launch = tiled(call.op.name, first, **tile)
             if launch is not None:
-                yield tile | shared, [launch, *rest], made
+                yield tile | shared, [launch, *rest], results
 
 
 def tiled(name: str, launch: Launch, *, warps: int, stages: int, **blocks: int) -> Launch | None:
-    """The launch in other blocks; none where they do not divide what they must."""
-    constants, given = launch.constants | blocks, launch.arguments
+    """The launch with other blocks; none if the blocks do not divide the sizes."""
+    constants, arguments = launch.constants | blocks, launch.arguments
     lengths = ("T", "N") if name == "joint_attention" else ("ROWS",)
-    rows = sum(ceil_div(given[length], blocks["BLOCK_M"]) for length in lengths)
+    rows = sum(ceil_div(arguments[length], blocks["BLOCK_M"]) for length in lengths)
     grid = (rows, *launch.grid[1:])
     if name == "concat_project":
         grid = (rows, ceil_div(constants["OUT"], blocks["BLOCK_O"]))
@@ -71,7 +71,7 @@ def tiled(name: str, launch: Launch, *, warps: int, stages: int, **blocks: int) 
 
 
 def compiled(name: str, case: str, dtype: Any, arch: int, place: int) -> str | None:
-    """Fill Triton's cache, in a process beside; why it cannot be done."""
+    """Fill Triton's cache in another process; returns the reason if a kernel does not compile."""
     _, launches, _ = next(itertools.islice(tiles(sample(KERNELS[name], case, dtype, "meta"), arch), place, None))
     try:
         for launch in launches:
@@ -87,10 +87,10 @@ def compiled(name: str, case: str, dtype: Any, arch: int, place: int) -> str | N
 
 
 def timed(tile: Tile, expected: Any) -> dict[str, Any]:
-    """Its milliseconds and resources, or why there are none."""
+    """The milliseconds and resources of a tile, or the reason why it does not run."""
     about, launches, results = tile
     for result in results if isinstance(results, tuple) else (results,):
-        result.zero_()  # what the tile before has written
+        result.zero_()  # remove the results of the last tile
 
     def run() -> Any:
         return [
@@ -104,7 +104,7 @@ def timed(tile: Tile, expected: Any) -> dict[str, Any]:
         kernel = run()[0]
         off = difference(results, expected)
         if not off < 0.01:
-            return about | {"failed": f"gives other results, by {off:.1e}"}
+            return about | {"failed": f"results differ by {off:.1e}"}
         replay = captured(run)
         ms = statistics.median(times(replay, count(replay)))
     except Exception as error:  # too much shared memory, mostly
@@ -113,7 +113,7 @@ def timed(tile: Tile, expected: Any) -> dict[str, Any]:
 
 
 def tune(calls: list[Sample], arch: int, folder: Path) -> None:
-    """Compile all tiles of all calls on all cores, time one after the other, print the fastest."""
+    """Compile all tiles of all calls on all cores, time them one after the other, and print the fastest."""
     jobs = [
         (call.op.name, call.case, call.dtype, arch, place)
         for call in calls
@@ -123,24 +123,24 @@ def tune(calls: list[Sample], arch: int, folder: Path) -> None:
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         failed = dict(zip(jobs, pool.map(compiled, *zip(*jobs, strict=True)), strict=True))
     print(f"{len(jobs)} tiles, compiled in {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
-    found = []
+    reports = []
     for call in calls:
         expected = call.op.run(*call.arguments, **call.options)
-        seen = []
+        timings = []
         for place, tile in enumerate(tiles(call, arch)):
             why = failed[call.op.name, call.case, call.dtype, arch, place]
-            seen.append(tile[0] | {"failed": why} if why else timed(tile, expected))
-        seen.sort(key=lambda tile: tile.get("ms", float("inf")))
-        found.append({"op": call.op.name, "case": call.case, "type": type_name(call.dtype), "tiles": seen})
-        store(folder, "gpu_tiles", found)
-        show(found[-1])
+            timings.append(tile[0] | {"failed": why} if why else timed(tile, expected))
+        timings.sort(key=lambda tile: tile.get("ms", float("inf")))
+        reports.append({"op": call.op.name, "case": call.case, "type": type_name(call.dtype), "tiles": timings})
+        store(folder, "gpu_tiles", reports)
+        show(reports[-1])
 
 
-def show(found: dict[str, Any]) -> None:
-    """The tile that ships, then the three fastest."""
-    ran = [tile for tile in found["tiles"] if "ms" in tile]
-    print(f"{found['op']} {found['case']} {found['type']}: {len(ran)} of {len(found['tiles'])} tiles run")
-    shipped = [tile for tile in found["tiles"] if "shipped" in tile]
+def show(report: dict[str, Any]) -> None:
+    """Print the tile that ships, then the three fastest."""
+    ran = [tile for tile in report["tiles"] if "ms" in tile]
+    print(f"{report['op']} {report['case']} {report['type']}: {len(ran)} of {len(report['tiles'])} tiles run")
+    shipped = [tile for tile in report["tiles"] if "shipped" in tile]
     for tile in shipped + [tile for tile in ran if tile not in shipped][:3]:
         about = tile | {"ms": f"{tile['ms']:.4f}"} if "ms" in tile else tile
         print("   ", ", ".join(f"{key} {value}" for key, value in about.items()))

@@ -1,4 +1,4 @@
-"""How long `import tilewright.runtime` takes in a fresh interpreter, beside `import torch`. Prints JSON."""
+"""The time of `import tilewright.runtime` in a fresh interpreter, and of `import torch`. Prints JSON."""
 
 import json
 import statistics

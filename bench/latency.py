@@ -1,6 +1,6 @@
 """HiTokSR at 512x512: our engine, with and without native kernels, against eager PyTorch and a plain export.
 
-Every contender lives in a process of its own and they run in turn, so that thread pools do not fight and a drift of
+Every contender has its own process, so that thread pools do not disturb each other. They take turns, so that a drift of
 the machine hits all alike. Prints JSON; `bench/run.py` stores it.
 """
 
@@ -34,7 +34,7 @@ def engine(bundle: Path, work: Path) -> Callable[[Any], Any]:
 
 
 def standard(bundle: Path, work: Path) -> Callable[[Any], Any]:
-    """The same graphs without native kernels: every node of ours runs its function."""
+    """The same graphs without native kernels: our nodes run their standard operators."""
     os.environ["TILEWRIGHT_NATIVE"] = ""
     return engine(bundle, work)
 
@@ -75,7 +75,7 @@ def autocast(bundle: Path, work: Path) -> Callable[[Any], Any]:
 
 
 def plain_export(bundle: Path, work: Path) -> Callable[[Any], Any]:
-    """What `torch.onnx.export` gives with its defaults, in a default session."""
+    """The graph of `torch.onnx.export` with its defaults, in a default session."""
     import onnxruntime as ort
     import torch
 
@@ -137,23 +137,23 @@ def measure(bundle: Path, work: Path, rounds: int) -> dict[str, Any]:
         pipes[name], theirs = start.Pipe()
         processes.append(start.Process(target=contend, args=(name, bundle, work, theirs), daemon=True))
         processes[-1].start()
-        theirs.close()  # so that a contender that dies is noticed
+        theirs.close()  # so that a contender's end is noticed
         pipes[name].recv()  # one gets ready at a time
-    seen: dict[str, list[tuple[float, float, float]]] = {name: [] for name in CONTENDERS}
+    timings: dict[str, list[tuple[float, float, float]]] = {name: [] for name in CONTENDERS}
     for _ in range(rounds + 1):
         for name, pipe in pipes.items():
-            time.sleep(0.2)  # the last one's threads stop spinning
+            time.sleep(0.2)  # until the last contender's threads have stopped spinning
             pipe.send(True)
-            seen[name].append(pipe.recv())
+            timings[name].append(pipe.recv())
     rows = {}
-    for name, runs in seen.items():
+    for name, runs in timings.items():
         counted = runs[1:]
         rows[name] = {
             "median_s": statistics.median(s for s, _, _ in counted),
             "min_s": min(s for s, _, _ in counted),
             "cores_used": statistics.median(cpu / s for s, cpu, _ in counted),
             "ratio_to_eager": statistics.median(
-                a[0] / b[0] for a, b in zip(counted, seen["eager fp32"][1:], strict=True)
+                a[0] / b[0] for a, b in zip(counted, timings["eager fp32"][1:], strict=True)
             ),
         }
     for process in processes:

@@ -1,4 +1,4 @@
-"""Run every benchmark and store its JSON, with hardware and versions beside, under bench/results/.
+"""Run every benchmark and store its JSON, with hardware and versions, under bench/results/.
 
 Needs about 15 GB of disk in --work, 8 GB of memory and an otherwise idle machine.
 """
@@ -36,9 +36,9 @@ def bench(name: str, *words: object, stored: str | None = None) -> None:
     store(stored or name, json.loads(printed.stdout))
 
 
-def store(name: str, found: object) -> None:
+def store(name: str, result: object) -> None:
     versions = {package: importlib.metadata.version(package) for package in PACKAGES}
-    record = {"hardware": hardware(), "versions": versions, "python": sys.version.split()[0], "result": found}
+    record = {"hardware": hardware(), "versions": versions, "python": sys.version.split()[0], "result": result}
     record["when"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
     text = json.dumps(record, indent=1, sort_keys=True)
     (HERE / "results").mkdir(exist_ok=True)
@@ -91,24 +91,24 @@ def toksr(work: Path) -> None:
         (files / name).mkdir(parents=True, exist_ok=True)
         save_torch({key: tensor.bfloat16() for key, tensor in tensors.items()}, files / name / "model.safetensors")
     put(files / "text_encoder", stand_in_clip(49408))
-    given = ("--tokenizer", files / "tokenizer", "--clip", files / "text_encoder", "--dit", files / "dit")
+    weights = ("--tokenizer", files / "tokenizer", "--clip", files / "text_encoder", "--dit", files / "dit")
     half = work / "toksr"
-    tilewright("export", "build", "toksr", "--preset", "textok", *given, "--verify", "never", "-o", half)
+    tilewright("export", "build", "toksr", "--preset", "textok", *weights, "--verify", "never", "-o", half)
     bench("batching", "--bundle", half)
 
 
 def demo(work: Path) -> None:
-    here, hitoksr, in_token = HERE.parent / "demo", work / "hitoksr-demo", work / "in-token-demo"
-    tilewright("export", "build", "hitoksr", "--preset", "demo", "--weights", here / "hitoksr", "-o", hitoksr)
-    tilewright("export", "build", "in-token", "--preset", "demo", "--weights", here / "in-token", "-o", in_token)
+    models, hitoksr, in_token = HERE.parent / "demo", work / "hitoksr-demo", work / "in-token-demo"
+    tilewright("export", "build", "hitoksr", "--preset", "demo", "--weights", models / "hitoksr", "-o", hitoksr)
+    tilewright("export", "build", "in-token", "--preset", "demo", "--weights", models / "in-token", "-o", in_token)
     bench("demo", "--hitoksr", hitoksr, "--in-token", in_token)
 
 
 def kernels(work: Path) -> None:
     command = [sys.executable, "-m", "tilewright.cli.main", "kernels"]
     for name, words in (("kernels_cpu", ["bench"]), ("kernel_resources", ["check", "--resources"])):
-        found = subprocess.run([*command, *words, "--json"], check=True, stdout=subprocess.PIPE).stdout
-        store(name, json.loads(found))
+        output = subprocess.run([*command, *words, "--json"], check=True, stdout=subprocess.PIPE).stdout
+        store(name, json.loads(output))
 
 
 def wheel(work: Path) -> None:

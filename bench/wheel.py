@@ -1,7 +1,7 @@
-"""HiTokSR from installed wheels, against a clone after `make native`: the same bundle, the same picture.
+"""HiTokSR from installed wheels, and from a clone after `make native`, with the same bundle and picture.
 
-Every contender has an environment and a process of its own and they run in turn, so that a drift of the machine hits
-all alike. Prints JSON; `bench/run.py` stores it.
+Every contender has its own environment and process. They take turns in random order, so that a drift of the machine
+hits all alike. Prints JSON; `bench/run.py` stores it.
 """
 
 import argparse
@@ -25,7 +25,7 @@ AGAIN = "the same clone again"  # its ratio is the noise of the machine
 
 
 def contend(bundle: Path, side: int) -> None:
-    """Answer every line with a run: its seconds, and those of all cores together."""
+    """Answer every line of standard input with a run: seconds, and CPU seconds of all cores."""
     from tilewright.runtime import load
     from tilewright.runtime.engines import ort
 
@@ -40,7 +40,7 @@ def contend(bundle: Path, side: int) -> None:
 
 
 def environment(folder: Path, wheel: Path) -> Path:
-    """The Python of a new environment: the wheel, and the other packages of this one."""
+    """The Python of a new environment with the wheel, and with the other packages of this environment."""
     venv.create(folder, symlinks=True)
     (site,) = folder.glob("lib/python*/site-packages")
     python = folder / "bin" / "python"
@@ -64,19 +64,19 @@ def measure(bundle: Path, wheels: list[Path], side: int, rounds: int, work: Path
         if name not in (CLONE, AGAIN) and not Path(ready["module"]).is_relative_to(work):
             sys.exit(f"{name} runs {ready['module']}, not what the wheel holds")
         engines[name] = ready["engine"]
-    seen: dict[str, list[tuple[float, float]]] = {name: [] for name in processes}
+    timings: dict[str, list[tuple[float, float]]] = {name: [] for name in processes}
     load_before = os.getloadavg()[0]
     order = np.random.Generator(np.random.Philox(key=0))
     for _ in range(rounds + 1):
-        for name in order.permutation(list(processes)):  # so that none runs after the same one always
+        for name in order.permutation(list(processes)):  # so that none always runs after the same one
             process = processes[name]
             process.stdin.write("\n")  # type: ignore[union-attr]
-            seen[name].append(json.loads(process.stdout.readline()))  # type: ignore[union-attr]
+            timings[name].append(json.loads(process.stdout.readline()))  # type: ignore[union-attr]
     for process in processes.values():
         process.communicate()
     rows = {}
-    for name, runs in seen.items():
-        pairs = list(zip(runs[1:], seen[CLONE][1:], strict=True))
+    for name, runs in timings.items():
+        pairs = list(zip(runs[1:], timings[CLONE][1:], strict=True))
         rows[name] = {
             "engine": engines[name],
             "median_s": statistics.median(ours[0] for ours, _ in pairs),
@@ -106,5 +106,5 @@ if __name__ == "__main__":
         contend(arguments.bundle, arguments.side)
     else:
         with tempfile.TemporaryDirectory() as folder:
-            found = measure(arguments.bundle, arguments.wheels, arguments.side, arguments.rounds, Path(folder))
-        print(json.dumps(found, indent=1))
+            report = measure(arguments.bundle, arguments.wheels, arguments.side, arguments.rounds, Path(folder))
+        print(json.dumps(report, indent=1))

@@ -10,7 +10,7 @@ from tilewright.runtime.errors import UsageError
 
 __all__ = ["COMPLETION", "GROUPS", "SHELLS", "as_typed", "parse", "parser", "within"]
 
-GROUPS = {  # name -> the module that adds its verbs, which are they
+GROUPS = {  # name -> the module that adds its verbs, and its help
     "export": ("tilewright.cli.export", "build, inspect and verify bundles"),
     "runtime": ("tilewright.cli.runtime", "restore images with a bundle"),
     "kernels": ("tilewright.cli.kernels", "list, check and time the ops"),
@@ -24,13 +24,13 @@ mismatch, 5 not enough memory or disk, 6 build failed, 7 accuracy gate, 8 bad in
 
 
 class _Parser(argparse.ArgumentParser):
-    """Complains in one line, as everything here does; a bundle's own arguments are no abbreviations of ours."""
+    """A parser whose errors are one line. It has no abbreviations, which a bundle's arguments could be mistaken for."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse does, after a verb has added the arguments that depend on its words."""
+        """Parse after the verb has added arguments that depend on the command's words."""
         if args is not None and (add := self.get_default("more_arguments")):
             add(self, args)
         return super().parse_known_args(args, namespace)
@@ -40,7 +40,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Version(argparse.Action):
-    """Looks the version up only when it is asked for."""
+    """Prints the version, and looks it up only then."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
         from importlib.metadata import version
@@ -50,7 +50,7 @@ class _Version(argparse.Action):
 
 
 def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
-    """The parser for these words: every group, the verbs of the group that they name, its arguments."""
+    """The parser for a command: all groups, and the verbs and arguments of the group that it names."""
     root = _Parser(prog="tilewright", description=__doc__, epilog=EXIT_CODES)
     root.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     groups = root.add_subparsers(metavar="GROUP", required=True)
@@ -69,7 +69,7 @@ def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
-    """What the words of a command say, checked; its `run` does it."""
+    """The checked arguments of a command. Their function `run` executes it."""
     root = parser(words)
     arguments, extra = root.parse_known_args(words)
     actions = [action for action in within(root, words)._actions if action.option_strings]
@@ -82,14 +82,14 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
 
 
 def as_typed(message: str, options: Mapping[str, str]) -> str:
-    """A message of the library with its arguments as the command line takes them: `tile=64` is `--tile 64`."""
+    """A message of the library with arguments written as options of the command line: `tile=64` as `--tile 64`."""
     names = "|".join(map(re.escape, options))
-    quoted_or_named = rf"'[^']*'|(?<![\w./-])({names})="  # what is quoted is the user's
+    quoted_or_named = rf"'[^']*'|(?<![\w./-])({names})="  # text in quotes is the user's
     return re.sub(quoted_or_named, lambda m: f"{options[m[1]]} " if m[1] else m[0], message) if names else message
 
 
 def within(root: argparse.ArgumentParser, words: Sequence[str]) -> argparse.ArgumentParser:
-    """The parser that the words lead to: a group's, then a verb's."""
+    """The parser of the group or verb that the words name."""
     for word in words[:2]:
         named = next((a.choices for a in root._actions if isinstance(a.choices, dict)), {})
         if word not in named:

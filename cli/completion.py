@@ -1,6 +1,6 @@
-"""Scripts that complete commands in a shell: groups, verbs, options, their values, files.
+"""Scripts that complete commands in a shell: groups, verbs, options, values of options, files.
 
-They are made from the parsers, so no list of options is kept twice. A bundle's own arguments are not completed.
+They are made from the parsers, so that options are listed only once. A bundle's arguments are not completed.
 """
 
 import argparse
@@ -13,21 +13,21 @@ from tilewright.cli.commands import COMPLETION, GROUPS, SHELLS, parser, within
 __all__ = ["script"]
 
 FILES, FOLDERS = "@files", "@folders"
-OF_FOLDERS = ("DIR", "BUNDLE")  # what help calls the name of a folder
+OF_FOLDERS = ("DIR", "BUNDLE")  # names of folders in the help
 
 
 @dataclass(frozen=True)
 class _Verb:
-    """What may follow a verb."""
+    """The words that may follow a verb."""
 
-    words: str  # that lead to it
+    words: str  # the group and the verb
     options: dict[str, str]  # option -> its help
     values: dict[str, str]  # option that takes a value -> the choices, FILES, FOLDERS or nothing
     places: list[tuple[str, str]]  # arguments without a name: their number, or * for any, and the same of each
 
 
 def script(shell: str) -> str:
-    """The script for a shell, which reads it when it starts."""
+    """The script for a shell, to be read when the shell starts."""
     verbs = list(_verbs())
     return _fish(verbs) if shell == "fish" else _posix(verbs) + (ZSH if shell == "zsh" else BASH)
 
@@ -68,7 +68,7 @@ def _takes(action: argparse.Action) -> str:
 
 
 def _posix(verbs: list[_Verb]) -> str:
-    """What bash and zsh share: a function that sets `takes` to what may follow the words before the cursor."""
+    """The part for bash and zsh: a function that sets `takes` to the words that may follow at the cursor."""
 
     def case(words: str, takes: str) -> str:
         pattern = f"'{words[:-1]}'*" if words.endswith("*") else f"'{words}'"
@@ -92,7 +92,7 @@ def _fish(verbs: list[_Verb]) -> str:
 
 
 def _filled(text: str, verbs: list[_Verb], case: Callable[[str, str], str], options: list[str]) -> str:
-    """A script with its cases: what may follow some words."""
+    """Fill a script with its cases, the words that may follow other words."""
     groups: dict[str, list[str]] = {}
     for verb in verbs:
         group, _, name = verb.words.partition(" ")

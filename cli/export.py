@@ -19,7 +19,7 @@ __all__ = ["add_verbs"]
 
 
 def add_verbs(verbs: Any) -> None:
-    """Every verb of the group."""
+    """Add the verbs of the group."""
     verb(verbs, "list", "systems and presets that can be built", _list)
 
     build = verb(verbs, "build", "build a bundle from a system's weights", _build)
@@ -86,10 +86,10 @@ def add_verbs(verbs: Any) -> None:
 
 
 def _system_options(build: argparse.ArgumentParser, words: Sequence[str]) -> None:
-    """Add the options that systems take."""
+    """Add the options that only some systems have."""
     from tilewright.export.systems import names, system
 
-    takers: dict[str, dict[str, list[str]]] = {}  # option -> what it does -> systems
+    takers: dict[str, dict[str, list[str]]] = {}  # option -> help -> systems
     options = {}
     for s in names():
         for name, option in system(s).options.items():
@@ -97,7 +97,7 @@ def _system_options(build: argparse.ArgumentParser, words: Sequence[str]) -> Non
             takers.setdefault(name, {}).setdefault(option.help, []).append(s)
     group = build.add_argument_group("options of some systems")
     for name, option in options.items():
-        help_text = "; ".join(f"{text} ({', '.join(of)})" for text, of in takers[name].items())
+        help_text = "; ".join(f"{text} ({', '.join(systems)})" for text, systems in takers[name].items())
         flag = f"--{name.replace('_', '-')}"
         if option.flag:
             group.add_argument(flag, action="store_const", const=True, help=help_text)
@@ -108,18 +108,18 @@ def _system_options(build: argparse.ArgumentParser, words: Sequence[str]) -> Non
             )
 
 
-def _asked(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The system's own options that were given."""
+def _option_values(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The values of the system's options that the user set."""
     from tilewright.export.systems import names, system
 
     options = dict.fromkeys(name for s in names() for name in system(s).options)
-    asked = {name: value for name in options if (value := getattr(arguments, name)) is not None}
+    values = {name: value for name in options if (value := getattr(arguments, name)) is not None}
     paths = {origin.argument for origin in system(arguments.system).origins.values()}
-    return {name: _local(value) if name in paths else value for name, value in asked.items()}
+    return {name: _local(value) if name in paths else value for name, value in values.items()}
 
 
 def _local(value: str) -> str:
-    """What a repo id means, with the strength that may be behind it."""
+    """The local path for a repo id, with the strength behind it if there is one."""
     from tilewright.export.weights.hub import local
     from tilewright.export.weights.lora import path_and_strength
 
@@ -132,12 +132,12 @@ def _stand_in(arguments: argparse.Namespace) -> None:
     from tilewright.export.weights.stand_in import stand_in
 
     with Progress(arguments) as progress:
-        made = stand_in(system(arguments.system), arguments.out, progress.tiles)
+        report = stand_in(system(arguments.system), arguments.out, progress.tiles)
     answer(
         arguments,
-        made,
-        f"{made['folder']}: {len(made['files'])} files, {made['tensors']} tensors of zeros,"
-        f" {amount(made['apparent_bytes'])} that take {amount(made['disk_bytes'])}",
+        report,
+        f"{report['folder']}: {len(report['files'])} files, {report['tensors']} tensors of zeros,"
+        f" {amount(report['apparent_bytes'])} that take {amount(report['disk_bytes'])}",
     )
 
 
@@ -153,10 +153,10 @@ def _list(arguments: argparse.Namespace) -> None:
 
 
 def _build(arguments: argparse.Namespace) -> None:
-    from tilewright.export.build.plan import all_remembered, quick_digest, stages
-    from tilewright.export.build.preflight import check_files
+    from tilewright.export.build.preflight import check_request
     from tilewright.export.build.request import Request
     from tilewright.export.build.run import build, changes
+    from tilewright.export.build.stage_list import all_remembered, list_stages, quick_digest
     from tilewright.export.weights.hub import local
     from tilewright.runtime.bundle.digests import sha256_of_file
 
@@ -169,7 +169,7 @@ def _build(arguments: argparse.Namespace) -> None:
         arguments.pack,
         arguments.verify,
         arguments.ops,
-        _asked(arguments),
+        _option_values(arguments),
         arguments.allow_nonfinite,
     )
     start, usual, explained = time.perf_counter(), _usual(arguments.out), dict[str, Any]()
@@ -183,8 +183,10 @@ def _build(arguments: argparse.Namespace) -> None:
 
         if arguments.explain:
             if not all_remembered(request):
-                check_files(request)
-            explained = {"changed": changes(request, stages(request, quick_digest if arguments.dry_run else digest))}
+                check_request(request)
+            explained = {
+                "changed": changes(request, list_stages(request, quick_digest if arguments.dry_run else digest))
+            }
         if explained and not arguments.json:
             lines = [f"{stage} runs, changed: {', '.join(reasons)}" for stage, reasons in explained["changed"].items()]
             progress.say("\n".join(lines or ["nothing changed since the last build"]))
@@ -198,7 +200,7 @@ def _build(arguments: argparse.Namespace) -> None:
 
 
 def _usual(out: Path) -> dict[str, float]:
-    """How long each stage took when this bundle was built before."""
+    """Stage -> its seconds in the last build of this bundle."""
     try:
         cost = json.loads((out / "reports" / "build.json").read_text())
         return {stage: float(spent["seconds"]) for stage, spent in cost.items()}
@@ -208,13 +210,13 @@ def _usual(out: Path) -> dict[str, float]:
 
 def _dry_run(arguments: argparse.Namespace, request: "Request", explained: dict[str, Any]) -> None:
     from tilewright.export.build.forecast import forecast
-    from tilewright.export.build.plan import quick_digest, stages
-    from tilewright.export.build.preflight import check_files
+    from tilewright.export.build.preflight import check_request
     from tilewright.export.build.run import up_to_date
+    from tilewright.export.build.stage_list import list_stages, quick_digest
 
-    check_files(request)
-    plan = stages(request, quick_digest)
-    predicted = forecast(request, plan, up_to_date=up_to_date(request, plan))
+    check_request(request)
+    stages = list_stages(request, quick_digest)
+    predicted = forecast(request, stages, up_to_date=up_to_date(request, stages))
     disk = ", ".join(f"{amount(needed)} under {place}" for place, needed in predicted.disk.items()) or "nothing"
     answer(
         arguments,
@@ -226,10 +228,10 @@ def _dry_run(arguments: argparse.Namespace, request: "Request", explained: dict[
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
-    from tilewright.export.inspect import inspect, text
+    from tilewright.export.inspect import inspect, summary
 
-    found = inspect(arguments.bundle, arguments.weights_dir, arguments.expect)
-    answer(arguments, found, text(found))
+    report = inspect(arguments.bundle, arguments.weights_dir, arguments.expect)
+    answer(arguments, report, summary(report))
 
 
 def _onnx(arguments: argparse.Namespace) -> None:

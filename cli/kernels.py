@@ -1,4 +1,4 @@
-"""The verbs of `tilewright kernels`: which ops are here, whether they are right, what they take, how fast they are."""
+"""The verbs of `tilewright kernels`: list ops, check their results and resources, and time them."""
 
 import argparse
 import math
@@ -13,7 +13,7 @@ __all__ = ["add_verbs"]
 
 
 def add_verbs(verbs: Any) -> None:
-    """list, check, bench."""
+    """Add the verbs list, check and bench."""
     verb(verbs, "list", "ops, where they are used, and which implementations are here", _list)
 
     check = verb(
@@ -49,13 +49,13 @@ def _refuse_interpreter() -> None:
 
 
 def _list(arguments: argparse.Namespace) -> None:
-    from tilewright.export.kernels_check import here
+    from tilewright.export.kernels_check import implementations
 
-    found = here(_ops(None))
-    rows = [[r["op"], ", ".join(r["cases"]), r["torch"], r["triton"], r["onnx"], r["native"]] for r in found["ops"]]
+    report = implementations(_ops(None))
+    rows = [[r["op"], ", ".join(r["cases"]), r["torch"], r["triton"], r["onnx"], r["native"]] for r in report["ops"]]
     heads = ["op", "published sizes", "torch", "triton", "onnx", "native"]
-    below = [found["runtime"], f"TensorRT: {found['tensorrt']}", f"ONNX Runtime CUDA: {found['cuda']}"]
-    answer(arguments, found, "\n".join([table(heads, rows), *below]))
+    below = [report["runtime"], f"TensorRT: {report['tensorrt']}", f"ONNX Runtime CUDA: {report['cuda']}"]
+    answer(arguments, report, "\n".join([table(heads, rows), *below]))
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -95,27 +95,27 @@ def _check_results(arguments: argparse.Namespace, ops: Sequence[Any]) -> None:
 
 def _check_resources(arguments: argparse.Namespace, ops: Sequence[Any]) -> None:
     from tilewright.export.kernels_check import GET_TRITON
-    from tilewright.kernels.gate import Row, gate, wanted
+    from tilewright.kernels.gate import GateRow, gate, gate_cases
     from tilewright.kernels.jit import triton
 
     if triton is None:
         raise EnvironmentMismatch(f"kernels are compiled by Triton: {GET_TRITON}")
-    asked, rows = wanted(ops), list[Row]()
+    cases, rows = gate_cases(ops), list[GateRow]()
     with Progress(arguments) as progress:
-        for done, one in enumerate(asked):
-            progress.tiles("compiling", done, len(asked))
-            rows += gate(*one)
+        for done, case in enumerate(cases):
+            progress.tiles("compiling", done, len(cases))
+            rows += gate(*case)
     heads = ["op", "kernel", "case", "type", "arch", "registers", "shared", "spills", "tensor-core ops", "verdict"]
     lines = []
     for row in rows:
-        took = ["-"] * 4 if row.resources is None else [str(n) for n in asdict(row.resources).values()]
-        lines.append([row.op, row.kernel, row.case, row.type, row.arch, *took, "; ".join(row.faults) or "ok"])
+        numbers = ["-"] * 4 if row.resources is None else [str(n) for n in asdict(row.resources).values()]
+        lines.append([row.op, row.kernel, row.case, row.type, row.arch, *numbers, "; ".join(row.faults) or "ok"])
     fault = None
     if missed := [row for row in rows if row.faults]:
         first = missed[0]
         fault = AccuracyError(
             f"{len(missed)} of {len(rows)} kernels may not ship; first {first.kernel} {first.case} {first.type}"
-            f" {first.arch}: {'; '.join(first.faults)}; give its plan a smaller tile"
+            f" {first.arch}: {'; '.join(first.faults)}; give it smaller tiles"
         )
     value = {"rows": [asdict(row) for row in rows], "versions": _versions()}
     answer(arguments, value, table(heads, lines), fault=fault)
@@ -131,17 +131,17 @@ def _bench(arguments: argparse.Namespace) -> None:
     with Progress(arguments) as progress:
         rows = bench(ops, progress.tiles)
     machine = hardware() | _gpu()
-    value = {"rows": rows, "runs": RUNS, "hardware": machine, "versions": _versions()}
+    answered = {"rows": rows, "runs": RUNS, "hardware": machine, "versions": _versions()}
     lines = [[r["op"], r["case"], d, *_times(r[d])] for r in rows for d in ("cpu", "gpu")]
     heads = ["op", "case", "on", "ours", "against"]
-    below = ", ".join(f"{what} {said}" for what, said in (machine | _versions()).items())
-    answer(arguments, value, f"{table(heads, lines)}\nmedians of {RUNS} interleaved runs; {below}")
+    below = ", ".join(f"{what} {value}" for what, value in (machine | _versions()).items())
+    answer(arguments, answered, f"{table(heads, lines)}\nmedians of {RUNS} interleaved runs; {below}")
 
 
-def _times(found: dict[str, float] | str) -> list[str]:
-    if isinstance(found, str):
-        return [found, ""]
-    (ours, seconds), *others = found.items()
+def _times(times: dict[str, float] | str) -> list[str]:
+    if isinstance(times, str):
+        return [times, ""]
+    (ours, seconds), *others = times.items()
     against = (f"{name} {1000 * s:.2f} ms ({s / seconds:.2f} x)" for name, s in others)
     return [f"{ours} {1000 * seconds:.2f} ms", ", ".join(against)]
 
@@ -155,13 +155,13 @@ def _gpu() -> dict[str, str]:
 def _versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
-    found = {}
+    versions = {}
     for package in ("torch", "triton", "onnx", "onnxruntime", "onnxruntime-gpu"):
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def _number(value: float) -> str:
@@ -169,5 +169,5 @@ def _number(value: float) -> str:
 
 
 def _finite(row: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no infinity."""
+    """Replace infinities, which JSON lacks, by null."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}

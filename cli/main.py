@@ -1,4 +1,4 @@
-"""The command `tilewright`: how it begins and how it ends. Nothing heavy is imported before signals are in hand."""
+"""The command `tilewright`: its start, its signals and its exit codes. Heavy imports come after signal handlers."""
 
 import os
 import signal
@@ -9,11 +9,11 @@ __all__ = ["main"]
 
 ENDINGS = {signal.SIGINT: ("interrupted", 130), signal.SIGTERM: ("terminated", 143)}
 RETRY_S = 0.05
-_stopped_by: list[int] = []  # the signals that came; a library may swallow the exception that one raised
+_stopped_by: list[int] = []  # the signals that came; a library may catch the exception that a signal raised
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; its exit code."""
+    """Run a command, and return its exit code."""
     if argv is None:
         for number in ENDINGS:
             signal.signal(number, _stop)
@@ -33,9 +33,9 @@ def main(argv: list[str] | None = None) -> int:
         from tilewright.cli.terminal import say_error
 
         words = sys.argv[1:] if argv is None else argv
-        said, code = ENDINGS[signal.Signals(_stopped_by[0] if _stopped_by else signal.SIGINT)]
-        kept = "; finished stages of a build are kept" if words[:2] == ["export", "build"] else ""
-        say_error(f"{said}{kept}", code, said.capitalize(), to=sys.stdout if "--json" in words else None)
+        ending, code = ENDINGS[signal.Signals(_stopped_by[0] if _stopped_by else signal.SIGINT)]
+        hint = "; finished stages of a build are kept" if words[:2] == ["export", "build"] else ""
+        say_error(f"{ending}{hint}", code, ending.capitalize(), to=sys.stdout if "--json" in words else None)
         return code
     finally:
         if argv is None:
@@ -49,7 +49,9 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 
 def _again(number: int, frame: FrameType | None) -> None:
-    if hasattr(signal, "setitimer") and _imports(frame):  # a library that is half there may crash: when it is whole
+    if hasattr(signal, "setitimer") and _imports(
+        frame
+    ):  # stopping in the middle of an import may crash a library, so wait
         signal.setitimer(signal.ITIMER_REAL, RETRY_S)
         return
     raise KeyboardInterrupt
@@ -79,7 +81,7 @@ def _run(words: list[str]) -> int:
         arguments = parse(words)
         arguments.run(arguments)
         return 0
-    except BrokenPipeError:  # nobody reads our output any more
+    except BrokenPipeError:  # the reader of the output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
@@ -90,17 +92,17 @@ def _run(words: list[str]) -> int:
 
             traceback.print_exc()
         if isinstance(error, TilewrightError):
-            said, code = as_typed(str(error), getattr(arguments, "options", {})), error.exit_code
+            message, code = as_typed(str(error), getattr(arguments, "options", {})), error.exit_code
         else:
-            said, code = _ending(error)
+            message, code = _ending(error)
         picture_goes_there = str(getattr(arguments, "output", "")) == "-"
         to = None if "--json" not in words else sys.stderr if picture_goes_there else sys.stdout
-        say_error(said, code, type(error).__name__, getattr(error, "report", None), to=to)
+        say_error(message, code, type(error).__name__, getattr(error, "report", None), to=to)
         return code
 
 
 def _silence(words: list[str]) -> None:
-    """Let only our own lines reach stderr; where they say so, those of every library."""
+    """Show only our own log lines on stderr; with `--verbose`, those of every library."""
     import logging
 
     if sys.stderr is None:  # closed by the caller: print would take standard output instead
@@ -127,7 +129,7 @@ def _silence(words: list[str]) -> None:
 
 
 def _ending(error: Exception) -> tuple[str, int]:
-    """What to say of an error that is none of ours, in one line, and the exit code."""
+    """The line and the exit code for an error that is not ours."""
     import errno
 
     from tilewright.runtime.bundle.strict import one_line
@@ -142,8 +144,8 @@ def _ending(error: Exception) -> tuple[str, int]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return f"{where}{error.strerror}; free space there, or choose another place", 5
         return f"{where}{error.strerror or error}; check that the path is right and may be used", 4
-    said = one_line(f"internal error, {type(error).__name__}: {error}")
-    return f"{said}; repeat with --verbose and report it", 1
+    message = one_line(f"internal error, {type(error).__name__}: {error}")
+    return f"{message}; repeat with --verbose and report it", 1
 
 
 if __name__ == "__main__":

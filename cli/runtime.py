@@ -27,7 +27,7 @@ METAVARS = {"words": "WORDS", "tensors": "FILE", "number": "NUMBER", "integer": 
 
 
 def add_verbs(verbs: Any) -> None:
-    """restore, plan, select, profile."""
+    """Add the verbs restore, plan, select and profile."""
     _restore_arguments(verb(verbs, "restore", "restore an image", _restore))
 
     plan = verb(verbs, "plan", "tiles and memory for an image size; nothing is run", _plan)
@@ -79,11 +79,11 @@ def _profile_arguments(profile: argparse.ArgumentParser) -> None:
 
 
 def _arguments_of_bundle(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
-    """Read the bundle that the words name, and add its arguments to the parser."""
-    ours = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    ours.add_argument("--bundle", nargs="?")
-    ours.add_argument("--expect", nargs="?")
-    named = ours.parse_known_args([*words])[0]
+    """Read the bundle that the command names, and add its arguments to the parser."""
+    reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    reader.add_argument("--bundle", nargs="?")
+    reader.add_argument("--expect", nargs="?")
+    named = reader.parse_known_args([*words])[0]
     if named.bundle is None:
         return
     bundle = read_bundle(named.bundle, expect=named.expect)
@@ -92,28 +92,28 @@ def _arguments_of_bundle(parser: argparse.ArgumentParser, words: Sequence[str]) 
     for name, argument in bundle.arguments.items():
         group.add_argument(
             flag(name),
-            dest=f"${name}",  # apart from ours
+            dest=f"${name}",  # so that it cannot be one of ours
             type=_converter(name, bundle.program.inputs.get(name)),
             metavar=METAVARS.get(argument.kind) or f"{{{','.join(argument.choices)}}}",
             default=argparse.SUPPRESS,
             help=_help(argument).replace("%", "%%"),
         )
-    known = ", ".join(map(flag, bundle.arguments)) or "no arguments of its own"
-    parser.set_defaults(opened=bundle, takes=f"this bundle takes {known}")
+    flags = ", ".join(map(flag, bundle.arguments)) or "no arguments of its own"
+    parser.set_defaults(opened=bundle, takes=f"this bundle takes {flags}")
     parser.epilog = None
 
 
-def _converter(name: str, taken: Input | None) -> Callable[[str], Any]:
-    """From a word of the command line to a value; words and files are taken as they are."""
+def _converter(name: str, spec: Input | None) -> Callable[[str], Any]:
+    """A function that converts a word of the command line into a value; texts and files stay as they are."""
 
     def convert(word: str) -> Any:
-        if taken is None:
+        if spec is None:
             return word
         value: Any = word
-        if not taken.choices:
+        if not spec.choices:
             with contextlib.suppress(ValueError):
-                value = float(word) if "float" in taken.dtype else int(word)
-        checked(flag(name), f"{flag(name)} {word!r}", taken, value)
+                value = float(word) if "float" in spec.dtype else int(word)
+        checked(flag(name), f"{flag(name)} {word!r}", spec, value)
         return value
 
     return convert
@@ -124,12 +124,12 @@ def _help(argument: Argument) -> str:
     return f"{argument.help}{ranged} ({argument.otherwise})"
 
 
-def _own(arguments: argparse.Namespace) -> dict[str, Any]:
+def _bundle_values(arguments: argparse.Namespace) -> dict[str, Any]:
     """The values of the bundle's arguments."""
     values = {name[1:]: value for name, value in vars(arguments).items() if name.startswith("$")}
-    known = arguments.opened.arguments
-    from_file = any(known[name].kind == "tensors" for name in values)
-    for name, argument in known.items():
+    listed = arguments.opened.arguments
+    from_file = any(listed[name].kind == "tensors" for name in values)
+    for name, argument in listed.items():
         if argument.needed and name not in values and not from_file:
             raise UsageError(f"{flag(name)} has no default; give it: {argument.help or argument.takes}")
     return values
@@ -167,7 +167,7 @@ def _open(arguments: argparse.Namespace) -> Restorer:
 
 def _restore(arguments: argparse.Namespace) -> None:
     source, piped = _streams(arguments)
-    own = _own(arguments)
+    values = _bundle_values(arguments)
     weights = arguments.opened.manifest.options.get("weights", "")
     if weights.startswith(("random", "stand-in")):
         kind = weights.partition(",")[0]
@@ -178,7 +178,7 @@ def _restore(arguments: argparse.Namespace) -> None:
         with _open(arguments) as restorer:
             opened = time.perf_counter() - start
             progress.doing("reading the image")
-            made = restorer.restore(
+            restoration = restorer.restore(
                 source,
                 tile=arguments.tile,
                 overlap=arguments.overlap,
@@ -187,31 +187,31 @@ def _restore(arguments: argparse.Namespace) -> None:
                 scale=arguments.scale,
                 max_pixels=arguments.max_pixels,
                 on_progress=progress.tiles,
-                **own,
+                **values,
             )
         progress.doing("writing the image")
         before = time.perf_counter()
         if piped:
-            send_image(encode_image(made.image, arguments.format or "png", icc=made.icc))
+            send_image(encode_image(restoration.image, arguments.format or "png", icc=restoration.icc))
         else:
-            write_image(arguments.output, made.image, icc=made.icc)
-    seconds = made.seconds | {"open": opened, "write": time.perf_counter() - before}
-    height, width = made.image.shape[:2]
+            write_image(arguments.output, restoration.image, icc=restoration.icc)
+    seconds = restoration.seconds | {"open": opened, "write": time.perf_counter() - before}
+    height, width = restoration.image.shape[:2]
     value = {
-        "input_width": width // made.scale,
-        "input_height": height // made.scale,
+        "input_width": width // restoration.scale,
+        "input_height": height // restoration.scale,
         "output": str(arguments.output),
         "width": width,
         "height": height,
-        "tiles": made.tiles,
+        "tiles": restoration.tiles,
         "seconds": seconds,
-        "peak_bytes": made.peak_bytes,
+        "peak_bytes": restoration.peak_bytes,
     }
     answer(arguments, value, _restored(arguments.input, value), to=sys.stderr if piped else None)
 
 
 def _streams(arguments: argparse.Namespace) -> tuple[Path | BinaryIO, bool]:
-    """Where the image comes from, and whether it goes to standard output; refused before any work is done."""
+    """The source of the image, and whether the result goes to standard output. Bad ones are refused before any work."""
     piped = str(arguments.output) == STREAM
     if piped:
         if sys.stdout is None or sys.stdout.isatty():
@@ -242,7 +242,7 @@ def _restored(source: Path, value: dict[str, Any]) -> str:
 
 def _plan(arguments: argparse.Namespace) -> None:
     bundle = read_bundle(arguments.bundle, expect=arguments.expect)
-    found = estimate(
+    needs = estimate(
         bundle,
         arguments.width,
         arguments.height,
@@ -261,22 +261,22 @@ def _plan(arguments: argparse.Namespace) -> None:
             "overlap": plan.overlap,
             "steps": p.steps.count if p.steps else 1,
         }
-        for p, plan in found.passes
+        for p, plan in needs.passes
     ]
     value = {
-        "result": [found.width, found.height],
+        "result": [needs.width, needs.height],
         "passes": passes,
-        "needed_bytes": found.needed_bytes,
-        "available_bytes": found.available_bytes,
+        "needed_bytes": needs.needed_bytes,
+        "available_bytes": needs.available_bytes,
     }
     rows = [
         f"{p['pass']:<12} {p['columns']}x{p['rows']} tiles of {p['tile'][0]}x{p['tile'][1]} px,"  # type: ignore[index]
         f" overlap {p['overlap']}, {p['steps']} step(s)"
         for p in passes
     ]
-    free = "unknown" if found.available_bytes is None else f"{found.available_bytes / 2**30:.1f} GiB"
-    rows.append(f"memory: about {found.needed_bytes / 2**30:.2f} GiB needed, {free} free")
-    answer(arguments, value, "\n".join([f"result: {found.width}x{found.height} px", *rows]))
+    free = "unknown" if needs.available_bytes is None else f"{needs.available_bytes / 2**30:.1f} GiB"
+    rows.append(f"memory: about {needs.needed_bytes / 2**30:.2f} GiB needed, {free} free")
+    answer(arguments, value, "\n".join([f"result: {needs.width}x{needs.height} px", *rows]))
 
 
 def _select(arguments: argparse.Namespace) -> None:
@@ -295,7 +295,7 @@ def _select(arguments: argparse.Namespace) -> None:
 def _profile(arguments: argparse.Namespace) -> None:
     from tilewright.runtime.profile import profile, resolutions, table
 
-    sizes, own = resolutions(arguments.resolutions), _own(arguments)
+    sizes, values = resolutions(arguments.resolutions), _bundle_values(arguments)
     parts = [f"{width}x{height}" for width, height in sizes]
     with _open(arguments) as restorer, Progress(arguments, parts) as progress:
         measured = profile(
@@ -306,6 +306,6 @@ def _profile(arguments: argparse.Namespace) -> None:
             overlap=arguments.overlap,
             steps=arguments.steps,
             on_progress=progress.tiles,
-            **own,
+            **values,
         )
     answer(arguments, measured, table(measured))

@@ -1,4 +1,4 @@
-"""What all verbs share: results on stdout; progress, notes and errors on stderr."""
+"""Output that all verbs share: results on stdout; progress, notes and errors on stderr."""
 
 import argparse
 import contextlib
@@ -16,11 +16,11 @@ from tilewright.runtime.errors import ResourceError, TilewrightError, amount
 
 __all__ = ["Progress", "answer", "expect_argument", "note", "say_error", "send_image", "table", "verb"]
 
-EVERY_S = 5.0  # between two lines of progress where there is no terminal
+EVERY_S = 5.0  # between two lines of progress if there is no terminal
 
 
 def verb(verbs: Any, name: str, summary: str, run: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
-    """Add a verb with what every verb has."""
+    """Add a verb with the options that every verb has."""
     parser: argparse.ArgumentParser = verbs.add_parser(name, help=summary, description=summary)
     parser.add_argument("--json", action="store_true", help="the answer, or the error, as one JSON object")
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress and no notes")
@@ -37,7 +37,7 @@ def answer(
     fault: TilewrightError | None = None,
     to: TextIO | None = None,
 ) -> None:
-    """Print a result in the form that was asked for; then raise the fault that it shows, which a JSON answer holds."""
+    """Print a result as text or JSON, then raise its fault if it has one. A JSON answer contains the fault."""
     if fault and arguments.json:
         fault.report = value
         raise fault
@@ -47,13 +47,13 @@ def answer(
 
 
 def note(arguments: argparse.Namespace, text: str) -> None:
-    """Tell on stderr what is worth knowing, unless nobody wants to."""
+    """Print a note on stderr, except with --quiet."""
     if not arguments.quiet:
         print(f"note: {text}", file=sys.stderr, flush=True)
 
 
 def say_error(message: str, code: int, kind: str, report: Any = None, *, to: TextIO | None = None) -> None:
-    """One line on stderr; and, where `to` is given, one JSON object there."""
+    """Print an error as one line on stderr, and as one JSON object on `to` if there is one."""
     if to is not None:
         error = {"error": {"code": code, "kind": kind, "message": message}}
         _print(json.dumps((report or {}) | error, indent=2, sort_keys=True), to)
@@ -81,22 +81,22 @@ def _writing(what: str, to: TextIO) -> Iterator[None]:
     except BrokenPipeError:
         raise
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), to.fileno())  # what is left in the buffer must not fail again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), to.fileno())  # the rest of the buffer must not fail again
         raise ResourceError(f"{what} cannot be written ({error.strerror}); free space where it goes") from error
 
 
 def expect_argument(parser: argparse.ArgumentParser) -> None:
-    """Let a bundle be pinned."""
+    """Add --expect, which pins a bundle."""
     parser.add_argument(
         "--expect", metavar="DIGEST", help="refuse any bundle but this, by 12 digits or more of its SHA-256"
     )
 
 
 class Progress:
-    """What is running and about how long it still takes.
+    """Shows the current work and an estimate of the remaining time.
 
-    On a terminal, a bar that redraws itself; elsewhere plain lines, at most one every few seconds. `parts` are the
-    names of all that will be counted, in order, where they are known.
+    On a terminal it is a bar that redraws itself, elsewhere plain lines, at most one every few seconds. `parts` are the
+    names of all parts that will be counted, in order, if they are known.
     """
 
     def __init__(self, arguments: argparse.Namespace | None = None, parts: Sequence[str] = ()) -> None:
@@ -122,26 +122,26 @@ class Progress:
             self._draw("")
 
     def say(self, text: str) -> None:
-        """Lines that were asked for, above the bar."""
+        """Print lines above the bar."""
         if self.terminal:
             self._draw("")
             self.line = ""
         print(text, file=sys.stderr, flush=True)
 
     def stage(self, name: str, event: str, seconds: float, usual: float | None = None) -> None:
-        """A build stage started, was found or is done; `usual` seconds it took before."""
+        """Report a stage of a build. It took `usual` seconds last time."""
         self.begun = time.monotonic()
         self.ends = self.begun + usual if usual and event == "started" else None
         if self.terminal:
             self._draw("")
             self.line = f"{name:<9} running" if event == "started" else ""
         if (event != "started" or not self.terminal) and not self.quiet:
-            took = f" in {seconds:.1f} s" if event == "done" else ""
-            took = f", about {_span(usual)}" if usual and event == "started" else took
-            print(f"{name:<9} {event}{took}", file=sys.stderr, flush=True)
+            duration = f" in {seconds:.1f} s" if event == "done" else ""
+            duration = f", about {_span(usual)}" if usual and event == "started" else duration
+            print(f"{name:<9} {event}{duration}", file=sys.stderr, flush=True)
 
     def doing(self, what: str) -> None:
-        """Something runs that nobody can count."""
+        """Report work that cannot be counted."""
         self.part, self.ends = "", None
         self.begun = self.heard = time.monotonic()
         self.line = what
@@ -149,16 +149,16 @@ class Progress:
             self._draw(what)
 
     def tiles(self, name: str, done: int, total: int) -> None:
-        """Some tiles of a pass are done, or some calls of anything that is counted."""
+        """Report finished tiles of a pass, or other countable work."""
         self._counted(name, done, total, f"{done}/{total}")
 
     def bytes(self, name: str, done: int, total: int) -> None:
-        """Some bytes of a file are read or written."""
+        """Report bytes of a file that are read or written."""
         self._counted(name, done, total, f"{amount(done)} of {amount(total)}")
 
     def _counted(self, name: str, done: int, total: int, count: str) -> None:
         now = time.monotonic()
-        if name != self.part:  # news come when something is done, so a part begins with the last news of the one before
+        if name != self.part:  # reports come at the end of work, so a part began with the last report before it
             self.part, self.begun = name, self.heard
         self.heard = now
         self.ends = now + (now - self.begun) / done * (total - done) if done else None
@@ -175,7 +175,7 @@ class Progress:
             print(f"{place} {count} after {_span(now - self.begun)}{self._left(now)}", file=sys.stderr, flush=True)
 
     def _left(self, now: float) -> str:
-        """The estimate, for people; of this part alone, where others follow."""
+        """The remaining time as text; if other parts follow, of this part only."""
         if self.ends is None or self.ends - now < 1:
             return ""
         more = self.part in self.parts[:-1]
@@ -200,7 +200,7 @@ def _span(seconds: float) -> str:
 
 
 def table(heads: list[str], rows: list[list[str]]) -> str:
-    """Rows under their heads, in columns."""
+    """A table as text: rows under their heads."""
     widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [heads, *rows])
     return "\n".join(line.rstrip() for line in lines)

@@ -1,1 +1,1 @@
-"""Networks in, bundle out: tracing, weights by reference, graph rewrites, engines."""
+"""Building bundles from networks: tracing, weights by reference, graph rewrites, engines."""

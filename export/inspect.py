@@ -1,4 +1,4 @@
-"""What a bundle holds, and where every byte of its weights lives."""
+"""Describing a bundle: its components, and the place of every byte of its weights."""
 
 import json
 from pathlib import Path
@@ -8,17 +8,17 @@ from tilewright.runtime.bundle.arguments import Argument, flag
 from tilewright.runtime.bundle.program import Program
 from tilewright.runtime.bundle.read import Bundle, read_bundle
 from tilewright.runtime.bundle.strict import encode
-from tilewright.runtime.bundle.weights import folder_given
+from tilewright.runtime.bundle.weights import checked_folder
 
-__all__ = ["inspect", "text"]
+__all__ = ["inspect", "summary"]
 
 
 def inspect(root: Path, weights_dir: Path | None = None, expect: str | None = None) -> dict[str, Any]:
-    """Components, program, files and the bytes of weights: referenced, materialised, orphaned."""
+    """A report on components, program, files and the bytes of weights: referenced, materialised, orphaned."""
     import onnx_ir as ir
 
     bundle = read_bundle(root, expect=expect)
-    folder_given(weights_dir)
+    checked_folder(weights_dir)
     components = {}
     referenced = materialised = 0
     for name, component in sorted(bundle.manifest.components.items()):
@@ -62,7 +62,7 @@ def inspect(root: Path, weights_dir: Path | None = None, expect: str | None = No
 
 
 def _accounts(root: Path) -> dict[str, Any]:
-    """Of each folder of weights, the tensors that graphs refer to, that ran at build, or that nobody reads."""
+    """For each folder of weights, how many tensors are read by graphs, used at build only, or not read."""
     path = root / "reports" / "weights.json"
     accounts: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
     return accounts
@@ -82,7 +82,7 @@ def _argument(name: str, argument: Argument) -> str:
 
 
 def _orphaned(bundle: Bundle) -> int:
-    """Bytes of packed weight files that no component reads; headers are not data."""
+    """Bytes of packed weight files that no component reads, without headers."""
     orphaned = 0
     for name, folder in bundle.weights.folders.items():
         packed = bundle.root / "weights" / name
@@ -104,23 +104,23 @@ def _orphaned(bundle: Bundle) -> int:
     return orphaned
 
 
-def text(found: dict[str, Any]) -> str:
-    """The same for people."""
-    sizes = found["bytes"]
+def summary(report: dict[str, Any]) -> str:
+    """The description as text."""
+    sizes = report["bytes"]
     lines = [
-        f"{found['bundle']}: {found['system']} {found['preset']}, {found['precision']}, {found['digest'][:12]}",
-        f"licence of the weights: {found['licence']}",
-        *(f"pass {p}" for p in found["passes"]),
-        *(_argument(name, Argument(**fields)) for name, fields in found["arguments"].items()),
+        f"{report['bundle']}: {report['system']} {report['preset']}, {report['precision']}, {report['digest'][:12]}",
+        f"licence of the weights: {report['licence']}",
+        *(f"pass {p}" for p in report["passes"]),
+        *(_argument(name, Argument(**fields)) for name, fields in report["arguments"].items()),
     ]
-    for name, c in found["components"].items():
+    for name, c in report["components"].items():
         lines.append(f"{name}: {c['nodes']} nodes; {', '.join(c['engines'])}")
         lines.append(f"    in  {', '.join(f'{k} {v}' for k, v in c['inputs'].items())}")
         lines.append(f"    out {', '.join(f'{k} {v}' for k, v in c['outputs'].items())}")
         if c["weights"]:
             lines.append(f"    {c['referenced_bytes']:,} bytes referenced in {', '.join(c['weights'])}")
         lines.append(f"    {c['materialised_bytes']:,} bytes in the graph")
-    for origin, a in found["tensors"].items():
+    for origin, a in report["tensors"].items():
         lines.append(
             f"{origin}: {a['tensors']} tensors; {a['referenced']} referenced, {a['precomputed']} precomputed,"
             f" {a['merged']} merged, {a['ignored']} not read"

@@ -1,4 +1,4 @@
-"""How long the ops take at published sizes: native kernels in ONNX Runtime, ours on a GPU, and what they replace."""
+"""The time of ops at published sizes: native kernels in ONNX Runtime, Triton's on a GPU, and the code they replace."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,11 +16,11 @@ from tilewright.runtime.engines import ort
 
 __all__ = ["bench", "on_cpu", "on_gpu"]
 
-Row = dict[str, Any]
+TimingRow = dict[str, Any]
 
 
-def bench(ops: Sequence[Op], progress: Callable[[str, int, int], Any]) -> list[Row]:
-    """A row a case: median seconds of each contender, or why there are none."""
+def bench(ops: Sequence[Op], progress: Callable[[str, int, int], Any]) -> list[TimingRow]:
+    """One row for each case: median seconds of each contender, or the reason why there are none."""
     cases = [(op, case) for op in ops for case in op.cases if case != "small"]
     rows = []
     for done, (op, case) in enumerate(cases):
@@ -30,7 +30,7 @@ def bench(ops: Sequence[Op], progress: Callable[[str, int, int], Any]) -> list[R
 
 
 def on_cpu(op: Op, case: str, *, runs: int = RUNS) -> dict[str, float] | str:
-    """float32 in ONNX Runtime, weights constant: the native kernel, and the function's standard operators."""
+    """The native kernel and the standard operators in ONNX Runtime, in float32 with constant weights."""
     if why := ort.missing():
         return why
     from tilewright.export.graph.one_node import call_in_ort, native_kernels
@@ -49,7 +49,7 @@ def on_cpu(op: Op, case: str, *, runs: int = RUNS) -> dict[str, float] | str:
 
 
 def on_gpu(op: Op, case: str, *, runs: int = RUNS) -> dict[str, float] | str:
-    """bfloat16 by CUDA events: our kernels, PyTorch's eager ones, and `torch.compile` of these."""
+    """Our kernels, eager PyTorch and `torch.compile` in bfloat16, timed by CUDA events."""
     if triton is None or not torch.cuda.is_available():
         return GET_TRITON if triton is None else NO_GPU
     call = sample(op, case, torch.bfloat16, "cuda")
@@ -61,9 +61,9 @@ def on_gpu(op: Op, case: str, *, runs: int = RUNS) -> dict[str, float] | str:
         with without_kernels():
             return op.run(*call.arguments, **call.options)
 
-    # nothing compiled here may be found by a later process, which would take it for our kernels
+    # a later process must not find this code in PyTorch's cache, as it would take it for our kernels
     torch.compiler.config.force_disable_caches = True
-    torch.compiler.reset()  # else, after a few cases, what is compiled here would run eagerly
+    torch.compiler.reset()  # PyTorch stops compiling after a few cases otherwise
     compiled = torch.compile(lambda: op.run(*call.arguments, **call.options))
 
     def compiled_plain() -> Any:

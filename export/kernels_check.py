@@ -1,4 +1,4 @@
-"""Every op in every implementation that this machine has, against its reference."""
+"""Checking every implementation of every op on this machine against its reference."""
 
 import subprocess
 from collections.abc import Callable, Sequence
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from tilewright.kernels import accuracy
-from tilewright.kernels.accuracy import Judge, Row
+from tilewright.kernels.accuracy import AccuracyRow, Judge
 from tilewright.kernels.face import DOMAIN
 from tilewright.kernels.jit import triton
 from tilewright.kernels.sample import sample, type_name
@@ -16,39 +16,39 @@ from tilewright.kernels.table import Op
 from tilewright.runtime.bundle.strict import one_line
 from tilewright.runtime.engines import ort
 
-__all__ = ["GET_TRITON", "NO_GPU", "NO_NATIVE", "check", "here"]
+__all__ = ["GET_TRITON", "NO_GPU", "NO_NATIVE", "check", "implementations"]
 
 GET_TRITON = "Triton is not installed: pip install 'triton>=3.6'"
 NO_GPU = "no GPU that PyTorch can use"
 NO_NATIVE = "not here: install a platform wheel, or make native in a clone"
 NO_CUDA = "not built: cmake -S kernels/native -B build/native -DTILEWRIGHT_CUDA=ON"
-NATIVE = ("codebook_nearest", "codebook_from_logits", "codebook_from_hidden")  # what it builds kernels for
+NATIVE = ("codebook_nearest", "codebook_from_logits", "codebook_from_hidden")  # ops with a native kernel
 OF_PARTS = "of its parts"
 Progress = Callable[[str, int, int], Any]
 
 
-def here(ops: Sequence[Op]) -> dict[str, Any]:
-    """Which implementations of each op this machine has, and which of them the runtime takes."""
+def implementations(ops: Sequence[Op]) -> dict[str, Any]:
+    """The implementations of each op on this machine, and those that the runtime uses."""
     native = _native(ops)
     rows = [
         {
             "op": op.name,
             "cases": [case for case in op.cases if case != "small"],
             "torch": torch.__version__,
-            "triton": _triton() if op.plan else OF_PARTS,
+            "triton": _triton() if op.kernel_launches else OF_PARTS,
             "onnx": f"{DOMAIN}::{op.face.name}" if op.face else OF_PARTS,
             "native": native[op.name],
         }
         for op in ops
     ]
-    ours = ", ".join(name for name, found in native.items() if found == str(ort.native_library()))
+    ours = ", ".join(name for name, place in native.items() if place == str(ort.native_library()))
     standard = "ONNX's standard operators"
-    taken = f"native kernels for {ours}, {standard} for the rest" if ours else standard
+    used = f"native kernels for {ours}, {standard} for the rest" if ours else standard
     library = ort.NATIVE.with_name("libtilewright_cuda.so")
     plugins = "ahead-of-time plugins, see kernels/tensorrt.py" if find_spec("tensorrt") else "not installed"
     return {
         "ops": rows,
-        "runtime": f"the runtime takes {taken}",
+        "runtime": f"the runtime takes {used}",
         "tensorrt": plugins,
         "cuda": str(library) if library.is_file() else NO_CUDA,
     }
@@ -62,8 +62,8 @@ def _native(ops: Sequence[Op]) -> dict[str, str]:
     library = ort.native_library()
     if library is None:
         return {op.name: NO_NATIVE if op.name in NATIVE else "-" for op in ops}
-    found = native_kernels(library, ops)
-    return {op.name: str(library) if op.name in found else "-" for op in ops}
+    with_kernel = native_kernels(library, ops)
+    return {op.name: str(library) if op.name in with_kernel else "-" for op in ops}
 
 
 def _triton() -> str:
@@ -73,8 +73,8 @@ def _triton() -> str:
     return f"{triton.__version__}, {gpu}"
 
 
-def check(ops: Sequence[Op], progress: Progress) -> tuple[list[Row], dict[str, str]]:
-    """Verdicts, and why an implementation could not be judged."""
+def check(ops: Sequence[Op], progress: Progress) -> tuple[list[AccuracyRow], dict[str, str]]:
+    """A verdict for each implementation, and reasons for those that cannot be judged."""
     absent: dict[str, str] = {}
     rows = [_row(op, dtype) for op in ops for dtype in (torch.float32, torch.float16, torch.bfloat16)]
     if triton is None:
@@ -87,23 +87,23 @@ def check(ops: Sequence[Op], progress: Progress) -> tuple[list[Row], dict[str, s
     return sorted(rows, key=lambda row: order.index(row.op)), absent
 
 
-def _interpreted(ops: Sequence[Op]) -> list[Row]:
+def _interpreted(ops: Sequence[Op]) -> list[AccuracyRow]:
     try:
         return accuracy.interpreted(ops)
     except subprocess.CalledProcessError as error:
         why = f"does not run: its process ended with {error.returncode}"
-        return [Row(op.name, "small", accuracy.INTERPRETER, "float32", why=why) for op in ops]
+        return [AccuracyRow(op.name, "small", accuracy.INTERPRETER, "float32", why=why) for op in ops]
 
 
-def _row(op: Op, dtype: torch.dtype) -> Row:
+def _row(op: Op, dtype: torch.dtype) -> AccuracyRow:
     return Judge(sample(op, "small", dtype)).row("torch")
 
 
-def _on_gpu(ops: Sequence[Op], absent: dict[str, str], progress: Progress) -> list[Row]:
+def _on_gpu(ops: Sequence[Op], absent: dict[str, str], progress: Progress) -> list[AccuracyRow]:
     if triton is None or not torch.cuda.is_available():
         absent[accuracy.GPU] = GET_TRITON if triton is None else NO_GPU
         return []
-    rows: list[Row] = []
+    rows: list[AccuracyRow] = []
     calls = [(op, case, dtype) for op in ops for case in op.cases for dtype in accuracy.types_on_gpu(op, case)]
     for done, (op, case, dtype) in enumerate(calls):
         progress("on GPU", done, len(calls))
@@ -113,11 +113,11 @@ def _on_gpu(ops: Sequence[Op], absent: dict[str, str], progress: Progress) -> li
             absent[f"{accuracy.GPU}, {op.name} {case}"] = "its reference does not fit this GPU's memory"
         except Exception as error:  # Triton's, CUDA's and PyTorch's share no base class
             why = f"does not run: {one_line(str(error))}"
-            rows.append(Row(op.name, case, accuracy.GPU, type_name(dtype), why=why))
+            rows.append(AccuracyRow(op.name, case, accuracy.GPU, type_name(dtype), why=why))
     return rows
 
 
-def _in_ort(ops: Sequence[Op], absent: dict[str, str]) -> list[Row]:
+def _in_ort(ops: Sequence[Op], absent: dict[str, str]) -> list[AccuracyRow]:
     if why := ort.missing():
         absent["onnx"] = absent["native"] = why
         return []
@@ -133,12 +133,14 @@ def _in_ort(ops: Sequence[Op], absent: dict[str, str]) -> list[Row]:
     return rows
 
 
-def _called(op: Op, dtype: torch.dtype, implementation: str) -> Row:
+def _called(op: Op, dtype: torch.dtype, implementation: str) -> AccuracyRow:
     from tilewright.export.graph.one_node import call_in_ort
 
     call = sample(op, "small", dtype)
     try:
-        found = call_in_ort(call, library=ort.native_library() if implementation == "native" else None)()
+        results = call_in_ort(call, library=ort.native_library() if implementation == "native" else None)()
     except Exception as error:  # ONNX Runtime's exceptions share no base class
-        return Row(op.name, "small", implementation, type_name(dtype), why=f"does not run: {one_line(str(error))}")
-    return Judge(call).row(implementation, found)
+        return AccuracyRow(
+            op.name, "small", implementation, type_name(dtype), why=f"does not run: {one_line(str(error))}"
+        )
+    return Judge(call).row(implementation, results)

@@ -1,4 +1,4 @@
-"""A folder that any ONNX tool opens: graphs, and copies of weights, as tools refuse links and paths that lead out."""
+"""Writing a folder that any ONNX tool opens: graphs and copies of weights. Tools refuse links and paths outside."""
 
 import shutil
 from bisect import bisect_right
@@ -21,12 +21,12 @@ from tilewright.runtime.errors import ResourceError, UsageError
 
 __all__ = ["onnx_folder"]
 
-ALIGNMENT = 64  # of folded weights in their file
+ALIGNMENT = 64  # folded weights begin at multiples of so many bytes
 Places = dict[str, tuple[str, int, int]]  # initializer -> location, offset, length
 
 
 class _Counted:
-    """Reports the bytes that were written."""
+    """Counts and reports written bytes."""
 
     def __init__(self, total: int, report: Callable[[int, int], None]) -> None:
         self.total, self.report, self.done = total, report, 0
@@ -46,21 +46,22 @@ def onnx_folder(
     expect: str | None = None,
     on_bytes: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
-    """Write all of a bundle's graphs, or one component's, with the bytes of weights that they read; what was written.
+    """Write the graphs of a bundle, or of one component, with their weights; returns a report.
 
-    `fold` also writes our ops as standard operators and makes every moved or cast weight an initializer.
+    With `fold` our ops become standard operators, and every transposed, cut or cast weight becomes an initializer.
     """
     bundle = read_bundle(root, expect=expect)
     names = sorted(bundle.manifest.components) if component is None else [component]
     if unknown := set(names) - bundle.manifest.components.keys():
-        there = ", ".join(sorted(bundle.manifest.components))
-        raise UsageError(f"--component {one_line(unknown.pop())!r} is not in {root}; there are {there}")
+        listed = ", ".join(sorted(bundle.manifest.components))
+        raise UsageError(f"--component {one_line(unknown.pop())!r} is not in {root}; there are {listed}")
     out = out.resolve()
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UsageError(f"-o {one_line(str(out))} is there and not an empty folder; choose another")
+        raise UsageError(f"-o {one_line(str(out))} is not an empty folder; choose another")
     read = {name: _read(bundle, name) for name in names}
     folders = {
-        n: bundle.folder(n, weights_dir) for n in sorted({r.folder for of in read.values() for r in of.values()})
+        n: bundle.folder(n, weights_dir)
+        for n in sorted({r.folder for references in read.values() for r in references.values()})
     }
     counted = _Counted(_size(read, fold), on_bytes)
     _check_room(out, counted.total)
@@ -84,17 +85,21 @@ def onnx_folder(
 
 
 def _read(bundle: Bundle, component: str) -> dict[str, Reference]:
-    """The weights that a component's portable graph names."""
+    """The weights that a component's portable graph reads."""
     path = bundle.path(bundle.manifest.components[component].graph)
     return {name: bundle.weights.tensors[component][name] for name in external_data(path.read_bytes(), str(path))}
 
 
 def _size(read: Mapping[str, Mapping[str, Reference]], fold: bool) -> int:
-    """The bytes to write; folded weights may be wider than the user's, and are at most float32."""
+    """The bytes to write. Folded weights may be wider than in their files, up to float32."""
     if fold:
         wide = WIDTHS["float32"]
-        return sum(max(1, wide // WIDTHS[r.dtype]) * r.length for of in read.values() for r in of.values())
-    return sum({(r.folder, r.file, r.offset): r.length for of in read.values() for r in of.values()}.values())
+        return sum(
+            max(1, wide // WIDTHS[r.dtype]) * r.length for references in read.values() for r in references.values()
+        )
+    return sum(
+        {(r.folder, r.file, r.offset): r.length for references in read.values() for r in references.values()}.values()
+    )
 
 
 def _check_room(out: Path, size: int) -> None:
@@ -106,37 +111,37 @@ def _check_room(out: Path, size: int) -> None:
 def _copy(
     read: Mapping[str, Mapping[str, Reference]], folders: Mapping[str, Path], out: Path, counted: _Counted
 ) -> dict[str, Places]:
-    """Copy the tensors that are read, each file's into one of the same name; the new place of every initializer."""
+    """Copy all tensors that are read into files of the same names; returns the new place of every initializer."""
     used: dict[tuple[str, str], list[Reference]] = {}
-    for of in read.values():
-        for r in of.values():
+    for references in read.values():
+        for r in references.values():
             used.setdefault((r.folder, r.file), []).append(r)
     shifts: dict[str, Callable[[int], int]] = {}
-    for (folder, file), references in sorted(used.items()):
-        path = out / location(references[0])
-        shifts[location(references[0])] = _copy_file(folders[folder] / file, references, path, counted)
+    for (folder, file), in_file in sorted(used.items()):
+        path = out / location(in_file[0])
+        shifts[location(in_file[0])] = _copy_file(folders[folder] / file, in_file, path, counted)
     return {
-        name: {n: (location(r), shifts[location(r)](r.offset), r.length) for n, r in of.items()}
-        for name, of in read.items()
+        name: {n: (location(r), shifts[location(r)](r.offset), r.length) for n, r in references.items()}
+        for name, references in read.items()
     }
 
 
 def _copy_file(source: Path, references: list[Reference], path: Path, counted: _Counted) -> Callable[[int], int]:
-    """Copy the tensors of one file that these references lie in; says where an offset of the file has moved."""
+    """Copy the tensors of one file that these references need; returns a function from old to new offsets."""
     header = dict(sorted(safetensors_header(source).items(), key=lambda item: item[1][1]))
     starts, keys = [offset for _, offset, _ in header.values()], list(header)
 
     def key_at(offset: int) -> str:
         return keys[bisect_right(starts, offset) - 1]
 
-    kept = {key: header[key] for key in sorted({key_at(r.offset) for r in references})}
+    needed = {key: header[key] for key in sorted({key_at(r.offset) for r in references})}
 
     def tensors() -> Iterator[bytes]:
-        for spec, offset, length in kept.values():
+        for spec, offset, length in needed.values():
             yield open_reference(source.parent, Reference(source.name, spec.dtype, (), offset, length)).tobytes()
             counted.add(length)
 
-    write_tensors(path, {key: spec for key, (spec, _, _) in kept.items()}, tensors(), "copied by tilewright")
+    write_tensors(path, {key: spec for key, (spec, _, _) in needed.items()}, tensors(), "copied by tilewright")
     copied = safetensors_header(path)
     return lambda offset: copied[key_at(offset)][1] + offset - header[key_at(offset)][1]
 
@@ -148,7 +153,7 @@ def _fold(
     out: Path,
     counted: _Counted,
 ) -> int:
-    """Write graphs whose weights are all plain initializers; how many weights were changed for that."""
+    """Write graphs whose weights are all plain initializers; returns the number of folded weights."""
     import onnx_ir as ir
     from onnx_ir.passes.common import ShapeInferencePass
 
@@ -158,21 +163,21 @@ def _fold(
     from tilewright.export.graph.rewrites.forget_shapes import forget_shapes
 
     (out / "folded").mkdir()
-    models, left, folded = {}, {}, 0
-    for name, of in read.items():
+    models, unfolded, folded = {}, {}, 0
+    for name, references in read.items():
         model = models[name] = ir.load(bundle.path(bundle.manifest.components[name].graph))
         inline(model)
-        ShapeInferencePass(data_prop=True)(model)  # a weight cut to a size that only shapes tell
+        ShapeInferencePass(data_prop=True)(model)  # some weights are cut to sizes that only shapes tell
         fold(model)
         data = out / "folded" / f"{name}.data"
         with data.open("wb") as stream:
-            folded += fold_weights(model, _Reader(of, folders), _Writer(stream, f"folded/{name}.data", counted))
+            folded += fold_weights(model, _Reader(references, folders), _Writer(stream, f"folded/{name}.data", counted))
         if not data.stat().st_size:
             data.unlink()
-        left[name] = {n: r for n, r in of.items() if n in model.graph.initializers}
+        unfolded[name] = {n: r for n, r in references.items() if n in model.graph.initializers}
     if not any((out / "folded").iterdir()):
         (out / "folded").rmdir()
-    places = _copy(left, folders, out, counted)
+    places = _copy(unfolded, folders, out, counted)
     for name, model in models.items():
         for initializer, place in places[name].items():
             value: Any = model.graph.initializers[initializer]
@@ -184,7 +189,7 @@ def _fold(
 
 
 class _Reader:
-    """Gives the numbers of initializers, mapped where they lie."""
+    """Reads the numbers of initializers, mapped from their files."""
 
     def __init__(self, references: Mapping[str, Reference], folders: Mapping[str, Path]) -> None:
         self.references, self.folders = references, folders
@@ -198,7 +203,7 @@ class _Reader:
 
 
 class _Writer:
-    """Writes arrays one behind the other into a file of external data."""
+    """Writes arrays one after the other into a file of external data."""
 
     def __init__(self, stream: BinaryIO, place: str, counted: _Counted) -> None:
         self.stream, self.place, self.counted = stream, place, counted

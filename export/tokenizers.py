@@ -1,7 +1,7 @@
-"""Tokenizers as the runtime reads them: one JSON file each, with padding and truncation inside.
+"""Tokenizers for the runtime: one JSON file each, with padding and truncation inside.
 
-The stand-ins are for random weights, where no real vocabulary is at hand: valid and deterministic, with the special
-tokens where the real ones are, so that a network's table of embeddings has a row for every id.
+Stand-ins are for random weights, where there is no real vocabulary. They are valid and deterministic, with special
+tokens in their usual places, so that every id has a row in the network's table of embeddings.
 """
 
 import json
@@ -24,14 +24,14 @@ CLIP_TOKENS = {
     "bos_token": "<|startoftext|>",
     "eos_token": "<|endoftext|>",
     "pad_token": "<|endoftext|>",
-    "unk_token": "<|unk|>",  # not the real one's, which is EOS: the network pools at the first EOS
+    "unk_token": "<|unk|>",  # the real one is EOS, but the network pools at the first EOS
 }
-FLAGS = ("lstrip", "rstrip", "single_word", "normalized")  # of a special token
+FLAGS = ("lstrip", "rstrip", "single_word", "normalized")  # flags of a special token
 CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
 def t5(folder: Path, length: int) -> str:
-    """The JSON of a T5 tokenizer that pads to `length` and leaves longer prompts long, for the runtime to refuse."""
+    """The JSON of a T5 tokenizer that pads to `length`. Longer prompts stay long, and the runtime refuses them."""
     from tokenizers.processors import TemplateProcessing
 
     _check_least("length", length, 1)
@@ -55,17 +55,18 @@ def _read_t5(folder: Path) -> "Tokenizer":
     from transformers import T5Tokenizer
 
     try:
-        made: Tokenizer = T5Tokenizer.from_pretrained(folder, local_files_only=True).backend_tokenizer
+        tokenizer: Tokenizer = T5Tokenizer.from_pretrained(folder, local_files_only=True).backend_tokenizer
     except Exception as error:  # without sentencepiece it is tiktoken that is missed
         advice = "pip install sentencepiece protobuf, or put the model's tokenizer.json beside it"
         raise InputError(f"tokenizer {folder}: spiece.model cannot be converted; {advice}") from error
-    return made
+    return tokenizer
 
 
 def clip(folder: Path, length: int, pad_id: int | None = None, rows: int | None = None) -> str:
-    """The JSON of a CLIP tokenizer that cuts to `length`, keeping EOS, and pads with an id, or as its folder says.
+    """The JSON of a CLIP tokenizer that cuts texts to `length` with EOS at the end, and pads.
 
-    `rows` is the size of the network's table of embeddings, which must have one for every id.
+    Padding uses `pad_id`, or the token that the folder names. `rows` is the size of the network's table of embeddings,
+    which must have a row for every id.
     """
     from tokenizers.processors import RobertaProcessing
 
@@ -92,24 +93,24 @@ def clip(folder: Path, length: int, pad_id: int | None = None, rows: int | None 
 
 
 def _clip_tokens(folder: Path) -> dict[str, "AddedToken"]:
-    """The special tokens that a folder names, or the original's; each with the flags that the folder gives it."""
+    """The special tokens of a folder, or else CLIP's; each with its flags from the folder."""
     from tokenizers import AddedToken
 
-    said: dict[str, Any] = dict.fromkeys(("unk_token", "eos_token", "pad_token"), "<|endoftext|>")
-    said["bos_token"] = "<|startoftext|>"
+    tokens: dict[str, Any] = dict.fromkeys(("unk_token", "eos_token", "pad_token"), "<|endoftext|>")
+    tokens["bos_token"] = "<|startoftext|>"
     flagged: list[dict[str, Any]] = []
     for name in ("tokenizer.json", "special_tokens_map.json", "tokenizer_config.json"):
-        held = json.loads((folder / name).read_bytes()) if (folder / name).is_file() else {}
-        flagged += [*held.get("added_tokens", []), *held.get("added_tokens_decoder", {}).values()]
-        said |= {token: held[token] for token in said if held.get(token)}
-    flagged += [token for token in said.values() if isinstance(token, dict)]
-    contents = {name: token["content"] if isinstance(token, dict) else token for name, token in said.items()}
+        document = json.loads((folder / name).read_bytes()) if (folder / name).is_file() else {}
+        flagged += [*document.get("added_tokens", []), *document.get("added_tokens_decoder", {}).values()]
+        tokens |= {token: document[token] for token in tokens if document.get(token)}
+    flagged += [token for token in tokens.values() if isinstance(token, dict)]
+    contents = {name: token["content"] if isinstance(token, dict) else token for name, token in tokens.items()}
     flags = {token["content"]: {flag: token[flag] for flag in FLAGS if flag in token} for token in reversed(flagged)}
     return {name: AddedToken(text, special=True, **flags.get(text, {})) for name, text in contents.items()}
 
 
 def _read_clip(folder: Path, unknown: str) -> "Tokenizer":
-    """The original's rules over the folder's vocabulary and merges."""
+    """CLIP's rules with the folder's vocabulary and merges."""
     from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
     from tokenizers.models import BPE
 
@@ -133,13 +134,13 @@ def _read_clip(folder: Path, unknown: str) -> "Tokenizer":
 def _check_files(folder: Path, *choices: tuple[str, ...]) -> None:
     missing = [[name for name in names if not (folder / name).is_file()] for names in choices]
     if all(missing):
-        wanted = ", or ".join(" and ".join(names) for names in choices)
+        needed = ", or ".join(" and ".join(names) for names in choices)
         lacks = ", ".join(name for names in missing for name in names)
-        raise InputError(f"tokenizer {folder}: {lacks} missing; give the folder with {wanted}")
+        raise InputError(f"tokenizer {folder}: {lacks} missing; give the folder with {needed}")
 
 
 def _special_ids(folder: Path, tokenizer: "Tokenizer", *names: str) -> dict[str, int]:
-    """Their ids; a token that only transformers added would lie past the network's table of embeddings."""
+    """The ids of special tokens. They must be in the vocabulary, as the network has no rows for added tokens."""
     vocabulary = tokenizer.get_vocab(with_added_tokens=False)
     if missing := sorted({*names} - vocabulary.keys()):
         raise InputError(
@@ -158,24 +159,24 @@ def _check_least(name: str, value: int, least: int) -> None:
 
 
 def stand_in_t5(vocab: int) -> str:
-    """The tokenizer.json of a T5 of `vocab` ids that knows ASCII, or as much of it as fits; fewer pieces are better."""
+    """The tokenizer.json of a T5 with `vocab` ids that knows ASCII, or as much of it as fits."""
     from tokenizers import Tokenizer
     from tokenizers.models import Unigram
     from tokenizers.pre_tokenizers import Metaspace, Sequence, WhitespaceSplit
 
     special = ["<pad>", "</s>", "<unk>"]
-    known = [*special, "▁", *string.ascii_lowercase]
-    _check_least("vocab", vocab, len(known))
-    known += [f"▁{word}" for word in WORDS] + [*string.digits, *string.punctuation, *string.ascii_uppercase]
-    pieces = [*known, *_unused(len(known), vocab)][:vocab]
-    tokenizer = Tokenizer(Unigram([(piece, -1 - i / vocab) for i, piece in enumerate(pieces)], 2, False))
+    pieces = [*special, "▁", *string.ascii_lowercase]
+    _check_least("vocab", vocab, len(pieces))
+    pieces += [f"▁{word}" for word in WORDS] + [*string.digits, *string.punctuation, *string.ascii_uppercase]
+    vocabulary = [*pieces, *_unused(len(pieces), vocab)][:vocab]
+    tokenizer = Tokenizer(Unigram([(piece, -1 - i / vocab) for i, piece in enumerate(vocabulary)], 2, False))
     tokenizer.pre_tokenizer = Sequence([WhitespaceSplit(), Metaspace("▁", "always")])
     tokenizer.add_special_tokens(special)
     return tokenizer.to_str()
 
 
 def put(folder: Path, files: Mapping[str, str]) -> Path:
-    """The folder, with these files in it."""
+    """Write these files into a folder, and return the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
@@ -183,7 +184,7 @@ def put(folder: Path, files: Mapping[str, str]) -> Path:
 
 
 def stand_in_clip(vocab: int, *, pads_with_first: bool = False) -> dict[str, str]:
-    """The files of a CLIP tokenizer of `vocab` ids that knows all bytes, or at least letters; EOS is the largest id."""
+    """The files of a CLIP tokenizer with `vocab` ids that knows all bytes, or at least letters. EOS has the last id."""
     from tokenizers.pre_tokenizers import ByteLevel
 
     letters = string.ascii_lowercase
@@ -192,10 +193,10 @@ def stand_in_clip(vocab: int, *, pads_with_first: bool = False) -> dict[str, str
     merges = list(dict.fromkeys(pair for word in WORDS for pair in _merges(word)))
     symbols = [*letters, *(letter + "</w>" for letter in letters)]
     _check_least("vocab", vocab, len(symbols) + len(special))
-    merges = merges[: room - len(symbols)]  # each makes one new token, out of those before it
+    merges = merges[: room - len(symbols)]  # each makes one new token from earlier ones
     others = sorted(set(ByteLevel.alphabet()) - {*letters})
-    known = [*symbols, *map("".join, merges), *others, *(symbol + "</w>" for symbol in others)]
-    tokens = [*known, *_unused(len(known), room)][:room] + special
+    ordinary = [*symbols, *map("".join, merges), *others, *(symbol + "</w>" for symbol in others)]
+    tokens = [*ordinary, *_unused(len(ordinary), room)][:room] + special
     named = CLIP_TOKENS | ({"pad_token": tokens[0]} if pads_with_first else {})  # SDXL's second pads with id 0
     return {
         "vocab.json": json.dumps({token: i for i, token in enumerate(tokens)}, ensure_ascii=False),
@@ -206,11 +207,11 @@ def stand_in_clip(vocab: int, *, pads_with_first: bool = False) -> dict[str, str
 
 
 def _merges(word: str) -> list[tuple[str, str]]:
-    """What joins a word from left to right."""
+    """The merges that join a word from left to right."""
     parts = [*word[:-1], f"{word[-1]}</w>"]
-    return [(left, joined[len(left) :]) for left, joined in pairwise(accumulate(parts))]
+    return [(before, joined[len(before) :]) for before, joined in pairwise(accumulate(parts))]
 
 
 def _unused(start: int, end: int) -> list[str]:
-    """Tokens that no text becomes, because of the blank in them: a vocabulary has no gaps."""
+    """Tokens that fill gaps in the vocabulary. They contain a blank, so no text becomes one."""
     return [f"unused {i}" for i in range(start, end)]

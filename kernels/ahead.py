@@ -1,4 +1,4 @@
-"""Kernels compiled ahead of time, without a GPU: PTX and cubins of the very launches that run in PyTorch."""
+"""Compiling kernels ahead of time, without a GPU: PTX and cubins of the same launches that run in PyTorch."""
 
 import re
 import subprocess
@@ -26,12 +26,12 @@ TYPES = {
     torch.int32: "i32",
 }
 TENSOR_CORE = re.compile(r"\b(HGMMA|HMMA|QGMMA|QMMA|UTCHMMA|UTCQMMA|OMMA)\b")
-MATRIX_CORE = re.compile(r"\bv_(mfma|smfmac|wmma)_")  # the same of AMD
+MATRIX_CORE = re.compile(r"\bv_(mfma|smfmac|wmma)_")  # AMD's tensor cores
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """A kernel for one architecture; its parameters are the launch's arguments that are not none, in order."""
+    """A kernel for one architecture. Its parameters are the launch's arguments that are not none, in their order."""
 
     name: str
     arch: int | str
@@ -42,11 +42,11 @@ class Compiled:
 
 
 def compiled(launch: Launch, arch: int | str, **options: Any) -> Compiled:
-    """Compile for a compute capability (90) or an AMD target ("gfx942"); tensors of the launch may be on meta."""
+    """Compile for a compute capability (90) or an AMD target ("gfx942"). Tensors may be on the meta device."""
     if triton is None:
         raise RuntimeError("kernels are compiled by Triton, which is not installed: pip install 'triton>=3.6'")
     if INTERPRETED:
-        raise RuntimeError("this process interprets kernels (TRITON_INTERPRET=1); compile in one that does not")
+        raise RuntimeError("this process interprets kernels (TRITON_INTERPRET=1); compile in a process without it")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -54,22 +54,22 @@ def compiled(launch: Launch, arch: int | str, **options: Any) -> Compiled:
     values = launch.arguments | launch.constants
     signature = {name: _type(launch.arguments.get(name)) for name in names}
     constants = {(i,): values[name] for i, name in enumerate(names) if signature[name] == "constexpr"}
-    # every allocator aligns to 16 bytes; without the hint, loads are 2 bytes wide
+    # every allocator aligns to 16 bytes; without this hint, loads are only 2 bytes wide
     aligned = [i for i, name in enumerate(names) if signature[name].startswith("*")]
     attrs: Any = {(i,): [["tt.divisibility", 16]] for i in aligned}
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attrs)
     target = GPUTarget("hip", arch, 64) if isinstance(arch, str) else GPUTarget("cuda", arch, 32)
     wave = 64 if isinstance(arch, str) else 32
-    made = triton.compile(
+    binary = triton.compile(
         source,
         target=target,
         options={"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True} | options,
     )
-    data = made.metadata
+    data = binary.metadata
     if getattr(data, "global_scratch_size", 0) or getattr(data, "profile_scratch_size", 0) or data.num_ctas != 1:
-        raise RuntimeError(f"{data.name} needs scratch memory or clusters, which a plain launch cannot give")
+        raise RuntimeError(f"{data.name} needs scratch memory or clusters, which a plain launch does not provide")
     parameters = tuple(name for name in names if signature[name] != "constexpr")
-    return Compiled(data.name, arch, parameters, wave * data.num_warps, data.shared, dict(made.asm))
+    return Compiled(data.name, arch, parameters, wave * data.num_warps, data.shared, dict(binary.asm))
 
 
 def _type(argument: Any) -> str:
@@ -80,25 +80,25 @@ def _type(argument: Any) -> str:
 
 @dataclass(frozen=True)
 class Resources:
-    """What machine code takes of a multiprocessor, and whether it may ship."""
+    """The resources of a multiprocessor that machine code uses."""
 
     registers: int
     shared: int
     spills: int  # stores to local memory
-    tensor_core: int  # instructions
+    tensor_core: int  # tensor-core instructions
 
     def faults(self, arch: int | str, *, multiplies: bool) -> list[str]:
-        """Why it may not ship."""
-        found = [] if not self.spills else [f"{self.spills} spills"]
+        """The reasons why the kernel may not ship."""
+        faults = [] if not self.spills else [f"{self.spills} spills"]
         if self.shared > SHARED_LIMIT[arch]:
-            found.append(f"{self.shared} bytes of shared memory, {SHARED_LIMIT[arch]} are there")
+            faults.append(f"{self.shared} bytes of shared memory, a block has {SHARED_LIMIT[arch]}")
         if multiplies and not self.tensor_core:
-            found.append("no tensor-core instruction")
-        return found
+            faults.append("no tensor-core instruction")
+        return faults
 
 
 def resources(kernel: Compiled) -> Resources:
-    """Read them off the machine code, NVIDIA's with the disassemblers that come with Triton."""
+    """Read resources from the machine code; NVIDIA's disassemblers come with Triton."""
     if isinstance(kernel.arch, str):
         return _resources_of_amd(kernel)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

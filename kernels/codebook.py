@@ -1,4 +1,4 @@
-"""What the three codebook ops share: codebooks are one tensor [G, K, D], so that all groups are one gather."""
+"""Shared by the three codebook ops: all codebooks are one tensor [G, K, D], so one gather reads all groups."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from tilewright.kernels.jit import jit, tl
 
 __all__ = ["GATHER", "chosen", "codewords", "sizes", "store_winners", "winners"]
 
-# from winners `best` [rows, G] (int64), the shape `lead` of the rows, codebook and G, K, D; gives indices and codes
+# makes indices and codes of `best` [rows, G] (int64), the best index of each row and group; `lead`: the rows' shape
 GATHER = """
     minus_one = Constant<value_ints = [-1]>()
     grid = Concat<axis = 0>(lead, G)
@@ -32,26 +32,26 @@ GATHER = """
 
 
 def codewords(indices: Tensor, codebook: Tensor) -> Tensor:
-    """The codewords of indices [..., G] from codebooks [G, K, D], concatenated to [..., G*D]."""
+    """The codewords [..., G*D] of indices [..., G], those of all groups side by side."""
     groups, size, width = codebook.shape
     flat = indices.long() + torch.arange(0, groups * size, size, device=indices.device)
     return embedding(flat, codebook.reshape(groups * size, width)).flatten(-2)
 
 
 def chosen(best: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
-    """Indices (int32) and codewords of the winners [..., G]."""
+    """The best indices [..., G] as int32, and their codewords."""
     return best.to(torch.int32), codewords(best, codebook)
 
 
 def sizes(codebook: Tensor) -> dict[str, Any]:
-    """Constants of every codebook kernel."""
+    """The constants that every codebook kernel needs."""
     groups, size, width = codebook.shape
     return {"G": groups, "K": size, "D": width, "PADDED_D": max(16, 1 << (width - 1).bit_length())}
 
 
 @jit
 def winners(best, at):
-    """Each row's index `at` of its greatest score, the lowest among equals."""
+    """For each row the index `at` of its greatest score; among equal scores the lowest index."""
     top = tl.max(best, 1)
     return tl.min(tl.where(best == top[:, None], at, 2147483647), 1)
 
@@ -61,7 +61,7 @@ def store_winners(
     at, rows, group, ROWS, codebook_ptr, indices_ptr, codes_ptr,
     G: tl.constexpr, K: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr,
 ):  # fmt: skip
-    """Write a group's winners and their codewords."""
+    """Store the best indices of a group, and their codewords."""
     rows = rows.to(tl.int64)
     tl.store(indices_ptr + rows * G + group, at, mask=rows < ROWS)
     d = tl.arange(0, PADDED_D)

@@ -4,8 +4,8 @@
     index_g = argmax over k of logits[g*K + k]                       the lowest k on ties
     codes = [codebook_0[index_0], ..., codebook_G-1[index_G-1]]
 
-The logits, 16,384 a token in HiTokSR, never leave the chip. 8-bit h and W come with the product of their scales, which
-multiplies W h.
+The logits, 16,384 for each token of HiTokSR, are never stored in memory. With 8-bit h and W, `scale` is the product of
+their scales and multiplies W h.
 
 Operations 2 N C G K; bytes N C + G K C + 2 N G D, times the width of the type, and 4 N G.
 """
@@ -17,15 +17,15 @@ from torch.nn.functional import linear
 
 from tilewright.kernels.codebook import GATHER, chosen, sizes, store_winners, winners
 from tilewright.kernels.face import Face
-from tilewright.kernels.jit import Launch, arch_of, ceil_div, contiguous, jit, launches, run, tl
+from tilewright.kernels.jit import Launch, arch_of, ceil_div, contiguous, jit, run, runs_kernels, tl
 
-__all__ = ["FACE", "codebook_from_hidden", "codebook_from_hidden_reference", "plan"]
+__all__ = ["FACE", "codebook_from_hidden", "codebook_from_hidden_reference", "kernel_launches"]
 
-FULL = 256  # programs that keep a GPU busy; fewer share the codes of a group among several
+FULL = 256  # programs that keep a GPU busy; if there are fewer, several share the codes of a group
 
 
-def _body(given: frozenset[str]) -> str:
-    bias = "bias" if "bias" in given else '""'
+def _body(inputs: frozenset[str]) -> str:
+    bias = "bias" if "bias" in inputs else '""'
     return f"""
         G = Shape<start = 0, end = 1>(codebook)
         K = Shape<start = 1, end = 2>(codebook)
@@ -65,34 +65,34 @@ def _codebook_from_hidden_kernel(
     group, part = tl.program_id(1), tl.program_id(2)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     lane = tl.arange(0, BLOCK_K)
-    # a row past the end reads the first one: what it finds is never stored
-    own = hidden_ptr + tl.where(rows < ROWS, rows, 0).to(tl.int64)[:, None] * C
+    # a row past the end reads the first row, and its result is never stored
+    hidden_rows = hidden_ptr + tl.where(rows < ROWS, rows, 0).to(tl.int64)[:, None] * C
     best = tl.full((BLOCK_M, BLOCK_K), float("-inf"), tl.float32)
     at = tl.full((BLOCK_M, BLOCK_K), 0, tl.int32) + part * SHARE
     for k0 in tl.range(part * SHARE, part * SHARE + SHARE, BLOCK_K):
         k = k0 + lane
-        theirs = weight_ptr + (group * K + tl.where(k < K, k, 0)).to(tl.int64)[None, :] * C
+        weight_rows = weight_ptr + (group * K + tl.where(k < K, k, 0)).to(tl.int64)[None, :] * C
         score = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
         for c0 in tl.range(0, C, BLOCK_C):
             c = c0 + tl.arange(0, BLOCK_C)
-            h = tl.load(own + c[None, :], mask=(c < C)[None, :], other=0.0)
-            w = tl.load(theirs + c[:, None], mask=(c < C)[:, None], other=0.0)
+            h = tl.load(hidden_rows + c[None, :], mask=(c < C)[None, :], other=0.0)
+            w = tl.load(weight_rows + c[:, None], mask=(c < C)[:, None], other=0.0)
             score = tl.dot(h, w, score, input_precision=PRECISION)
         if scale_ptr is not None:
             score *= tl.load(scale_ptr)
         if bias_ptr is not None:
             score += tl.load(bias_ptr + group * K + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
-        # lane by lane: reducing a row for every block of codes would cost as much as the comparison itself
+        # compare lane by lane: reducing a row in every block of codes would cost as much as the comparison
         better = (score > best) & (k < K)[None, :]
         best = tl.where(better, score, best)
         at = tl.where(better, k0, at)
-    found = winners(best, at + lane[None, :])
+    indices = winners(best, at + lane[None, :])
     if scores_ptr is None:
-        store_winners(found, rows, group, ROWS, codebook_ptr, indices_ptr, codes_ptr, G, K, D, PADDED_D)
+        store_winners(indices, rows, group, ROWS, codebook_ptr, indices_ptr, codes_ptr, G, K, D, PADDED_D)
     else:
         place = (part * ROWS + rows) * G + group
         tl.store(scores_ptr + place, tl.max(best, 1), mask=rows < ROWS)
-        tl.store(places_ptr + place, found, mask=rows < ROWS)
+        tl.store(places_ptr + place, indices, mask=rows < ROWS)
 
 
 @jit
@@ -105,15 +105,15 @@ def _best_of_shares_kernel(
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     place = (tl.arange(0, SHARES)[None, :] * ROWS + rows[:, None]) * G + group
     score = tl.load(scores_ptr + place, mask=(rows < ROWS)[:, None], other=float("-inf"))
-    found = winners(score, tl.load(places_ptr + place, mask=(rows < ROWS)[:, None], other=0))
-    store_winners(found, rows, group, ROWS, codebook_ptr, indices_ptr, codes_ptr, G, K, D, PADDED_D)
+    indices = winners(score, tl.load(places_ptr + place, mask=(rows < ROWS)[:, None], other=0))
+    store_winners(indices, rows, group, ROWS, codebook_ptr, indices_ptr, codes_ptr, G, K, D, PADDED_D)
 
 
-def plan(
+def kernel_launches(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, codebook: Tensor, scale: Tensor | None = None,
     *, arch: int, shares: int | None = None,
 ) -> tuple[list[Launch], tuple[Tensor, Tensor]]:  # fmt: skip
-    """The calls that make indices and codes, and these; a group's codes may be shared among several programs."""
+    """The launches, and the indices and codes that they fill. Several programs may share the codes of a group."""
     outputs = indices, codes = _empty(hidden, weight, bias, codebook)
     hidden, weight, bias, codebook, scale = contiguous(hidden, weight, bias, codebook, scale)
     rows, groups = hidden.numel() // hidden.shape[-1], codebook.shape[0]
@@ -144,7 +144,7 @@ def plan(
 
 
 def _tile(dtype: torch.dtype, arch: int) -> tuple[int, int, int, int, int]:
-    """Rows, codes and channels of a block; warps; stages."""
+    """Rows, codes and channels of a block, then warps and stages."""
     if dtype == torch.float32:
         return 64, 64, 32, 4, 2
     return (128, 128 if arch == 90 else 64, 64, 8, 3) if arch in (90, 100) else (64, 128, 64, 8, 2)
@@ -162,11 +162,11 @@ def codebook_from_hidden(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, codebook: Tensor, scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The winning indices [..., G] (int32) and their codewords [..., G*D] for hidden states [..., C]."""
-    if not launches(hidden):
+    if not runs_kernels(hidden):
         if scale is not None or hidden.element_size() == 1:
             return codebook_from_hidden_reference(hidden, weight, bias, codebook, scale)
         return chosen(linear(hidden, weight, bias).unflatten(-1, codebook.shape[:2]).argmax(-1), codebook)
-    return run(*plan(hidden, weight, bias, codebook, scale, arch=arch_of(hidden)))
+    return run(*kernel_launches(hidden, weight, bias, codebook, scale, arch=arch_of(hidden)))
 
 
 @codebook_from_hidden.register_fake

@@ -1,4 +1,4 @@
-"""Best codeword of each group, given logits: what decodes a token that was sampled or predicted.
+"""The codeword with the greatest logit in each group.
 
     index_g = argmax over k of logits[g*K + k]                       the lowest k on ties
     codes = [codebook_0[index_0], ..., codebook_G-1[index_G-1]]
@@ -14,12 +14,12 @@ from torch.library import triton_op
 
 from tilewright.kernels.codebook import GATHER, chosen, sizes, store_winners, winners
 from tilewright.kernels.face import Face
-from tilewright.kernels.jit import Launch, arch_of, ceil_div, contiguous, jit, launches, run, tl
+from tilewright.kernels.jit import Launch, arch_of, ceil_div, contiguous, jit, run, runs_kernels, tl
 
-__all__ = ["FACE", "codebook_from_logits", "codebook_from_logits_reference", "plan"]
+__all__ = ["FACE", "codebook_from_logits", "codebook_from_logits_reference", "kernel_launches"]
 
 
-def _body(given: frozenset[str]) -> str:
+def _body(inputs: frozenset[str]) -> str:
     return f"""
         G = Shape<start = 0, end = 1>(codebook)
         K = Shape<start = 1, end = 2>(codebook)
@@ -37,7 +37,7 @@ FACE = Face("CodebookFromLogits", ("logits", "codebook"), ("indices:int32", "cod
 
 
 def codebook_from_logits_reference(logits: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
-    """The formula, in any type: nothing is computed, only compared."""
+    """The formula in any type, since it only compares."""
     return chosen(logits.unflatten(-1, codebook.shape[:2]).argmax(-1), codebook)
 
 
@@ -50,22 +50,22 @@ def _codebook_from_logits_kernel(
     group = tl.program_id(1)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     lane = tl.arange(0, BLOCK_K)
-    own = logits_ptr + rows.to(tl.int64)[:, None] * (G * K) + group * K
+    logit_rows = logits_ptr + rows.to(tl.int64)[:, None] * (G * K) + group * K
     best = tl.full((BLOCK_M, BLOCK_K), float("-inf"), tl.float32)
     at = tl.zeros((BLOCK_M, BLOCK_K), tl.int32)
     for k0 in tl.range(0, K, BLOCK_K):
         k = k0 + lane
         inside = (rows < ROWS)[:, None] & (k < K)[None, :]
-        score = tl.load(own + k[None, :], mask=inside, other=float("-inf")).to(tl.float32)
-        better = score > best  # never a NaN, and never a later one among equals
+        score = tl.load(logit_rows + k[None, :], mask=inside, other=float("-inf")).to(tl.float32)
+        better = score > best  # so that NaN never wins, and among equal scores the first does
         best = tl.where(better, score, best)
         at = tl.where(better, k0, at)
-    found = winners(best, at + lane[None, :])
-    store_winners(found, rows, group, ROWS, codebook_ptr, indices_ptr, codes_ptr, G, K, D, PADDED_D)
+    indices = winners(best, at + lane[None, :])
+    store_winners(indices, rows, group, ROWS, codebook_ptr, indices_ptr, codes_ptr, G, K, D, PADDED_D)
 
 
-def plan(logits: Tensor, codebook: Tensor, *, arch: int) -> tuple[list[Launch], tuple[Tensor, Tensor]]:
-    """The calls that make indices and codes, and these."""
+def kernel_launches(logits: Tensor, codebook: Tensor, *, arch: int) -> tuple[list[Launch], tuple[Tensor, Tensor]]:
+    """The launches, and the indices and codes that they fill."""
     outputs = _empty(logits, codebook)
     logits, codebook = contiguous(logits, codebook)
     rows, groups = logits.numel() // logits.shape[-1], codebook.shape[0]
@@ -79,9 +79,9 @@ def plan(logits: Tensor, codebook: Tensor, *, arch: int) -> tuple[list[Launch], 
 @triton_op("tilewright::codebook_from_logits", mutates_args={})
 def codebook_from_logits(logits: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
     """The winning indices [..., G] (int32) of logits [..., G*K], and their codewords [..., G*D]."""
-    if not launches(logits):
+    if not runs_kernels(logits):
         return codebook_from_logits_reference(logits, codebook)
-    return run(*plan(logits, codebook, arch=arch_of(logits)))
+    return run(*kernel_launches(logits, codebook, arch=arch_of(logits)))
 
 
 @codebook_from_logits.register_fake

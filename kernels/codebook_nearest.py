@@ -1,4 +1,4 @@
-"""Nearest codeword of each group: what a tokenizer does to its encoder's latents.
+"""The codeword nearest to a latent in each group, as tokenizers need it.
 
     index_g = argmin over k of |x_g - codebook_g[k]|^2               the lowest k on ties
             = argmax over k of x_g . codebook_g[k] - |codebook_g[k]|^2 / 2
@@ -15,12 +15,12 @@ from torch.library import triton_op
 
 from tilewright.kernels.codebook import GATHER, chosen, sizes, store_winners, winners
 from tilewright.kernels.face import Face
-from tilewright.kernels.jit import Launch, arch_of, ceil_div, contiguous, jit, launches, run, tl
+from tilewright.kernels.jit import Launch, arch_of, ceil_div, contiguous, jit, run, runs_kernels, tl
 
-__all__ = ["FACE", "codebook_nearest", "codebook_nearest_reference", "plan"]
+__all__ = ["FACE", "codebook_nearest", "codebook_nearest_reference", "kernel_launches"]
 
 
-def _body(given: frozenset[str]) -> str:
+def _body(inputs: frozenset[str]) -> str:
     return f"""
         G = Shape<start = 0, end = 1>(codebook)
         K = Shape<start = 1, end = 2>(codebook)
@@ -49,7 +49,7 @@ FACE = Face("CodebookNearest", ("latents", "codebook"), ("indices:int32", "codes
 
 
 def codebook_nearest_reference(latents: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
-    """The formula in float32, every distance written out."""
+    """The formula in float32, with every distance computed."""
     groups, _, width = codebook.shape
     apart = latents.float().unflatten(-1, (groups, 1, width)) - codebook.float()  # [..., G, K, D]
     return chosen(apart.square().sum(-1).argmin(-1), codebook)
@@ -64,8 +64,8 @@ def _codebook_nearest_kernel(
     group = tl.program_id(1)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     d, lane = tl.arange(0, PADDED_D), tl.arange(0, BLOCK_K)
-    own = latents_ptr + rows.to(tl.int64)[:, None] * (G * D) + group * D + d[None, :]
-    x = tl.load(own, mask=(rows < ROWS)[:, None] & (d < D)[None, :], other=0.0)
+    latent_rows = latents_ptr + rows.to(tl.int64)[:, None] * (G * D) + group * D + d[None, :]
+    x = tl.load(latent_rows, mask=(rows < ROWS)[:, None] & (d < D)[None, :], other=0.0)
     best = tl.full((BLOCK_M, BLOCK_K), float("-inf"), tl.float32)
     at = tl.zeros((BLOCK_M, BLOCK_K), tl.int32)
     for k0 in tl.range(0, K, BLOCK_K):
@@ -75,15 +75,15 @@ def _codebook_nearest_kernel(
         wide = code.to(tl.float32)
         score = tl.dot(x, code, input_precision=PRECISION) - tl.sum(wide * wide, 0)[None, :] / 2
         score = tl.where((k < K)[None, :], score, float("-inf"))
-        better = score > best  # never a NaN, and never a later one among equals
+        better = score > best  # so that NaN never wins, and among equal scores the first does
         best = tl.where(better, score, best)
         at = tl.where(better, k0, at)
-    found = winners(best, at + lane[None, :])
-    store_winners(found, rows, group, ROWS, codebook_ptr, indices_ptr, codes_ptr, G, K, D, PADDED_D)
+    indices = winners(best, at + lane[None, :])
+    store_winners(indices, rows, group, ROWS, codebook_ptr, indices_ptr, codes_ptr, G, K, D, PADDED_D)
 
 
-def plan(latents: Tensor, codebook: Tensor, *, arch: int) -> tuple[list[Launch], tuple[Tensor, Tensor]]:
-    """The calls that make indices and codes, and these."""
+def kernel_launches(latents: Tensor, codebook: Tensor, *, arch: int) -> tuple[list[Launch], tuple[Tensor, Tensor]]:
+    """The launches, and the indices and codes that they fill."""
     outputs = _empty(latents, codebook)
     latents, codebook = contiguous(latents, codebook)
     rows, groups = latents.numel() // latents.shape[-1], codebook.shape[0]
@@ -99,11 +99,11 @@ def plan(latents: Tensor, codebook: Tensor, *, arch: int) -> tuple[list[Launch],
 def codebook_nearest(latents: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
     """Indices [..., G] (int32) of the codewords nearest to latents [..., G*D] in codebooks [G, K, D]; the codewords."""
     groups, _, width = codebook.shape
-    if not launches(latents) or width > 128:  # wider codewords would spill
+    if not runs_kernels(latents) or width > 128:  # wider codewords would spill
         grouped = latents.unflatten(-1, (groups, width))
         half_norms = codebook.square().sum(-1) / 2  # [G, K]
         return chosen((half_norms - torch.einsum("...gd,gkd->...gk", grouped, codebook)).argmin(-1), codebook)
-    return run(*plan(latents, codebook, arch=arch_of(latents)))
+    return run(*kernel_launches(latents, codebook, arch=arch_of(latents)))
 
 
 @codebook_nearest.register_fake

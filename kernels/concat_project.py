@@ -2,9 +2,9 @@
 
     y = W [x; c] + h = W_x x + W_c c + h        W_x: the first columns of W, W_c: the next ones
 
-x [B, N, X] and c [B, N, C] have as many tokens. h is what does not depend on them: the bias [O], a third source that is
-constant ([O], its columns of W times its channels), or a half that was computed before ([B, N, O], with c left out).
-8-bit x, c and W come with the product of their scales, which multiplies the matrix product; y has the type of h.
+x [B, N, X] and c [B, N, C] have the same number of tokens. h is added to their projection: a bias [O], which may
+contain the projection of a constant third source, or a term [B, N, O] that was computed before, if c is left out.
+With 8-bit x, c and W, `scale` is the product of their scales and multiplies the matrix product. y has the type of h.
 
 Operations 2 B N O (X + C); bytes B N (X + C + O) + O (X + C), times the width of the type.
 """
@@ -15,16 +15,16 @@ from torch.library import triton_op
 from torch.nn.functional import linear
 
 from tilewright.kernels.face import Face
-from tilewright.kernels.jit import Launch, arch_of, ceil_div, contiguous, jit, launches, run, tl
+from tilewright.kernels.jit import Launch, arch_of, ceil_div, contiguous, jit, run, runs_kernels, tl
 
-__all__ = ["FACE", "concat_project", "concat_project_reference", "plan"]
+__all__ = ["FACE", "concat_project", "concat_project_reference", "kernel_launches"]
 
 
-def _body(given: frozenset[str]) -> str:
+def _body(inputs: frozenset[str]) -> str:
     return f"""
         one = Constant<value_ints = [1]>()
         zero = Constant<value_ints = [0]>()
-        tokens = {"Concat<axis = -1>(x, c)" if "c" in given else "Identity(x)"}
+        tokens = {"Concat<axis = -1>(x, c)" if "c" in inputs else "Identity(x)"}
         joined = Shape<start = -1>(tokens)
         columns = Slice(weight, zero, joined, one)
         transposed = Transpose<perm = [1, 0]>(columns)
@@ -54,7 +54,7 @@ def _concat_project_kernel(
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     outs = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
     in_rows, in_outs = rows < ROWS, outs < OUT
-    # a row past the end reads the first one: its products are never stored
+    # a row past the end reads the first row, and its result is never stored
     from_rows = tl.where(in_rows, rows, 0).to(tl.int64)
     from_outs = tl.where(in_outs, outs, 0).to(tl.int64)
     acc = tl.zeros((BLOCK_M, BLOCK_O), tl.float32)
@@ -80,10 +80,10 @@ def _concat_project_kernel(
     tl.store(places, acc.to(y_ptr.dtype.element_ty), mask=in_rows[:, None] & in_outs[None, :])
 
 
-def plan(
+def kernel_launches(
     x: Tensor, c: Tensor | None, weight: Tensor, h: Tensor, scale: Tensor | None = None, *, arch: int
 ) -> tuple[list[Launch], Tensor]:
-    """The calls that make y, and y."""
+    """The launch, and y, which it fills."""
     y = _empty(x, c, weight, h)
     x, c, weight, h, scale = contiguous(x, c, weight, h if h.ndim == 1 else h.expand(y.shape), scale)
     rows, out, wide = x.numel() // x.shape[-1], weight.shape[0], x.dtype == torch.float32
@@ -106,14 +106,14 @@ def plan(
 
 @triton_op("tilewright::concat_project", mutates_args={})
 def concat_project(x: Tensor, c: Tensor | None, weight: Tensor, h: Tensor, scale: Tensor | None = None) -> Tensor:
-    """y [B, N, O] in the type of h; columns of the weight [O, >= X + C] past the tokens' are not read."""
-    if not launches(x):
+    """y [B, N, O] in the type of h. Of the weight [O, >= X + C] only the first X + C columns are read."""
+    if not runs_kernels(x):
         weight = weight.to(h.dtype)
         y = linear(x.to(h.dtype), weight[:, : x.shape[-1]])
         if c is not None:
             y = y + linear(c.to(h.dtype), weight[:, x.shape[-1] : x.shape[-1] + c.shape[-1]])
         return (y if scale is None else y * scale.to(h.dtype)) + h
-    return run(*plan(x, c, weight, h, scale, arch=arch_of(x)))
+    return run(*kernel_launches(x, c, weight, h, scale, arch=arch_of(x)))
 
 
 @concat_project.register_fake

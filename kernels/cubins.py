@@ -1,13 +1,13 @@
-"""Cubins of the kernels in a folder, for the CUDA ops of ONNX Runtime (native/cuda_ops.cc), which have no compiler.
+"""A folder of cubins for the CUDA ops of ONNX Runtime (native/cuda_ops.cc), which cannot compile kernels themselves.
 
-`manifest.txt` has a line a cubin. Up to `kernel=` it says what the kernel was compiled for; by these very words an op
-asks for it, and this command makes what is missing:
+`manifest.txt` has one line for each cubin. The words before `kernel=` say which call the kernel was compiled for; the
+op looks its kernel up by these words, and this command compiles the missing ones:
 
     op=CodebookNearest arch=90 inputs=float16,float16 G=4 K=4096 D=8 kernel=_codebook_nearest_kernel
     file=codebook_nearest_kernel-....cubin threads=128 shared=4352 parameters=ppipp scratch=2 BLOCK_M=64
 
-Inputs are as in the op's face; `-` is one left out. Parameters are pointers (p) and int32 sizes (i); after them come
-`scratch` pointers that the kernel never reads.
+`inputs` are the types of the op's inputs in the order of its face, `-` for one that is left out. `parameters` are
+pointers (p) and int32 sizes (i). After them the kernel has `scratch` more pointers that it never reads.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def _qkv_norm_rope(w: Words) -> list[tuple[int, ...]]:
     return [x, c, *[(out, w["X"] + w["C"])] * 3, *[term] * 3, *[(w["D"],)] * 2, *[table] * 2]
 
 
-# for each op the sizes that its kernel is compiled for, and the shapes of its inputs by them
+# op -> the sizes that its kernel is compiled for, and the shapes of its inputs for these sizes
 SHAPES: dict[str, tuple[tuple[str, ...], Callable[[Words], list[tuple[int, ...]]]]] = {
     "ConcatProject": (
         ("X", "C", "K", "OUT", "H_ROWS"),
@@ -67,17 +67,17 @@ SHAPES: dict[str, tuple[tuple[str, ...], Callable[[Words], list[tuple[int, ...]]
 
 
 def words_of(op: Op, arguments: Sequence[Any], options: Words, arch: int) -> str:
-    """What a call of the op needs, in the manifest's words; tensors may be on the meta device."""
+    """The words in the manifest for a call of the op. Tensors may be on the meta device."""
     assert op.face is not None
-    given = [*arguments, *[None] * (len(op.face.inputs) - len(arguments))]
-    inputs = ",".join("-" if a is None else str(a.dtype).removeprefix("torch.") for a in given)
-    constants = _planned(op, arguments, options, arch).constants
+    tensors = [*arguments, *[None] * (len(op.face.inputs) - len(arguments))]
+    inputs = ",".join("-" if a is None else str(a.dtype).removeprefix("torch.") for a in tensors)
+    constants = _only_launch(op, arguments, options, arch).constants
     sizes = " ".join(f"{name}={_number(constants[name])}" for name in SHAPES[op.face.name][0])
     return f"op={op.face.name} arch={arch} inputs={inputs} {sizes}"
 
 
 def launch_for(words: str) -> tuple[Launch, int]:
-    """The call of the kernel, and the architecture, that these words of a manifest ask for."""
+    """The launch and the architecture for these words of a manifest."""
     w = _parsed(words)
     op, inputs = FACES[w["op"]], w["inputs"].split(",")
     shapes = SHAPES[w["op"]][1](w)
@@ -94,41 +94,41 @@ def launch_for(words: str) -> tuple[Launch, int]:
     options: Words = {}
     if "HEADS" in w:
         if w["D"] < 16 or w["D"] & (w["D"] - 1):
-            raise ValueError(f"D={w['D']}: kernels have heads of a power of two, at least 16; give the graph its body")
+            raise ValueError(f"D={w['D']}: heads must be a power of two and at least 16 wide; give the graph its body")
         if "EPSILON" in w:
             options = {"heads": w["HEADS"], "epsilon": w["EPSILON"], "interleaved": bool(w["INTERLEAVED"])}
-    return _planned(op, arguments, options, w["arch"]), w["arch"]
+    return _only_launch(op, arguments, options, w["arch"]), w["arch"]
 
 
-def write(folder: Path, asked: Iterable[str], progress: Callable[[str], Any] = lambda line: None) -> None:
-    """Add cubins to a folder; a file of it is whole at every moment, and the manifest names only what is there."""
+def write(folder: Path, calls: Iterable[str], progress: Callable[[str], Any] = lambda line: None) -> None:
+    """Add cubins to a folder. Every file is complete at every moment, and the manifest names only existing files."""
     folder.mkdir(parents=True, exist_ok=True)
     manifest = folder / MANIFEST
     lines = manifest.read_text().splitlines() if manifest.exists() else [HEADER]
     if lines[:1] != [HEADER]:
         raise ValueError(f"{manifest} does not begin with '{HEADER}': write to an empty folder")
-    known = {line.split(" kernel=")[0]: line for line in lines[1:]}
-    for words in dict.fromkeys(asked):
+    entries = {line.split(" kernel=")[0]: line for line in lines[1:]}
+    for words in dict.fromkeys(calls):
         launch, arch = launch_for(words)
         kernel = compiled(launch, arch)
         if kernel.shared > SHARED_LIMIT[arch]:
-            raise ValueError(f"{words}: takes {kernel.shared} bytes of shared memory, {SHARED_LIMIT[arch]} are there")
+            raise ValueError(f"{words}: needs {kernel.shared} bytes of shared memory, a block has {SHARED_LIMIT[arch]}")
         name = f"{kernel.name.strip('_')}-{hashlib.sha256(kernel.asm['cubin']).hexdigest()[:16]}.cubin"
         _replace(folder / name, kernel.asm["cubin"])
-        known[words] = f"{words} {_facts(launch, kernel, name)}"
-        _replace(manifest, "".join(f"{line}\n" for line in [HEADER, *sorted(known.values())]).encode())
-        progress(known[words])
+        entries[words] = f"{words} {_facts(launch, kernel, name)}"
+        _replace(manifest, "".join(f"{line}\n" for line in [HEADER, *sorted(entries.values())]).encode())
+        progress(entries[words])
 
 
-def _made(usual: torch.dtype, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+def _meta_tensor(usual: torch.dtype, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype or usual, device="meta")
 
 
-def _planned(op: Op, arguments: Iterable[Any], options: Words, arch: int) -> Launch:
-    assert op.plan is not None
+def _only_launch(op: Op, arguments: Iterable[Any], options: Words, arch: int) -> Launch:
+    assert op.kernel_launches is not None
     if op.name == "codebook_from_hidden":
-        options = options | {"shares": 1}  # more would need a second kernel and a place for its scores
-    (launch,), _ = op.plan(*arguments, **options, arch=arch)
+        options = options | {"shares": 1}  # more shares would need a second kernel and memory for scores
+    (launch,), _ = op.kernel_launches(*arguments, **options, arch=arch)
     return launch
 
 
@@ -145,7 +145,7 @@ def _facts(launch: Launch, kernel: Compiled, file: str) -> str:
 
 
 def _number(value: Any) -> str:
-    """An integer or a truth as an integer; a fraction with the digits that tell float32 numbers apart."""
+    """A number as text: integers and truth values as integers, floats with the nine digits that float32 needs."""
     return f"{np.float32(value):.9g}" if isinstance(value, float) else str(int(value))
 
 
@@ -179,28 +179,28 @@ def _replace(path: Path, content: bytes) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command; the exit code."""
+    """Run the command; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m tilewright.kernels.cubins", description=__doc__.split("\n")[0])
-    parser.add_argument("-o", dest="folder", type=Path, required=True, help="where the cubins go, beside those there")
+    parser.add_argument("-o", dest="folder", type=Path, required=True, help="folder to add the cubins to")
     parser.add_argument("--arch", type=int, nargs="+", choices=ARCHS, default=ARCHS, help="compute capabilities")
     parser.add_argument("--type", nargs="+", choices=TYPES, default=["float16", "bfloat16"])
-    cases = sorted({case for op in FACES.values() for case in op.cases})
-    parser.add_argument("--case", nargs="+", choices=cases, help="published sizes; all but small")
-    parser.add_argument("words", nargs="*", help="or these: 'op=CodebookNearest arch=90 inputs=float16,float16 ...'")
-    asked = parser.parse_args(arguments)
-    chosen = asked.case or [case for case in cases if case != "small"]
-    calls = [
-        (op, op.cases[case](partial(_made, TYPES[kind])))
+    names = sorted({case for op in FACES.values() for case in op.cases})
+    parser.add_argument("--case", nargs="+", choices=names, help="published sizes (default: all but small)")
+    parser.add_argument("words", nargs="*", help="other calls: 'op=CodebookNearest arch=90 inputs=float16,float16 ...'")
+    options = parser.parse_args(arguments)
+    chosen = options.case or [case for case in names if case != "small"]
+    samples = [
+        (op, op.cases[case](partial(_meta_tensor, TYPES[kind])))
         for op in FACES.values()
         for case in op.cases
         if case in chosen
-        for kind in asked.type
+        for kind in options.type
     ]
-    wanted = asked.words or [
-        words_of(op, arguments, options, arch) for op, (arguments, options) in calls for arch in asked.arch
+    calls = options.words or [
+        words_of(op, arguments, attributes, arch) for op, (arguments, attributes) in samples for arch in options.arch
     ]
     try:
-        write(asked.folder, wanted, lambda line: print(line, file=sys.stderr))
+        write(options.folder, calls, lambda line: print(line, file=sys.stderr))
     except (ValueError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 4

@@ -1,4 +1,4 @@
-"""An op's face in ONNX: the node that graphs hold, and what it means in standard operators."""
+"""An op's face in ONNX: the node that stands for it in graphs, and the same computation in standard operators."""
 
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
@@ -9,25 +9,25 @@ DOMAIN, VERSION = "tilewright", 1
 
 
 def plain(names: Iterable[str]) -> list[str]:
-    """The names of a face's inputs, outputs or attributes, without marks and types."""
+    """The names of inputs, outputs or attributes of a face, without marks and types."""
     return [name.split(":")[0].rstrip("?") for name in names]
 
 
 @dataclass(frozen=True)
 class Face:
-    """A node `tilewright::name`, or `tilewright::name_without_bias`, which does not take that input.
+    """A node `tilewright::NAME`, or `tilewright::NAME_without_bias` if its input `bias` is left out.
 
-    An overload would say the same, but TensorRT chooses plugins by name alone, and NVIDIA's tools drop overloads.
-    Attributes are in `attributes` with their types (`int`, `float`).
+    The name tells which inputs are left out, because TensorRT chooses plugins by their names alone, and NVIDIA's tools
+    drop ONNX's overloads.
     """
 
     name: str
     inputs: tuple[str, ...]  # `bias?` may be left out
-    outputs: tuple[str, ...]  # `indices:int32`; without a type, that of the first input
-    body: Callable[[frozenset[str]], str]  # nodes of opset 23 in ONNX's text form, for the inputs that are given
-    attributes: tuple[str, ...] = ()
+    outputs: tuple[str, ...]  # `indices:int32`; without a type, the type of the first input
+    body: Callable[[frozenset[str]], str]  # inputs that are not left out -> nodes of opset 23 in ONNX's text form
+    attributes: tuple[str, ...] = ()  # names and types: `heads:int`, `epsilon:float`
 
-    def called(self, given: Collection[str]) -> str:
-        """The node's name with these inputs, which are all it then takes."""
-        missing = [name for name in plain(self.inputs) if name not in given]
+    def node_name(self, inputs: Collection[str]) -> str:
+        """The name of the node that has only these inputs."""
+        missing = [name for name in plain(self.inputs) if name not in inputs]
         return "_".join((self.name, "without", *missing)) if missing else self.name

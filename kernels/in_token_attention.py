@@ -1,10 +1,10 @@
-"""Attention of channel-concatenated tokens beside a text: neither channels nor tokens are ever concatenated.
+"""Attention over text tokens and image tokens from two sources, without concatenating channels or tokens.
 
     z = W [x; c] + h                             concat_project
     q, k, v = norm and rope of W_p z + h_p       qkv_norm_rope
     o = attention over [text; z]                 joint_attention
 
-Operations and bytes are those of its three parts.
+Operations and bytes are the sums of the three parts.
 """
 
 from torch import Tensor
@@ -34,7 +34,7 @@ def in_token_attention(
     x: Tensor, c: Tensor, embed: tuple[Tensor, Tensor], weights: Three, terms: Three, norms: tuple[Tensor, Tensor],
     tables: tuple[Tensor, Tensor], text: Three, *, heads: int, epsilon: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """What the text's tokens and those of x [B, N, X] with c [B, N, C] see; `text` is its q, k, v [B, H, T, D]."""
+    """Attention over text tokens, `text` is their q, k, v [B, H, T, D], and image tokens x [B, N, X], c [B, N, C]."""
     z = concat_project(x, c, *embed)
     q, k, v = qkv_norm_rope(z, None, *weights, *terms, *norms, *tables, heads=heads, epsilon=epsilon, interleaved=True)
     return joint_attention(*text, q, k, v)

@@ -1,7 +1,7 @@
-"""Triton where it is: the decorator, and a kernel's call as data that is launched here or compiled ahead of time.
+"""Triton, if it is installed: its decorator, and `Launch`, a kernel's call as data to run or to compile.
 
-A process either compiles kernels or interprets them (TRITON_INTERPRET=1, set before Triton is imported): Triton decides
-when it decorates. Without Triton the files still import, and every op takes its plain PyTorch path.
+A process either compiles kernels or interprets them. Triton decides that when it is imported (TRITON_INTERPRET=1).
+Without Triton these files still import, and every op takes its plain PyTorch path.
 """
 
 import logging
@@ -18,8 +18,8 @@ try:
     import triton.language as tl
 except ImportError:
     triton = None
-    tl = SimpleNamespace(constexpr=None)  # what signatures name
-    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # it warns of every op's missing kernel
+    tl = SimpleNamespace(constexpr=None)  # the only name in signatures
+    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # PyTorch warns about every missing kernel
 
 __all__ = [
     "INTERPRETED",
@@ -29,36 +29,36 @@ __all__ = [
     "contiguous",
     "fits_a_block",
     "jit",
-    "launches",
     "run",
+    "runs_kernels",
     "tl",
     "triton",
 ]
 
-INTERPRETED = triton is not None and not isinstance(tl.zeros, triton.JITFunction)  # as Triton decided for its own
+INTERPRETED = triton is not None and not isinstance(tl.zeros, triton.JITFunction)  # Triton's decision at import
 
 
 def jit(function: Callable[..., Any]) -> Any:
-    """`triton.jit`, or the function itself where Triton is not installed."""
+    """`triton.jit`, or the function itself if Triton is not installed."""
     return function if triton is None else triton.jit(function)
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One call of a kernel; its parameters are inputs, sizes, outputs, constants, in this order.
+    """One call of a kernel. Its parameters are inputs, sizes, outputs and constants, in this order.
 
-    Tensors may be on the meta device: then it is a description to compile.
+    With tensors on the meta device it can only be compiled, not run.
     """
 
     kernel: Any
-    arguments: dict[str, Tensor | int | None]  # none: the kernel is compiled without it
+    arguments: dict[str, Tensor | int | None]  # none: the kernel is compiled without this argument
     constants: dict[str, Any]
     grid: tuple[Any, ...]
     warps: int
     stages: int
 
     def __call__(self) -> None:
-        """Run it on the tensors' device."""
+        """Run the kernel on the tensors' device."""
         if triton.knobs.runtime.interpret != INTERPRETED:
             raise RuntimeError(
                 "TRITON_INTERPRET changed after Triton was imported; a process interprets or compiles: "
@@ -69,24 +69,24 @@ class Launch:
 
 
 def run(launches: list[Launch], outputs: Any) -> Any:
-    """The outputs, filled."""
+    """Run the launches, and return the outputs that they fill."""
     for launch in launches:
         launch()
     return outputs
 
 
-def launches(x: Tensor) -> bool:
-    """Whether kernels run on this tensor: a GPU's, or any under the interpreter."""
+def runs_kernels(x: Tensor) -> bool:
+    """Whether our kernels run on this tensor: it is on a GPU, or the process interprets kernels."""
     return triton is not None and (x.is_cuda or (INTERPRETED and x.device.type == "cpu"))
 
 
 def fits_a_block(width: int) -> bool:
-    """Whether kernels take heads of this width; wider ones would not fit shared memory."""
+    """Whether kernels accept heads of this width; wider heads would not fit into shared memory."""
     return 16 <= width <= 128 and width & (width - 1) == 0
 
 
 def arch_of(x: Tensor) -> int:
-    """Compute capability as 80, 90, ...; the interpreter's and AMD's tiles are those of 80."""
+    """The compute capability as 80, 90, ...; 80 also for the interpreter and AMD, which use the same tiles."""
     if not x.is_cuda or torch.version.hip:
         return 80
     major, minor = torch.cuda.get_device_capability(x.device)
@@ -94,7 +94,7 @@ def arch_of(x: Tensor) -> int:
 
 
 def contiguous(*tensors: Tensor | None) -> list[Any]:
-    """The tensors as kernels read them."""
+    """The tensors in the contiguous layout that kernels read."""
     return [t if t is None else t.contiguous() for t in tensors]
 
 

@@ -1,9 +1,9 @@
-"""Attention over two segments of tokens (text and image, prefix and patches) that lie in buffers of their own.
+"""Attention over two segments of tokens (text and image, or prefix and patches) in separate buffers.
 
     o = softmax(q k^T / sqrt(D)) v      with q = [q1; q2], k = [k1; k2], v = [v1; v2] along the tokens, never joined
 
-q1, k1, v1 [B, H, T, D] and q2, k2, v2 [B, H, N, D] -> o1 [B, T, H*D] and o2 [B, N, H*D], heads side by side, as the
-projections that follow read them.
+q1, k1, v1 [B, H, T, D] and q2, k2, v2 [B, H, N, D] -> o1 [B, T, H*D] and o2 [B, N, H*D]. Heads are side by side, as
+the next projections read them.
 
 Operations 4 B H (T + N)^2 D; bytes 4 B H (T + N) D, times the width of the type.
 """
@@ -16,14 +16,14 @@ from torch.library import triton_op
 from torch.nn.functional import scaled_dot_product_attention
 
 from tilewright.kernels.face import Face
-from tilewright.kernels.jit import Launch, arch_of, ceil_div, contiguous, fits_a_block, jit, launches, run, tl
+from tilewright.kernels.jit import Launch, arch_of, ceil_div, contiguous, fits_a_block, jit, run, runs_kernels, tl
 
-__all__ = ["FACE", "joint_attention", "joint_attention_reference", "plan"]
+__all__ = ["FACE", "joint_attention", "joint_attention_reference", "kernel_launches"]
 
 LOG2_E = 1.4426950408889634
 
 
-def _body(given: frozenset[str]) -> str:
+def _body(inputs: frozenset[str]) -> str:
     return """
         q = Concat<axis = 2>(q1, q2)
         k = Concat<axis = 2>(k1, k2)
@@ -57,10 +57,10 @@ def _attend(
     acc, top, total, q, k1_ptr, v1_ptr, k2_ptr, v2_ptr, T, N, SCALE: tl.constexpr,
     D: tl.constexpr, BLOCK_N: tl.constexpr, TAILS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The running softmax carried over the whole blocks of keys of both segments, or over what is left of each."""
+    """Continue the running softmax over the full blocks of both segments' keys, or with TAILS over their last part."""
     d = tl.arange(0, D)
     blocks1, blocks2 = T // BLOCK_N, N // BLOCK_N
-    # one loop for both: two would be compiled twice and hold their addresses at the same time
+    # one loop for both segments: two loops would double the code and the registers for addresses
     first = 1 if TAILS else blocks1
     for i in tl.range(0, 2 if TAILS else blocks1 + blocks2):
         in_first = i < first
@@ -98,7 +98,7 @@ def _joint_attention_kernel(
         q_ptr, o_ptr, length = q2_ptr, o2_ptr, N
         block -= tl.cdiv(T, BLOCK_M)
     rows, d = block * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, D)
-    # a row past the end reads the first one: what it sees is never stored
+    # a row past the end reads the first row, and its result is never stored
     from_rows = tl.where(rows < length, rows, 0)
     q = tl.load(q_ptr + batch_head * length * D + from_rows[:, None] * D + d[None, :])
     acc = tl.zeros((BLOCK_M, D), tl.float32)
@@ -110,14 +110,14 @@ def _joint_attention_kernel(
     acc, top, total = _attend(acc, top, total, q, k1, v1, k2, v2, T, N, SCALE, D, BLOCK_N, True, PRECISION)
     batch, head = batch_head // HEADS, batch_head % HEADS
     token = (batch * length + rows) * HEADS + head
-    seen = acc / total[:, None]
-    tl.store(o_ptr + token[:, None] * D + d[None, :], seen.to(o_ptr.dtype.element_ty), mask=rows[:, None] < length)
+    attended = acc / total[:, None]
+    tl.store(o_ptr + token[:, None] * D + d[None, :], attended.to(o_ptr.dtype.element_ty), mask=rows[:, None] < length)
 
 
-def plan(
+def kernel_launches(
     q1: Tensor, k1: Tensor, v1: Tensor, q2: Tensor, k2: Tensor, v2: Tensor, *, arch: int
 ) -> tuple[list[Launch], tuple[Tensor, Tensor]]:
-    """The calls that make o1 and o2, and these."""
+    """The launch, and o1 and o2, which it fills."""
     o1, o2 = _empty(q1, k1, v1, q2, k2, v2)
     batch, heads, text, width = q1.shape
     image = q2.shape[2]
@@ -132,7 +132,7 @@ def plan(
 
 
 def _tile(dtype: torch.dtype, width: int, arch: int) -> tuple[int, int, int, int]:
-    """Queries and keys of a block; warps; stages."""
+    """Queries and keys of a block, then warps and stages."""
     if dtype == torch.float32:
         return 32, 32, 4, 1
     if arch in (90, 100):
@@ -142,12 +142,12 @@ def _tile(dtype: torch.dtype, width: int, arch: int) -> tuple[int, int, int, int
 
 @triton_op("tilewright::joint_attention", mutates_args={})
 def joint_attention(q1: Tensor, k1: Tensor, v1: Tensor, q2: Tensor, k2: Tensor, v2: Tensor) -> tuple[Tensor, Tensor]:
-    """What the tokens of both segments see: o1 [B, T, H*D] and o2 [B, N, H*D]."""
-    if not launches(q1) or not fits_a_block(q1.shape[-1]) or 0 in (q1.shape[2], q2.shape[2]):
+    """Attention's results for both segments: o1 [B, T, H*D] and o2 [B, N, H*D]."""
+    if not runs_kernels(q1) or not fits_a_block(q1.shape[-1]) or 0 in (q1.shape[2], q2.shape[2]):
         q, k, v = (torch.cat(pair, 2) for pair in ((q1, q2), (k1, k2), (v1, v2)))
         tokens = scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         return tokens[:, : q1.shape[2]].clone(), tokens[:, q1.shape[2] :].clone()
-    return run(*plan(q1, k1, v1, q2, k2, v2, arch=arch_of(q1)))
+    return run(*kernel_launches(q1, k1, v1, q2, k2, v2, arch=arch_of(q1)))
 
 
 @joint_attention.register_fake

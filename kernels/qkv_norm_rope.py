@@ -1,11 +1,11 @@
-"""Queries, keys and values of a block: three projections, with RMSNorm of every head and rotary positions behind them.
+"""Queries, keys and values of a block: three projections, then RMSNorm of every head and rotary positions.
 
-    p = W_p [x; c] + h_p                         p = q, k, v; c may be left out, h_p: bias [H*D] or term [B, N, H*D]
-    q, k <- p / sqrt(mean_d p^2 + eps) * norm_p  within a head; left out without norms
-    q, k <- (a cos - b sin, b cos + a sin)       pairs (a, b) of a head: neighbours when interleaved, else its halves
+    p = W_p [x; c] + h_p                         p = q, k, v; c is optional; h_p: bias [H*D] or term [B, N, H*D]
+    q, k <- p / sqrt(mean_d p^2 + eps) * norm_p  within a head, if there are norms
+    q, k <- (a cos - b sin, b cos + a sin)       pairs (a, b) of a head: neighbours if interleaved, else its halves
 
-x [B, N, X], c [B, N, C] -> q, k, v [B, H, N, D]. The tables [N - prefix, D/2] turn the last tokens; the first ones
-(class tokens, text) stay as they are. Left out, nothing turns.
+x [B, N, X], c [B, N, C] -> q, k, v [B, H, N, D]. The tables [N - prefix, D/2] rotate the last tokens, not the first
+ones (class tokens, text). Without tables nothing is rotated.
 
 Operations 6 B N H D (X + C); bytes B N (X + C + 3 H D) + 3 H D (X + C), times the width of the type.
 """
@@ -18,12 +18,12 @@ from torch.library import triton_op
 from torch.nn.functional import linear
 
 from tilewright.kernels.face import Face
-from tilewright.kernels.jit import Launch, arch_of, ceil_div, contiguous, fits_a_block, jit, launches, run, tl
+from tilewright.kernels.jit import Launch, arch_of, ceil_div, contiguous, fits_a_block, jit, run, runs_kernels, tl
 
-__all__ = ["FACE", "plan", "qkv_norm_rope", "qkv_norm_rope_reference"]
+__all__ = ["FACE", "kernel_launches", "qkv_norm_rope", "qkv_norm_rope_reference"]
 
 
-def _body(given: frozenset[str]) -> str:
+def _body(inputs: frozenset[str]) -> str:
     lines = [
         "half = Constant<value_ints = [0, 0]>()",
         "heads = Constant<value_int: int = @heads>()",
@@ -31,9 +31,9 @@ def _body(given: frozenset[str]) -> str:
         "heads_dim = Unsqueeze(heads, zeroth)",
         "rest = Constant<value_ints = [-1]>()",
         "by_head = Concat<axis = 0>(half, heads_dim, rest)",
-        "tokens = Concat<axis = -1>(x, c)" if "c" in given else "tokens = Identity(x)",
+        "tokens = Concat<axis = -1>(x, c)" if "c" in inputs else "tokens = Identity(x)",
     ]
-    if "cos" in given:
+    if "cos" in inputs:
         lines += [
             "all = Shape<start = 1, end = 2>(x)",
             "turned = Shape<start = 0, end = 1>(cos)",
@@ -56,14 +56,14 @@ def _body(given: frozenset[str]) -> str:
     for p in "qkv":
         lines += [f"t_{p} = Transpose<perm = [1, 0]>(w{p})", f"m_{p} = MatMul(tokens, t_{p})"]
         last = f"m_{p}"
-        if f"h{p}" in given:
+        if f"h{p}" in inputs:
             lines, last = [*lines, f"b_{p} = Add({last}, h{p})"], f"b_{p}"
         lines += [f"r_{p} = Reshape({last}, by_head)"]
         last, steps = f"r_{p}", [("s", "Transpose<perm = [0, 2, 1, 3]>({})")]
-        if p != "v" and "norm_q" in given:
+        if p != "v" and "norm_q" in inputs:
             steps += [("n", f"RMSNormalization<axis = -1, epsilon: float = @epsilon>({{}}, norm_{p})")]
-        if p != "v" and "cos" in given:
-            # in the type of the tables, which may be wider
+        if p != "v" and "cos" in inputs:
+            # rotate in the type of the tables, which may be wider
             steps += [("w", "CastLike({}, cosines)")]
             steps += [("e", "RotaryEmbedding<interleaved: int = @interleaved>({}, cosines, sines)")]
             steps += [("x", "CastLike({}, x)")]
@@ -83,7 +83,7 @@ FACE = Face(
 
 
 def _rotated(p: Tensor, cos: Tensor | None, sin: Tensor | None, interleaved: bool) -> Tensor:
-    """The last tokens of [B, H, N, D], turned."""
+    """Rotate the last tokens of [B, H, N, D]."""
     if cos is None or sin is None:
         return p
     prefix = p.shape[2] - cos.shape[0]
@@ -133,7 +133,7 @@ def _qkv_norm_rope_kernel(
         w_ptr, out_ptr, h_ptr = wv_ptr, v_ptr, hv_ptr
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     outs = tl.program_id(1) % (OUT // BLOCK_O) * BLOCK_O + tl.arange(0, BLOCK_O)
-    # a row past the end reads the first one: its products are never stored
+    # a row past the end reads the first row, and its result is never stored
     from_rows = tl.where(rows < ROWS, rows, 0).to(tl.int64)
     acc = tl.zeros((BLOCK_M, BLOCK_O), tl.float32)
     for k0 in tl.range(0, X, BLOCK_K):
@@ -177,13 +177,13 @@ def _qkv_norm_rope_kernel(
     tl.store(out_ptr + by_row[:, None] + by_out[None, :], acc.to(out_ptr.dtype.element_ty), mask=rows[:, None] < ROWS)
 
 
-def plan(
+def kernel_launches(
     x: Tensor, c: Tensor | None, wq: Tensor, wk: Tensor, wv: Tensor,
     hq: Tensor | None = None, hk: Tensor | None = None, hv: Tensor | None = None,
     norm_q: Tensor | None = None, norm_k: Tensor | None = None, cos: Tensor | None = None, sin: Tensor | None = None,
     *, heads: int, epsilon: float = 1e-6, interleaved: bool = False, arch: int,
 ) -> tuple[list[Launch], tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
-    """The calls that make q, k and v, and these."""
+    """The launch, and q, k and v, which it fills."""
     outputs = _empty(x, c, wq, wk, wv, heads=heads)
     batch, tokens, channels = x.shape
     by_row = any(h is not None and h.ndim > 1 for h in (hq, hk, hv))
@@ -192,8 +192,8 @@ def plan(
     m, stages, warps = (32, 2, 4) if wide else (128, 3, 8)
     o = next(o for o in (128, 64, width) if o % width == 0 and out % o == 0)
     names = ("x", "c", "wq", "wk", "wv", "hq", "hk", "hv", "norm_q", "norm_k", "cos", "sin")
-    given = contiguous(x, c, wq, wk, wv, hq, hk, hv, norm_q, norm_k, cos, sin)
-    arguments: dict[str, Any] = {f"{name}_ptr": tensor for name, tensor in zip(names, given, strict=True)}
+    tensors = contiguous(x, c, wq, wk, wv, hq, hk, hv, norm_q, norm_k, cos, sin)
+    arguments: dict[str, Any] = {f"{name}_ptr": tensor for name, tensor in zip(names, tensors, strict=True)}
     arguments |= {"ROWS": batch * tokens, "TOKENS": tokens, "PREFIX": 0 if cos is None else tokens - cos.shape[0]}
     arguments |= {f"{name}_ptr": tensor for name, tensor in zip("qkv", outputs, strict=True)}
     constants: dict[str, Any] = {
@@ -234,12 +234,12 @@ def qkv_norm_rope(
     norm_q: Tensor | None = None, norm_k: Tensor | None = None, cos: Tensor | None = None, sin: Tensor | None = None,
     *, heads: int, epsilon: float = 1e-6, interleaved: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """q, k, v [B, H, N, D]. All of hq, hk, hv are given or none; so are both norms and both tables."""
-    if not launches(x) or not fits_a_block(wq.shape[0] // heads):
+    """q, k, v [B, H, N, D]. hq, hk and hv are optional together, and so are both norms and both tables."""
+    if not runs_kernels(x) or not fits_a_block(wq.shape[0] // heads):
         q, k, v = _plain(x, c, (wq, wk, wv), (hq, hk, hv), (norm_q, norm_k), cos, sin, heads, epsilon, interleaved)
         return q.contiguous(), k.contiguous(), v.contiguous()
-    given = (x, c, wq, wk, wv, hq, hk, hv, norm_q, norm_k, cos, sin)
-    return run(*plan(*given, heads=heads, epsilon=epsilon, interleaved=interleaved, arch=arch_of(x)))
+    arguments = (x, c, wq, wk, wv, hq, hk, hv, norm_q, norm_k, cos, sin)
+    return run(*kernel_launches(*arguments, heads=heads, epsilon=epsilon, interleaved=interleaved, arch=arch_of(x)))
 
 
 @qkv_norm_rope.register_fake

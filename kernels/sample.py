@@ -1,4 +1,4 @@
-"""Arguments of an op's cases: seeded random ones, or on the meta device, where they are sizes and types only."""
+"""Arguments for an op's cases: seeded random tensors, or tensors without data on the meta device."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,12 +12,12 @@ from tilewright.kernels.table import Op
 __all__ = ["Sample", "sample", "type_name"]
 
 EIGHT_BIT = torch.float8_e4m3fn
-IN_EIGHT_BIT = {"x", "c", "hidden", "weight"}  # what an op multiplies; the rest of its inputs stay in bfloat16
+IN_EIGHT_BIT = {"x", "c", "hidden", "weight"}  # inputs that an op multiplies; all others stay in bfloat16
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A call of an op."""
+    """One call of an op."""
 
     op: Op
     case: str
@@ -27,17 +27,17 @@ class Sample:
 
 
 def sample(op: Op, case: str, dtype: torch.dtype, device: str = "cpu") -> Sample:
-    """The same for the same device."""
+    """The call of a case; on the same device it always has the same numbers."""
     meta = device == "meta"
     generator = None if meta else torch.Generator(device).manual_seed(0)
     wide = torch.bfloat16 if dtype == EIGHT_BIT else dtype
 
-    def made(*sizes: int, dtype: torch.dtype = wide) -> Tensor:
+    def make(*sizes: int, dtype: torch.dtype = wide) -> Tensor:
         if meta:
             return torch.empty(sizes, dtype=dtype, device=device)
         return torch.randn(sizes, generator=generator, device=device).to(dtype)
 
-    arguments, options = op.cases[case](made)
+    arguments, options = op.cases[case](make)
     if dtype == EIGHT_BIT:
         assert op.eight_bit and op.face is not None
         named = zip(plain(op.face.inputs), arguments, strict=False)
@@ -47,5 +47,5 @@ def sample(op: Op, case: str, dtype: torch.dtype, device: str = "cpu") -> Sample
 
 
 def type_name(dtype: torch.dtype) -> str:
-    """As PyTorch writes it, without its name."""
+    """The name of a type: float32."""
     return str(dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""Every op of the project, with the sizes that the published systems call it at."""
+"""Every op of the project, with the sizes at which the published systems call it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,30 +19,30 @@ from tilewright.kernels import (
 from tilewright.kernels.face import Face
 from tilewright.kernels.jit import Launch
 
-__all__ = ["KERNELS", "Case", "Made", "Op"]
+__all__ = ["KERNELS", "Case", "Make", "Op"]
 
-Made = Callable[..., Tensor]  # a tensor of these sizes in the op's type, or in `dtype=`
-Case = Callable[[Made], tuple[tuple[Any, ...], dict[str, Any]]]  # arguments of a call
+Make = Callable[..., Tensor]  # makes a tensor of these sizes, in the op's type or in `dtype=`
+Case = Callable[[Make], tuple[tuple[Any, ...], dict[str, Any]]]  # makes the arguments of a call
 
 
 @dataclass(frozen=True)
 class Op:
-    """One operation: how it is called, what it must give, what it is elsewhere."""
+    """One operation: its function, reference, kernels, ONNX node and cases."""
 
     name: str
     run: Callable[..., Any]
     reference: Callable[..., Any]
-    plan: Callable[..., tuple[list[Launch], Any]] | None  # none: a composition of others
+    kernel_launches: Callable[..., tuple[list[Launch], Any]] | None  # none: a composition of others
     face: Face | None
-    cases: dict[str, Case]  # "small", and the published sizes
-    longest_sum: Callable[..., int]  # how many numbers one sum adds, of the arguments
-    multiplies: bool = True  # so that its kernel must use tensor cores
-    eight_bit: bool = False  # takes float8_e4m3fn
+    cases: dict[str, Case]  # "small" for tests, and the published sizes
+    longest_sum: Callable[..., int]  # arguments -> the most numbers in one sum
+    multiplies: bool = True  # its kernel must use tensor cores
+    eight_bit: bool = False  # it accepts float8_e4m3fn
 
 
 def _concat_project(batch: int, tokens: int, x: int, c: int, weight: int, out: int) -> Case:
-    return lambda made: (
-        (made(batch, tokens, x), made(batch, tokens, c), made(out, weight), made(out)),
+    return lambda make: (
+        (make(batch, tokens, x), make(batch, tokens, c), make(out, weight), make(out)),
         {},
     )
 
@@ -50,12 +50,12 @@ def _concat_project(batch: int, tokens: int, x: int, c: int, weight: int, out: i
 def _qkv_norm_rope(batch: int, tokens: int, prefix: int, heads: int, width: int, *, flux: bool) -> Case:
     dim = heads * width
 
-    def case(made: Made) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        tables = [made(tokens - prefix, width // 2, dtype=torch.float32) for _ in range(2)]
-        weights = [made(dim, dim) for _ in range(3)]
-        terms = [made(dim) for _ in range(3)] if flux else [None] * 3
-        norms = [made(width) for _ in range(2)] if flux else [None] * 2
-        return (made(batch, tokens, dim), None, *weights, *terms, *norms, *tables), {
+    def case(make: Make) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        tables = [make(tokens - prefix, width // 2, dtype=torch.float32) for _ in range(2)]
+        weights = [make(dim, dim) for _ in range(3)]
+        terms = [make(dim) for _ in range(3)] if flux else [None] * 3
+        norms = [make(width) for _ in range(2)] if flux else [None] * 2
+        return (make(batch, tokens, dim), None, *weights, *terms, *norms, *tables), {
             "heads": heads,
             "interleaved": flux,
         }
@@ -64,8 +64,8 @@ def _qkv_norm_rope(batch: int, tokens: int, prefix: int, heads: int, width: int,
 
 
 def _joint_attention(batch: int, heads: int, text: int, image: int, width: int) -> Case:
-    return lambda made: (
-        tuple(made(batch, heads, tokens, width) for tokens in (text, image) for _ in range(3)),
+    return lambda make: (
+        tuple(make(batch, heads, tokens, width) for tokens in (text, image) for _ in range(3)),
         {},
     )
 
@@ -73,26 +73,26 @@ def _joint_attention(batch: int, heads: int, text: int, image: int, width: int) 
 def _in_token_attention(batch: int, tokens: int, text: int, heads: int, width: int) -> Case:
     dim = heads * width
 
-    def case(made: Made) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        embed = made(dim, 384), made(dim)
-        weights, terms = (tuple(made(*shape) for _ in range(3)) for shape in ((dim, dim), (dim,)))
-        tables = tuple(made(tokens, width // 2, dtype=torch.float32) for _ in range(2))
-        words = tuple(made(batch, heads, text, width) for _ in range(3))
-        x, c = (made(batch, tokens, 64) for _ in range(2))
-        return (x, c, embed, weights, terms, (made(width), made(width)), tables, words), {"heads": heads}
+    def case(make: Make) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        embed = make(dim, 384), make(dim)
+        weights, terms = (tuple(make(*shape) for _ in range(3)) for shape in ((dim, dim), (dim,)))
+        tables = tuple(make(tokens, width // 2, dtype=torch.float32) for _ in range(2))
+        words = tuple(make(batch, heads, text, width) for _ in range(3))
+        x, c = (make(batch, tokens, 64) for _ in range(2))
+        return (x, c, embed, weights, terms, (make(width), make(width)), tables, words), {"heads": heads}
 
     return case
 
 
 def _codebook(rows: int, groups: int, size: int, width: int, channels: int | None) -> Case:
     first = groups * width if channels is None else channels
-    return lambda made: ((made(rows, first), made(groups, size, width)), {})
+    return lambda make: ((make(rows, first), make(groups, size, width)), {})
 
 
 def _codebook_from_hidden(rows: int, channels: int, groups: int, size: int, width: int) -> Case:
     logits = groups * size
-    return lambda made: (
-        (made(rows, channels), made(logits, channels), made(logits), made(groups, size, width)),
+    return lambda make: (
+        (make(rows, channels), make(logits, channels), make(logits), make(groups, size, width)),
         {},
     )
 
@@ -104,7 +104,7 @@ KERNELS = {
             "concat_project",
             concat_project.concat_project,
             concat_project.concat_project_reference,
-            concat_project.plan,
+            concat_project.kernel_launches,
             concat_project.FACE,
             {
                 "small": _concat_project(2, 70, 40, 24, 80, 96),
@@ -118,7 +118,7 @@ KERNELS = {
             "qkv_norm_rope",
             qkv_norm_rope.qkv_norm_rope,
             qkv_norm_rope.qkv_norm_rope_reference,
-            qkv_norm_rope.plan,
+            qkv_norm_rope.kernel_launches,
             qkv_norm_rope.FACE,
             {
                 "small": _qkv_norm_rope(2, 70, 5, 3, 32, flux=True),
@@ -131,7 +131,7 @@ KERNELS = {
             "joint_attention",
             joint_attention.joint_attention,
             joint_attention.joint_attention_reference,
-            joint_attention.plan,
+            joint_attention.kernel_launches,
             joint_attention.FACE,
             {
                 "small": _joint_attention(2, 2, 21, 100, 64),
@@ -158,7 +158,7 @@ KERNELS = {
             "codebook_nearest",
             codebook_nearest.codebook_nearest,
             codebook_nearest.codebook_nearest_reference,
-            codebook_nearest.plan,
+            codebook_nearest.kernel_launches,
             codebook_nearest.FACE,
             {
                 "small": _codebook(150, 4, 500, 8, None),
@@ -171,7 +171,7 @@ KERNELS = {
             "codebook_from_logits",
             codebook_from_logits.codebook_from_logits,
             codebook_from_logits.codebook_from_logits_reference,
-            codebook_from_logits.plan,
+            codebook_from_logits.kernel_launches,
             codebook_from_logits.FACE,
             {"small": _codebook(150, 4, 500, 8, 2000), "hitoksr": _codebook(16_384, 4, 4096, 8, 16_384)},
             lambda *_: 1,
@@ -181,7 +181,7 @@ KERNELS = {
             "codebook_from_hidden",
             codebook_from_hidden.codebook_from_hidden,
             codebook_from_hidden.codebook_from_hidden_reference,
-            codebook_from_hidden.plan,
+            codebook_from_hidden.kernel_launches,
             codebook_from_hidden.FACE,
             {
                 "small": _codebook_from_hidden(150, 96, 4, 500, 8),

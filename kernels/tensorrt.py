@@ -1,18 +1,18 @@
-"""The kernels inside TensorRT: ahead-of-time Quick plugins of the namespace `tilewright`, from the launches of PyTorch.
+"""The kernels inside TensorRT, as ahead-of-time Quick plugins of the namespace `tilewright`.
 
-    register()        before a graph is parsed; from then on TensorRT takes a node by its name
-    PLUGINS           the names, and the inputs that each takes, in order
+    register()        makes the plugins known; call it before a graph is parsed
+    PLUGINS           name of a plugin -> its inputs, in order
 
-TensorRT chooses a plugin by its name alone, and a plugin's inputs are fixed. So an op whose inputs may be left out is
-one plugin for every form that systems use, by the name it has in graphs: `QkvNormRope_without_c`. Whoever prepares a
-graph for TensorRT writes every attribute of the face out, and inlines the function of a node that is not in PLUGINS.
+TensorRT chooses a plugin by its name alone, and a plugin's inputs are fixed. So an op with optional inputs has one
+plugin for each form that systems use, named like the node: `QkvNormRope_without_c`. Before a graph goes to TensorRT,
+every attribute of a node must be written out, and the functions of nodes that are not in PLUGINS must be inlined.
 
-An op's plan is made of tensors without data whose dynamic dimensions are symbols, so sizes, grid and output shapes come
-out as expressions of the inputs' dimensions. What a plan takes as constants (channels, heads, codes) must be fixed in
-the network; what it hands to the kernel as sizes (batch, tokens) may vary.
+The launches of an op are made here with tensors without data, whose dynamic dimensions are symbols. So sizes, grid and
+output shapes become expressions of the inputs' dimensions. Dimensions that a launch has as constants (channels, heads,
+codes) must be fixed in the network. Those that it passes to the kernel as sizes (batch, tokens) may vary.
 
-TensorRT passes a kernel its inputs, its sizes (32 bits each) and its outputs, in this order, and gives no workspace.
-The engine holds PTX, and needs neither Python nor Triton to run.
+TensorRT passes a kernel its inputs, its sizes (32 bits each) and its outputs, in this order, and no workspace. The
+engine holds PTX, and needs neither Python nor Triton to run.
 """
 
 import hashlib
@@ -45,7 +45,7 @@ from tilewright.kernels.table import KERNELS, Op
 
 __all__ = ["PLUGINS", "ptx_of", "register"]
 
-# op -> what each form that systems use leaves out
+# op -> for each form that systems use, the inputs that it leaves out
 FORMS: dict[str, tuple[tuple[str, ...], ...]] = {
     "concat_project": ((),),
     "qkv_norm_rope": (("c",), ("c", "cos", "sin"), ("c", "hq", "hk", "hv", "norm_q", "norm_k")),
@@ -54,8 +54,8 @@ FORMS: dict[str, tuple[tuple[str, ...], ...]] = {
     "codebook_from_logits": ((),),
     "codebook_from_hidden": ((),),
 }
-ONE_KERNEL: dict[str, dict[str, int]] = {"codebook_from_hidden": {"shares": 1}}  # what a plan needs to be one launch
-TABLES = ("cos", "sin")  # float32 in a network of any type, or of its type
+ONE_KERNEL: dict[str, dict[str, int]] = {"codebook_from_hidden": {"shares": 1}}  # options that make it one launch
+TABLES = ("cos", "sin")  # these inputs are float32 or of the network's type
 TYPES = {
     trt.float16: torch.float16,
     trt.bfloat16: torch.bfloat16,
@@ -63,12 +63,14 @@ TYPES = {
     trt.int32: torch.int32,
 }
 FLOATS = ("FP16", "BF16", "FP32")
-# the parser hands an attribute over as an array of one, which 10.16 cannot turn into a number with NumPy 2.4
+# the parser passes an attribute as an array of one number, which TensorRT 10.16 cannot convert with NumPy 2.4
 ATTRIBUTES: dict[str, Any] = {
     "int": np.ndarray[Any, np.dtype[np.int32]],
     "float": np.ndarray[Any, np.dtype[np.float32]],
 }
-MADE = tuple[str | bytes, str | bytes, trtp.KernelLaunchParams, trtp.SymExprs]  # as TensorRT wants it written
+IMPLEMENTATION = tuple[
+    str | bytes, str | bytes, trtp.KernelLaunchParams, trtp.SymExprs
+]  # the signature that TensorRT expects
 ANY = inspect.Parameter.empty
 
 _target: dict[str, int] = {}
@@ -80,7 +82,7 @@ def _forms() -> dict[str, tuple[Op, Face, tuple[str, ...]]]:
         assert op.face is not None
         for missing in FORMS[op.name]:
             inputs = tuple(name for name in plain(op.face.inputs) if name not in missing)
-            forms[op.face.called(inputs)] = op, op.face, inputs
+            forms[op.face.node_name(inputs)] = op, op.face, inputs
     return forms
 
 
@@ -88,9 +90,9 @@ PLUGINS = {name: inputs for name, (_, _, inputs) in _forms().items()}
 
 
 def register(arch: int | None = None) -> None:
-    """Make the plugins known to TensorRT in this process, compiled for this capability (90) or this machine's GPU.
+    """Make the plugins known to TensorRT in this process, for a compute capability (90) or for this machine's GPU.
 
-    Where no GPU can be seen, that is 90. Called again, it changes the capability.
+    Without a GPU the capability is 90. Another call changes it.
     """
     if not _target:
         for name, form in _forms().items():
@@ -109,19 +111,19 @@ def _register(name: str, op: Op, face: Face, inputs: tuple[str, ...]) -> None:
     plugin = f"{DOMAIN}::{name}"
     attributes = {a.split(":")[0]: ATTRIBUTES[a.split(":")[1]] for a in face.attributes}
 
-    def described(*descs: Any, **values: Any) -> Any:
+    def description(*descs: Any, **values: Any) -> Any:
         shapes = _Shapes()
-        with shapes.fake:  # nothing is fixed yet: TensorRT asks for types before it has sizes
+        with shapes.fake:  # no size is known yet: TensorRT asks for types first
             tensors = [shapes.tensor(desc, [-1] * len(desc.shape_expr)) for desc in descs]
             results = _several(op.run(**_arguments(face, inputs, tensors, values)))
         return tuple(
             trtp.from_shape_expr(tuple(map(shapes.expression, result.shape)), _trt_type(result)) for result in results
         )
 
-    def tuned(*_: Any) -> Any:
+    def tactics(*_: Any) -> Any:
         return [trtp.AutoTuneCombination(", ".join(types), "LINEAR") for types in _types(face, inputs)]
 
-    def made(*everything: Any) -> Any:
+    def implementation(*everything: Any) -> Any:
         descs, values = everything[: len(inputs)], everything[len(inputs) : -2]
         shapes = _Shapes()
         with shapes.fake:
@@ -136,12 +138,12 @@ def _register(name: str, op: Op, face: Face, inputs: tuple[str, ...]) -> None:
         return *ptx_of(kernel), params, extra
 
     outputs = (trtp.TensorDesc,) * len(face.outputs)
-    _sign(described, dict.fromkeys(inputs, trtp.TensorDesc) | attributes, GenericAlias(tuple, outputs))
-    _sign(tuned, dict.fromkeys((*inputs, "outputs"), ANY))
-    _sign(made, dict.fromkeys((*inputs, *attributes, "outputs", "tactic"), ANY), MADE)
-    trtp.register(plugin, lazy_register=False)(described)
-    trtp.autotune(plugin)(tuned)
-    trtp.aot_impl(plugin)(made)
+    _sign(description, dict.fromkeys(inputs, trtp.TensorDesc) | attributes, GenericAlias(tuple, outputs))
+    _sign(tactics, dict.fromkeys((*inputs, "outputs"), ANY))
+    _sign(implementation, dict.fromkeys((*inputs, *attributes, "outputs", "tactic"), ANY), IMPLEMENTATION)
+    trtp.register(plugin, lazy_register=False)(description)
+    trtp.autotune(plugin)(tactics)
+    trtp.aot_impl(plugin)(implementation)
 
 
 def _sign(function: Any, parameters: dict[str, Any], returns: Any = ANY) -> None:
@@ -152,39 +154,39 @@ def _sign(function: Any, parameters: dict[str, Any], returns: Any = ANY) -> None
 
 
 def _types(face: Face, inputs: tuple[str, ...]) -> list[list[str]]:
-    """Every combination of types that is taken: inputs, then outputs."""
-    pairs = [(own, own) for own in FLOATS]
+    """Every allowed combination of types: inputs, then outputs."""
+    pairs = [(kind, kind) for kind in FLOATS]
     if set(TABLES) & set(inputs):
         pairs += [("FP16", "FP32"), ("BF16", "FP32")]
     return [
-        [table if name in TABLES else own for name in inputs]
-        + ["INT32" if output.endswith(":int32") else own for output in face.outputs]
-        for own, table in pairs
+        [table if name in TABLES else kind for name in inputs]
+        + ["INT32" if output.endswith(":int32") else kind for output in face.outputs]
+        for kind, table in pairs
     ]
 
 
 def _arguments(face: Face, inputs: tuple[str, ...], tensors: list[Tensor], values: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of the op: what is left out is none, attributes are numbers."""
-    given = dict(zip(inputs, tensors, strict=True))
-    return dict.fromkeys(plain(face.inputs)) | given | {name: value.item() for name, value in values.items()}
+    """The op's arguments: none for inputs that are left out, numbers for attributes."""
+    by_name = dict(zip(inputs, tensors, strict=True))
+    return dict.fromkeys(plain(face.inputs)) | by_name | {name: value.item() for name, value in values.items()}
 
 
 def _launch(plugin: str, op: Op, tensors: list[Tensor], arguments: dict[str, Any]) -> Launch:
-    """The one kernel call of the op's plan, if TensorRT can make it."""
-    assert op.plan is not None
+    """The one launch of the op, if TensorRT can make it."""
+    assert op.kernel_launches is not None
     fix = f"{plugin} is compiled for its channels, heads and codes: fix every dimension but batch and tokens"
     try:
-        launches, results = op.plan(**arguments, arch=_target["arch"], **ONE_KERNEL.get(op.name, {}))
+        launches, results = op.kernel_launches(**arguments, arch=_target["arch"], **ONE_KERNEL.get(op.name, {}))
     except GuardOnDataDependentSymNode as error:
         raise ValueError(fix) from error
     (launch,) = launches
     if any(isinstance(constant, SymInt) for constant in launch.constants.values()):
         raise ValueError(fix)
-    # the kernel is passed the network's tensors in their order: none that the plan would copy or put elsewhere
-    taken = [argument for argument in launch.arguments.values() if isinstance(argument, Tensor)]
-    for mine, theirs in zip(taken, (*tensors, *_several(results)), strict=True):
-        if mine.untyped_storage()._cdata != theirs.untyped_storage()._cdata:
-            raise ValueError(f"{plugin} broadcasts nothing: give every input its full shape, of fixed sizes")
+    # TensorRT passes the network's tensors in their order, so the launch must not copy or reorder any
+    launched = [argument for argument in launch.arguments.values() if isinstance(argument, Tensor)]
+    for passed, expected in zip(launched, (*tensors, *_several(results)), strict=True):
+        if passed.untyped_storage()._cdata != expected.untyped_storage()._cdata:
+            raise ValueError(f"{plugin} does not broadcast: give every input its full shape, of fixed sizes")
     return launch
 
 
@@ -193,7 +195,7 @@ def _several(results: Any) -> tuple[Tensor, ...]:
 
 
 class _Shapes:
-    """Tensors without data, whose dynamic dimensions stand for TensorRT's expressions."""
+    """Makes tensors without data. Each of their dynamic dimensions is a symbol for an expression of TensorRT."""
 
     def __init__(self) -> None:
         self.symbols = ShapeEnv()
@@ -201,11 +203,11 @@ class _Shapes:
         self.meant: dict[Any, Any] = {}
 
     def tensor(self, desc: Any, sizes: Iterable[int]) -> Tensor:
-        """What TensorRT describes; -1 is dynamic."""
+        """A tensor for TensorRT's description; a size of -1 is dynamic."""
         if desc.dtype not in TYPES:
             raise ValueError(f"the plugins take {', '.join(FLOATS)}, not {desc.dtype}")
-        known = [self._symbol(e) if size < 0 else size for size, e in zip(sizes, desc.shape_expr, strict=True)]
-        return torch.empty(known, dtype=TYPES[desc.dtype], device="meta")
+        dimensions = [self._symbol(e) if size < 0 else size for size, e in zip(sizes, desc.shape_expr, strict=True)]
+        return torch.empty(dimensions, dtype=TYPES[desc.dtype], device="meta")
 
     def _symbol(self, expression: Any) -> SymInt:
         size = self.symbols.create_unbacked_symint()
@@ -222,7 +224,7 @@ class _Shapes:
         if e.is_Integer:
             return trtp.ShapeExpr(int(e))
         if e.is_Add:
-            # what is subtracted comes last, so that nothing is negative on the way
+            # negative terms come last, so that no intermediate sum is negative
             less, more = sympy.sift(e.args, lambda term: term.could_extract_minus_sign(), binary=True)
             return reduce(operator.sub, [self._translated(-term) for term in less], self._joined(operator.add, more))
         if e.is_Mul:
@@ -240,12 +242,12 @@ def _trt_type(tensor: Tensor) -> Any:
 
 
 def _ptx_version(arch: int) -> int:
-    """8.4 came with CUDA 12.4 and 8.7 with CUDA 12.8; an older driver refuses the engine."""
+    """The version of PTX: 8.4 came with CUDA 12.4, 8.7 with CUDA 12.8. An older driver refuses the engine."""
     return 84 if arch <= 90 else 87
 
 
 def ptx_of(kernel: Compiled) -> tuple[str, str]:
-    """The kernel's name, and its PTX with the declared parameters only: Triton adds pointers that nobody would pass."""
+    """The kernel's name, and its PTX without the pointers that Triton adds and TensorRT does not pass."""
     head, entry, rest = kernel.asm["ptx"].partition(f".entry {kernel.name}(")
     listed, close, body = rest.partition(")")
     parameters = listed.split(",")
@@ -254,10 +256,10 @@ def ptx_of(kernel: Compiled) -> tuple[str, str]:
         raise RuntimeError(f"{kernel.name} has {len(parameters)} parameters in PTX, and {count} in Python")
     for hidden in (parameter.split()[-1] for parameter in parameters[count:]):
         if re.search(rf"\b{hidden}\b", body):
-            raise RuntimeError(f"{kernel.name} reads {hidden}, a pointer to memory that TensorRT does not give")
-    # where the source lay is nobody's business
+            raise RuntimeError(f"{kernel.name} reads {hidden}, a pointer to memory that TensorRT does not provide")
+    # drop the paths of source files on this machine
     body = re.sub(r"^\s*\.(?:loc|file)\s.*\n", "", body.partition("\t.section\t.debug_")[0], flags=re.MULTILINE)
     ptx = f"{head}{entry}{','.join(parameters[:count])}\n{close}{body}"
-    # an engine holds the kernels of many nodes: one name is one kernel
+    # an engine holds kernels of many nodes, so different kernels need different names
     name = f"{kernel.name}_{hashlib.sha256(ptx.encode()).hexdigest()[:12]}"
     return name, ptx.replace(kernel.name, name)

@@ -1,4 +1,4 @@
-"""The timing loop: contenders take turns, so that a drift of the machine hits all alike; medians after a warm-up."""
+"""Timing several contenders: they take turns, so that a drift of the machine hits all alike. Gives medians."""
 
 import statistics
 import time
@@ -10,19 +10,19 @@ import torch
 __all__ = ["RUNS", "medians"]
 
 RUNS, WARM_UP = 10, 2
-FLUSHED = 256 * 2**20  # bytes that push what the last contender read out of a GPU's cache
+FLUSHED = 256 * 2**20  # bytes; writing so many replaces the content of a GPU's cache
 
 
 def medians(
     contenders: dict[str, Callable[[], Any]], *, runs: int = RUNS, warm_up: int = WARM_UP, gpu: bool = False
 ) -> dict[str, float]:
-    """Seconds of each; on a GPU those between two events of its stream."""
+    """The median seconds of each contender; on a GPU between two events of its stream."""
     clock = _gpu_clock() if gpu else _clock
-    seen: dict[str, list[float]] = {name: [] for name in contenders}
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(warm_up + runs):
         for name, run in contenders.items():
-            seen[name].append(clock(run))
-    return {name: statistics.median(times[warm_up:]) for name, times in seen.items()}
+            seconds[name].append(clock(run))
+    return {name: statistics.median(times[warm_up:]) for name, times in seconds.items()}
 
 
 def _clock(run: Callable[[], Any]) -> float:
@@ -36,7 +36,7 @@ def _gpu_clock() -> Callable[[Callable[[], Any]], float]:
 
     def clock(run: Callable[[], Any]) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        flushed.zero_()  # takes long enough for the launches behind it to be queued, so that none is waited for
+        flushed.zero_()  # it runs long enough that the next launches are queued in time
         start.record()
         run()
         end.record()

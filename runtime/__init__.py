@@ -1,4 +1,4 @@
-"""A bundle in, pixels out. Needs NumPy, Pillow and an engine; never PyTorch."""
+"""Restoring images with a bundle. It needs NumPy, Pillow and an engine, and never PyTorch."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import a name when it is asked for: a command that only prints its help needs no NumPy."""
+    """Import a name on its first use, so that a command that only prints its help does not load NumPy."""
     if name == "__version__":
         from importlib.metadata import version
 

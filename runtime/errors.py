@@ -1,4 +1,4 @@
-"""Errors a user can act on, and the exit code each one ends a command with.
+"""Errors that a user can act on, with the exit code of each.
 
 Messages name arguments as Python does, max_pixels=64; the command line shows them as its options, --max-pixels 64.
 """
@@ -19,52 +19,52 @@ __all__ = [
 
 
 def amount(number: float) -> str:
-    """Bytes in the unit that shows them."""
-    for unit, of in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if number >= of:
-            return f"{number / of:.1f} {unit}"
+    """A number of bytes with a fitting unit."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if number >= factor:
+            return f"{number / factor:.1f} {unit}"
     return f"{number:.0f} bytes"
 
 
 class TilewrightError(Exception):
-    """One line: what is wrong, the value, what to do next."""
+    """An error with a message of one line: what is wrong, the value, what to do next."""
 
     exit_code = 1
-    report: dict[str, Any] | None = None  # what was measured before it failed, for --json
+    report: dict[str, Any] | None = None  # results from before the failure, for --json
 
 
 class UsageError(TilewrightError):
-    """An argument that cannot be meant."""
+    """A wrong argument."""
 
     exit_code = 2
 
 
 class BundleError(TilewrightError):
-    """A bundle that is damaged, foreign or newer than this reader."""
+    """A bundle that is damaged, or newer than this version, or not a bundle."""
 
     exit_code = 3
 
 
 class EnvironmentMismatch(TilewrightError):
-    """A package, driver or device that the work needs is missing or does not fit."""
+    """A missing package, driver or device, or one that does not fit."""
 
     exit_code = 4
 
 
 class ResourceError(TilewrightError):
-    """Too little memory or disk, found before the work starts."""
+    """Too little memory or disk."""
 
     exit_code = 5
 
 
 class BuildError(TilewrightError):
-    """A stage of a build that failed."""
+    """A failed stage of a build."""
 
     exit_code = 6
 
 
 class AccuracyError(TilewrightError):
-    """An engine that differs from eager PyTorch by more than the gate allows, or gives numbers that are not finite."""
+    """An engine that differs too much from eager PyTorch, or gives numbers that are not finite."""
 
     exit_code = 7
 

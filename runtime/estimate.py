@@ -1,4 +1,4 @@
-"""How much memory a restoration needs, how much there is, and how much was used."""
+"""Memory: how much a restoration needs, how much is free, and how much was used."""
 
 import contextlib
 import math
@@ -31,7 +31,7 @@ CONTROL_GROUP = Path("/sys/fs/cgroup")
 
 
 def available_bytes() -> int | None:
-    """Memory that can be taken without swapping; none where the system does not tell."""
+    """Memory that is free without swapping; none if the system does not tell."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
@@ -46,12 +46,14 @@ def _control_group_bytes() -> Iterable[int]:
     except OSError:
         return []
     parts = dict(line.split() for line in table.splitlines())
-    cached = sum(int(parts.get(name, 0)) for name in ("active_file", "inactive_file"))  # given back when asked for
+    cached = sum(
+        int(parts.get(name, 0)) for name in ("active_file", "inactive_file")
+    )  # the system frees it when needed
     return [] if limit.strip() == "max" else [int(limit) - int(used) + cached]
 
 
 def peak_bytes() -> int:
-    """The most memory this process has held, since `reset_peak` where the system can tell; 0 where it tells nothing."""
+    """The most memory of this process since `reset_peak`, or since its start; 0 if the system does not tell."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
@@ -69,7 +71,7 @@ def _peak_of_its_life() -> int:
 
 
 def reset_peak() -> None:
-    """Begin to count the peak anew, where the system lets us."""
+    """Count the peak anew, if the system allows it."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
@@ -77,11 +79,11 @@ def reset_peak() -> None:
 def needed_bytes(
     bundle: Bundle, passes: Iterable[tuple[Pass, TilePlan]], height: int, width: int, memory: str, *, all_open: bool
 ) -> int:
-    """What restoring a padded image of that many output pixels will hold at its worst moment."""
+    """The peak memory of restoring a padded image of this size in output pixels."""
     passes = list(passes)
-    held = [grid for grid in bundle.program.grids.values() if grid.init != "input"]  # the input is read by crops
-    cells = sum(g.channels * (height // g.px) * (width // g.px) for g in held)
-    cells += 3 * height * width  # the join of the pass that runs, and then the picture in 8 bits
+    grids = [grid for grid in bundle.program.grids.values() if grid.init != "input"]  # the input is read crop by crop
+    cells = sum(g.channels * (height // g.px) * (width // g.px) for g in grids)
+    cells += 3 * height * width  # the joined output of the current pass, and later the picture in 8 bits
     cells += sum(_kept_cells(bundle, p, plan) for p, plan in passes)
     every = bundle.program.components()
     working = max(
@@ -93,21 +95,21 @@ def needed_bytes(
 
 
 def weights_bytes(bundle: Bundle, components: Iterable[str], memory: str) -> int:
-    """What the weights of open components hold: mapped, and for `fast` also re-packed as float32."""
+    """The memory of open components' weights: mapped, and with `fast` also re-packed as float32."""
     tensors = [r for name in components for r in bundle.weights.tensors.get(name, {}).values()]
     if memory == "low":
-        return 0  # mapped pages are given back when they are asked for
+        return 0  # the system frees mapped pages when needed
     return sum(r.length + 4 * math.prod(r.shape) for r in tensors)
 
 
 def _kept_cells(bundle: Bundle, p: Pass, plan: TilePlan) -> int:
-    """Numbers that live with the job or with the tiles of a pass, as far as their shapes are known."""
+    """How many numbers belong to the job or to the tiles of a pass, as far as their shapes are known."""
     sizes = {"batch": len(plan.tiles), "steps": p.steps.count if p.steps else 1}
     cells = 0
     for *_, call in p.calls():
         shapes = [bundle.manifest.components[call.run].outputs[name].shape for name in call.outputs]
-        known = [s for s in shapes if all(isinstance(d, int) or d in sizes for d in s)]
-        cells += sum(math.prod(d if isinstance(d, int) else sizes[d] for d in shape) for shape in known)
+        fixed_shapes = [s for s in shapes if all(isinstance(d, int) or d in sizes for d in s)]
+        cells += sum(math.prod(d if isinstance(d, int) else sizes[d] for d in shape) for shape in fixed_shapes)
     return cells
 
 
@@ -120,14 +122,14 @@ def _pass_bytes(bundle: Bundle, p: Pass, plan: TilePlan) -> float:
 MEMORY_MODES = ("fast", "low")  # re-packed weights, mapped weights
 
 
-OPEN_SHARE = 0.7  # of the free memory that all engines may take together; the rest is for work
+OPEN_SHARE = 0.7  # share of the free memory for all engines together; the rest is for work
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What restoring an image of some size would take."""
+    """The size, tile plans and memory of a restoration."""
 
-    width: int  # of the result
+    width: int  # width of the result
     height: int
     scale: int
     passes: list[tuple[Pass, TilePlan]]
@@ -135,7 +137,7 @@ class Estimate:
     available_bytes: int | None
 
     def require(self) -> None:
-        """Refuse work that would not fit in memory."""
+        """Refuse a restoration that does not fit in memory."""
         if self.available_bytes is not None and self.needed_bytes > self.available_bytes:
             raise ResourceError(
                 f"{self.width}x{self.height} px needs about {self.needed_bytes / 2**30:.1f} GiB of memory,"
@@ -154,7 +156,7 @@ def estimate(
     scale: int | None = None,
     opened: Collection[str] = (),
 ) -> Estimate:
-    """Plan an input image of that size; nothing is run. The memory of engines already `opened` is theirs to use."""
+    """The estimate for an input image of this size; nothing is run. Memory of `opened` engines counts as free."""
     program = bundle.program
     if width < 1 or height < 1:
         raise UsageError(f"{width}x{height} is no image size; use 1x1 or more")
@@ -162,22 +164,22 @@ def estimate(
     least = least_px(program, tile)
     wide, high = (padded(side * scale, program.multiple_px, least) for side in (width, height))
     passes = [(p, plan_of(program, p, high, wide, tile, overlap)) for p in program.passes]
-    there = available_bytes()
-    there = None if there is None else there + weights_bytes(bundle, opened, memory)
-    needed = needed_bytes(bundle, passes, high, wide, memory, all_open=all_open(bundle, memory, there))
-    return Estimate(width * scale, height * scale, scale, passes, needed, there)
+    available = available_bytes()
+    available = None if available is None else available + weights_bytes(bundle, opened, memory)
+    needed = needed_bytes(bundle, passes, high, wide, memory, all_open=all_open(bundle, memory, available))
+    return Estimate(width * scale, height * scale, scale, passes, needed, available)
 
 
-def _scale(program: Program, asked: int | None) -> int:
-    if asked is None or asked == program.scale:
+def _scale(program: Program, scale: int | None) -> int:
+    if scale is None or scale == program.scale:
         return program.scale
-    if not program.any_scale or not 1 <= asked <= 16:
+    if not program.any_scale or not 1 <= scale <= 16:
         able = "1 to 16" if program.any_scale else program.scale
-        raise UsageError(f"scale={asked} is none that this bundle can enlarge by; use {able}")
-    return asked
+        raise UsageError(f"scale={scale} does not work with this bundle; use {able}")
+    return scale
 
 
 def all_open(bundle: Bundle, memory: str, free: int | None) -> bool:
-    """Whether all engines are held open at once: in `low` memory, or where they do not fit, one pass's at a time."""
+    """Whether all engines are open at once. With `low`, or if they do not fit, only those of one pass are."""
     fits = free is None or weights_bytes(bundle, bundle.program.components(), memory) < OPEN_SHARE * free
     return memory == "fast" and fits

@@ -1,4 +1,4 @@
-"""Latency and memory per resolution: a warm-up, then runs of a fixed picture, told as percentiles."""
+"""Measuring latency and memory for each resolution: a warm-up, then runs on a fixed picture, as percentiles."""
 
 import os
 import platform
@@ -18,7 +18,7 @@ __all__ = ["hardware", "profile", "resolutions", "table"]
 
 
 def resolutions(text: str) -> list[tuple[int, int]]:
-    """Output sizes from `512,2560x1440`."""
+    """The output sizes in a text like `512,2560x1440`."""
     sizes = []
     for part in text.split(","):
         sides = part.lower().strip().split("x")
@@ -29,7 +29,7 @@ def resolutions(text: str) -> list[tuple[int, int]]:
 
 
 def hardware() -> dict[str, Any]:
-    """The machine a number was measured on."""
+    """The machine of a measurement."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -62,10 +62,10 @@ def profile(
         reset_peak()
         for i in range(runs + 1):
             picture = _picture(restorer, width, height)
-            made = restorer.restore(picture, tile=tile, overlap=overlap, steps=steps, **arguments)
-            measured.append(made)
+            restoration = restorer.restore(picture, tile=tile, overlap=overlap, steps=steps, **arguments)
+            measured.append(restoration)
             on_progress(name, i + 1, runs + 1)
-        rows.append(_row([m.seconds for m in measured[1:]], made.image.shape, made.tiles))
+        rows.append(_row([m.seconds for m in measured[1:]], restoration.image.shape, restoration.tiles))
     bundle = restorer.bundle
     engine = backend(next(iter(bundle.manifest.components.values())).engines[0].backend).version()
     return {
@@ -102,7 +102,7 @@ def _row(seconds: list[dict[str, float]], shape: tuple[int, ...], tiles: dict[st
 
 
 def table(measured: dict[str, Any]) -> str:
-    """The measurement for people."""
+    """A measurement as text."""
     machine = measured["hardware"]
     lines = [
         f"{measured['system']} {measured['preset']}, {measured['engine']}, memory {measured['memory']},"

@@ -1,4 +1,4 @@
-"""Restore images with a bundle: image in, image out, with progress and timings."""
+"""Restoring images with a bundle, with progress and timings."""
 
 import asyncio
 import os
@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from tilewright.runtime.bundle.arguments import Argument
 from tilewright.runtime.bundle.read import Bundle, read_bundle
-from tilewright.runtime.bundle.weights import folder_given
+from tilewright.runtime.bundle.weights import checked_folder
 from tilewright.runtime.engines import Engine, backend
 from tilewright.runtime.errors import UsageError
 from tilewright.runtime.estimate import MEMORY_MODES, Estimate, all_open, available_bytes, estimate, peak_bytes
@@ -34,19 +34,19 @@ __all__ = ["Restoration", "Restorer", "Sitting", "Ticket", "load"]
 
 @dataclass(frozen=True)
 class Restoration:
-    """A restored image and what it cost."""
+    """A restored image, with times, tiles and memory."""
 
     image: npt.NDArray[np.uint8]
     scale: int
     icc: bytes | None
-    seconds: dict[str, float]  # phase -> time; the engines' phases carry their component's name
+    seconds: dict[str, float]  # phase -> time; the phase of an engine has its component's name
     tiles: dict[str, int]  # pass -> tiles
     peak_bytes: int
 
 
 @dataclass
 class Restorer:
-    """A bundle with its engines; a context manager."""
+    """A bundle with its engines. It is a context manager."""
 
     bundle: Bundle
     engines: OpenEngines  # of the first device
@@ -68,11 +68,11 @@ class Restorer:
 
     @property
     def arguments(self) -> dict[str, Argument]:
-        """What the bundle takes besides an image, by name: kind, default, choices, range, one line of help."""
+        """The bundle's arguments by name: kind, default, choices, range, one line of help."""
         return self.bundle.arguments
 
     def __call__(self, image: Any, **options: Any) -> npt.NDArray[np.uint8]:
-        """The restored image: uint8, laid out as the source was.
+        """The restored image as uint8, with the layout of the source.
 
         `image`: a path, bytes, a binary file, a Pillow image or a uint8 array. Options as for `restore`. For a file or
         bytes of it: `write_image("out.png", pixels)`, `encode_image(pixels, ".png")`.
@@ -80,7 +80,7 @@ class Restorer:
         return self.restore(image, **options).image
 
     def restore(self, image: Any, **options: Any) -> Restoration:
-        """Restore an image and say what it cost; options as for `sitting`."""
+        """Restore an image and measure it; options as for `sitting`."""
         return self.submit(image, **options).result()
 
     def submit(self, image: Any, **options: Any) -> "Ticket":
@@ -101,11 +101,12 @@ class Restorer:
         on_part: Callable[[int, int, npt.NDArray[np.uint8]], None] = lambda top, left, pixels: None,
         **arguments: Any,
     ) -> "Sitting":
-        """An image ready to be restored, once or round after round; sizes are in output pixels.
+        """An image that can be restored several times, with other arguments. Sizes are in output pixels.
 
         `arguments` are the bundle's, see `Restorer.arguments`: `prompt="a stone bridge"`. A round may choose others.
-        `on_progress` hears a pass, its tiles that are done, and all of them; `on_part` each part of the picture
-        (RGB) as soon as it stays. Both run on threads of the devices, one call at a time; what they raise ends the job.
+        `on_progress` gets the name of a pass, how many of its tiles are done, and how many it has. `on_part` gets each
+        part of the picture (RGB) as soon as it is final. Both are called on threads of the devices, one call at a time.
+        An exception that they raise ends the job.
         """
         check_names(self.bundle, arguments)
         seed = whole("seed", seed, 0, WORD_MAX)
@@ -117,25 +118,25 @@ class Restorer:
         picture = read_image(image, max_pixels=max_pixels)
         height, width = picture.rgb.shape[:2]
         opened = tuple(self.engines.opened)
-        plans = estimate(
+        needs = estimate(
             self.bundle, width, height, tile=tile, overlap=overlap, memory=self.memory, scale=scale, opened=opened
         )
-        plans.require()
+        needs.require()
         clock.lap("read")
         program = self.bundle.program
-        enlarged = Enlarged(picture.rgb, plans.scale, program.multiple_px, least_px(program, tile))
+        enlarged = Enlarged(picture.rgb, needs.scale, program.multiple_px, least_px(program, tile))
         job = Job(enlarged, seed, tile, overlap, steps, on_progress=on_progress)
         walk = Walk(program, self.executor, self.constants, job)
-        return Sitting(self.bundle, picture, plans, walk, arguments, clock, on_part)
+        return Sitting(self.bundle, picture, needs, walk, arguments, clock, on_part)
 
 
 @dataclass
 class Sitting:
-    """One image, restored as often as its arguments change; what does not depend on them is done once."""
+    """One image, restored again for each change of arguments. Passes that do not depend on the change run once."""
 
     bundle: Bundle
     picture: Picture
-    plans: Estimate
+    estimate: Estimate
     walk: Walk
     arguments: Mapping[str, Any]
     clock: "_Clock"
@@ -146,19 +147,19 @@ class Sitting:
         return self.restore(**arguments).image
 
     def restore(self, **arguments: Any) -> Restoration:
-        """The same, and what it cost."""
+        """The same, with measurements."""
         return self.round(arguments, keep=True)
 
     def round(self, arguments: Mapping[str, Any], *, keep: bool) -> Restoration:
-        """The same; `keep` what another round can use."""
+        """The same. `keep` the values that another round can use."""
         return self.begin(arguments, keep=keep).result()
 
     def begin(self, arguments: Mapping[str, Any], *, keep: bool) -> "Ticket":
-        """Begin a round, and return at once; the next one may begin when its result is there."""
+        """Begin a round, and return at once. The next round may begin when this one has its result."""
         job = self.walk.job
         job.seconds.clear()
-        self.clock.last = time.perf_counter()  # what the caller did since is no part of the round
-        rgb = np.empty((self.plans.height, self.plans.width, 3), np.uint8)
+        self.clock.last = time.perf_counter()  # the caller's time between rounds does not count
+        rgb = np.empty((self.estimate.height, self.estimate.width, 3), np.uint8)
         job.on_final = partial(self._part, rgb)
         self.walk.begin(gather(self.bundle, {**self.arguments, **arguments}), keep=keep)
         return Ticket(self, rgb)
@@ -166,7 +167,7 @@ class Sitting:
     def _part(self, rgb: npt.NDArray[np.uint8], top: int, left: int, part: npt.NDArray[np.float32]) -> None:
         fill(rgb, top, left, part)
         pixels = rgb[top : top + part.shape[1], left : left + part.shape[2]]
-        if pixels.size:  # none where the picture is padded
+        if pixels.size:  # a part that is all padding has no pixels
             self.on_part(top, left, pixels)
 
     def finish(self, rgb: npt.NDArray[np.uint8]) -> Restoration:
@@ -174,9 +175,9 @@ class Sitting:
         self.clock.lap("passes")
         pixels = assemble(rgb, self.picture)
         self.clock.lap("assemble")
-        tiles = {p.name: len(plan.tiles) for p, plan in self.plans.passes}
+        tiles = {p.name: len(plan.tiles) for p, plan in self.estimate.passes}
         seconds = self.clock.seconds | self.walk.job.seconds
-        return Restoration(pixels, self.plans.scale, self.picture.icc, seconds, tiles, peak_bytes())
+        return Restoration(pixels, self.estimate.scale, self.picture.icc, seconds, tiles, peak_bytes())
 
 
 class Ticket:
@@ -188,7 +189,7 @@ class Ticket:
         self.restoration: Restoration | None = None
 
     def result(self) -> Restoration:
-        """The restoration, once it has ended; an interrupt while it is waited for cancels it."""
+        """Wait for the restoration, and return it. An interrupt during the wait cancels it."""
         with self.lock:
             if self.restoration is None:
                 self.sitting.walk.end()
@@ -200,7 +201,7 @@ class Ticket:
         return self.sitting.walk.ended()
 
     def cancel(self) -> None:
-        """Stop within one call of an engine; `result` raises CancelledError then, unless it was there before."""
+        """Stop within one call of an engine. `result` then raises CancelledError, unless it had a result already."""
         self.sitting.walk.cancel()
 
     def __await__(self) -> Generator[Any, None, Restoration]:
@@ -231,11 +232,11 @@ def load(
     expect: str | None = None,
     fresh: bool = False,
 ) -> Restorer:
-    """Open a bundle: check it, then open an engine for every component its program calls, on every device.
+    """Check a bundle, and open an engine on every device for every component that its program calls.
 
-    `path`: its folder, or the bundle that `read_bundle` read, to which `expect` and `fresh` say no more.
-    `expect` and `fresh` as for `read_bundle`. `devices`: `cpu:0`, `cpu:1`, ... run tiles at once, each with `threads`
-    threads; 0 threads: the cores are shared out.
+    `path`: a folder, or the result of `read_bundle`, for which `expect` and `fresh` have no effect.
+    `expect` and `fresh` as for `read_bundle`. `devices`: `cpu:0`, `cpu:1`, ... run tiles at the same time, each with
+    `threads` threads. With 0 threads the devices share the cores.
     """
     if memory not in MEMORY_MODES:
         raise UsageError(f"memory={memory!r} is not one of {', '.join(MEMORY_MODES)}")
@@ -245,7 +246,7 @@ def load(
     if len(names) > 1 and not threads:
         threads = max(1, usable_cores() // len(names))
     bundle = path if isinstance(path, Bundle) else read_bundle(path, expect=expect, fresh=fresh)
-    folder = folder_given(weights_dir)
+    folder = checked_folder(weights_dir)
 
     def open_engine(name: str) -> Engine:
         module = backend(bundle.manifest.components[name].engines[0].backend)

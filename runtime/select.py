@@ -1,8 +1,8 @@
-"""The best of several restorations of one image, by VICR's rule over scores that were measured elsewhere.
+"""Selecting the best of several restorations of one image by VICR's rule, from scores measured elsewhere.
 
-Every metric ranks the candidates, higher being better, and the smallest sum of ranks wins. Ties go to the larger mean
-of the min-max-normalised metrics, then to the earlier candidate. Scores are compared as the decimals they are written
-as: in binary 0.1, 0.2 and 0.3 are not evenly spaced, and rounding would break ties.
+Every metric ranks the candidates, higher scores being better, and the smallest sum of ranks wins. Ties go to the larger
+mean of the min-max-normalised metrics, then to the earlier candidate. Scores are compared as decimal numbers, because
+binary rounding of 0.1, 0.2 and 0.3 would break ties.
 """
 
 import csv
@@ -20,15 +20,15 @@ __all__ = ["Choice", "best_of", "read_scores", "select"]
 
 @dataclass(frozen=True)
 class Choice:
-    """The winner, and what decided it for each candidate."""
+    """The winner, and the numbers that decided."""
 
     index: int
-    rank_sums: tuple[int, ...]  # over the metrics; smallest is best
-    means: tuple[float, ...]  # of the normalised metrics, 0 to 1; rounded, unlike what was compared
+    rank_sums: tuple[int, ...]  # sums of ranks over all metrics; the smallest is best
+    means: tuple[float, ...]  # means of the normalised metrics, 0 to 1; rounded for display only
 
 
 def select(candidates: Sequence[Path], scores: Path) -> Choice:
-    """The best of the candidates, given in the order they were made, by a CSV file of their scores."""
+    """The best candidate by a CSV file of scores. Candidates are in the order in which they were made."""
     if not candidates:
         raise UsageError("no candidates to select from; name at least one image")
     rows = read_scores(scores)
@@ -37,7 +37,7 @@ def select(candidates: Sequence[Path], scores: Path) -> Choice:
 
 
 def best_of(scores: Mapping[str, Sequence[float]]) -> Choice:
-    """The best candidate by metric -> one score for each candidate, all in the same order."""
+    """The best candidate. `scores`: metric -> one score for each candidate, all in the same order."""
     counts = {len(values) for values in scores.values()}
     if len(counts) != 1 or 0 in counts:
         raise UsageError("scores must have one metric or more, each with a value for every candidate, at least one")
@@ -55,7 +55,7 @@ def _exact(metric: str, value: float) -> Fraction:
 
 
 def _ranks(values: Sequence[Fraction]) -> list[int]:
-    """Competition ranks (1, 1, 3): only better candidates cost one a rank, so the best is 1 whoever equals it."""
+    """Competition ranks (1, 1, 3): one more than the number of better candidates."""
     return [1 + sum(other > value for other in values) for value in values]
 
 
@@ -65,7 +65,7 @@ def _normalised(values: Sequence[Fraction]) -> list[Fraction]:
 
 
 def read_scores(path: Path) -> dict[str, dict[str, float]]:
-    """Image -> metric -> score of a CSV file whose header is image,METRIC,METRIC,..."""
+    """Image -> metric -> score, from a CSV file with the header image,METRIC,METRIC,..."""
     lines = _lines(path)
     if not lines:
         raise InputError(f"{path} is empty; its first line must be image,METRIC,...")
@@ -87,7 +87,7 @@ def read_scores(path: Path) -> dict[str, dict[str, float]]:
 
 
 def _lines(path: Path) -> list[tuple[int, list[str]]]:
-    """The lines that are not blank, each with its number and its fields without the blanks around them."""
+    """The lines that are not blank: number and fields, without blanks around fields."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:  # -sig: spreadsheets write a byte-order mark
             reader = csv.reader(file)
@@ -109,18 +109,20 @@ def _number(text: str, where: str) -> float:
 
 
 def _matched(candidates: Sequence[Path], images: Sequence[str], scores: Path) -> list[str]:
-    """The image in the table for each candidate: by path, or else by a file name that only they share."""
+    """For each candidate its image in the table: by path, or else by a file name that is unique there."""
     matched: dict[str, Path] = {}
     for candidate in candidates:
         same = [image for image in images if Path(image).absolute() == candidate.absolute()]
-        found = same or [image for image in images if Path(image).name == candidate.name]
-        if not found:
+        images_found = same or [image for image in images if Path(image).name == candidate.name]
+        if not images_found:
             raise InputError(one_line(f"{scores} has no scores for {candidate}; add a line for it"))
-        if len(found) > 1:
-            lines = " and ".join(map(repr, found[:2]))
+        if len(images_found) > 1:
+            lines = " and ".join(map(repr, images_found[:2]))
             raise InputError(one_line(f"{scores} has {lines}, which could both be {candidate}; write its whole path"))
-        if found[0] in matched:
-            both = f"{matched[found[0]]} and {candidate}"
-            raise UsageError(one_line(f"{both} would share the scores of {found[0]!r} in {scores}; give each its own"))
-        matched[found[0]] = candidate
+        if images_found[0] in matched:
+            both = f"{matched[images_found[0]]} and {candidate}"
+            raise UsageError(
+                one_line(f"{both} would share the scores of {images_found[0]!r} in {scores}; give each its own")
+            )
+        matched[images_found[0]] = candidate
     return list(matched)

@@ -1,6 +1,6 @@
-"""A prompt as the token ids that a text encoder reads.
+"""Converting a prompt into token ids for a text encoder.
 
-Padding and truncation are settings inside the tokenizer's JSON file, so that nothing here knows one from another.
+Padding and truncation are settings in the tokenizer's JSON file, so this code is the same for all tokenizers.
 """
 
 from pathlib import Path
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["token_ids"]
 
-SHOWN = 40  # characters of a refused text
+SHOWN = 40  # most characters of a text in a message
 
 
 def token_ids(path: Path, text: str, length: int) -> npt.NDArray[np.int64]:

@@ -1,4 +1,4 @@
-"""`python -m tilewright`: the command, where its script is not on the path."""
+"""`python -m tilewright`: the command, for systems where its script is not on the path."""
 
 import sys
 

@@ -1,1 +1,1 @@
-"""A build: what is asked for, its stages, and running them."""
+"""Building a bundle: the request, the stages, and running them."""

@@ -1,4 +1,4 @@
-"""A bundle out of what the stages of a build left: all of it but packed weights, reports and its seal."""
+"""Assembling a bundle from the results of stages: everything but packed weights, reports and the seal."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ __all__ = ["Assembly"]
 
 @dataclass(frozen=True)
 class Assembly:
-    """Where the finished stages of a request are."""
+    """The directories of a request's finished stages."""
 
     request: Request
     attached: Path
@@ -27,14 +27,14 @@ class Assembly:
     optimised: Path
 
     def weights(self) -> Weights:
-        """What the bundle's graphs read: not what ran at build only, nor what folding left out."""
+        """The weights that the bundle's graphs read, without those of the build and those that folding removed."""
         every, read = read_weights(self.attached), json.loads((self.optimised / "read.json").read_text())
         tensors = {name: {key: every.tensors[name][key] for key in keys} for name, keys in read.items() if keys}
         used = {r.folder for refs in tensors.values() for r in refs.values()}
         return Weights({name: folder for name, folder in every.folders.items() if name in used}, tensors)
 
     def assemble(self, root: Path, verified: str) -> Manifest:
-        """Fill the folder; the manifest, which is not written yet."""
+        """Fill the folder, and return the manifest without writing it."""
         request = self.request
         root.mkdir(exist_ok=True)
         for name in request.components:
@@ -83,6 +83,6 @@ class Assembly:
 
 
 def _engine_file(root: Path, component: str, target: str) -> str:
-    """A target's own graph, or the portable one where it had nothing to change."""
-    own = f"{engine_folder(component, target, 'float32')}/model.onnx"
-    return own if (root / own).is_file() else f"{component}.onnx"
+    """The graph of a target, or the portable graph if the target changed nothing."""
+    graph = f"{engine_folder(component, target, 'float32')}/model.onnx"
+    return graph if (root / graph).is_file() else f"{component}.onnx"

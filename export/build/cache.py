@@ -1,6 +1,6 @@
-"""The cache of builds: a directory for every result, filled by one process at a time, complete when it is there.
+"""The cache of builds: one directory for each result, filled by one process at a time and visible when complete.
 
-Locks are files that the system locks, so a killed process holds none. They work between threads, processes and
+Locks are file locks of the system, so a killed process holds none. They work between threads, processes and
 containers that share the folder.
 """
 
@@ -17,7 +17,7 @@ from tilewright.runtime.bundle.digests import cache_dir, sha256_of_bytes, writin
 
 try:
     import fcntl
-except ImportError:  # Windows, where two builds must not share a cache
+except ImportError:  # on Windows two builds must not share a cache
     fcntl = None  # type: ignore[assignment]
 
 __all__ = ["Stage", "filling", "staging", "sweep", "write"]
@@ -25,7 +25,7 @@ __all__ = ["Stage", "filling", "staging", "sweep", "write"]
 
 @dataclass(frozen=True)
 class Stage:
-    """A step of a build: what it depends on, and the work that fills its directory."""
+    """A step of a build: its inputs, and the work that fills its directory."""
 
     name: str
     inputs: dict[str, str]
@@ -33,24 +33,24 @@ class Stage:
 
     @property
     def key(self) -> str:
-        """Digest of the inputs."""
+        """The digest of the inputs."""
         return sha256_of_bytes(json.dumps([self.name, self.inputs], sort_keys=True).encode())
 
     @property
     def directory(self) -> Path:
-        """Where its results are, once they are."""
+        """The directory of its results; it exists when the stage is finished."""
         return cache_dir() / "build" / self.name / self.key[:32]
 
 
 def write(path: Path, text: str) -> None:
-    """Put a text in a file, whole or not at all."""
+    """Write a text into a file, completely or not at all."""
     with writing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager
 def filling(directory: Path, on_wait: Callable[[], None] = lambda: None) -> Iterator[Path | None]:
-    """A folder that becomes this directory on success; none where the directory is there, perhaps since now."""
+    """A folder to fill, which becomes this directory on success. None if the directory exists already."""
     if directory.is_dir():
         yield None
         return
@@ -66,7 +66,7 @@ def filling(directory: Path, on_wait: Callable[[], None] = lambda: None) -> Iter
 
 @contextlib.contextmanager
 def staging(target: Path) -> Iterator[Path]:
-    """A sibling directory to fill. What killed builds left of such siblings is removed."""
+    """A sibling directory to fill. Siblings that killed builds left behind are removed."""
     target.parent.mkdir(parents=True, exist_ok=True)
     sweep(target.parent, f".{target.name}.*.part")
     folder, lock = _new_folder(target)
@@ -78,19 +78,19 @@ def staging(target: Path) -> Iterator[Path]:
 
 
 def sweep(parent: Path, pattern: str) -> None:
-    """Remove what killed builds left; what a live build fills is locked, and stays."""
-    for left in parent.glob(pattern):
-        if (lock := _take(left, wait=False)) is not None:
-            shutil.rmtree(left, ignore_errors=True)
+    """Remove folders that killed builds left behind. Folders of running builds are locked and stay."""
+    for leftover in parent.glob(pattern):
+        if (lock := _take(leftover, wait=False)) is not None:
+            shutil.rmtree(leftover, ignore_errors=True)
             os.close(lock)
 
 
 def _new_folder(target: Path) -> tuple[Path, int]:
-    """A folder that is ours alone, and the lock that says so."""
+    """A new folder, and the lock on it."""
     while True:
         folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
-        if (lock := _take(folder, wait=True)) is not None:  # none where it was taken for a left one in between
-            folder.chmod(0o777 & ~_umask())  # mkdtemp's is for its owner alone
+        if (lock := _take(folder, wait=True)) is not None:  # none if another build has just removed it as a leftover
+            folder.chmod(0o777 & ~_umask())  # mkdtemp makes folders that only their owner can read
             return folder, lock
 
 
@@ -102,7 +102,7 @@ def _umask() -> int:
 
 @contextlib.contextmanager
 def _locked(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
-    """Alone with a lock file, which goes with its holder."""
+    """Hold a lock file, which is removed at the end."""
     waits, lock = False, None
     while lock is None:
         path.touch()
@@ -118,7 +118,7 @@ def _locked(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
 
 
 def _take(path: Path, *, wait: bool) -> int | None:
-    """The descriptor that holds the lock of a file or folder; none where another holds it, or where it has gone."""
+    """The descriptor that holds the lock of a file or folder. None if another process holds it, or if it is gone."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except FileNotFoundError:

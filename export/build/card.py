@@ -1,4 +1,4 @@
-"""The card of a bundle: its README.md, with front matter as model hubs read it."""
+"""The card of a bundle: its README.md, with front matter for model hubs."""
 
 import json
 import shlex
@@ -11,13 +11,13 @@ from tilewright.runtime.bundle.manifest import Manifest
 
 __all__ = ["card"]
 
-LICENCES = ("Apache-2.0", "MIT", "CC0-1.0", "CC-BY-4.0", "CC-BY-NC-4.0")  # that hubs know by these names
+LICENCES = ("Apache-2.0", "MIT", "CC0-1.0", "CC-BY-4.0", "CC-BY-NC-4.0")  # names that hubs know
 TAGS = ("image-restoration", "super-resolution", "onnx")
 WORDS = "a stone bridge"
 
 
 def card(request: Request, manifest: Manifest, report: Mapping[str, Any] | None) -> str:
-    """Front matter, what the bundle is, commands that run, its arguments, what was measured."""
+    """The text of the card: front matter, title, commands that run, arguments, measurements."""
     name, arguments = request.out.name, arguments_of(request.program)
     needed = {n: _example(n, argument) for n, argument in arguments.items() if argument.needed}
     words = ["runtime", "restore", "in.png", "out.png", "--bundle", name]
@@ -62,7 +62,7 @@ def card(request: Request, manifest: Manifest, report: Mapping[str, Any] | None)
 
 
 def _front_matter(request: Request, manifest: Manifest) -> list[str]:
-    """YAML, in which a JSON string is a string."""
+    """The front matter in YAML, where JSON strings are strings too."""
     licence = manifest.licence.partition(":")[0]
     lines = [f"license: {licence.lower()}"] if licence in LICENCES else ["license: other"]
     if licence not in LICENCES:
@@ -75,7 +75,7 @@ def _front_matter(request: Request, manifest: Manifest) -> list[str]:
 
 
 def _example(name: str, argument: Argument) -> str | int | float:
-    """Something that the argument takes."""
+    """An allowed value of an argument."""
     if argument.kind in ("words", "tensors"):
         return WORDS if argument.kind == "words" else f"{name}.safetensors"
     if argument.choices:
@@ -96,10 +96,10 @@ def _arguments(name: str, arguments: Mapping[str, Argument]) -> list[str]:
 
 
 def _measured(report: Mapping[str, Any] | None) -> list[str]:
-    """The engine's error against eager PyTorch, of the picture and of the worst output of a component."""
+    """The error of the engine against eager PyTorch, for the picture and for the worst output of a component."""
     if report is None:
         return ["Not verified against eager PyTorch: `tilewright export verify` does that."]
-    outputs = {f"{c}.{o}": d for c, of in report["components"].items() for o, d in of["outputs"].items()}
+    outputs = {f"{c}.{o}": d for c, component in report["components"].items() for o, d in component["outputs"].items()}
     worst = max(outputs, key=lambda name: float(outputs[name]["relative_l2"]))
     rows = {"the restored picture": report["restore"], f"the worst output of a component, `{worst}`": outputs[worst]}
     return [
@@ -108,5 +108,5 @@ def _measured(report: Mapping[str, Any] | None) -> list[str]:
         "",
         "| of | PSNR | relative L2 |",
         "|---|---|---|",
-        *(f"| {of} | {error['psnr_db']:.1f} dB | {error['relative_l2']:.1e} |" for of, error in rows.items()),
+        *(f"| {subject} | {error['psnr_db']:.1f} dB | {error['relative_l2']:.1e} |" for subject, error in rows.items()),
     ]

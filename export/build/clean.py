@@ -1,4 +1,4 @@
-"""Emptying the cache."""
+"""Removing files from the cache."""
 
 import json
 import shutil
@@ -18,15 +18,15 @@ DAY = 86_400
 
 @dataclass(frozen=True)
 class Cleaned:
-    """What was freed, and what is left."""
+    """The freed bytes, and the converted weights that stay."""
 
     freed_bytes: int
-    converted_bytes: int  # of converted weights that stay
-    bundles: list[str]  # whose weights are, or were, converted ones in the cache
+    converted_bytes: int  # bytes of converted weights that stay
+    bundles: list[str]  # bundles that read converted weights in the cache, or did so
 
 
 def clean(older_than_days: float = 0.0, *, converted: bool = False) -> Cleaned:
-    """Remove results of stages, digests and notes, all or those not used for some days; converted weights if asked."""
+    """Remove results of stages, digests and notes: all, or those unused for some days. Also converted weights."""
     if not older_than_days >= 0:
         raise UsageError(f"--older-than {older_than_days:g} must be 0 or more days")
     root, limit, freed = cache_dir(), time.time() - older_than_days * DAY, 0
@@ -53,7 +53,7 @@ def _size(path: Path) -> int:
 
 
 def _pointing_at(folder: Path) -> Iterator[str]:
-    """The bundles of past builds whose weights lie in this folder."""
+    """The bundles of past builds with weights in this folder."""
     for note in (cache_dir() / "built").glob("*.json"):
         try:
             bundle = json.loads(note.read_text())["bundle"]

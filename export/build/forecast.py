@@ -1,4 +1,4 @@
-"""Which stages a build would run, and the disk and memory that they would take."""
+"""Predicting a build: the stages that would run, and the disk and memory that they need."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -16,20 +16,20 @@ from tilewright.runtime.estimate import available_bytes
 
 __all__ = ["Forecast", "forecast", "unverifiable"]
 
-GRAPH_BYTES = 5_000_000  # all graphs of a system, at most
-TRACE_BYTES = 1_200_000_000  # what tracing holds at its peak, with room; 0.6 GB was measured on hitoksr full
+GRAPH_BYTES = 5_000_000  # the most that all graphs of a system need
+TRACE_BYTES = 1_200_000_000  # the peak of tracing, with room: 0.6 GB was measured on hitoksr full
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a build would take."""
+    """The stages, disk and memory of a build."""
 
     stages: list[str]
-    disk: dict[Path, int]  # the cache and the bundle, which may lie on two disks
+    disk: dict[Path, int]  # bytes under the cache and under the bundle, which may be on different disks
     memory: int
 
     def to_json(self) -> dict[str, Any]:
-        """For people and programs."""
+        """The forecast as plain values."""
         return {
             "stages": self.stages,
             "disk_bytes": sum(self.disk.values()),
@@ -38,9 +38,9 @@ class Forecast:
         }
 
 
-def forecast(request: Request, plan: Iterable[Stage], *, up_to_date: bool) -> Forecast:
-    """Predict a build of which the finished stages stay as they are."""
-    run = [] if up_to_date else [s.name for s in plan if s.name == "seal" or not s.directory.is_dir()]
+def forecast(request: Request, stages: Iterable[Stage], *, up_to_date: bool) -> Forecast:
+    """Predict a build. Finished stages do not run again."""
+    run = [] if up_to_date else [s.name for s in stages if s.name == "seal" or not s.directory.is_dir()]
     if "verify" in run and unverifiable(request):
         run.remove("verify")
     disk = {}
@@ -56,7 +56,7 @@ def forecast(request: Request, plan: Iterable[Stage], *, up_to_date: bool) -> Fo
 
 
 def _written(request: Request, parameters: Mapping[str, Shapes]) -> int:
-    """Bytes of the weights that a build writes, each once: random ones, merged ones, and packed copies."""
+    """The bytes of weights that a build writes: random weights, merged weights and packed copies, each once."""
     system, sizes = request.system, dict[tuple[str, Any], int]()
     for component, shapes in parameters.items():
         for name, shape in shapes.items():
@@ -83,14 +83,14 @@ def _merged(request: Request, component: str, parameter: str) -> bool:
 
 
 def unverifiable(request: Request) -> str | None:
-    """Why engines are not compared with eager PyTorch though nobody forbade it; none when they are."""
+    """The reason why `--verify auto` does not compare engines with eager PyTorch; none if it does."""
     if request.verify != "auto":
         return None
     if request.stand_in:
         return "the weights are stand-ins"
-    needed, there = _verify_bytes(request), available_bytes()
-    if there is not None and needed > there:
-        return f"it needs about {needed / 2**30:.0f} GiB of memory, {there / 2**30:.0f} GiB are free"
+    needed, free = _verify_bytes(request), available_bytes()
+    if free is not None and needed > free:
+        return f"it needs about {needed / 2**30:.0f} GiB of memory, {free / 2**30:.0f} GiB are free"
     return None
 
 

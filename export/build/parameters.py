@@ -1,4 +1,4 @@
-"""The names and shapes of a network's parameters, counted on networks without storage and remembered."""
+"""The names and shapes of a network's parameters, taken from a network without storage and cached."""
 
 import json
 import math
@@ -15,7 +15,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def parameter_shapes(spec: ComponentSpec) -> Shapes:
-    """Parameter -> shape."""
+    """The shape of every parameter of a component."""
     inputs = {"recipe": spec.recipe} | code("tilewright.export.graph.trace", spec.module) | versions(*TRACERS)
     file = "parameters.json"
     directory = Stage("parameters", inputs, lambda directory: None).directory
@@ -29,5 +29,5 @@ def parameter_shapes(spec: ComponentSpec) -> Shapes:
 
 
 def count(parameters: Mapping[str, Shapes]) -> int:
-    """Numbers in all of them."""
+    """How many numbers all parameters have."""
     return sum(math.prod(shape) for shapes in parameters.values() for shape in shapes.values())

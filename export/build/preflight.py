@@ -1,4 +1,4 @@
-"""All that can be wrong with a request, found by names, headers and sizes, before anything is traced or written."""
+"""Checking a request by names, headers and sizes, before anything is traced or written."""
 
 import shutil
 from pathlib import Path
@@ -12,11 +12,11 @@ from tilewright.runtime.bundle.write import check_replaceable
 from tilewright.runtime.errors import BundleError, ResourceError, UsageError, amount
 from tilewright.runtime.estimate import available_bytes
 
-__all__ = ["check_files", "check_room"]
+__all__ = ["check_request", "check_room"]
 
 
-def check_files(request: Request) -> None:
-    """Refuse an output that is not ours, and files that cannot be what the system needs."""
+def check_request(request: Request) -> None:
+    """Refuse an output that is not a bundle, and files that do not fit the system."""
     check_replaceable(request.out)
     check_attachment(request)
     check_constants(request)
@@ -27,7 +27,7 @@ def check_files(request: Request) -> None:
 
 
 def check_room(forecast: Forecast) -> None:
-    """Refuse what would not fit on the disks, or in memory."""
+    """Refuse a build that does not fit on the disks or in memory."""
     needed: dict[int, int] = {}
     for place, size in forecast.disk.items():  # places on one disk are added up
         needed[_existing(place).stat().st_dev] = needed.get(_existing(place).stat().st_dev, 0) + size
@@ -35,11 +35,11 @@ def check_room(forecast: Forecast) -> None:
         size, free = needed[_existing(place).stat().st_dev], shutil.disk_usage(_existing(place)).free
         if size > free:
             raise ResourceError(f"{place}: needs {amount(size)}, {amount(free)} are free; make room")
-    there = available_bytes()
-    if there is not None and forecast.memory > there:
+    free_memory = available_bytes()
+    if free_memory is not None and forecast.memory > free_memory:
         raise ResourceError(
             f"stages {', '.join(forecast.stages)} need about {forecast.memory / 2**30:.1f} GiB of memory,"
-            f" {there / 2**30:.1f} GiB are free; use --verify never, or a larger machine"
+            f" {free_memory / 2**30:.1f} GiB are free; use --verify never, or a larger machine"
         )
 
 

@@ -1,4 +1,4 @@
-"""What a build is asked for, and what that means: files located, settings decided, networks chosen."""
+"""A request for a build, and everything that follows from it: files, settings and networks."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,22 +17,22 @@ from tilewright.runtime.errors import InputError, UsageError
 __all__ = ["OPS", "VERIFY_MODES", "Request"]
 
 VERIFY_MODES = ("auto", "always", "never")
-OPS = ("tilewright", "standard")  # our ops as nodes of our domain with functions, or inlined
+OPS = ("tilewright", "standard")  # our ops as nodes with functions, or replaced by standard operators
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to build and where."""
+    """The options of one build."""
 
-    name: str  # of the system
-    preset: str | None  # none: what the files say
+    name: str  # the name of the system
+    preset: str | None  # none: the files decide the sizes
     out: Path
     weights: Path | None = None
-    seed: int | None = None  # random weights for everything that no file is given for
+    seed: int | None = None  # seed of random weights, for everything without a file
     pack: bool = False  # copy the weights into the bundle
     verify: str = "auto"
     ops: str = "tilewright"
-    asked: Mapping[str, Any] = field(default_factory=dict)  # of the system's own options
+    system_options: Mapping[str, Any] = field(default_factory=dict)  # options that only some systems have
     allow_nonfinite: bool = False
 
     def __post_init__(self) -> None:
@@ -44,22 +44,22 @@ class Request:
         if self.ops not in OPS:
             raise UsageError(f"ops={self.ops!r} is not one of {', '.join(OPS)}")
         first = next((o.argument for o in s.origins.values() if o.needed), "weights")
-        if self.weights is None and self.seed is None and first not in self.asked:
+        if self.weights is None and self.seed is None and first not in self.system_options:
             flag = "--weights DIR" if first == "weights" else f"--{first.replace('_', '-')} PATH"
             raise UsageError(f"neither {flag} nor --random-weights SEED is given; give the system's weights")
-        if unknown := sorted(self.asked.keys() - s.options.keys()):
+        if unknown := sorted(self.system_options.keys() - s.options.keys()):
             takes = ", ".join(f"--{name.replace('_', '-')}" for name in s.options) or "none of its own"
             raise UsageError(f"{self.name} takes no --{unknown[0].replace('_', '-')}; it takes {takes}")
 
     @cached_property
     def system(self) -> System:
-        """The system that is built."""
+        """The system to build."""
         return system(self.name)
 
     @cached_property
     def options(self) -> dict[str, Any]:
-        """The system's options, with the files that lie under --weights by their usual names."""
-        options = dict(self.asked)
+        """The system's options, with files under --weights as defaults if they have their usual names."""
+        options = dict(self.system_options)
         for name, option in self.system.options.items():
             usual = [self.weights / place for place in option.names if self.weights and (self.weights / place).exists()]
             if name not in options and usual and not self._instead(name):
@@ -67,11 +67,11 @@ class Request:
         return options
 
     def _instead(self, name: str) -> bool:
-        return name == "prompt_embeds" and "prompt" in self.asked
+        return name == "prompt_embeds" and "prompt" in self.system_options
 
     @cached_property
     def places(self) -> dict[str, Path]:
-        """The folder or file of each origin that the user has."""
+        """The folder or file of each origin for which the user has files."""
         paths = {name: path_and_strength(v)[0] for name, v in self.options.items() if isinstance(v, str)}
         paths |= {"weights": self.weights} if self.weights else {}
         origins = self.system.origins.items()
@@ -80,13 +80,13 @@ class Request:
 
     @cached_property
     def tensors(self) -> dict[str, Tensors]:
-        """What the files of each origin hold, as they lie."""
-        variant = self.asked.get("variant", "")
+        """The tensors in the files of each origin, under the files' own names."""
+        variant = self.system_options.get("variant", "")
         return {name: find(path, variant) for name, path in self.places.items()}
 
     @cached_property
     def lora(self) -> Lora | None:
-        """The LoRA that the user gave."""
+        """The user's LoRA, or none."""
         rule = self.system.lora
         if rule is None:
             return None
@@ -100,24 +100,24 @@ class Request:
 
     @cached_property
     def settings(self) -> Settings:
-        """What the system makes of the options and of what the files say."""
+        """The system's settings for these options and files."""
         name = self.preset or next(iter(self.system.presets))
-        preset = Preset(name, self.system.presets[name], asked=self.preset is not None)
+        preset = Preset(name, self.system.presets[name], explicit=self.preset is not None)
         return self.system.decide(preset, self.options, UserFiles(self.tensors, self.places, self.lora))
 
     @cached_property
     def components(self) -> dict[str, ComponentSpec]:
-        """Those that become graphs."""
+        """The networks that become graphs."""
         return self.system.components(self.settings)
 
     @cached_property
     def program(self) -> Program:
-        """What runs them on an image."""
+        """The program, which runs the networks on an image."""
         return self.system.program(self.settings)
 
     @cached_property
     def build_time(self) -> dict[str, ComponentSpec]:
-        """Those that run once, now."""
+        """The networks that run once, during the build."""
         return self.system.build_time(self.settings)
 
     @cached_property
@@ -127,7 +127,7 @@ class Request:
 
     @cached_property
     def used(self) -> dict[str, Tensors]:
-        """The files that are read or that the user meant: not text encoders beside embeddings that are given."""
+        """The origins that networks read or the user named; not text encoders that embeddings replace."""
         s = self.system
         read = {s.origin_of(component, name) for component, shapes in self.parameters.items() for name in shapes}
         return {
@@ -146,16 +146,16 @@ class Request:
 
     @property
     def stand_in(self) -> bool:
-        """Whether some weights are zeros in the place of real ones."""
+        """Whether some weights are stand-ins: zeros in the place of real weights."""
         return any(tensors.stand_in for tensors in self.used.values())
 
     @property
     def licence(self) -> str:
-        """Of the weights: what their files say, or the system."""
+        """The licence of the weights, from their files or from the system."""
         named = str(self.settings.choices.get("licence", ""))
         return named or self.system.licences.get(self.preset or "", self.system.licence)
 
-    def lacking(self, origin: str) -> InputError:
-        """The refusal of a build that needs files of this origin and has none."""
+    def missing_files(self, origin: str) -> InputError:
+        """The error for a build that needs files of this origin and has none."""
         needs = self.system.origins[origin]
-        return InputError(f"{needs.what} is needed for this and not there; add it under --{needs.argument}")
+        return InputError(f"{needs.what} is missing; add it under --{needs.argument}")

@@ -1,8 +1,8 @@
-"""Runs a build: a stage is keyed by the digest of everything it depends on, and is done once.
+"""Running a build. The key of a stage is the digest of its inputs, and each key runs once.
 
-A stage fills a directory that appears in the cache, complete, under its key; one that is there is never made again. So
-a repeated build does nothing, a killed one loses only the stage it was in, a changed input runs what it touches, and
-of two builds at once the slower takes what the faster has made.
+A stage fills a directory that appears in the cache under its key when it is complete. So a repeated build does nothing,
+a killed build loses only its current stage, a changed input runs only the stages that depend on it, and two builds at
+the same time share their results.
 """
 
 import json
@@ -14,9 +14,9 @@ from pathlib import Path
 
 from tilewright.export.build.cache import Stage, filling, staging, write
 from tilewright.export.build.forecast import forecast, unverifiable
-from tilewright.export.build.plan import all_remembered, stages
-from tilewright.export.build.preflight import check_files, check_room
+from tilewright.export.build.preflight import check_request, check_room
 from tilewright.export.build.request import Request
+from tilewright.export.build.stage_list import all_remembered, list_stages
 from tilewright.runtime.bundle.digests import cache_dir, sha256_of_bytes, sha256_of_file
 from tilewright.runtime.bundle.read import read_bundle
 from tilewright.runtime.errors import BundleError
@@ -26,7 +26,7 @@ __all__ = ["Cost", "build", "changes", "note_of", "up_to_date"]
 
 log = logging.getLogger("tilewright")
 Cost = dict[str, dict[str, float]]  # stage -> seconds and peak_bytes
-Report = Callable[[str, str, float], None]  # is told a stage, what happens to it, and seconds
+Report = Callable[[str, str, float], None]  # called with a stage, its event, and seconds
 
 
 def build(
@@ -34,42 +34,42 @@ def build(
     on_stage: Report = lambda name, event, seconds: None,
     digest: Callable[[Path], str] = sha256_of_file,
 ) -> Cost:
-    """Run what is not done yet and put the bundle in place; the cost of each stage that ran."""
+    """Run the stages that are not finished, put the bundle in place, and return the cost of each stage that ran."""
     unread = not all_remembered(request)
-    if unread:  # reading gigabytes to find a stage's key can wait until the files are known good
-        check_files(request)
-    plan = stages(request, digest)
-    if up_to_date(request, plan):
+    if unread:  # check files before reading gigabytes for the keys of stages
+        check_request(request)
+    stages = list_stages(request, digest)
+    if up_to_date(request, stages):
         return {}
     if not unread:
-        check_files(request)
+        check_request(request)
     skipped = unverifiable(request)
-    check_room(forecast(request, plan, up_to_date=False))
+    check_room(forecast(request, stages, up_to_date=False))
     cost: Cost = {}
-    for stage in plan:
+    for stage in stages:
         log.debug("%s is keyed by %s", stage.directory, json.dumps(stage.inputs, indent=1))
         if stage.name == "verify" and skipped and not stage.directory.is_dir():
             on_stage(stage.name, f"skipped: {skipped}", 0.0)
         elif (spent := _run(request, stage, on_stage, cost)) is not None:
             cost[stage.name] = spent
-    made = {"bundle": str(request.out.resolve()), "digest": read_bundle(request.out).digest}
-    write(note_of(request.out), json.dumps(made | {"stages": {s.name: s.inputs for s in plan}}, sort_keys=True))
+    note = {"bundle": str(request.out.resolve()), "digest": read_bundle(request.out).digest}
+    write(note_of(request.out), json.dumps(note | {"stages": {s.name: s.inputs for s in stages}}, sort_keys=True))
     return cost
 
 
 def _run(request: Request, stage: Stage, on_stage: Report, before: Cost) -> dict[str, float] | None:
-    """What a stage cost, or none where it was done before."""
+    """Run a stage and return its cost; none if it was finished already."""
     sealing = stage.name == "seal"
     waiting = lambda: on_stage(stage.name, "waits for another build", 0.0)  # noqa: E731
     with staging(request.out.resolve()) if sealing else filling(stage.directory, waiting) as folder:
         if folder is None:
-            os.utime(stage.directory)  # so that `clean --older-than` spares what is in use
+            os.utime(stage.directory)  # so that `clean --older-than` keeps directories in use
             on_stage(stage.name, "cached", 0.0)
             return None
         on_stage(stage.name, "started", 0.0)
         start = time.perf_counter()
         reset_peak()
-        if sealing:  # inside the bundle from the first, as another build may replace it as soon as it is there
+        if sealing:  # written before the bundle appears, as another build may replace the bundle at once
             write(folder / "reports" / "build.json", json.dumps(before, indent=2, sort_keys=True) + "\n")
         stage.work(folder)
         spent = {"seconds": time.perf_counter() - start, "peak_bytes": float(peak_bytes())}
@@ -77,11 +77,11 @@ def _run(request: Request, stage: Stage, on_stage: Report, before: Cost) -> dict
     return spent
 
 
-def up_to_date(request: Request, plan: list[Stage]) -> bool:
-    """Whether the bundle in place is what this plan would make, and whole."""
+def up_to_date(request: Request, stages: list[Stage]) -> bool:
+    """Whether the existing bundle is complete and equals the result of these stages."""
     try:
-        made = json.loads(note_of(request.out).read_text())
-        if made["stages"] != {s.name: s.inputs for s in plan} or read_bundle(request.out).digest != made["digest"]:
+        note = json.loads(note_of(request.out).read_text())
+        if note["stages"] != {s.name: s.inputs for s in stages} or read_bundle(request.out).digest != note["digest"]:
             return False
         verified = (request.out / "reports" / "accuracy.json").is_file() or request.verify == "never"
         return verified or unverifiable(request) is not None
@@ -89,15 +89,15 @@ def up_to_date(request: Request, plan: list[Stage]) -> bool:
         return False
 
 
-def changes(request: Request, plan: list[Stage]) -> dict[str, list[str]]:
-    """For each stage that would run, the inputs that differ from the last build of this output."""
+def changes(request: Request, stages: list[Stage]) -> dict[str, list[str]]:
+    """For each stage that would run, the inputs that changed since the last build of this output."""
     try:
-        made = json.loads(note_of(request.out).read_text())["stages"]
+        note = json.loads(note_of(request.out).read_text())["stages"]
     except (OSError, ValueError, KeyError, TypeError):
-        made = {}
+        note = {}
     reasons: dict[str, list[str]] = {}
-    for stage in plan:
-        before = made.get(stage.name)
+    for stage in stages:
+        before = note.get(stage.name)
         if before is None:
             reasons[stage.name] = ["no earlier build of this output"]
         elif before != stage.inputs:
@@ -105,10 +105,10 @@ def changes(request: Request, plan: list[Stage]) -> dict[str, list[str]]:
                 k for k in before.keys() | stage.inputs.keys() if before.get(k) != stage.inputs.get(k)
             )
         elif not (request.out / "bundle.json").is_file():
-            reasons[stage.name] = ["the bundle is not in place"]
+            reasons[stage.name] = ["the bundle is missing"]
     return reasons
 
 
 def note_of(out: Path) -> Path:
-    """Where the last build of an output is remembered."""
+    """The file that remembers the last build of an output."""
     return cache_dir() / "built" / f"{sha256_of_bytes(str(out.resolve()).encode())[:32]}.json"

@@ -1,4 +1,4 @@
-"""A network run once on weights that are read module by module, so that its size does not matter."""
+"""Running a network once, reading its weights module by module, so that it may be larger than memory."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,22 +19,22 @@ __all__ = ["run_streamed"]
 def run_streamed(
     source: ComponentSpec, references: Mapping[str, tuple[Path, Reference]], inputs: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The outputs by name; each module's weights are there, as float32, only while it runs."""
+    """The outputs by name. The weights of a module are in memory, in float32, only while the module runs."""
     network = network_on_meta(source)
     for path, module in network.named_modules():
         prefix = f"{path}." if path else ""
-        own = {name: references[prefix + name] for name, p in module._parameters.items() if p is not None}
-        if own:
-            module.register_forward_pre_hook(lambda module, _, own=own: _load(module, own))
+        parameters = {name: references[prefix + name] for name, p in module._parameters.items() if p is not None}
+        if parameters:
+            module.register_forward_pre_hook(lambda module, _, parameters=parameters: _load(module, parameters))
             module.register_forward_hook(lambda module, *_: _unload(module))
     with torch.no_grad():
-        made = network(**{name: torch.from_numpy(np.array(inputs[name])) for name in source.inputs})
-    outputs = made if isinstance(made, tuple) else (made,)
+        results = network(**{name: torch.from_numpy(np.array(inputs[name])) for name in source.inputs})
+    outputs = results if isinstance(results, tuple) else (results,)
     return {name: output.numpy() for name, output in zip(source.outputs, outputs, strict=True)}
 
 
-def _load(module: nn.Module, own: Mapping[str, tuple[Path, Reference]]) -> None:
-    for name, (folder, reference) in own.items():
+def _load(module: nn.Module, parameters: Mapping[str, tuple[Path, Reference]]) -> None:
+    for name, (folder, reference) in parameters.items():
         module._parameters[name] = nn.Parameter(mapped_tensor(folder, reference).float(), requires_grad=False)
 
 

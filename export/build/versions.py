@@ -1,4 +1,4 @@
-"""The versions of packages that results depend on."""
+"""The versions of the packages that results depend on."""
 
 import functools
 import importlib.metadata
@@ -9,13 +9,13 @@ TRACERS = ("torch", "diffusers", "transformers", "onnxscript", "onnx-ir", "onnx"
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """For the key of a stage."""
+    """The versions of these packages, for the key of a stage."""
     return {f"version {package}": version(package) for package in packages}
 
 
 @functools.cache
 def version(package: str) -> str:
-    """The version that is installed."""
+    """The installed version of a package."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

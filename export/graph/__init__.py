@@ -1,1 +1,1 @@
-"""Networks to graphs: tracing, our ops as nodes, memory, rewrites."""
+"""From networks to graphs: tracing, our ops as nodes, memory, rewrites."""

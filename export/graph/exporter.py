@@ -1,6 +1,6 @@
-"""What PyTorch's exporter works out again and again, worked out once.
+"""Making PyTorch's exporter faster: results that it computes again and again are computed once.
 
-It lies in the exporter's private parts: where one of them is not as expected, tracing takes longer for an equal graph.
+This replaces private functions of the exporter. If one is not as expected, it stays, and tracing only takes longer.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ __all__ = ["quicker"]
 
 @contextlib.contextmanager
 def quicker() -> Iterator[None]:
-    """Replace what takes long, as far as it is there, and put it back at the end."""
+    """Replace the slow functions that exist, and restore them at the end."""
     with contextlib.ExitStack() as stack:
         for part in (_translations, _promotions, _numbers, _stacks):
             with contextlib.suppress(ImportError, AttributeError, KeyError):
@@ -27,7 +27,7 @@ def quicker() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _replaced(owner: Any, name: str, by: Any) -> Iterator[None]:
-    before = vars(owner)[name]  # not what getattr makes of it
+    before = vars(owner)[name]  # getattr would bind it
     setattr(owner, name, by)
     try:
         yield
@@ -41,22 +41,24 @@ def _once(make: Callable[..., Any], **options: Any) -> Any:
 
 
 def _translations() -> tuple[Any, str, Any]:
-    """The source of every translation to ONNX is parsed for every graph: 0.3 s each time."""
+    """The exporter parses the source of every translation to ONNX for every graph, which takes 0.3 s."""
     from torch.onnx._internal.exporter._registration import ONNXRegistry
 
     make = ONNXRegistry.from_torchlib
 
     def registry(**options: Any) -> Any:
-        known = _once(make, **options)
-        given = copy.copy(known)
-        given.functions = {op: list(found) for op, found in known.functions.items()}  # to which ours are added
-        return given
+        parsed = _once(make, **options)
+        copied = copy.copy(parsed)
+        copied.functions = {
+            op: list(functions) for op, functions in parsed.functions.items()
+        }  # to which ours are added
+        return copied
 
     return ONNXRegistry, "from_torchlib", staticmethod(registry)
 
 
 def _promotions() -> tuple[Any, str, Any]:
-    """Every node is run again when types are promoted; one that is promoted has its new value by then."""
+    """The exporter runs every node again when it promotes types, although their values are known."""
     from torch.onnx._internal.fx.passes import type_promotion
 
     interpreter, rule_of = type_promotion._TypePromotionInterpreter, type_promotion.get_type_promotion_rule
@@ -66,17 +68,17 @@ def _promotions() -> tuple[Any, str, Any]:
         with current(self, node):
             if rule := rule_of(node, self.type_promotion_table):
                 promote(self, node, rule)
-        known = node.op == "call_function" and "val" in node.meta
-        return node.meta["val"] if known else fx.Interpreter.run_node(self, node)
+        computed = node.op == "call_function" and "val" in node.meta
+        return node.meta["val"] if computed else fx.Interpreter.run_node(self, node)
 
     return interpreter, "run_node", run_node
 
 
 def _numbers() -> tuple[Any, str, Any]:
-    """Every operation on a size asks several times whether it is a number, which looks through the expression."""
+    """Every operation on a size asks several times whether it is a number, which searches the expression."""
     return sympy.Expr, "is_number", property(functools.cache(sympy.Expr.is_number.fget))
 
 
 def _stacks() -> tuple[Any, str, Any]:
-    """Every node gets the lines of source that it comes from, which graphs leave behind."""
+    """The exporter stores lines of source code in every node, which our graphs do not keep."""
     return fx.config, "do_not_emit_stack_traces", True

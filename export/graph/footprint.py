@@ -1,8 +1,9 @@
-"""How much working memory a graph needs, as a function of the picture's size.
+"""The working memory of a graph as a function of the picture's size.
 
-The shapes the exporter wrote are expressions in the free sizes. Evaluated at two sizes and walked in the order of
-execution, they give the most bytes alive at once, a line over the pixels; attention's scores, which grow with their
-square, are added on top. The sum is an upper bound: the two need not peak together.
+Shapes in a graph are expressions of the free sizes. They are evaluated for two sizes, and a walk in the order of
+execution counts the most bytes alive at once; a line over the number of pixels goes through the two results. The
+scores of attention grow with the square of the pixels and are added. The sum is an upper bound, since the two need not
+peak together.
 """
 
 import ast
@@ -37,7 +38,7 @@ FUNCTIONS: dict[str, Callable[..., float]] = {
 
 
 def footprint(model: ir.Model, sizes_at: Callable[[int], Mapping[str, int]]) -> Memory:
-    """The need; `sizes_at(side)` gives the free sizes for a square of that many output pixels, batch 1."""
+    """The memory a graph needs. `sizes_at(side)` gives the free sizes for a square of this side in output pixels."""
     small, large = 256**2, 1024**2
     alive = [peak_alive(model, sizes_at(side)) for side in (256, 1024)]
     per_px = (alive[1] - alive[0]) / (large - small)
@@ -50,22 +51,22 @@ def _short(value: float) -> float:
 
 
 def peak_alive(model: ir.Model, sizes: Mapping[str, int]) -> int:
-    """The most bytes of activations alive at once, for free sizes with these values."""
+    """The most bytes of activations alive at once, for these values of the free sizes."""
     nodes = list(model.graph)
     last_use = {value: i for i, node in enumerate(nodes) for value in node.inputs if value is not None}
-    kept = set(model.graph.outputs)
+    outputs = set(model.graph.outputs)
     alive = sum(_bytes(value, sizes) for value in model.graph.inputs)
     peak = alive
     for i, node in enumerate(nodes):
         alive += sum(_bytes(value, sizes) for value in node.outputs)
         peak = max(peak, alive + _inside(node, sizes))
-        ended = {v for v in (*node.inputs, *node.outputs) if v is not None and last_use.get(v, i) == i} - kept
+        ended = {v for v in (*node.inputs, *node.outputs) if v is not None and last_use.get(v, i) == i} - outputs
         alive -= sum(_bytes(value, sizes) for value in ended if value.producer() is not None)
     return peak
 
 
 def _inside(node: ir.Node, sizes: Mapping[str, int]) -> int:
-    """What one of our nodes holds while its function runs: as much again as it reads and writes, and all scores."""
+    """Bytes inside one of our nodes while its function runs: as many as its inputs and outputs, and all scores."""
     if node.domain != DOMAIN:
         return 0
     again = sum(_bytes(value, sizes) for value in (*node.inputs, *node.outputs) if value is not None)
@@ -76,7 +77,7 @@ def _inside(node: ir.Node, sizes: Mapping[str, int]) -> int:
 
 
 def _scores(node: ir.Node, sizes: Mapping[str, int]) -> int:
-    """Bytes of the scores that attention holds while it runs."""
+    """Bytes of attention's scores while it runs."""
     if node.domain == DOMAIN and node.op_type == "JointAttention":
         text, image = (_shape(node.inputs[i], sizes) for i in (0, 3))
         return 4 * text[0] * text[1] * (text[2] + image[2]) ** 2
@@ -94,7 +95,7 @@ def _bytes(value: ir.Value, sizes: Mapping[str, int]) -> int:
 
 def _shape(value: ir.Value | None, sizes: Mapping[str, int]) -> list[int]:
     if value is None or value.shape is None:
-        return [0]  # a value between the nodes of one decomposed operator; its neighbours count
+        return [0]  # a value inside one decomposed operator; only the values around it count
     return [d if isinstance(d, int) else _evaluate(str(d.value), sizes) for d in value.shape]
 
 
@@ -115,4 +116,4 @@ def _evaluate(expression: str, sizes: Mapping[str, int]) -> int:
     try:
         return int(value_of(ast.parse(expression, mode="eval").body))
     except (KeyError, SyntaxError):
-        return 0  # a size that depends on values, not on the picture
+        return 0  # the size depends on values, not on the picture

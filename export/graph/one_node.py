@@ -1,4 +1,4 @@
-"""A graph of one node of ours, to run an op in ONNX Runtime: by standard operators, or by a native kernel."""
+"""A graph with one of our nodes, to run an op in ONNX Runtime by standard operators or by a native kernel."""
 
 import inspect
 from collections.abc import Callable, Iterable
@@ -26,27 +26,30 @@ KINDS: dict[str, Callable[[Any], Any]] = {"int": int, "float": float}
 
 
 def one_node(call: Sample, *, body: bool, constant: bool = False) -> onnx.ModelProto:
-    """The call's node, with its function or without; all but its first input may be constant, as weights are."""
+    """A graph of the call's node, with or without its function. With `constant` only the first input is an input."""
     face = call.op.face
     assert face is not None
-    given = _given(call)
-    meaning = function(face, frozenset(given), OPSET)
+    tensors = _inputs(call)
+    definition = function(face, frozenset(tensors), OPSET)
     attributes = dict(_attribute(call, *attribute.split(":")) for attribute in face.attributes)
     outputs = [_output(name, call.dtype) for name in face.outputs]
-    node = helper.make_node(meaning.name, list(given), [o.name for o in outputs], domain=DOMAIN, **attributes)
-    inputs = list(given)[:1] if constant else list(given)
+    node = helper.make_node(definition.name, list(tensors), [o.name for o in outputs], domain=DOMAIN, **attributes)
+    graph_inputs = list(tensors)[:1] if constant else list(tensors)
     graph = helper.make_graph(
         [node],
         face.name,
-        [helper.make_tensor_value_info(name, ELEMENTS[given[name].dtype], given[name].shape) for name in inputs],
+        [
+            helper.make_tensor_value_info(name, ELEMENTS[tensors[name].dtype], tensors[name].shape)
+            for name in graph_inputs
+        ],
         outputs,
-        [numpy_helper.from_array(a.numpy(), name) for name, a in given.items() if name not in inputs],
+        [numpy_helper.from_array(a.numpy(), name) for name, a in tensors.items() if name not in graph_inputs],
     )
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)]
-    return helper.make_model(graph, opset_imports=opsets, functions=[meaning] if body else [], ir_version=10)
+    return helper.make_model(graph, opset_imports=opsets, functions=[definition] if body else [], ir_version=10)
 
 
-def _given(call: Sample) -> dict[str, Tensor]:
+def _inputs(call: Sample) -> dict[str, Tensor]:
     assert call.op.face is not None
     named = zip(plain(call.op.face.inputs), call.arguments, strict=False)
     return {name: a for name, a in named if a is not None}
@@ -65,11 +68,11 @@ def _output(name: str, dtype: torch.dtype) -> onnx.ValueInfoProto:
 def call_in_ort(
     call: Sample, *, library: Path | None = None, constant: bool = False, threads: int = 0
 ) -> Callable[[], tuple[Tensor, ...]]:
-    """What runs the call: in standard operators, or by the library's kernel, without which it would not open."""
+    """A function that runs the call in standard operators, or by the library's kernel; without one it is refused."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 4
-    # contenders take turns, and the threads of one must not take the cores of the next
+    # contenders take turns, and idle threads of one must not occupy the cores of the next
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if library:
         try:
@@ -80,14 +83,14 @@ def call_in_ort(
             ) from error
     model = one_node(call, body=library is None, constant=constant)
     session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    taken = {i.name for i in session.get_inputs()}
-    feed = {name: a.numpy() for name, a in _given(call).items() if name in taken}
+    input_names = {i.name for i in session.get_inputs()}
+    feed = {name: a.numpy() for name, a in _inputs(call).items() if name in input_names}
     return lambda: tuple(torch.from_numpy(array) for array in session.run(None, feed))
 
 
 def native_kernels(library: Path, ops: Iterable[Op]) -> set[str]:
-    """Those of the ops that the library has a kernel for."""
-    found = set()
+    """The names of ops for which the library has a kernel."""
+    native = set()
     for op in ops:
         if op.face is None:
             continue
@@ -99,5 +102,5 @@ def native_kernels(library: Path, ops: Iterable[Op]) -> set[str]:
             if "is not a registered function/op" not in str(error):
                 raise
         else:
-            found.add(op.name)
-    return found
+            native.add(op.name)
+    return native

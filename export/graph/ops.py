@@ -1,6 +1,6 @@
-"""Our ops in graphs: one node `tilewright::Name` each, and a model-local function that says it in standard operators.
+"""Our ops in graphs: a node `tilewright::Name`, and a function in the model with the same result in standard operators.
 
-A backend with a kernel for the node takes it; any other runs the function's body.
+A backend with a kernel for the node runs the kernel. Any other runs the function.
 """
 
 import functools
@@ -17,13 +17,13 @@ from tilewright.kernels.face import DOMAIN, VERSION, Face, plain
 from tilewright.kernels.table import KERNELS
 from tilewright.runtime.errors import BuildError
 
-__all__ = ["attach", "function", "give_function", "inline", "translations"]
+__all__ = ["function", "give_function", "give_functions", "inline", "translations"]
 
 FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)"]
 
 
 def translations() -> dict[Any, Callable[..., Any]]:
-    """For the exporter: what each of our PyTorch ops becomes."""
+    """For the exporter: a translation of each of our PyTorch ops into its node."""
     ops = ((getattr(torch.ops.tilewright, op.name).default, op.face) for op in KERNELS.values() if op.face)
     return {torch_op: _translation(torch_op, face) for torch_op, face in ops}
 
@@ -36,18 +36,18 @@ def _translation(torch_op: Any, face: Face) -> Callable[..., Any]:
     inputs, attributes = plain(face.inputs), plain(face.attributes)
 
     def translate(*arguments: Any, **named: Any) -> Any:
-        said = defaults | dict(zip(parameters, arguments, strict=False)) | named
-        given = {name: value for name, value in said.items() if value is not None}
-        if rest := given.keys() - {*inputs, *attributes}:
+        values = defaults | dict(zip(parameters, arguments, strict=False)) | named
+        present = {name: value for name, value in values.items() if value is not None}
+        if rest := present.keys() - {*inputs, *attributes}:
             raise BuildError(f"{torch_op} with {', '.join(sorted(rest))} has no ONNX form")
-        return emit(*(given.get(name) for name in inputs), **{name: given[name] for name in attributes})
+        return emit(*(present.get(name) for name in inputs), **{name: present[name] for name in attributes})
 
     return translate
 
 
 @functools.cache
 def _opset() -> onnxscript.values.Opset:
-    """Our domain, known to onnx in this process: the exporter emits no node without a schema."""
+    """Our domain with its schemas, registered in this process: the exporter writes no node without a schema."""
     schema = onnx.defs.OpSchema
     for face in (op.face for op in KERNELS.values() if op.face):
         kinds = [(f"T{i}", FLOATS, "") for i in range(len(face.inputs))]
@@ -84,8 +84,8 @@ def _opset() -> onnxscript.values.Opset:
 _SINGLE = onnx.defs.OpSchema.FormalParameterOption.Single
 
 
-def attach(model: ir.Model) -> None:
-    """Give every node of ours its function."""
+def give_functions(model: ir.Model) -> None:
+    """Give each of our nodes its function."""
     faces = {op.face.name: op.face for op in KERNELS.values() if op.face}
     for node in model.graph:
         if node.domain == DOMAIN:
@@ -93,30 +93,30 @@ def attach(model: ir.Model) -> None:
 
 
 def give_function(model: ir.Model, node: ir.Node, face: Face) -> None:
-    """Let the model say what this node means, by a name of its own for every set of inputs that is left out."""
-    given = {name: v for name, v in zip(plain(face.inputs), node.inputs, strict=False) if v is not None}
-    made = ir.serde.deserialize_function(function(face, frozenset(given), model.opset_imports[""]))
-    for i, value in enumerate(given.values()):
+    """Add the node's function to the model. The name of both tells which inputs are left out."""
+    present = {name: v for name, v in zip(plain(face.inputs), node.inputs, strict=False) if v is not None}
+    definition = ir.serde.deserialize_function(function(face, frozenset(present), model.opset_imports[""]))
+    for i, value in enumerate(present.values()):
         node.replace_input_with(i, value)
-    node.resize_inputs(len(given))
-    node.op_type = made.name
-    model.functions.setdefault(made.identifier(), made)
+    node.resize_inputs(len(present))
+    node.op_type = definition.name
+    model.functions.setdefault(definition.identifier(), definition)
     model.opset_imports.setdefault(DOMAIN, VERSION)
 
 
-def function(face: Face, given: frozenset[str], opset: int) -> onnx.FunctionProto:
-    """The op in standard operators, for these of its inputs."""
+def function(face: Face, present: frozenset[str], opset: int) -> onnx.FunctionProto:
+    """The op in standard operators, with only these inputs."""
     inputs, outputs, attributes = (
-        [n for n in plain(face.inputs) if n in given],
+        [n for n in plain(face.inputs) if n in present],
         plain(face.outputs),
         plain(face.attributes),
     )
-    head = f'<domain: "{DOMAIN}", opset_import: ["": {opset}]> {face.called(given)}'
+    head = f'<domain: "{DOMAIN}", opset_import: ["": {opset}]> {face.node_name(present)}'
     named = f"<{', '.join(attributes)}>" if attributes else ""
-    text = f"{head} {named} ({', '.join(inputs)}) => ({', '.join(outputs)}) {{ {face.body(given)} }}"
+    text = f"{head} {named} ({', '.join(inputs)}) => ({', '.join(outputs)}) {{ {face.body(present)} }}"
     return onnx.parser.parse_function(text)
 
 
 def inline(model: ir.Model) -> None:
-    """Standard operators in the place of our nodes."""
+    """Replace our nodes by standard operators."""
     InlinePass()(model)

@@ -1,7 +1,7 @@
-"""A component's network to an ONNX graph: the only caller of torch.export and torch.onnx.
+"""Tracing a component's network into an ONNX graph. Only this file calls torch.export and torch.onnx.
 
-Weights never exist: parameters are made on the meta device and faked, and leave as references with a name, a type, a
-shape and no bytes. Buffers that the network computes for itself (frequencies, means) are real and stay in the graph.
+Weights are never allocated: parameters are fake tensors, and the graph refers to them by name, type and shape. Buffers
+that the network computes (frequencies, means) are real and stay in the graph.
 """
 
 import contextlib
@@ -23,49 +23,49 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
 from tilewright.export.graph.exporter import quicker
-from tilewright.export.graph.ops import attach, translations
+from tilewright.export.graph.ops import give_functions, translations
 from tilewright.export.system import ComponentSpec, part_of
 from tilewright.runtime.bundle.program import TensorSpec
 
 __all__ = ["OPSET", "UNRESOLVED", "network_on_meta", "parameter_specs", "trace"]
 
-OPSET = 23  # the first with Attention and RMSNormalization, which every target fuses
-BATCH = 31  # tiles in a call, at most; with guidance they count twice, and upstream classes treat 64 in another way
-UNRESOLVED = "unresolved"  # the file of a weight that is not attached yet
+OPSET = 23  # the first opset with Attention and RMSNormalization, which every target fuses
+BATCH = 31  # the most tiles in a call; guidance doubles them, and the libraries' classes treat 64 differently
+UNRESOLVED = "unresolved"  # stands for the file of a weight until it is known
 FACTORIES = {torch.empty, torch.zeros, torch.ones, torch.full, torch.randn, torch.rand}
-INITIALISERS = ("torch.nn.init", "transformers.initialization")  # the second stands in for the first at times
+INITIALISERS = ("torch.nn.init", "transformers.initialization")  # the second sometimes replaces the first
 
 
 class _ParametersOnMeta(TorchFunctionMode):
-    """Factories that make parameters give meta tensors; those that compute (arange, tensor, ...) stay real.
+    """Functions that allocate parameters give meta tensors; those that compute (arange, tensor, ...) stay real.
 
-    What would fill a meta tensor is left out: it fills nothing, and takes half of the time.
+    Initialising a meta tensor is skipped: it has no effect and takes half of the time.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__module__", None) in INITIALISERS:
-            filled = args[0] if args else (kwargs or {}).get("tensor")
-            if isinstance(filled, torch.Tensor) and filled.is_meta:
-                return filled
+            target = args[0] if args else (kwargs or {}).get("tensor")
+            if isinstance(target, torch.Tensor) and target.is_meta:
+                return target
         if func in FACTORIES:
             return func(*args, **((kwargs or {}) | {"device": "meta"}))
         return func(*args, **(kwargs or {}))
 
 
 def network_on_meta(source: ComponentSpec) -> nn.Module:
-    """The component's network in evaluation mode, its parameters without storage."""
+    """The component's network in evaluation mode. Its parameters have no storage."""
     with _ParametersOnMeta():
-        return source.made().eval()
+        return source.build().eval()
 
 
 def parameter_specs(source: ComponentSpec) -> dict[str, TensorSpec]:
-    """The names and shapes of a component's parameters."""
+    """The name, type and shape of each of a component's parameters."""
     named = network_on_meta(source).named_parameters()
     return {name: TensorSpec("float32", tuple(parameter.shape)) for name, parameter in named}
 
 
 def trace(source: ComponentSpec) -> ir.Model:
-    """The component's graph, our ops one node each; every parameter is an unresolved external tensor."""
+    """The component's graph. Each of our ops is one node, and every parameter is an unresolved external tensor."""
     with _rarely_collected(), quicker():
         return _traced(source)
 
@@ -79,7 +79,7 @@ def _traced(source: ComponentSpec) -> ir.Model:
     with torch.no_grad(), _quiet():
         with fake:
             exported = torch.export.export(network, (), arguments, dynamic_shapes=_dynamic(source), strict=False)
-        # the exporter's own way traces the whole graph twice more, for the few nodes that it has no translation of
+        # the exporter would trace the whole graph twice more, for the few nodes without a translation
         exported.run_decompositions = partial(_decomposed, exported)  # type: ignore[method-assign]
         program = torch.onnx.export(
             exported,
@@ -93,7 +93,7 @@ def _traced(source: ComponentSpec) -> ir.Model:
     assert program is not None
     model = program.model
     RemoveUnusedNodesPass()(model)
-    attach(model)
+    give_functions(model)
     _name_sizes(model, source)
     _unresolve(model, {name for name, _ in network.named_parameters()})
     _slim(model)
@@ -101,12 +101,12 @@ def _traced(source: ComponentSpec) -> ir.Model:
 
 
 def _decomposed(exported: ExportedProgram, table: Mapping[Any, Callable[..., Any]]) -> ExportedProgram:
-    """The program with every node that `table` knows, or that may give a view of its input, in simpler nodes."""
+    """The program with simpler nodes in the place of those in `table` and of those that may return views."""
     graph = exported.graph
     called = [node for node in graph.nodes if node.op == "call_function"]
     ops = [node.target for node in called if isinstance(node.target, torch._ops.OpOverload)]
     nested = len(list(exported.graph_module.modules())) > 1
-    if nested or any(op._schema.is_mutable for op in ops):  # what happens in place needs the whole
+    if nested or any(op._schema.is_mutable for op in ops):  # in-place changes cannot be replaced node by node
         return ExportedProgram.run_decompositions(exported, dict(table))
     sizes: dict[Any, fx.Node] = {}
     for node in list(graph.nodes):
@@ -114,18 +114,18 @@ def _decomposed(exported: ExportedProgram, table: Mapping[Any, Callable[..., Any
         if isinstance(value, torch.SymInt):
             sizes.setdefault(value.node.expr, node)
         elif node.target in table or _may_view(node.target):
-            made = _inlined(node, table, sizes)
+            replacement = _inlined(node, table, sizes)
             for spec in exported.graph_signature.output_specs:
                 if spec.arg.name == node.name:
-                    spec.arg.name = made.name
+                    spec.arg.name = replacement.name
     graph.eliminate_dead_code()
     exported.graph_module.recompile()
     return exported
 
 
 def _may_view(op: Any) -> bool:
-    """Whether an op is made of others and gives its input, or a view of it, in some cases."""
-    if not isinstance(op, torch._ops.OpOverload) or op is torch.ops.aten.reshape.default:  # which ONNX has as it is
+    """Whether an op consists of other ops and sometimes returns its input or a view of it."""
+    if not isinstance(op, torch._ops.OpOverload) or op is torch.ops.aten.reshape.default:  # ONNX has Reshape
         return False
     composite = op.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
     views = any(returned.alias_info for returned in op._schema.returns)
@@ -133,33 +133,36 @@ def _may_view(op: Any) -> bool:
 
 
 def _inlined(node: fx.Node, table: Mapping[Any, Callable[..., Any]], sizes: dict[Any, fx.Node]) -> Any:
-    """The node that takes a node's place, at the end of those that its decomposition consists of."""
-    given, op = node.all_input_nodes, cast(Any, node.target)
+    """Replace a node by the nodes of its decomposition; returns the last of them."""
+    inputs, op = node.all_input_nodes, cast(Any, node.target)
 
     def call(*values: Any) -> Any:
-        now = dict(zip(given, values, strict=True))
-        args, kwargs = fx.map_arg((node.args, node.kwargs), now.__getitem__)
+        by_node = dict(zip(inputs, values, strict=True))
+        args, kwargs = fx.map_arg((node.args, node.kwargs), by_node.__getitem__)
         return op(*args, **kwargs)
 
-    values = [n.meta["val"] for n in given]
+    values = [n.meta["val"] for n in inputs]
     fake = next(v.fake_mode for v in [*values, node.meta["val"]] if isinstance(v, FakeTensor))
     with fake:
         parts = make_fx(call, decomposition_table=dict(table))(*values)
-    now = dict(zip((n for n in parts.graph.nodes if n.op == "placeholder"), given, strict=True))
+    by_node = dict(zip((n for n in parts.graph.nodes if n.op == "placeholder"), inputs, strict=True))
     for part in parts.graph.nodes:
         value = part.meta.get("val")
         if part.op == "output":
-            result = fx.map_arg(part.args[0], now.__getitem__)
+            result = fx.map_arg(part.args[0], by_node.__getitem__)
         elif isinstance(value, torch.SymInt) and value.node.expr in sizes:
-            now[part] = sizes[value.node.expr]
+            by_node[part] = sizes[value.node.expr]
         elif part.op != "placeholder":
             if part.target is torch.ops.aten.sym_numel.default and part.args[0].meta["val"].ndim == 1:
-                part.target, part.args = torch.ops.aten.sym_size.int, (part.args[0], 0)  # which the exporter knows
+                part.target, part.args = (
+                    torch.ops.aten.sym_size.int,
+                    (part.args[0], 0),
+                )  # the exporter can translate this one
             with node.graph.inserting_before(node):
-                now[part] = node.graph.node_copy(part, now.__getitem__)
-            now[part].meta = node.meta | {"val": value}
+                by_node[part] = node.graph.node_copy(part, by_node.__getitem__)
+            by_node[part].meta = node.meta | {"val": value}
             if isinstance(value, torch.SymInt):
-                sizes[value.node.expr] = now[part]
+                sizes[value.node.expr] = by_node[part]
     if isinstance(result, fx.Node):
         node.replace_all_uses_with(result)
     else:
@@ -180,13 +183,13 @@ def _fake_parameters(network: nn.Module, fake: FakeTensorMode) -> None:
 
 
 def _sizes(source: ComponentSpec) -> list[str]:
-    """The free sizes of the inputs, in order; `h/2` is no other than `h`."""
+    """The names of the inputs' free sizes, in order; `h/2` counts as `h`."""
     named = (d for spec in source.inputs.values() for d in spec.shape if isinstance(d, str))
     return list(dict.fromkeys(part_of(d)[0] for d in named))
 
 
 def _example(source: ComponentSpec, spec: TensorSpec) -> torch.Tensor:
-    # different sizes for different names, and none of 1, so that no two are taken for the same or for a constant
+    # every name has another size, and none is 1: the exporter would take equal sizes as one, and 1 as a constant
     chosen = {name: (2 + i) * source.multiples.get(name, 1) for i, name in enumerate(_sizes(source))}
     parts = [(d, 1) if isinstance(d, int) else part_of(d) for d in spec.shape]
     shape = [(d if isinstance(d, int) else chosen[d]) // part for d, part in parts]
@@ -209,7 +212,7 @@ def _dynamic(source: ComponentSpec) -> dict[str, dict[int, Any]]:
 
 
 def _name_sizes(model: ir.Model, source: ComponentSpec) -> None:
-    """Our names for the exporter's symbols, in every shape: `height_units` counts multiples, `batch` counts ones."""
+    """Replace the exporter's symbols in all shapes: by `height_units` if sizes are multiples, else by `batch`."""
     renamed: dict[str, str] = {}
     inputs: Any = model.graph.inputs
     for value in inputs:
@@ -241,7 +244,7 @@ def _unresolve(model: ir.Model, parameters: set[str]) -> None:
 
 
 def _slim(model: ir.Model) -> None:
-    """Drop stack traces and source lines, which outweigh the graph and differ between machines."""
+    """Drop stack traces and source lines, which are larger than the graph and differ between machines."""
     for node in model.graph.all_nodes():
         node.metadata_props.clear()
         node.doc_string = None
@@ -256,7 +259,7 @@ def _slim(model: ir.Model) -> None:
 
 @contextlib.contextmanager
 def _rarely_collected() -> Iterator[None]:
-    """Tracing makes many objects that stay; looking through them for dead ones would take a sixth of its time."""
+    """Collect garbage rarely: a sixth of the time of tracing goes into checking objects that stay alive."""
     before = gc.get_threshold()
     gc.set_threshold(200_000, *before[1:])
     try:
@@ -267,7 +270,7 @@ def _rarely_collected() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter's remarks on optional packages and its own internals are not for our users."""
+    """Hide the exporter's remarks about optional packages and its internals."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

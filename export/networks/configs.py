@@ -1,6 +1,6 @@
-"""What each network here honours of its published configuration file, what it cannot do, and its class's own defaults.
+"""The configuration files of published networks: the keys that each network here reads, and the values it refuses.
 
-Data only: no library is loaded. What a network rewrites or leaves to the program has one value, the rest is taken.
+Data only, no library is loaded. A key whose effect is fixed in the graph or the program may have only one value.
 """
 
 from collections.abc import Mapping
@@ -39,10 +39,12 @@ def _fill(values: Mapping[str, Any]) -> str | None:
     axes, width = values["axes_dims_rope"], values["attention_head_dim"]
     if len(axes) != 3 or sum(axes) != width or any(axis % 2 for axis in axes):
         return f"'axes_dims_rope' {list(axes)} are no three even parts of 'attention_head_dim' {width}"
-    taken, made = values["in_channels"], values["out_channels"] or values["in_channels"]
-    if taken <= 2 * made:
-        room = f"'in_channels' {taken} leave no room for an image and its mask beside 'out_channels' {made}"
-        return f"{room}: this is another FLUX, and FLUX.1-Fill-dev is needed"
+    channels_in, channels_out = values["in_channels"], values["out_channels"] or values["in_channels"]
+    if channels_in <= 2 * channels_out:
+        return (
+            f"'in_channels' {channels_in} leave no room for an image and its mask beside 'out_channels' {channels_out}:"
+            " this is another FLUX, and FLUX.1-Fill-dev is needed"
+        )
     return None
 
 
@@ -108,12 +110,12 @@ VAE = Config(
 
 
 def _feed_forward(values: Mapping[str, Any]) -> str | None:
-    said = values["feed_forward_proj"]
-    gated, act = said.startswith("gated-"), said.removeprefix("gated-")
-    derived = {"is_gated_act": gated, "dense_act_fn": "gelu_new" if said == "gated-gelu" else act}
+    kind = values["feed_forward_proj"]
+    gated, act = kind.startswith("gated-"), kind.removeprefix("gated-")
+    derived = {"is_gated_act": gated, "dense_act_fn": "gelu_new" if kind == "gated-gelu" else act}
     for name, value in derived.items():
         if values.get(name, value) != value:
-            return f"{name!r} is {values[name]!r}, which 'feed_forward_proj' {said!r} does not mean"
+            return f"{name!r} is {values[name]!r}, which 'feed_forward_proj' {kind!r} does not mean"
     return None
 
 
@@ -142,7 +144,7 @@ T5 = Config(
 
 
 def _ended(values: Mapping[str, Any]) -> str | None:
-    """The end is found as the highest id: files say 2 for that, or the last of the vocabulary."""
+    """The graph ends a text at its highest id; files write that as 2, or as the last id of the vocabulary."""
     end, last = values.get("eos_token_id", values["vocab_size"] - 1), values["vocab_size"] - 1
     if end not in (2, last):
         return f"'eos_token_id' is {end!r}, where texts end with the last id, {last}"
@@ -166,7 +168,7 @@ CLIP_TEXT = Config(
         "max_position_embeddings": 77,
         "hidden_act": "quick_gelu",
         "layer_norm_eps": 1e-5,
-        "bos_token_id": 49406,  # read by nothing, but the library warns where it is outside of the vocabulary
+        "bos_token_id": 49406,  # nothing reads it, but the library warns if it lies outside of the vocabulary
     },
     must={"is_decoder": False},
     choices=HIDDEN_ACT,
@@ -216,7 +218,7 @@ SIGLIP = Config(
     },
     must={"num_channels": 3},
     choices=HIDDEN_ACT,
-    moot=("vision_use_head", "projection_dim"),  # what is read comes before the head
+    moot=("vision_use_head", "projection_dim"),  # the features are read before the head
     wrappers=("SiglipModel", "siglip"),
     inner="vision_config",
     fits=_patches,
@@ -263,7 +265,7 @@ DINOV3 = Config(
     },
     must={"num_channels": 3},
     choices=HIDDEN_ACT,
-    # positions are moved in training only, and turn by any number of patches
+    # these change positions in training only, and positions fit any number of patches
     moot=("layerscale_value", "image_size", "pos_embed_shift", "pos_embed_jitter", "pos_embed_rescale", *_BACKBONE),
     fits=_heads,
 )
@@ -276,7 +278,7 @@ def _unet(values: Mapping[str, Any]) -> str | None:
     for name in ("attention_head_dim", "transformer_layers_per_block"):
         if isinstance(values[name], tuple) and len(values[name]) != len(widths):
             return f"{name!r} is neither a number nor a list with one for each block"
-    heads = values["attention_head_dim"]  # which is their number, whatever the name says
+    heads = values["attention_head_dim"]  # despite its name, this is the number of heads
     for width, count in zip(widths, heads if isinstance(heads, tuple) else (heads,) * len(widths), strict=True):
         if width % count:
             return f"'block_out_channels' {width} do not divide into 'attention_head_dim' {count}"
@@ -371,11 +373,11 @@ FLOW = Config(
         "stochastic_sampling": False,
     },
     silent={"use_dynamic_shifting": False},
-    moot=("shift",),  # which a dynamic one replaces
+    moot=("shift",),  # dynamic shifting replaces it
     fits=_rising,
     file="scheduler_config.json",
 )
-# the sampler is ours, DDIM or DDPM: of any scheduler's file it takes the noise levels, and must find no clipping
+# the sampler is ours, DDIM or DDPM: it reads the noise levels of any scheduler's file, which must not ask for clipping
 _LEVELS = {
     "beta_start": 0.0001,
     "beta_end": 0.02,
@@ -406,7 +408,7 @@ EULER = replace(
     DDIM,
     classes=("EulerDiscreteScheduler",),
     silent={"clip_sample": True, "timestep_spacing": "linspace"},
-    # how it goes from noise level to noise level
+    # these choose the steps between noise levels, which the sampler does itself
     moot=(
         *DDIM.moot,
         *("interpolation_type", "timestep_type", "final_sigmas_type", "sigma_min", "sigma_max"),
@@ -429,7 +431,7 @@ _CLIP_PIXELS = {
 
 
 def _square(values: Mapping[str, Any]) -> str | None:
-    """Sizes that mean a square: squeezed into one, or the shortest side resized and the centre cut out."""
+    """Refuse sizes that give no square. Images are squeezed into one, or resized and cut out at the centre."""
     for name in ("image_mean", "image_std"):
         numbers = values.get(name, (1, 1, 1))
         if len(numbers) != 3 or (name == "image_std" and 0 in numbers):

@@ -1,8 +1,8 @@
-"""FLUX.1-Fill for restoration: one sampling step, and the modulation that time and text decide.
+"""FLUX.1-Fill for restoration: one sampling step, and the modulation that depends on time and text only.
 
-The step has no matrix that acts on the timestep or the pooled text: those give 344 vectors a step (at full size), which
-`Modulate` computes for all steps at once. What conditions the picture enters by channels, not by tokens, and the mask
-channels, being constant, are a bias.
+The modulation of a step is 344 vectors at full size. `Modulate` computes them for all steps at once, so the step needs
+no weights for timestep and pooled text. The degraded image enters by channels, not by tokens. The mask channels are
+constant, so their share of the embedding is a bias.
 """
 
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ SINUSOID = 256  # width of a timestep's embedding
 
 
 class _Halves(nn.Module):
-    """The last modulation as two linears: published layouts disagree on which half comes first."""
+    """The last modulation as two linear layers, because published layouts differ in the order of its halves."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class _Halves(nn.Module):
 
 
 class _Flux(nn.Module):
-    """The transformer as diffusers builds it, with the low-rank branches in their places."""
+    """The transformer of diffusers with the low-rank branches of a LoRA."""
 
     def __init__(self, config: Mapping[str, Any], branches: Branches | None) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ def _halves(path: str) -> list[str]:
 
 
 def _scalars(sigmas: Tensor, guidance: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
-    """Timestep and guidance as the sinusoids read them; inexact ones are rounded as a bfloat16 pipeline does."""
+    """Timestep and guidance for the sinusoids, exact or rounded as a pipeline in bfloat16 rounds them."""
     if exact:
         return sigmas * 1000, guidance * 1000
 
@@ -78,7 +78,7 @@ def _scalars(sigmas: Tensor, guidance: Tensor, exact: bool) -> tuple[Tensor, Ten
 
 
 class Modulate(_Flux):
-    """(pooled, guidance, sigmas) to the modulation of every step: [B, S, rows, dim], or [S, rows, dim] for one text."""
+    """The modulation of every step [B, S, rows, dim]; with one text for all images [S, rows, dim]."""
 
     def __init__(
         self, config: Mapping[str, Any], *, exact: bool = True, one_text: bool = False, branches: Branches | None = None
@@ -101,7 +101,7 @@ class Modulate(_Flux):
         bridge: Tensor | None = None,
         lora_scale: Tensor | None = None,
     ) -> Tensor:
-        """`bridge` is what the image adds to the text's pooled vector."""
+        """`bridge` is added to the pooled text and depends on the image."""
         self.strength.value = 1.0 if lora_scale is None else lora_scale
         rows = self.modulation(sigmas, guidance, pooled if bridge is None else pooled + bridge, exact=self.exact)
         return rows[0] if self.one_text else rows
@@ -114,10 +114,10 @@ class Step(_Flux):
         self,
         config: Mapping[str, Any],
         *,
-        diptych: bool = False,  # the canvas is [given | to be made], and the mask is 0 | 1
-        mask: float = 0.0,  # of every token, without a diptych
-        split: bool = True,  # modulation comes as an input
-        exact: bool = True,  # scalars are not rounded
+        diptych: bool = False,  # left half: degraded image, mask 0; right half: restored image, mask 1
+        mask: float = 0.0,  # the mask of every token if the canvas is no diptych
+        split: bool = True,  # the modulation is an input
+        exact: bool = True,  # timestep and guidance are not rounded
         branches: Branches | None = None,
     ) -> None:
         super().__init__(config, branches)
@@ -125,7 +125,7 @@ class Step(_Flux):
         model: Any = self.transformer
         self.latent = int(config["out_channels"])
         self.heads, self.width = int(config["num_attention_heads"]), int(config["attention_head_dim"])
-        self.still = int(config["axes_dims_rope"][0]) // 2  # pairs that no image axis turns
+        self.still = int(config["axes_dims_rope"][0]) // 2  # pairs of channels that no position rotates
         self.per_row: Tensor
         self.per_column: Tensor
         for axis, dim in zip(("row", "column"), config["axes_dims_rope"][1:], strict=True):
@@ -155,7 +155,7 @@ class Step(_Flux):
         bridge: Tensor | None = None,
         lora_scale: Tensor | None = None,
     ) -> Tensor:
-        """The next z; `seen` are tokens after the text's, and without `modulation` it comes of pooled and guidance."""
+        """The next z. `seen` are image tokens behind the text's; without `modulation` it is computed here."""
         self.strength.value = 1.0 if lora_scale is None else lora_scale
         if modulation is None:
             assert pooled is not None and guidance is not None
@@ -168,7 +168,7 @@ class Step(_Flux):
         return z + (sigma_next - sigma) * velocity
 
     def velocity(self, z: Tensor, y: Tensor, text: Tensor, rows: list[Tensor]) -> Tensor:
-        """The transformer's answer as a latent [B, C, h, w]."""
+        """The velocity that the transformer predicts, as a latent [B, C, h, w]."""
         model: Any = self.transformer
         height, width = z.shape[2] // 2, z.shape[3] // 2
         x = self._embed(z, y, height, width)
@@ -186,13 +186,13 @@ class Step(_Flux):
         return F.pixel_shuffle(x.transpose(1, 2).unflatten(2, (height, width)), 2)
 
     def _embed(self, z: Tensor, y: Tensor, height: int, width: int) -> Tensor:
-        """Noisy and conditioning latents, joined by channels, through the columns of the embedder that see them."""
+        """Embed both latents, joined by channels, with the embedder's columns for them; the mask becomes a bias."""
         linear: Any = self.transformer.x_embedder
-        noisy, given = (F.pixel_unshuffle(latent, 2).flatten(2).transpose(1, 2) for latent in (z, y))
+        noisy, condition = (F.pixel_unshuffle(latent, 2).flatten(2).transpose(1, 2) for latent in (z, y))
         joined = 2 * self.latent
         term, mask = linear.bias, linear.weight[:, joined:].sum(1)
         if isinstance(linear, LowRank):
-            low = concat_project(noisy, given, linear.lora_A, linear.lora_A.new_zeros(len(linear.lora_A)))
+            low = concat_project(noisy, condition, linear.lora_A, linear.lora_A.new_zeros(len(linear.lora_A)))
             term = term + linear.raised(low)
             mask = mask + linear.raised(linear.lora_A[:, joined:].sum(1))
         if self.diptych:
@@ -200,10 +200,10 @@ class Step(_Flux):
             term = term + right.expand(height, -1).reshape(1, -1, 1) * mask
         elif self.mask:
             term = term + self.mask * mask
-        return concat_project(noisy, given, linear.weight, term)
+        return concat_project(noisy, condition, linear.weight, term)
 
     def _rotation(self, height: int, width: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines [N, width / 2] of the image tokens, each by its row and its column; text does not turn."""
+        """Cosines and sines [N, width / 2] of the image tokens' rows and columns; text tokens are not rotated."""
         by_row = torch.arange(height, dtype=torch.float32)[:, None] * self.per_row
         by_column = torch.arange(width, dtype=torch.float32)[:, None] * self.per_column
         angles = (
@@ -211,8 +211,8 @@ class Step(_Flux):
             by_row[:, None].expand(-1, width, -1),
             by_column[None].expand(height, -1, -1),
         )
-        turned = torch.cat(angles, 2).flatten(0, 1)
-        return turned.cos(), turned.sin()
+        joined = torch.cat(angles, 2).flatten(0, 1)
+        return joined.cos(), joined.sin()
 
     def _double(
         self, block: Any, x: Tensor, text: Tensor, rows: list[Tensor], turn: tuple[Tensor, Tensor]
@@ -225,9 +225,9 @@ class Step(_Flux):
             b, (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj), (attn.norm_added_q, attn.norm_added_k)
         )
         image_qkv = self._qkv(a, (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k), turn)
-        seen_by_text, seen = joint_attention(*words_qkv, *image_qkv)
-        x = x + image[2] * attn.to_out[0](seen)
-        text = text + words[2] * attn.to_add_out(seen_by_text)
+        attended_text, attended = joint_attention(*words_qkv, *image_qkv)
+        x = x + image[2] * attn.to_out[0](attended)
+        text = text + words[2] * attn.to_add_out(attended_text)
         x = x + image[5] * block.ff(block.norm2(x) * (1 + image[4]) + image[3])
         text = text + words[5] * block.ff_context(block.norm2_context(text) * (1 + words[4]) + words[3])
         return x, text
@@ -236,13 +236,13 @@ class Step(_Flux):
         attn = block.attn
         a = block.norm.norm(joint) * (1 + rows[1]) + rows[0]
         q, k, v = self._qkv(a, (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k), turn)
-        seen = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        return joint + rows[2] * block.proj_out(torch.cat((seen, block.act_mlp(block.proj_mlp(a))), 2))
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return joint + rows[2] * block.proj_out(torch.cat((attended, block.act_mlp(block.proj_mlp(a))), 2))
 
     def _qkv(
         self, x: Tensor, linears: tuple[Any, ...], norms: tuple[Any, Any], turn: tuple[Tensor, ...] = ()
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Normed queries and keys, and values [B, H, N, D]; the tables turn the last tokens."""
+        """Normed queries and keys, and values [B, H, N, D]. The tables rotate the last tokens."""
         weights, scales = (linear.weight for linear in linears), (norm.weight for norm in norms)
-        given = (x, None, *weights, *terms(linears, x), *scales, *turn)
-        return qkv_norm_rope(*given, heads=self.heads, epsilon=norms[0].eps, interleaved=True)
+        arguments = (x, None, *weights, *terms(linears, x), *scales, *turn)
+        return qkv_norm_rope(*arguments, heads=self.heads, epsilon=norms[0].eps, interleaved=True)

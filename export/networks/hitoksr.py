@@ -1,7 +1,7 @@
 """HiTokSR: a tokenizer with grouped codebooks and a generator that predicts its tokens in one pass.
 
-The paper leaves the stem open; the one here closes its published parameter and operation counts.
-Tokens are rows of [class tokens of the vision model, shallow to deep | patches, row-major].
+The paper does not describe the stem; this one fits its published counts of parameters and operations.
+The sequence of tokens is [class tokens of the vision model, shallow to deep | patches, row-major].
 """
 
 from dataclasses import dataclass, field
@@ -53,7 +53,7 @@ class HiTokConfig:
 
 
 def rope_tables(rows: int, columns: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [rows * columns, head_dim / 2]: a quarter of a head turns by the row, one by the column."""
+    """Cosines and sines [rows * columns, head_dim / 2]: half of the angles depend on the row, half on the column."""
     frequencies = 10_000.0 ** -(torch.arange(0, head_dim, 4, device=device) / head_dim)
     row = (torch.arange(rows, device=device).float()[:, None] * frequencies).unsqueeze(1).expand(-1, columns, -1)
     column = (torch.arange(columns, device=device).float()[:, None] * frequencies).unsqueeze(0).expand(rows, -1, -1)
@@ -62,7 +62,7 @@ def rope_tables(rows: int, columns: int, head_dim: int, device: torch.device) ->
 
 
 class Attention(nn.Module):
-    """Self-attention; the tables turn the patch tokens, the class tokens before them stay."""
+    """Self-attention. The tables rotate the patch tokens, not the class tokens before them."""
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ class GuidedBlock(Block):
 
 
 def modulate(x: Tensor, sft: Tensor) -> Tensor:
-    """y * (1 + gamma) + beta on the patch rows; class rows, which come first, stay."""
+    """x * (1 + gamma) + beta for the patch tokens; the class tokens before them are unchanged."""
     prefix = x.shape[1] - sft.shape[1]
     gamma, beta = sft.chunk(2, -1)
     return torch.cat([x[:, :prefix], x[:, prefix:] * (1 + gamma) + beta], 1)
@@ -139,7 +139,7 @@ class ResidualBlock(nn.Module):
 
 
 def stem(config: HiTokConfig) -> nn.Sequential:
-    """Pixels to tokens: residual convolution levels, a strided convolution between them, a last 1x1."""
+    """From pixels to tokens: levels of residual blocks, a strided convolution between levels, and a last 1x1."""
     layers: list[nn.Module] = [nn.Conv2d(3, config.stem[0], 3, padding=1)]
     for level, channels in enumerate(config.stem):
         if level:
@@ -149,12 +149,12 @@ def stem(config: HiTokConfig) -> nn.Sequential:
 
 
 class VisionPrior(nn.Module):
-    """DINOv3 as the system reads it: last normed patch tokens and class tokens of several layers."""
+    """DINOv3: the normed patch tokens of its last layer, and the class tokens of several layers."""
 
     def __init__(self, config: HiTokConfig) -> None:
         super().__init__()
         self.vfm = DINOv3ViTModel(DINOv3ViTConfig(**config.vision))  # type: ignore[arg-type]
-        self.vfm.embeddings.mask_token = None  # type: ignore[assignment]  # of training: no graph reads it
+        self.vfm.embeddings.mask_token = None  # type: ignore[assignment]  # for training; no graph reads it
         self.class_layers = config.class_layers
         self.prefix = 1 + config.vision["num_register_tokens"]
 
@@ -171,7 +171,7 @@ class VisionPrior(nn.Module):
 
 
 class Generator(nn.Module):
-    """Upsampled low-quality pixels to codebook indices and codewords."""
+    """Predicts codebook indices and codewords of upsampled low-quality pixels."""
 
     def __init__(self, config: HiTokConfig) -> None:
         super().__init__()
@@ -183,7 +183,7 @@ class Generator(nn.Module):
         self.head = nn.Linear(config.dim, config.groups * config.codes)
 
     def hidden(self, pixels: Tensor, patches: Tensor, class_tokens: Tensor) -> Tensor:
-        """Normed patch tokens [B, N, dim], what the head reads."""
+        """Normed patch tokens [B, N, dim], the input of the head."""
         features = self.stem(pixels)
         rows, columns = features.shape[-2:]
         cos, sin = rope_tables(rows, columns, self.config.dim // self.config.heads, pixels.device)
@@ -200,7 +200,7 @@ class Generator(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Codewords [B, G*D, rows, columns] to pixels in [-1, 1]."""
+    """Makes pixels in [-1, 1] of codewords [B, G*D, rows, columns]."""
 
     def __init__(self, config: HiTokConfig) -> None:
         super().__init__()
@@ -226,7 +226,7 @@ def unpatch(tokens: Tensor, rows: int, columns: int, patch_px: int) -> Tensor:
 
 
 class Encoder(nn.Module):
-    """Pixels in [-1, 1] to the tokenizer's latents [B, N, G*D]; training and round trips only."""
+    """Makes the tokenizer's latents [B, N, G*D] of pixels in [-1, 1]. Only training and tests use it."""
 
     def __init__(self, config: HiTokConfig) -> None:
         super().__init__()
@@ -247,17 +247,17 @@ class Encoder(nn.Module):
 
 
 class Quantizer(nn.Module):
-    """One codebook a group of channels; later groups refine earlier ones."""
+    """Codebooks, one for each group of channels; later groups refine earlier ones."""
 
     def __init__(self, config: HiTokConfig) -> None:
         super().__init__()
         self.codebook = nn.Parameter(torch.randn(config.groups, config.codes, config.code_dim))
 
     def forward(self, latents: Tensor, active: int | None = None) -> tuple[Tensor, Tensor]:
-        """Indices [..., G] and codewords [..., G*D]; groups from `active` on are masked with zeros."""
+        """Indices [..., G] and codewords [..., G*D]. Only the first `active` groups count, the others are zeros."""
         indices, codes = codebook_nearest(latents, self.codebook)
-        kept = len(self.codebook) if active is None else active
-        mask = torch.arange(len(self.codebook), device=codes.device) < kept
+        count = len(self.codebook) if active is None else active
+        mask = torch.arange(len(self.codebook), device=codes.device) < count
         return indices, codes * mask.repeat_interleave(self.codebook.shape[-1])
 
 
@@ -304,10 +304,10 @@ class Decode(nn.Module):
 
 
 def generate(**sizes: Any) -> Generate:
-    """The first half, of these sizes."""
+    """The component `generate` of these sizes."""
     return Generate(HiTokConfig(**sizes))
 
 
 def decode(**sizes: Any) -> Decode:
-    """The second half."""
+    """The component `decode` of these sizes."""
     return Decode(HiTokConfig(**sizes))

@@ -1,9 +1,10 @@
 """InstantIR: SDXL's UNet with time-aware image attention, the aggregator that steers it, and the sampler's step.
 
-One UNet plays two roles, the previewer's with a low-rank branch and the base's without, so it ends at its prediction;
-what follows (preview, AdaRes, guidance, sampler) has no weights and lies in `Aggregate` and `Step`. Every call takes
-both halves of classifier-free guidance, [tile, without | with the words, ...]. What no step changes, keys and values of
-words and of image tokens, comes as one tensor for all layers: key, value of the first, key, value of the next, ...
+The same UNet is the previewer, with a low-rank branch, and the base, without it. So its graph ends at the predicted
+noise. Preview, AdaRes, guidance and sampler follow in `Aggregate` and `Step`; the sampler has no weights. Every call
+computes both halves of classifier-free guidance: [tile, without | with the prompt, ...]. Keys and values of words and
+of image tokens are the same in every step. They are one input for all layers: key, value of the first layer, key,
+value of the second, ...
 """
 
 from collections.abc import Callable, Mapping
@@ -23,21 +24,21 @@ from tilewright.export.networks.sinusoid import Sinusoid
 
 __all__ = ["Aggregate", "Gates", "Look", "Resampler", "Start", "Step", "Text", "Unet", "Words"]
 
-SIGMA_DATA, TIME_SCALE = 0.5, 10.0  # of the consistency model that the previewer is
+SIGMA_DATA, TIME_SCALE = 0.5, 10.0  # constants of the previewer, which is a consistency model
 LEAST_STRENGTH = 0.1  # residuals weaker than this are left out
 LEAST_CHANGE = 1e-12  # guards AdaRes against a preview that did not move
-SAME_STEP = 1e-3  # of a step: the release compares in float64, where 0.6 of 50 steps is not above 30
-OFF, PAPER, CODE = range(3)  # AdaRes: which, and whose
+SAME_STEP = 1e-3  # tolerance in steps: in float32, unlike in the release, 0.6 of 50 steps is above 30
+OFF, PAPER, CODE = range(3)  # AdaRes: none, as in the paper, as in the released code
 
 
 class Text(nn.Module):
-    """Both tokenizers' ids [1, N] to SDXL's context [1, N, C] and pooled text [1, P]."""
+    """SDXL's context [1, N, C] and pooled text [1, P] of the ids [1, N] of both tokenizers."""
 
     def __init__(self, text: dict[str, Any], text_2: dict[str, Any]) -> None:
         super().__init__()
-        # 2 is the published configurations' id of the end, which makes the library pool at the highest id
+        # with 2, the end's id in published files, the library pools at the highest id of a text
         self.text: Any = CLIPTextModel(CLIPTextConfig(**text | {"eos_token_id": 2}))
-        del self.text.encoder.layers[-1]  # what is read is the input of the last layer
+        del self.text.encoder.layers[-1]  # the context is the input of the last layer
         self.text.add_module("final_layer_norm", nn.Identity())
         self.text_2 = CLIPTextModelWithProjection(CLIPTextConfig(**text_2 | {"eos_token_id": 2}))
 
@@ -48,10 +49,10 @@ class Text(nn.Module):
 
 
 class Start(nn.Module):
-    """The latent that sampling starts from."""
+    """The first latent of the sampler."""
 
     def forward(self, latent: Tensor, noise: Tensor, alpha: Tensor, beta: Tensor, start: Tensor) -> Tensor:
-        """`alpha` and `beta` of all steps; `start`: 0 is the noised latent of the image, 1 is noise."""
+        """`start` 0: the image's latent with noise; 1: noise alone. `alpha` and `beta` are those of all steps."""
         return torch.where(start == 0, alpha[0] * latent + beta[0] * noise, noise)
 
 
@@ -59,25 +60,25 @@ def _blocks(unet: Any) -> dict[int, tuple[str, Any]]:
     """The release's number of each cross-attention -> the path of its transformer block, and the block."""
     parts = [*(f"down_blocks.{i}" for i in range(len(unet.down_blocks)))]
     parts += [*(f"up_blocks.{i}" for i in range(len(unet.up_blocks))), "mid_block"]
-    found = [
+    blocks = [
         (f"{part}.{name}", module)
         for part in parts
         for name, module in unet.get_submodule(part).named_modules()
         if isinstance(module, BasicTransformerBlock)
     ]
-    return {2 * i + 1: pair for i, pair in enumerate(found)}  # the even ones are self-attentions
+    return {2 * i + 1: pair for i, pair in enumerate(blocks)}  # even numbers are self-attentions
 
 
-def _prune(unet: Any, kept: Callable[[str], bool]) -> None:
-    """Leave only these of the modules that hold weights."""
+def _prune(unet: Any, keep: Callable[[str], bool]) -> None:
+    """Delete the modules with weights, except those that `keep` accepts."""
     for name, module in list(unet.named_modules()):
-        if module._parameters and not kept(name):
+        if module._parameters and not keep(name):
             parent, _, child = name.rpartition(".")
             delattr(unet.get_submodule(parent), child)
 
 
 class Words(nn.Module):
-    """Context [1, N, C] to the keys and values of all layers [2, N, K]."""
+    """Keys and values of all layers [2, N, K] for two contexts [1, N, C]."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
@@ -91,7 +92,7 @@ class Words(nn.Module):
 
 
 class _Perceiver(nn.Module):
-    """Latents that look at image tokens and at themselves."""
+    """Attention of the resampler's latents to image tokens and to themselves."""
 
     def __init__(self, dim: int, heads: int, head_width: int) -> None:
         super().__init__()
@@ -114,7 +115,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
 
 
 class Resampler(nn.Module):
-    """Image tokens [B, N, in] to a few [B, queries, out]."""
+    """Turns image tokens [B, N, in] into a few tokens [B, queries, out]."""
 
     def __init__(
         self,
@@ -154,7 +155,7 @@ class _ImageKeys(nn.Module):
 
 
 class Look(nn.Module):
-    """Image features [B, N, F], and those of nothing, to normed keys and values of all layers [B, 2, tokens, K]."""
+    """Normed keys and values of all layers [B, 2, tokens, K], for an empty image's features and the image's."""
 
     def __init__(
         self, config: Mapping[str, Any], resampler: Mapping[str, int], branches: Branches | None = None
@@ -175,15 +176,15 @@ class Look(nn.Module):
         both = torch.stack((nothing.expand(features.shape[0], -1, -1), features), 1).flatten(0, 1)
         tokens = self.resampler(both)
         keys = [getattr(block.attn2, f"processor_{n}") for n, (_, block) in _blocks(self.unet).items()]
-        made = [F.layer_norm(y, y.shape[2:], eps=1e-6) for k in keys for y in (k.to_k_ip(tokens), k.to_v_ip(tokens))]
-        return torch.cat(made, 2).unflatten(0, (-1, 2))
+        normed = [F.layer_norm(y, y.shape[2:], eps=1e-6) for k in keys for y in (k.to_k_ip(tokens), k.to_v_ip(tokens))]
+        return torch.cat(normed, 2).unflatten(0, (-1, 2))
 
 
-RESAMPLER = "encoder_hid_proj.image_projection_layers.0."  # where the previewer's file has it
+RESAMPLER = "encoder_hid_proj.image_projection_layers.0."  # its prefix in the previewer's file
 
 
 def _placing(unet: Any, prefix: str = "") -> Callable[[str], list[str]]:
-    """From a module's path in the previewer's file to its place among ours."""
+    """A function from a module's path in the previewer's file to its paths in our network."""
     numbers = {path: number for number, (path, _) in _blocks(unet).items()}
 
     def place(path: str) -> list[str]:
@@ -198,16 +199,16 @@ def _placing(unet: Any, prefix: str = "") -> Callable[[str], list[str]]:
 
 
 @dataclass
-class _Given:
-    """What all layers of a forward share; no module, so that tracing may set it."""
+class _Shared:
+    """Tensors that all layers of one forward share; not a module, so that tracing may set it."""
 
     words: list[Tensor] = field(default_factory=list)
-    seen: list[Tensor] = field(default_factory=list)
+    image_tokens: list[Tensor] = field(default_factory=list)
     active: Tensor | None = None  # the activated time embedding
 
 
 class _AdaptiveNorm(nn.Module):
-    """Shift and scale of what was normed before."""
+    """Shift and scale that depend on time, for values that are normed already."""
 
     def __init__(self, time_width: int, width: int, *, adaptive: bool) -> None:
         super().__init__()
@@ -219,39 +220,39 @@ class _AdaptiveNorm(nn.Module):
 
 
 class _TimeAware(nn.Module):
-    """Cross-attention to the words, plus one to image tokens whose keys and values follow the time."""
+    """Cross-attention to the words, plus attention to image tokens with keys and values that depend on time."""
 
     def __init__(
-        self, attn: Any, number: int, position: int, time_width: int, given: _Given, *, adaptive: bool
+        self, attn: Any, number: int, position: int, time_width: int, shared: _Shared, *, adaptive: bool
     ) -> None:
         super().__init__()
         width = attn.to_q.out_features
-        self.heads, self.position, self.number, self.given = attn.heads, 2 * position, number, given
+        self.heads, self.position, self.number, self.shared = attn.heads, 2 * position, number, shared
         self.to_q, self.to_out = attn.to_q, attn.to_out
         norms = {name: _AdaptiveNorm(time_width, width, adaptive=adaptive) for name in ("ln_k_ip", "ln_v_ip")}
         self.add_module(f"processor_{number}", nn.ModuleDict(norms))
 
     def forward(self, x: Tensor, encoder_hidden_states: None = None, attention_mask: None = None) -> Tensor:
-        given, at = self.given, self.position
+        shared, at = self.shared, self.position
         query = self.to_q(x)
-        text = _attend(query, given.words[at], given.words[at + 1], self.heads)
-        key, value = given.seen[at], given.seen[at + 1]
+        text = _attend(query, shared.words[at], shared.words[at + 1], self.heads)
+        key, value = shared.image_tokens[at], shared.image_tokens[at + 1]
         norms: Any = self.get_submodule(f"processor_{self.number}")
-        key, value = norms["ln_k_ip"](key, given.active), norms["ln_v_ip"](value, given.active)
+        key, value = norms["ln_k_ip"](key, shared.active), norms["ln_v_ip"](value, shared.active)
         return self.to_out[0](text + _attend(query, key, value, self.heads))
 
 
-def _time(model: Any, t: Tensor, like: Tensor, spatial: int, pooled: Tensor, negative_pooled: Tensor) -> Tensor:
-    """SDXL's time embedding for both halves [2, D]; the size it is told is that of what it sees, in pixels."""
-    sides = [like.new_ones(1) * (side * spatial) for side in like.shape[2:]]
-    sizes = torch.cat((*sides, like.new_zeros(2), *sides))
-    told = model.add_time_proj(sizes).flatten()[None].expand(2, -1)
-    added = model.add_embedding(torch.cat((torch.cat((negative_pooled, pooled)), told), 1))
+def _time(model: Any, t: Tensor, latent: Tensor, spatial: int, pooled: Tensor, negative_pooled: Tensor) -> Tensor:
+    """SDXL's time embedding for both halves of guidance [2, D]; it includes the latent's size in pixels."""
+    sides = [latent.new_ones(1) * (side * spatial) for side in latent.shape[2:]]
+    sizes = torch.cat((*sides, latent.new_zeros(2), *sides))
+    size_embedding = model.add_time_proj(sizes).flatten()[None].expand(2, -1)
+    added = model.add_embedding(torch.cat((torch.cat((negative_pooled, pooled)), size_embedding), 1))
     return model.time_embedding(model.time_proj(t[None])) + added
 
 
 def _both(x: Tensor, batch: int) -> Tensor:
-    """[2, ...] for every tile: [2 batch, ...]."""
+    """Repeat a tensor [2, ...] for every tile: [2 * batch, ...]."""
     return x[None].expand(batch, *x.shape).flatten(0, 1)
 
 
@@ -261,26 +262,26 @@ def _set_sinusoids(model: Any, config: Mapping[str, Any]) -> None:
 
 
 class Unet(nn.Module):
-    """Latent [B, 4, h, w] to the predicted noise [B, 2, 4, h, w]."""
+    """Predicts the noise [B, 2, 4, h, w] of a latent [B, 4, h, w]."""
 
     def __init__(
         self,
         config: Mapping[str, Any],
         *,
         spatial: int,
-        adaptive: bool = True,  # the adapter has the linears of its adaptive norms
+        adaptive: bool = True,  # the adapter has weights for norms that depend on time
         branches: Branches | None = None,
     ) -> None:
         super().__init__()
         unet: Any = UNet2DConditionModel(**config)
-        self.unet, self.spatial, self.given, self.strength = unet, spatial, _Given(), Strength()
+        self.unet, self.spatial, self.shared, self.strength = unet, spatial, _Shared(), Strength()
         _set_sinusoids(unet, config)
         width = unet.time_embedding.linear_2.out_features
         placing = _placing(unet)
         self.sizes = []
         for position, (number, (_, block)) in enumerate(_blocks(unet).items()):
             self.sizes += 2 * [block.attn2.to_q.out_features]
-            block.attn2 = _TimeAware(block.attn2, number, position, width, self.given, adaptive=adaptive)
+            block.attn2 = _TimeAware(block.attn2, number, position, width, self.shared, adaptive=adaptive)
         add_branches(unet, branches or {}, self.strength, placing)
 
     def forward(
@@ -304,17 +305,20 @@ class Unet(nn.Module):
         r7: Tensor | None = None,
         r8: Tensor | None = None,
     ) -> Tensor:
-        """Residuals [B, 2, C, h, w], of `control` [B, 1] strength, are added to the skips."""
+        """The residuals r0 to r8 and `mid` [B, 2, C, h, w] are added to the skips, times `control` [B, 1]."""
         unet, batch = self.unet, z.shape[0]
         self.strength.value = 1.0 if lora_scale is None else lora_scale
         temb = _both(_time(unet, t, z, self.spatial, pooled, negative_pooled), batch)
-        self.given.active = F.silu(temb)
-        self.given.words, self.given.seen = self._layers(_both(words, batch)), self._layers(seen.flatten(0, 1))
+        self.shared.active = F.silu(temb)
+        self.shared.words, self.shared.image_tokens = (
+            self._layers(_both(words, batch)),
+            self._layers(seen.flatten(0, 1)),
+        )
         x = unet.conv_in(z[:, None].expand(-1, 2, -1, -1, -1).flatten(0, 1))
         skips = [x]
         for block in unet.down_blocks:
-            x, made = block(x, temb)
-            skips += made
+            x, outputs = block(x, temb)
+            skips += outputs
         x = unet.mid_block(x, temb)
         if control is not None and mid is not None:
             factor = control[:, :, None, None, None]
@@ -323,18 +327,18 @@ class Unet(nn.Module):
             x = x + (mid * factor).flatten(0, 1)
         for block in unet.up_blocks:
             count = len(block.resnets)
-            skips, taken = skips[:-count], skips[-count:]
-            x = block(x, tuple(taken), temb)
+            skips, joined = skips[:-count], skips[-count:]
+            x = block(x, tuple(joined), temb)
         return unet.conv_out(unet.conv_act(unet.conv_norm_out(x))).unflatten(0, (-1, 2))
 
     def _layers(self, joined: Tensor) -> list[Tensor]:
-        """The keys and values of each layer; slices, as the exporter's split makes a sequence."""
+        """The keys and values of each layer, as slices: the exporter would turn a split into a sequence."""
         ends = list(accumulate(self.sizes))
         return [joined[:, :, end - size : end] for size, end in zip(self.sizes, ends, strict=True)]
 
 
 class _Sft(nn.Module):
-    """What the upper half makes of the lower: scale and shift, cell by cell."""
+    """Scales and shifts the lower half, cell by cell, with numbers computed from the upper half."""
 
     def __init__(self, channels: int, hidden: int) -> None:
         super().__init__()
@@ -357,7 +361,7 @@ class _Head(nn.Sequential):
 
 
 class Aggregate(nn.Module):
-    """Preview of the result, and what it and the image's latent add to the UNet's skips."""
+    """Makes the preview of the result, and from preview and image the residuals for the UNet's skips."""
 
     def __init__(self, config: Mapping[str, Any], *, spatial: int, hidden: int) -> None:
         super().__init__()
@@ -395,40 +399,40 @@ class Aggregate(nn.Module):
         control_on: Tensor,
         preview_on: Tensor,
     ) -> tuple[Tensor, ...]:
-        """Preview of the half with words, how far it moved, strength, middle and skips; `noise` is the previewer's."""
+        """Preview with the prompt, how far it moved, strength, middle and skips. `noise` is the previewer's."""
         scaled = TIME_SCALE * t
         spread = scaled * scaled + SIGMA_DATA * SIGMA_DATA
         keep, change = SIGMA_DATA * SIGMA_DATA / spread, scaled / spread.sqrt()
         noisy = z[:, None]
-        seen = change * (noisy - beta * noise) / alpha + keep * noisy
+        previews = change * (noisy - beta * noise) / alpha + keep * noisy
         latent = y[:, None].expand(-1, 2, -1, -1, -1)
-        seen = torch.where(preview_on > 0, seen, latent)
+        previews = torch.where(preview_on > 0, previews, latent)
         one = torch.ones_like(delta)
         mix = torch.where(adares == PAPER, delta.clamp(0, 1), 0 * one)[:, :, None, None, None]
         strength = torch.minimum(torch.where(adares == CODE, delta, one), control_scale).clamp(min=0) * control_on
         on = strength > LEAST_STRENGTH
-        middle, skips = self.residuals(latent, seen + mix * (latent - seen), t, pooled, negative_pooled)
-        shown = torch.where(on[:, :, None, None], seen[:, 1], preview)
-        moved = (shown - preview).square().sum((1, 2, 3))[:, None]
-        return shown, moved, torch.where(on, strength, 0 * one), middle, *skips
+        middle, skips = self.residuals(latent, previews + mix * (latent - previews), t, pooled, negative_pooled)
+        new_preview = torch.where(on[:, :, None, None], previews[:, 1], preview)
+        moved = (new_preview - preview).square().sum((1, 2, 3))[:, None]
+        return new_preview, moved, torch.where(on, strength, 0 * one), middle, *skips
 
     def residuals(
         self, latent: Tensor, reference: Tensor, t: Tensor, pooled: Tensor, negative_pooled: Tensor
     ) -> tuple[Tensor, list[Tensor]]:
-        """For both halves [B, 2, 4, h, w]: the image above, what is to be judged below."""
+        """Residuals of both halves of guidance, from the image's latent stacked upon the preview's [B, 2, 4, h, w]."""
         temb = _both(_time(self, t, latent[:, 0], self.spatial, pooled, negative_pooled), latent.shape[0])
         x = torch.cat((self.conv_in(latent.flatten(0, 1)), self.ref_conv_in(reference.flatten(0, 1))), 2)
-        made = [x]
+        states = [x]
         for block in self.down_blocks:
-            x, more = block(x, temb)
-            made += more
+            x, outputs = block(x, temb)
+            states += outputs
         x = self.controlnet_mid_block(self.mid_block(x, temb))
-        skips = [head(m).unflatten(0, (-1, 2)) for head, m in zip(self.controlnet_down_blocks, made, strict=True)]
+        skips = [head(m).unflatten(0, (-1, 2)) for head, m in zip(self.controlnet_down_blocks, states, strict=True)]
         return x.unflatten(0, (-1, 2)), skips
 
 
 class Gates(nn.Module):
-    """For every step [steps, 1], whether residuals are added and whether a preview is made."""
+    """For every step, two flags [steps, 1]: whether residuals are added, whether a preview is made."""
 
     def forward(
         self,
@@ -438,7 +442,7 @@ class Gates(nn.Module):
         preview_start: Tensor,
         preview_end: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Steps that lie within [start, end] of the whole, as 1."""
+        """1 for steps that lie within [start, end], as shares of all steps, else 0."""
         count = t.shape[0]
         before = torch.arange(count, dtype=torch.float32)[:, None]
         spans = ((control_start, control_end), (preview_start, preview_end))
@@ -449,11 +453,11 @@ class Gates(nn.Module):
 
 
 class Step(nn.Module):
-    """Guidance, one step of the sampler in float32, and AdaRes' measure of how far the preview was off."""
+    """Guidance, one step of the sampler in float32, and the error of the preview, which AdaRes reads."""
 
     def __init__(self, offset: int) -> None:
         super().__init__()
-        self.offset = offset  # the last step's time
+        self.offset = offset  # time of the last step
 
     def forward(
         self,
@@ -477,7 +481,7 @@ class Step(nn.Module):
         deterministic = alpha_next * x0 + beta_next * eps
         last = t < self.offset + 0.5
         clean, noisy = torch.where(last, 1.0, alpha_next), torch.where(last, 0.0, beta_next)
-        # the two are equal, and each loses its digits where its own numbers are close to 1
+        # both formulas give the same number, but each loses digits where its own numbers are close to 1
         risen = torch.where(alpha > beta, (beta - noisy) * (beta + noisy), (clean - alpha) * (clean + alpha))
         risen = risen / (clean * clean)
         ancestral = clean * risen / (beta * beta) * x0 + alpha / clean * (noisy / beta) * (noisy / beta) * z

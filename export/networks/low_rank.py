@@ -1,4 +1,4 @@
-"""Low-rank additions beside weights that stay as they lie in their files: linears and convolutions of a LoRA."""
+"""Layers with a low-rank branch, so that a LoRA is added without changing the weights in their files."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ from tilewright.runtime.errors import InputError
 
 __all__ = ["Branches", "LowRank", "LowRankConv", "LowRankOnly", "Strength", "Zero", "add_branches", "terms"]
 
-Branches = Mapping[str, Sequence[float]]  # path of a module -> rank of its low-rank addition, and the file's scale
+Branches = Mapping[str, Sequence[float]]  # path of a module -> rank and scale of its branch
 
 
 @dataclass
 class Strength:
-    """The caller's LoRA scale while a forward runs; no module, so that tracing may set it."""
+    """The caller's strength of the LoRA during one forward; not a module, so that tracing may set it."""
 
     value: Tensor | float = 1.0
 
@@ -36,12 +36,12 @@ class LowRank(nn.Linear):
         return super().forward(x) + self.raised(F.linear(x, self.lora_A))
 
     def raised(self, low: Tensor) -> Tensor:
-        """The branch of what A gave."""
+        """The branch's result from A's."""
         return F.linear(low * (self.scale * self.strength.value), self.lora_B)
 
 
 def terms(linears: Sequence[nn.Linear], x: Tensor) -> list[Tensor]:
-    """What each linear adds to W x: its bias, and its branch where it has one."""
+    """The term that each linear layer adds to W x: its bias, and its branch if it has one."""
     return [
         linear.bias + linear.raised(F.linear(x, linear.lora_A)) if isinstance(linear, LowRank) else linear.bias
         for linear in linears
@@ -49,7 +49,7 @@ def terms(linears: Sequence[nn.Linear], x: Tensor) -> list[Tensor]:
 
 
 class LowRankConv(nn.Conv2d):
-    """A convolution and its low-rank addition: the same kernel to a few channels, then 1x1."""
+    """A convolution with a low-rank branch: a convolution of the same size to a few channels, then 1x1."""
 
     def __init__(self, base: nn.Conv2d, rank: int, scale: float, strength: Strength) -> None:
         size, stride, padding = (base.kernel_size[0], base.stride[0], base.padding[0])
@@ -64,7 +64,7 @@ class LowRankConv(nn.Conv2d):
 
 
 class Zero(nn.Module):
-    """A linear whose weights a file has left out: it adds nothing, but for what a LoRA adds."""
+    """A linear layer whose weights are missing in the file: its result is zero, and a LoRA may add to it."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class Zero(nn.Module):
 
 
 class LowRankOnly(nn.Module):
-    """s B(A x), beside nothing."""
+    """s B(A x): the branch of a layer whose result is zero."""
 
     def __init__(self, base: Zero, rank: int, scale: float, strength: Strength) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ KINDS: dict[type[nn.Module], Any] = {nn.Conv2d: LowRankConv, nn.Linear: LowRank,
 def add_branches(
     root: nn.Module, branches: Branches, strength: Strength, place: Callable[[str], Sequence[str]] = lambda path: [path]
 ) -> None:
-    """Put each branch at its place, or places where a published module is several of ours."""
+    """Replace modules by ones with branches. `place` names our modules for a path, several if we split the module."""
     unknown = []
     for path, (rank, scale) in branches.items():
         for name in place(path):
@@ -103,7 +103,7 @@ def add_branches(
             except AttributeError:
                 unknown.append(path)
                 continue
-            kind: Any = next(KINDS[of] for of in KINDS if isinstance(base, of))
+            kind: Any = next(KINDS[base_kind] for base_kind in KINDS if isinstance(base, base_kind))
             setattr(root.get_submodule(parent), child, kind(base, int(rank), scale, strength))
     if unknown:
         some = f"{', '.join(unknown[:3])}{', ...' if len(unknown) > 3 else ''}"

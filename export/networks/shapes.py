@@ -1,7 +1,6 @@
-"""What the shapes in published weight files tell of a network's sizes, under the names of its configuration.
+"""A network's sizes from the shapes in its weight files, under the names of its configuration file.
 
-A key that every such file has raises KeyError where it is not there. Shapes that no configuration describes raise
-ValueError.
+A missing tensor raises KeyError. Shapes that no configuration describes raise ValueError.
 """
 
 import math
@@ -13,7 +12,7 @@ __all__ = ["clip_text", "dinov2", "unet", "vae"]
 
 
 def _count(shapes: Shapes, before: str, after: str) -> int:
-    """How many of the numbers 0, 1, 2, ... make keys that are there, between two parts of a key."""
+    """How many keys `before`0`after`, `before`1`after`, ... there are without a gap."""
     count = 0
     while f"{before}{count}{after}" in shapes:
         count += 1
@@ -21,14 +20,14 @@ def _count(shapes: Shapes, before: str, after: str) -> int:
 
 
 def _one(what: str, values: list[int]) -> int:
-    """The number that all blocks share."""
+    """The one number that all blocks have."""
     if len(set(values)) != 1:
         raise ValueError(f"its blocks have {values} {what}")
     return values[0]
 
 
 def unet(shapes: Shapes) -> dict[str, Any]:
-    """Of SDXL's UNet."""
+    """The sizes of SDXL's UNet."""
     channels_in, channels_out = shapes["conv_in.weight"][1], shapes["conv_out.weight"][0]
     blocks = _count(shapes, "down_blocks.", ".resnets.0.conv1.weight")
     lengths = {
@@ -40,7 +39,7 @@ def unet(shapes: Shapes) -> dict[str, Any]:
     middle = "mid_block.attentions.0"
     transformers = [down or up for down, up in zip(downs, reversed(ups), strict=True)]
     for index, pair in enumerate(zip(downs, reversed(ups), strict=True)):
-        # the middle has as many as the last block
+        # the middle block has as many transformers as the last block
         beside = {*pair, lengths["mid_block"]} if index == blocks - 1 else {*pair}
         if len(beside - {0}) > 1:
             raise ValueError(f"block {index} has {pair[0]} transformers on the way down and {pair[1]} up")
@@ -60,7 +59,7 @@ def unet(shapes: Shapes) -> dict[str, Any]:
 
 
 def vae(shapes: Shapes) -> dict[str, Any]:
-    """Of AutoencoderKL."""
+    """The sizes of AutoencoderKL."""
     latent = shapes["decoder.conv_in.weight"][1]
     blocks = _count(shapes, "encoder.down_blocks.", ".resnets.0.conv1.weight")
     layers = [_count(shapes, f"encoder.down_blocks.{i}.resnets.", ".conv1.weight") for i in range(blocks)]
@@ -76,10 +75,10 @@ def vae(shapes: Shapes) -> dict[str, Any]:
 
 
 def clip_text(shapes: Shapes) -> dict[str, Any]:
-    """Of CLIP's text encoder, in the spelling of transformers 5 or an older one."""
+    """The sizes of CLIP's text encoder, under the names of transformers 5 or older ones."""
     inside = "text_model." if any(key.startswith("text_model.") for key in shapes) else ""
     vocabulary, width = shapes[f"{inside}embeddings.token_embedding.weight"]
-    told = {
+    sizes = {
         "vocab_size": vocabulary,
         "hidden_size": width,
         "max_position_embeddings": shapes[f"{inside}embeddings.position_embedding.weight"][0],
@@ -87,16 +86,16 @@ def clip_text(shapes: Shapes) -> dict[str, Any]:
         "num_hidden_layers": _count(shapes, f"{inside}encoder.layers.", ".mlp.fc1.weight"),
     }
     projection = shapes.get("text_projection.weight")
-    return told | ({"projection_dim": projection[0]} if projection else {})
+    return sizes | ({"projection_dim": projection[0]} if projection else {})
 
 
 def dinov2(shapes: Shapes) -> dict[str, Any]:
-    """Of DINOv2, in the spelling of transformers 5 or an older one."""
+    """The sizes of DINOv2, under the names of transformers 5 or older ones."""
     width, _, patch, _ = shapes["embeddings.patch_embeddings.projection.weight"]
     cells = math.isqrt(shapes["embeddings.position_embeddings"][1] - 1)
     gated = any(f"encoder.layer.0.mlp.{name}.weight" in shapes for name in ("weights_in", "gate_proj"))
     biases = ("attention.attention.query.bias", "attention.q_proj.bias")
-    told = {
+    sizes = {
         "hidden_size": width,
         "patch_size": patch,
         "image_size": cells * patch,
@@ -104,8 +103,8 @@ def dinov2(shapes: Shapes) -> dict[str, Any]:
         "use_swiglu_ffn": gated,
         "qkv_bias": any(f"encoder.layer.0.{bias}" in shapes for bias in biases),
     }
-    if told["qkv_bias"] is False and not any(key.startswith("encoder.layer.0.attention.") for key in shapes):
+    if sizes["qkv_bias"] is False and not any(key.startswith("encoder.layer.0.attention.") for key in shapes):
         raise KeyError(f"encoder.layer.0.{biases[0].replace('bias', 'weight')}")
     if not gated:
-        told["mlp_ratio"] = shapes["encoder.layer.0.mlp.fc1.weight"][0] // width
-    return told
+        sizes["mlp_ratio"] = shapes["encoder.layer.0.mlp.fc1.weight"][0] // width
+    return sizes

@@ -1,4 +1,4 @@
-"""Numbers as cosines and sines, the form in which diffusion networks read a time."""
+"""The embedding of a number as cosines and sines, in which diffusion networks read the time."""
 
 import math
 
@@ -9,7 +9,7 @@ __all__ = ["Sinusoid"]
 
 
 class Sinusoid(nn.Module):
-    """[N] to [N, width], whose frequencies no backend computes anew: at 30,000 their last bit is seen."""
+    """From [N] to [N, width]. Frequencies are a buffer: computed by a backend, their last bit shows at 30,000."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Text encoders of the restoration systems: ids in, no mask, so that padding is attended to as in training."""
+"""Text encoders of the restoration systems. They take ids without a mask, so they read padding too, as in training."""
 
 from typing import Any
 
@@ -9,12 +9,12 @@ __all__ = ["T5", "ClipText"]
 
 
 class T5(nn.Module):
-    """Ids [B, N] to hidden states [B, N, D]."""
+    """T5's encoder: hidden states [B, N, D] of ids [B, N]."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
         self.model = T5EncoderModel(T5Config(**config))
-        # the library has one table under two names, which a trace could not tell apart; the published one stays
+        # the library holds one table under two names, which a trace cannot tell apart; the published name stays
         self.model.encoder.set_input_embeddings(None)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -22,12 +22,12 @@ class T5(nn.Module):
 
 
 class ClipText(nn.Module):
-    """Ids [B, N] to the hidden state of each text's highest id, which ends it, [B, D]."""
+    """CLIP's text encoder: the hidden state [B, D] at the end of each text, which has its highest id."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
-        # 2 is the published configurations' id of the end, which makes the library pool at the highest id; the id of
-        # the beginning is read by nothing, but the library warns where it lies outside of the vocabulary
+        # with 2, the end's id in published files, the library pools at the highest id of a text; nothing reads the
+        # id of the beginning, but the library warns if it lies outside of the vocabulary
         self.model = CLIPTextModel(CLIPTextConfig(**config | {"bos_token_id": 0, "eos_token_id": 2}))
 
     def forward(self, ids: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""TokSR: the text encoder, the tokenizer's two halves, and one sampling step over the tokens between them.
+"""TokSR: the text encoder, the tokenizer's encoder and decoder, and one sampling step on its tokens.
 
-The tokenizer's parameters have the names that TA-TiTok is published with. Text and timestep belong to the whole image:
-what comes of them alone is computed once for all tiles.
+The tokenizer's parameters have the names of TA-TiTok's files. Text and timestep are the same for all tiles, so
+everything that depends on them alone is computed once for all tiles.
 """
 
 import math
@@ -22,7 +22,7 @@ ALL = slice(None)
 
 
 class Text(nn.Module):
-    """Ids [1, N] to words [1, N, D], normed, and to that of the highest id, which ends the text, [1, D]."""
+    """Normed hidden states of the words [1, N, D], and the one at the text's end [1, D], which has the highest id."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
 
 
 class _Attention(nn.Module):
-    """Self-attention with the parameters of torch.nn.MultiheadAttention; answers only the rows that are kept."""
+    """Self-attention with the parameters of torch.nn.MultiheadAttention, for the queries in `rows` only."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -48,9 +48,9 @@ class _Attention(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.empty(3 * width))
         self.out_proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, kept: slice) -> Tensor:
+    def forward(self, x: Tensor, rows: slice) -> Tensor:
         query, key, value = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, 2)
-        return self.out_proj(_attend(query[:, kept], key, value, self.heads))
+        return self.out_proj(_attend(query[:, rows], key, value, self.heads))
 
 
 class _Mlp(nn.Module):
@@ -70,13 +70,13 @@ class _Block(nn.Module):
         self.ln_1, self.attn = nn.LayerNorm(width), _Attention(width, heads)
         self.ln_2, self.mlp = nn.LayerNorm(width), _Mlp(width)
 
-    def forward(self, x: Tensor, kept: slice) -> Tensor:
-        x = x[:, kept] + self.attn(self.ln_1(x), kept)
+    def forward(self, x: Tensor, rows: slice) -> Tensor:
+        x = x[:, rows] + self.attn(self.ln_1(x), rows)
         return x + self.mlp(self.ln_2(x))
 
 
 class _Half(nn.Module):
-    """What the tokenizer's halves have in common: the sequence is [class, patches, latents, text]."""
+    """The base of the tokenizer's encoder and decoder, over the sequence [class, patches, latents, text]."""
 
     def __init__(self, sizes: Mapping[str, Any], half: Mapping[str, Any], *, text: bool) -> None:
         super().__init__()
@@ -92,21 +92,21 @@ class _Half(nn.Module):
         self.ln_post = nn.LayerNorm(width)
 
     def guidance(self, words: Tensor) -> Tensor:
-        """The text's part of the sequence."""
+        """The text tokens of the sequence."""
         return self.text_guidance_proj(words) + self.text_guidance_positional_embedding
 
-    def transformed(self, before: Tensor, tile: Tensor, after: Tensor, kept: slice) -> Tensor:
-        """Rows of a tile [B, n, D] among those of all tiles, [1, n, D]; only the kept ones come out."""
+    def transformed(self, before: Tensor, tile: Tensor, after: Tensor, rows: slice) -> Tensor:
+        """Transform [before, tile, after] and return `rows` of it. `before` and `after` [1, n, D] are all tiles'."""
         before, after = (part.expand(tile.shape[0], -1, -1) for part in (before, after))
         x = self.ln_pre(torch.cat((before, tile, after), 1))
         *blocks, last = self.transformer
         for block in blocks:
             x = block(x, ALL)
-        return self.ln_post(last(x, kept))
+        return self.ln_post(last(x, rows))
 
 
 class _Encoder(_Half):
-    """Image and learned latent tokens to rows of mean and log variance, [B, latents, 2 * token]."""
+    """Encodes an image into latent tokens: their mean and log variance [B, latents, 2 * token]."""
 
     def __init__(self, sizes: Mapping[str, Any]) -> None:
         half = sizes["encoder"]
@@ -119,13 +119,13 @@ class _Encoder(_Half):
         latents = (latent_tokens + self.latent_token_positional_embedding)[None]
         after = latents if words is None else torch.cat((latents, self.guidance(words)), 1)
         start = 1 + self.grid**2
-        kept = slice(start, start + latents.shape[1])
-        x = self.transformed((self.class_embedding + self.positional_embedding[:1])[None], patches, after, kept)
+        rows = slice(start, start + latents.shape[1])
+        x = self.transformed((self.class_embedding + self.positional_embedding[:1])[None], patches, after, rows)
         return F.linear(x, self.conv_out.weight.flatten(1), self.conv_out.bias)
 
 
 class _Decoder(_Half):
-    """Latents [B, latents, token] to an image [B, 3, S, S]."""
+    """Decodes latent tokens [B, latents, token] into an image [B, 3, S, S]."""
 
     def __init__(self, sizes: Mapping[str, Any]) -> None:
         half = sizes["decoder"]
@@ -147,7 +147,7 @@ class _Decoder(_Half):
 
 
 class Tokenise(nn.Module):
-    """Image [B, 3, S, S] in [0, 1] to its scaled mean [B, token, 1, latents]; TexTok's encoder reads words too."""
+    """Scaled tokens [B, token, 1, latents] of an image [B, 3, S, S] in [0, 1]; TexTok's encoder reads words too."""
 
     def __init__(self, sizes: Mapping[str, Any]) -> None:
         super().__init__()
@@ -161,7 +161,7 @@ class Tokenise(nn.Module):
 
 
 class Detokenise(nn.Module):
-    """Scaled tokens [B, token, 1, latents] and words [1, N, D] to the image [B, 3, S, S] in [0, 1]."""
+    """The image [B, 3, S, S] in [0, 1] of scaled tokens [B, token, 1, latents] and words [1, N, D]."""
 
     def __init__(self, sizes: Mapping[str, Any]) -> None:
         super().__init__()
@@ -172,21 +172,21 @@ class Detokenise(nn.Module):
         return self.decoder(tokens.squeeze(2).transpose(1, 2) / self.scale, words).clamp(0, 1)
 
 
-def _out(width: int, wanted: bool) -> nn.Module:
-    return nn.Linear(width, width) if wanted else nn.Identity()
+def _out(width: int, projected: bool) -> nn.Module:
+    return nn.Linear(width, width) if projected else nn.Identity()
 
 
 class _Self(nn.Module):
-    """Self-attention of the denoiser; answers only the rows that are kept."""
+    """Self-attention of the denoiser, for the queries in `rows` only."""
 
     def __init__(self, width: int, heads: int, projected: bool) -> None:
         super().__init__()
         self.heads = heads
         self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), _out(width, projected)
 
-    def forward(self, x: Tensor, kept: slice) -> Tensor:
+    def forward(self, x: Tensor, rows: slice) -> Tensor:
         query, key, value = self.qkv(x).chunk(3, 2)
-        return self.out(_attend(query[:, kept], key, value, self.heads))
+        return self.out(_attend(query[:, rows], key, value, self.heads))
 
 
 class _Cross(nn.Module):
@@ -200,13 +200,13 @@ class _Cross(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         key, value = self.kv(condition).chunk(2, 2)
-        # all tiles ask the same tokens, so their rows are one sequence and nothing is repeated
+        # all tiles read the same tokens, so their rows can be one sequence, and keys are not repeated
         query = self.q(x).reshape(condition.shape[0], -1, x.shape[2])
         return self.out(_attend(query, key, value, self.heads).reshape(x.shape))
 
 
 class _DitBlock(nn.Module):
-    """Self-attention, cross-attention and MLP, each behind a norm and beside a residual."""
+    """Self-attention, cross-attention and MLP, each after a norm and with a residual connection."""
 
     def __init__(self, width: int, heads: int, projected: bool) -> None:
         super().__init__()
@@ -214,20 +214,20 @@ class _DitBlock(nn.Module):
         self.ln_2, self.cross = nn.LayerNorm(width), _Cross(width, heads, projected)
         self.ln_3, self.mlp = nn.LayerNorm(width), _Mlp(width)
 
-    def forward(self, x: Tensor, condition: Tensor, kept: slice) -> Tensor:
-        x = x[:, kept] + self.attn(self.ln_1(x), kept)
+    def forward(self, x: Tensor, condition: Tensor, rows: slice) -> Tensor:
+        x = x[:, rows] + self.attn(self.ln_1(x), rows)
         x = x + self.cross(self.ln_2(x), condition)
         return x + self.mlp(self.ln_3(x))
 
 
 class _Dit(nn.Module):
-    """The denoiser: noisy and conditioning tokens as one sequence, timestep and label by cross-attention."""
+    """The denoiser: one sequence of noisy and condition tokens, with cross-attention to timestep and label."""
 
     def __init__(self, sizes: Mapping[str, Any], dit: Mapping[str, Any]) -> None:
         super().__init__()
         width, self.latents = dit["width"], sizes["latents"]
         exponents = -math.log(10_000) * torch.arange(SINUSOID // 2, dtype=torch.float64) / (SINUSOID // 2)
-        # a buffer, so that no backend computes them anew: at 999 their last bit is seen
+        # a buffer: computed by a backend, the last bit of the frequencies shows at timestep 999
         self.frequencies = nn.Buffer(exponents.exp().float(), persistent=False)
         self.embed = nn.Linear(sizes["token"], width)
         self.positions = nn.Embedding(self.latents, width)
@@ -239,21 +239,21 @@ class _Dit(nn.Module):
         self.out = nn.Linear(width, sizes["token"])
 
     def condition(self, t: Tensor, labels: Tensor) -> Tensor:
-        """What the blocks attend to, [C, 1 + T, D], of C sets of labels."""
+        """The tokens for cross-attention [C, 1 + T, D]: timestep and labels, for C sets of labels."""
         angles = t * self.frequencies
         time = self.time(torch.cat((angles.cos(), angles.sin()))).expand(labels.shape[0], 1, -1)
         return self.condition_norm(torch.cat((time, self.label(labels)), 1))
 
-    def forward(self, noisy: Tensor, given: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        """The answer [C * B, token, 1, latents] for tokens of that shape, set of labels by set of labels."""
-        x = self.embed(torch.cat((noisy, given), 3).squeeze(2).transpose(1, 2))
+    def forward(self, noisy: Tensor, condition_tokens: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        """The prediction [C * B, token, 1, latents] for all tiles with the first set of labels, then with the next."""
+        x = self.embed(torch.cat((noisy, condition_tokens), 3).squeeze(2).transpose(1, 2))
         x = (x.unflatten(1, (2, self.latents)) + self.positions.weight).flatten(1, 2)
         x = x if labels.shape[0] == 1 else torch.cat([x] * labels.shape[0])
         condition = self.condition(t, labels)
         *blocks, last = self.blocks
         for block in blocks:
             x = block(x, condition, ALL)
-        # the last block need not answer for the tokens that were given
+        # nothing reads the last block's result for the condition tokens
         x = last(x, condition, slice(self.latents))
         return self.out(x).transpose(1, 2).unsqueeze(2)
 
@@ -279,7 +279,7 @@ class Step(nn.Module):
         words: Tensor | None = None,
         guidance: Tensor | None = None,
     ) -> Tensor:
-        """The next tokens; the label is the pooled text or all words, and with guidance also none, which is zeros."""
+        """The next tokens. The label is the pooled text or all words; guidance also predicts with a label of zeros."""
         label = words if pooled is None else pooled[:, None]
         assert label is not None
         if guidance is None:

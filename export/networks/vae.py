@@ -1,4 +1,4 @@
-"""The two halves of diffusers' AutoencoderKL, with a mean for a sample and its attention in parts."""
+"""Encoder and decoder of diffusers' AutoencoderKL. The encoder gives the mean, and attention runs in parts."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 __all__ = ["Decode", "Encode"]
 
-QUERY_CHUNKS = 32  # of the attention: the scores of 57,600 tokens shrink from 13 GB to 0.4 GB
+QUERY_CHUNKS = 32  # parts of the attention: the scores of 57,600 tokens shrink from 13 GB to 0.4 GB
 
 
 class _Chunked:
-    """The VAE's one attention over all pixels, a part of the queries at a time, so that no full score matrix exists."""
+    """The VAE's attention over all pixels, some queries at a time, so that the whole score matrix never exists."""
 
     def __call__(self, attn: Any, x: Tensor, temb: Tensor | None = None, **unused: None) -> Tensor:
         batch, channels, height, width = x.shape
@@ -24,13 +24,13 @@ class _Chunked:
         query, key, value = attn.to_q(normed), attn.to_k(normed), attn.to_v(normed)
         padded = F.pad(query, (0, 0, 0, part * QUERY_CHUNKS - tokens)).reshape(batch, QUERY_CHUNKS, part, channels)
         key, value = key[:, None], value[:, None]
-        seen = [F.scaled_dot_product_attention(q, key, value) for q in padded.chunk(QUERY_CHUNKS, 1)]
-        out = torch.cat(seen, 2)[:, 0, :tokens]
+        attended = [F.scaled_dot_product_attention(q, key, value) for q in padded.chunk(QUERY_CHUNKS, 1)]
+        out = torch.cat(attended, 2)[:, 0, :tokens]
         return x + attn.to_out[0](out).transpose(1, 2).unflatten(2, (height, width))
 
 
 class _Vae(nn.Module):
-    """One half of diffusers' AutoencoderKL."""
+    """The encoder or the decoder of diffusers' AutoencoderKL."""
 
     def __init__(self, config: Mapping[str, Any], half: str) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class _Vae(nn.Module):
 
 
 class Encode(_Vae):
-    """Image [B, 3, H, W] in [0, 1] to the scaled mean latent; of a diptych, the image on the left of mid grey."""
+    """The scaled latent of an image [B, 3, H, W] in [0, 1]. A diptych has the image on the left, grey on the right."""
 
     def __init__(self, config: Mapping[str, Any], *, diptych: bool = False) -> None:
         super().__init__(config, "encoder")
@@ -62,7 +62,7 @@ class Encode(_Vae):
 
 
 class Decode(_Vae):
-    """A latent to the image in [0, 1]; of a diptych, the right panel, from all columns or from it and a margin."""
+    """The image in [0, 1] of a latent. A diptych gives its right half, decoded with all columns or with a margin."""
 
     def __init__(self, config: Mapping[str, Any], *, diptych: bool = False, margin: int | None = None) -> None:
         super().__init__(config, "decoder")

@@ -1,7 +1,7 @@
-"""Image encoders of the restoration systems, and how their published preprocessing looks inside a graph.
+"""Image encoders of the restoration systems, with the published preprocessing of images inside the graph.
 
-The resize is two matrix products, because TensorRT has no antialiased Resize. It is Pillow's bicubic without the
-rounding to 8 bits; the matrices are computed from the image's sizes, which are free.
+The resize is Pillow's bicubic without the rounding to 8 bits. It is two matrix products, because TensorRT has no
+antialiased Resize. The graph computes the matrices, since images may have any size.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,28 +35,28 @@ __all__ = [
 
 
 def resize_matrix(length: int, size: int, start: int, count: int, device: torch.device) -> Tensor:
-    """Samples `start` to `start + count` of `length` samples resized to `size`, as a matrix [count, length]."""
+    """The matrix [count, length] that resizes `length` samples to `size`, and keeps `count` of them from `start` on."""
     source = 2 * torch.arange(length, device=device) + 1
     target = 2 * (torch.arange(count, device=device) + start) + 1
-    # whole numbers up to here: float32 would lose the difference of two positions that are far from zero
+    # integers up to here: in float32, the difference of two large positions would lose its digits
     offset = (source * size - target.unsqueeze(1) * length).float()
     distance = (offset.abs() / (2 * torch.sym_max(length, size))).clamp(max=2)
-    # Keys' two cubics for a = -0.5, which have the factor 1 - distance in common
+    # Keys' two cubics for a = -0.5; both have the factor 1 - distance
     inner, outer = 1 + distance - 1.5 * distance * distance, 0.5 * (2 - distance) * (2 - distance)
     weights = (1 - distance) * torch.where(distance < 1, inner, outer)
     return weights / weights.sum(1, keepdim=True)
 
 
 def resized(image: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Image [B, C, H, W] in [0, 1] by matrices [h, H] and [w, W]; each pass is clamped, as 8 bits would be."""
-    # the order matters where a pass overshoots; Pillow had this one for every size until version 13
+    """Resize an image [B, C, H, W] in [0, 1] with matrices [h, H] and [w, W]; 8 bits would clamp each pass too."""
+    # the order matters if a pass overshoots; up to version 13 Pillow has used this order for every size
     return (rows @ (image @ columns.T).clamp(0, 1)).clamp(0, 1)
 
 
 def cropped(image: Tensor, short: int, side: int) -> Tensor:
-    """The shortest side of an image resized to `short`, and the central square of `side` cut out."""
+    """Resize an image so that its shortest side is `short`, and cut out the central square of `side`."""
     shortest = torch.sym_min(image.shape[2], image.shape[3])
-    # the longer side is rounded down, and so is the crop's offset
+    # the longer side and the crop's offset are rounded down
     sizes = [short * length // shortest for length in image.shape[2:]]
     rows, columns = (
         resize_matrix(length, size, (size - side) // 2, side, image.device)
@@ -66,7 +66,7 @@ def cropped(image: Tensor, short: int, side: int) -> Tensor:
 
 
 class Siglip(nn.Module):
-    """Image [B, 3, H, W] in [0, 1], squeezed into a square, to features [B, tokens, hidden]."""
+    """SigLIP: features [B, tokens, hidden] of an image [B, 3, H, W] in [0, 1], which is squeezed into a square."""
 
     def __init__(
         self,
@@ -88,13 +88,13 @@ class Siglip(nn.Module):
         return self.model(self.pixels(image)).last_hidden_state
 
     def pixels(self, image: Tensor) -> Tensor:
-        """What the published processor makes of an image: in [-1, 1] by its usual mean and deviation."""
+        """The pixels that the published image processor makes, in [-1, 1] with its usual mean and deviation."""
         rows, columns = (resize_matrix(length, self.side, 0, self.side, image.device) for length in image.shape[2:])
         return resized(image, rows, columns) * self.factor - self.offset
 
 
 class Redux(nn.Module):
-    """SigLIP's features [B, tokens, in] to tokens [B, tokens, out] beside those of the text."""
+    """Redux: makes image tokens [B, tokens, out] for the transformer of SigLIP's features [B, tokens, in]."""
 
     def __init__(self, width_in: int, width_out: int) -> None:
         super().__init__()
@@ -105,13 +105,13 @@ class Redux(nn.Module):
 
 
 class ClipVision(nn.Module):
-    """The central square of an image [B, 3, H, W] in [0, 1] to its embedding [B, out]."""
+    """CLIP: the embedding [B, out] of the central square of an image [B, 3, H, W] in [0, 1]."""
 
     def __init__(
         self,
         config: Mapping[str, Any],
         *,
-        short: int | None = None,  # the shortest side of the image whose centre is cut out; none: as long as that
+        short: int | None = None,  # the shortest side before the centre is cut out; none: the side of the centre
         mean: Sequence[float] = (0.48145466, 0.4578275, 0.40821073),
         deviation: Sequence[float] = (0.26862954, 0.26130258, 0.27577711),
     ) -> None:
@@ -127,12 +127,12 @@ class ClipVision(nn.Module):
         return self.model(self.pixels(image)).image_embeds
 
     def pixels(self, image: Tensor) -> Tensor:
-        """What the published processor makes of an image: the shortest side resized, the centre cut out."""
+        """The pixels that the published image processor makes: resized, the centre cut out, normalised."""
         return (cropped(image, self.short, self.side) - self.mean) / self.deviation
 
 
 class DinoPositions(nn.Module):
-    """DINOv2's table of positions, resized to the grid of another image [1, 1 + rows * columns, D]."""
+    """DINOv2's position embeddings [1, 1 + rows * columns, D], resized to the grid of another image size."""
 
     def __init__(self, config: dict[str, Any], side: int, *, release: bool) -> None:
         super().__init__()
@@ -142,7 +142,7 @@ class DinoPositions(nn.Module):
         self.release = release
 
     def forward(self) -> Tensor:
-        """As transformers 4.36 did, where a tenth of a cell moves them all, or as it does now; neither if it fits."""
+        """Resized as in transformers 4.36, whose factor has an extra tenth of a cell, or as in transformers 5."""
         if self.cells == self.stored:
             return self.position_embeddings
         first, rest = self.position_embeddings.split((1, self.stored**2), 1)
@@ -154,7 +154,7 @@ class DinoPositions(nn.Module):
 
 
 class _Tokens(nn.Module):
-    """DINOv2's embeddings before their positions."""
+    """DINOv2's embeddings without positions."""
 
     def __init__(self, embeddings: Any) -> None:
         super().__init__()
@@ -166,7 +166,7 @@ class _Tokens(nn.Module):
 
 
 class Dino(nn.Module):
-    """The central square of an image [B, 3, H, W] in [0, 1] to DINOv2's features [B, 1 + patches, D]."""
+    """DINOv2: features [B, 1 + patches, D] of the central square of an image [B, 3, H, W] in [0, 1]."""
 
     def __init__(
         self, config: dict[str, Any], side: int, short: int, mean: list[float], deviation: list[float]
@@ -182,20 +182,20 @@ class Dino(nn.Module):
         return self.features((cropped(image, self.short, self.side) - self.mean) / self.deviation, positions)
 
     def features(self, pixels: Tensor, positions: Tensor) -> Tensor:
-        """Of normalised pixels."""
+        """The features of normalised pixels."""
         model = self.model
         return model.layernorm(model.encoder(model.embeddings(pixels) + positions).last_hidden_state)
 
 
 class DinoOfNothing(Dino):
-    """DINOv2's features of the mean colour, which guidance sets against those of the image."""
+    """DINOv2's features of an image in the mean colour, for the half of guidance without the image."""
 
     def forward(self, positions: Tensor) -> Tensor:  # type: ignore[override]
         return self.features(torch.zeros(1, 3, self.side, self.side), positions)
 
 
 class Bridge(nn.Module):
-    """VICR's vision-context bridge: CLIP's embedding [B, in] to what is added to the pooled text [B, out]."""
+    """VICR's vision-context bridge: makes of CLIP's embedding [B, in] a vector for the pooled text [B, out]."""
 
     def __init__(self, width_in: int, width: int, width_out: int) -> None:
         super().__init__()

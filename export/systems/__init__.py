@@ -1,4 +1,4 @@
-"""The published systems, one file or folder each; none of them loads PyTorch or NumPy until it computes."""
+"""The published systems, one file or folder each. PyTorch and NumPy are loaded only when something is computed."""
 
 import importlib
 from importlib.metadata import entry_points
@@ -19,12 +19,12 @@ ENTRY_POINTS = "tilewright.systems"  # other packages add systems under this gro
 
 
 def names() -> list[str]:
-    """The published systems, and those of other packages."""
+    """The names of the published systems, and of the systems of other packages."""
     return list(dict.fromkeys([*SYSTEMS, *_of_packages()]))
 
 
 def system(name: str) -> System:
-    """A system by its name."""
+    """The system of this name."""
     module = SYSTEMS.get(name) or _of_packages().get(name)
     if module is None:
         raise UsageError(f"system {name!r} is not one of {', '.join(names())}")

@@ -1,7 +1,6 @@
-"""A portable graph to an engine: one file each.
+"""From a portable graph to the graph of an engine, one file for each backend.
 
-prepare(model) -> bool    rewrite a copy of the portable graph, in place, into the form the backend runs best;
-                          whether anything changed
+prepare(model) -> bool    rewrites a copy of the portable graph in place for the backend; returns whether it changed
 """
 
 __all__ = ["TARGETS", "engine_folder"]
@@ -10,5 +9,5 @@ TARGETS = {"ort": "tilewright.export.targets.ort"}
 
 
 def engine_folder(component: str, backend: str, precision: str) -> str:
-    """The folder of a bundle for the files of one engine."""
+    """The folder in a bundle for the files of one engine."""
     return f"engines/{component}.{backend}-{precision}"

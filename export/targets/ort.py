@@ -1,4 +1,4 @@
-"""The graph as ONNX Runtime on the CPU runs it best."""
+"""The form of a graph that ONNX Runtime runs fastest on the CPU."""
 
 import onnx_ir as ir
 
@@ -9,5 +9,5 @@ __all__ = ["prepare"]
 
 
 def prepare(model: ir.Model) -> bool:
-    """Rewrite in place; whether anything changed. Measured in bench/latency.py."""
+    """Rewrite a graph in place; returns whether it changed. Measured in bench/latency.py."""
     return group_norm(model) + silu_conv(model) > 0

@@ -1,1 +1,1 @@
-"""Judging a bundle: its engines against eager PyTorch, and the seams of its tiles."""
+"""Verifying a bundle: its engines against eager PyTorch, and the seams of its tiles."""

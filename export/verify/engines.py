@@ -1,7 +1,7 @@
-"""Engine against eager PyTorch, on the same inputs: every call of a real restoration, and the picture at the end.
+"""Comparing engines with eager PyTorch on the same inputs: every call of a restoration, and the picture at the end.
 
-A component that makes choices (integers) is judged by them: a choice must agree unless it was won by less than the
-rounding of the scores it was made from. Where choices differ, what follows from them is not compared.
+A component whose outputs are choices (integers) must make the same choices. A choice may differ if the two best scores
+differ by less than their rounding; values that follow from a different choice are not compared.
 """
 
 import contextlib
@@ -37,19 +37,23 @@ from tilewright.runtime.text import token_ids
 
 __all__ = ["PARTS", "RELATIVE_L2_GATE", "require", "sample_photo", "verify"]
 
-RELATIVE_L2_GATE = 1e-4  # of a component's float outputs, float32 against float32; measured are 1e-6 to 1e-5
-SMALL = 2**24  # parameters of a bundle
+RELATIVE_L2_GATE = 1e-4  # for float outputs of a component, in float32; measured are 1e-6 to 1e-5
+SMALL = 2**24  # a bundle with fewer parameters is small
 WORDS = "a stone bridge over a river"
-FEW_STEPS = 8  # in which engines are compared
-SEAM_STEPS = 4  # in which seams are judged: each step joins the tiles
-SMALL_SEAM_STEPS = 2  # the second reads what the first joined; the demo's averaged tiles show as much as after 4
-LEAST_TILE_PX = 96  # to judge seams by: convolutions see further than 12 of the smallest tokens
-SEAM_GATE = 0.15  # of `seam_excess`; blended tiles of random networks reach 0.09, averaged ones of the demo exceed 0.4
-UNDECIDED = 4.0  # a choice won by less than this many roundings of its scores may fall either way
-PARTS = ("engines", "engines and eager", *(f"seams, {name}" for name in (*PICTURES, "photo")))  # of a verification
+FEW_STEPS = 8  # sampling steps when engines are compared
+SEAM_STEPS = 4  # sampling steps when seams are judged; each step joins the tiles
+SMALL_SEAM_STEPS = 2  # for small networks: the second step reads joined tiles, and seams show as much as after 4
+LEAST_TILE_PX = 96  # side of tiles when seams are judged: convolutions reach further than 12 of the smallest tokens
+SEAM_GATE = 0.15  # for `seam_excess`: blended tiles of random networks reach 0.09, averaged ones of the demo 0.4
+UNDECIDED = 4.0  # a choice may differ if its scores differ by fewer roundings
+PARTS = (
+    "engines",
+    "engines and eager",
+    *(f"seams, {name}" for name in (*PICTURES, "photo")),
+)  # parts of a verification, for progress
 Floats = npt.NDArray[np.floating[Any]]
 Pixels = npt.NDArray[np.uint8]
-Report = Callable[[str, int, int], None]  # is told one of PARTS and how much of it is done
+Report = Callable[[str, int, int], None]  # called with one of PARTS, and the finished and total amount of it
 
 
 def verify(
@@ -61,13 +65,13 @@ def verify(
     fresh: bool = True,
     on_progress: Report = lambda part, done, total: None,
 ) -> dict[str, Any]:
-    """Compare a bundle's engines with the networks they were traced from; a report, whatever it says.
+    """Compare a bundle's engines with the networks that they were traced from, and return a report.
 
-    Every file is read where `fresh`, whatever is remembered of it. The picture is a square of `size_px` in the
-    program's own tiles, or by default a small one in tiles smaller still.
+    With `fresh` the digest of every file is computed anew. The picture is a square of `size_px` in the program's tiles,
+    or by default a small picture in smaller tiles.
     """
     small = _parameters(read_bundle(root)) < SMALL
-    # threads that wait for each other take more time than networks this small; tiles run at once instead
+    # in a small network, threads would mostly wait for each other, so tiles run at the same time instead
     threads, devices = (1, [f"cpu:{i}" for i in range(usable_cores())]) if small else (0, ["cpu:0"])
     opened = load(root, threads=threads, devices=devices, weights_dir=weights_dir, expect=expect, fresh=fresh)
     with _torch_threads(threads), opened as restorer:
@@ -98,7 +102,7 @@ def verify(
 
 
 def _percent(report: Report, part: str, program: Program) -> Report:
-    """Tell how much of a restoration is done, as if its passes took equally long."""
+    """Report the finished share of a restoration, as if all passes took the same time."""
     names = [p.name for p in program.passes]
     return lambda name, done, total: report(part, round(100 * (names.index(name) + done / total) / len(names)), 100)
 
@@ -114,26 +118,26 @@ def _torch_threads(threads: int) -> Iterator[None]:
 
 
 def _parameters(bundle: Bundle) -> int:
-    return sum(math.prod(r.shape) for of in bundle.weights.tensors.values() for r in of.values())
+    return sum(math.prod(r.shape) for references in bundle.weights.tensors.values() for r in references.values())
 
 
 def _require_memory(bundle: Bundle) -> None:
-    """Refuse, before it is tried, what would end in the system's killing us."""
-    needed, there = 4 * VERIFY_COPIES * _parameters(bundle), available_bytes()
-    if there is not None and needed > there:
+    """Refuse early if memory is too small: the system would kill the process."""
+    needed, free = 4 * VERIFY_COPIES * _parameters(bundle), available_bytes()
+    if free is not None and needed > free:
         raise ResourceError(
-            f"{bundle.root}: verifying needs about {needed / 2**30:.0f} GiB of memory, {there / 2**30:.0f} GiB are"
+            f"{bundle.root}: verifying needs about {needed / 2**30:.0f} GiB of memory, {free / 2**30:.0f} GiB are"
             " free; use a larger machine"
         )
 
 
 def _seam(restorer: Restorer, job: Job, steps: int | None, make: Callable[[int, int], Pixels]) -> float:
-    """The seams of a picture of three by three tiles that share a third, after so many steps."""
+    """The seams of a picture of 3 x 3 tiles that overlap by a third, after so many steps."""
     program = restorer.bundle.program
     fixed = job.tile_px is not None and least_px(program, job.tile_px) == job.tile_px
     usual = min(p.tiles.px for p in program.passes if p.tiles)
     tile = job.tile_px if fixed and job.tile_px else min(max(12 * program.multiple_px, LEAST_TILE_PX), usual)
-    if not fixed:  # so that a third is whole tokens: no more pixels than that shows the same seams
+    if not fixed:  # a third must be whole tokens; larger tiles would show the same seams
         tile = max(tile // (3 * program.multiple_px), 1) * 3 * program.multiple_px
     overlap = tile // 3 // program.multiple_px * program.multiple_px
     whole = 3 * tile - 2 * overlap
@@ -148,8 +152,8 @@ def _seam(restorer: Restorer, job: Job, steps: int | None, make: Callable[[int, 
     if fixed or excess <= SEAM_GATE:
         return excess
     direct = run(program, restorer.engines, restorer.constants, replace(tiled, tile_px=whole, overlap_px=0))
-    own = seam_excess(direct, plan, program.multiple_px)
-    return excess - max(own, 0)  # what changes there in one tile as well is the picture's own
+    direct_excess = seam_excess(direct, plan, program.multiple_px)
+    return excess - max(direct_excess, 0)  # changes that one tile shows too belong to the picture
 
 
 def _photo(width: int, height: int) -> Pixels:
@@ -157,7 +161,7 @@ def _photo(width: int, height: int) -> Pixels:
 
 
 def _few_steps(restorer: Restorer, few: int) -> int | None:
-    """Steps that show what all of them would, if the program's number is not bound to a table in the bundle."""
+    """This many steps, or none if tables in the bundle fix the program's number of steps."""
     calls = [c for p in restorer.bundle.program.passes for *_, c in p.calls()]
     tables = {source[1:] for c in calls for source in c.inputs.values() if source[0] == "@"}
     return None if any(name.partition(".")[0] in tables for name in restorer.constants) else few
@@ -176,10 +180,10 @@ def _job(restorer: Restorer, size_px: int | None) -> Job:
 
 
 def require(report: Mapping[str, Any]) -> None:
-    """Refuse an engine that misses the gate, is not finite or gives a constant picture."""
+    """Refuse a report with an engine that misses a gate or gives a constant or infinite picture."""
     for name, component in report["components"].items():
         for output, difference in component["outputs"].items():
-            if not difference["relative_l2"] <= RELATIVE_L2_GATE:  # so that NaN fails
+            if not difference["relative_l2"] <= RELATIVE_L2_GATE:  # written this way, NaN fails
                 raise AccuracyError(
                     f"{name}.{output}: relative L2 {difference['relative_l2']:.2e} against eager PyTorch, the gate is"
                     f" {RELATIVE_L2_GATE:.0e}; compare the versions of torch and the engine with the manifest's"
@@ -203,19 +207,19 @@ def require(report: Mapping[str, Any]) -> None:
 
 
 def example_inputs(bundle: Bundle) -> dict[str, Any]:
-    """Something for every input that has no default: words, or seeded numbers."""
+    """A value for every input without a default: words, or seeded numbers."""
     program = bundle.program
     of_words = {name for text in program.texts.values() for name in text.ids}
     generator = np.random.Generator(np.random.Philox(key=2))
     inputs: dict[str, Any] = {name: _fitting_words(bundle, name) for name in program.texts}
-    for name, wanted in program.inputs.items():
-        if wanted.default is None and name not in of_words:
-            inputs[name] = generator.standard_normal(wanted.shape).astype(wanted.dtype)
+    for name, spec in program.inputs.items():
+        if spec.default is None and name not in of_words:
+            inputs[name] = generator.standard_normal(spec.shape).astype(spec.dtype)
     return inputs
 
 
 def _fitting_words(bundle: Bundle, name: str) -> str:
-    """As many words as the text's encoders take: small ones take few."""
+    """As many words as fit into the encoders of a text; small encoders take few."""
     words, lengths = WORDS.split(), {i: bundle.program.inputs[i].shape[1] for i in bundle.program.texts[name].ids}
     for count in range(len(words), 0, -1):
         with contextlib.suppress(UsageError):
@@ -226,7 +230,7 @@ def _fitting_words(bundle: Bundle, name: str) -> str:
 
 
 def sample_photo(width: int, height: int, scale: int) -> npt.NDArray[np.uint8]:
-    """A picture with edges, gradients and texture, `scale` times smaller than the size asked for."""
+    """A picture with edges, gradients and texture, whose enlargement by `scale` has this size."""
     columns, rows = -(-width // scale), -(-height // scale)
     y, x = np.mgrid[0:rows, 0:columns] / max(rows, columns)
     channels = [np.sin(9 * x + 4 * y) * 0.4 + 0.5, (np.hypot(x - 0.5, y - 0.4) < 0.3) * 0.7 + 0.2 * x, (x * 23 % 1) * y]
@@ -236,7 +240,7 @@ def sample_photo(width: int, height: int, scale: int) -> npt.NDArray[np.uint8]:
 
 
 def eager_network(bundle: Bundle, component: str, weights_dir: Path | None) -> "Eager":
-    """The eager network with the bundle's weights, mapped where they are stored as they are computed."""
+    """The eager network with the bundle's weights, which are mapped if they are stored in float32."""
     settings = Settings.from_json(bundle.manifest.options["settings"])
     spec = system(bundle.manifest.system).components(settings)[component]
     network = network_on_meta(spec)
@@ -249,43 +253,43 @@ def eager_network(bundle: Bundle, component: str, weights_dir: Path | None) -> "
 
 @dataclass
 class Eager:
-    """A network that answers like an engine."""
+    """An eager network with the interface of an engine."""
 
     network: Any
-    names: tuple[str, ...]  # of its outputs
+    names: tuple[str, ...]  # names of its outputs
 
-    def run(self, inputs: Mapping[str, Any], wanted: Iterable[str]) -> dict[str, Any]:
-        with torch.no_grad():  # here, not around the restoration: it holds for one thread, and tiles run in others
-            made = self.network(**{name: torch.from_numpy(np.array(array)) for name, array in inputs.items()})
-        outputs = dict(zip(self.names, made if isinstance(made, tuple) else (made,), strict=True))
-        return {name: outputs[name].numpy() for name in wanted}
+    def run(self, inputs: Mapping[str, Any], outputs: Iterable[str]) -> dict[str, Any]:
+        with torch.no_grad():  # it holds for one thread only, and tiles run in several
+            results = self.network(**{name: torch.from_numpy(np.array(array)) for name, array in inputs.items()})
+        arrays = dict(zip(self.names, results if isinstance(results, tuple) else (results,), strict=True))
+        return {name: arrays[name].numpy() for name in outputs}
 
     def close(self) -> None:
-        """Nothing to give back."""
+        """Nothing to free."""
 
 
 class _Paired:
-    """An engine and its network, run on the same inputs; answers with the network's outputs."""
+    """Runs an engine and its eager network on the same inputs, and returns the network's outputs."""
 
     def __init__(self, engine: Engine, eager: Eager) -> None:
         self.engine, self.eager = engine, eager
         self.exact = copy.deepcopy(eager.network).double() if hasattr(eager.network, "winners") else None
-        self.seen: dict[str, list[tuple[Floats, Floats]]] = {}
+        self.pairs: dict[str, list[tuple[Floats, Floats]]] = {}
         self.choices = dict.fromkeys(("total", "undecided", "differ", "wrong"), 0)
 
-    def run(self, inputs: Mapping[str, Any], wanted: Iterable[str]) -> dict[str, Any]:
+    def run(self, inputs: Mapping[str, Any], outputs: Iterable[str]) -> dict[str, Any]:
         ours, theirs = self.engine.run(inputs, self.eager.names), self.eager.run(inputs, self.eager.names)
         same = self._compare_choices(inputs, ours, theirs)
         for name, array in ours.items():
             if array.dtype.kind == "f":
-                kept = np.broadcast_to(same, array.shape) if same is not None else np.ones(array.shape, bool)
-                self.seen.setdefault(name, []).append((array[kept], theirs[name][kept]))
-        return {name: theirs[name] for name in wanted}
+                compared = np.broadcast_to(same, array.shape) if same is not None else np.ones(array.shape, bool)
+                self.pairs.setdefault(name, []).append((array[compared], theirs[name][compared]))
+        return {name: theirs[name] for name in outputs}
 
     def _compare_choices(
         self, inputs: Mapping[str, Any], ours: dict[str, Any], theirs: dict[str, Any]
     ) -> npt.NDArray[np.bool_] | None:
-        """Where all choices of a position [B, 1, rows, columns] agree; none for a component that makes none."""
+        """Where all choices at a position agree [B, 1, rows, columns]; none for a component without choices."""
         if self.exact is None:
             return None
         name = next(n for n, array in ours.items() if array.dtype.kind == "i")
@@ -301,17 +305,17 @@ class _Paired:
         return np.asarray((ours[name] == theirs[name]).all(1, keepdims=True))
 
     def report(self) -> dict[str, Any]:
-        """What was seen, over all calls."""
-        both = {name: [np.concatenate(side) for side in zip(*pairs, strict=True)] for name, pairs in self.seen.items()}
+        """The differences over all calls."""
+        both = {name: [np.concatenate(side) for side in zip(*pairs, strict=True)] for name, pairs in self.pairs.items()}
         report: dict[str, Any] = {"outputs": {name: _difference(*sides) for name, sides in both.items()}}
         return report | ({"choices": self.choices} if self.exact is not None else {})
 
     def close(self) -> None:
-        """The engine belongs to the restorer."""
+        """Nothing to free: the engine belongs to the restorer."""
 
 
 def _difference(ours: Floats, reference: Floats) -> dict[str, float]:
-    if not reference.size:  # every choice differed, so nothing is left to compare: no engine passes by that
+    if not reference.size:  # every choice differed, so nothing could be compared, and the engine must not pass
         return {"max_abs": 0.0, "relative_l2": 1.0, "psnr_db": 0.0}
     error = ours.astype(np.float64) - reference
     norm, peak = float(np.linalg.norm(reference.astype(np.float64))), float(np.ptp(reference))

@@ -1,5 +1,5 @@
-"""How much memory a verification takes."""
+"""The memory that a verification needs."""
 
 __all__ = ["VERIFY_COPIES"]
 
-VERIFY_COPIES = 6  # of float32 weights: mapped, re-packed by the engine, eager, and float64 eager, which is two
+VERIFY_COPIES = 6  # copies of float32 weights in memory: mapped, re-packed by the engine, eager, and eager in float64

@@ -1,8 +1,10 @@
-"""Seams: whether a picture changes more across the borders of tiles than beside them.
+"""Seams: how much more a picture changes across the borders of tiles than beside them.
 
-excess = (mean step across a border - mean step beside borders) / (mean step beside borders + one 8-bit level), the
-larger of rows and columns. 0 is seamless; the level keeps flat pictures from dividing by nothing. Beside means one or
-more tokens away: a network's own grid of tokens shows in its pictures, and borders lie on it.
+excess = (mean step across borders - mean step beside borders) / (mean step beside borders + one 8-bit level)
+
+The result is the larger excess of rows and columns; 0 means no seam. The level avoids a division by zero for flat
+pictures. Steps beside a border are whole tokens away from it: a network's grid of tokens shows in its pictures, and
+borders lie on that grid.
 """
 
 from collections.abc import Callable
@@ -15,7 +17,7 @@ from tilewright.runtime.plan.tiles import TilePlan
 __all__ = ["PICTURES", "seam_excess"]
 
 LEVEL = 1 / 255
-BESIDE = 3  # tokens on each side of a border that it is compared with
+BESIDE = 3  # a border is compared with so many tokens on each side
 Pixels = npt.NDArray[np.uint8]
 Planes = npt.NDArray[np.float32]
 
@@ -34,14 +36,14 @@ PICTURES: dict[str, Callable[[int, int], Pixels]] = {"flat": _flat, "ramp": _ram
 
 
 def seam_excess(image: Planes, plan: TilePlan, token_px: int) -> float:
-    """How much more a picture [3, H, W] in [0, 1] changes across the borders of a plan's tiles than beside them."""
+    """The excess of a picture [3, H, W] in [0, 1] at the borders of a plan's tiles."""
     columns = _excess(image, _borders(plan.lefts, plan.tile_width), token_px)
     rows = _excess(image.transpose(0, 2, 1), _borders(plan.tops, plan.tile_height), token_px)
     return max(columns, rows)
 
 
 def _borders(starts: tuple[int, ...], size: int) -> list[int]:
-    """Where tiles begin or end inside the picture."""
+    """The places inside the picture where tiles begin or end."""
     return sorted({*starts[1:], *(start + size for start in starts[:-1])})
 
 

@@ -1,1 +1,1 @@
-"""The bytes of weights: where they lie in the user's files, and what is written here."""
+"""Weights: their places in the user's files, and writing new files."""

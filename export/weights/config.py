@@ -1,6 +1,6 @@
-"""The configuration files beside weights, read as data: what a network honours is taken, what it cannot do is refused.
+"""Reading the configuration files beside weights, as data. Values that a network's graph cannot have are refused.
 
-No library is loaded for it: what its class takes where a file is silent is written down with the network's `Config`.
+No library is loaded. The defaults of a class, for keys that a file lacks, are written down in its `Config`.
 """
 
 import json
@@ -16,17 +16,17 @@ from tilewright.runtime.errors import InputError
 __all__ = ["HARMLESS", "Config", "read_config", "read_json", "read_one_of"]
 
 NAMING = ("_class_name", "architectures", "image_processor_type", "feature_extractor_type", "model_type")
-HARMLESS = frozenset(  # no key of these changes what a network computes
+HARMLESS = frozenset(  # keys that do not change a network's result
     (
         *NAMING,
         *("_name_or_path", "_commit_hash", "_diffusers_version", "transformers_version", "processor_class"),
         *("torch_dtype", "dtype", "torchscript", "use_bfloat16", "use_cache", "gradient_checkpointing"),
         *("_attn_implementation", "_attn_implementation_autoset", "attn_implementation", "chunk_size_feed_forward"),
-        # of training
+        # keys of training
         *("attention_dropout", "attention_probs_dropout_prob", "classifier_dropout", "drop_path_rate", "dropout"),
         *("dropout_rate", "hidden_dropout_prob", "initializer_factor", "initializer_range", "problem_type"),
         *("finetuning_task", "id2label", "label2id", "num_labels", "tf_legacy_loss", "task_specific_params"),
-        # of generation, which old files spell out for every network
+        # keys of generation, which old files contain for every network
         *("bad_words_ids", "begin_suppress_tokens", "decoder_start_token_id", "diversity_penalty", "do_sample"),
         *("early_stopping", "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty"),
         *("forced_bos_token_id", "forced_eos_token_id", "length_penalty", "max_length", "min_length"),
@@ -44,44 +44,44 @@ HARMLESS = frozenset(  # no key of these changes what a network computes
         ),
     )
 )
-LARGEST = 1 << 31  # of a whole number
+LARGEST = 1 << 31  # upper bound of integers
 
 
 @dataclass(frozen=True)
 class Config:
-    """What a network does with each key of its configuration file; any other key must be empty."""
+    """The keys of a network's configuration file, and their meaning here. Any other key must be empty."""
 
-    classes: tuple[str, ...]  # of the file, and their model types
-    defaults: Mapping[str, Any]  # the keys that are honoured, and what the class takes where a file is silent
-    must: Mapping[str, Any] = field(default_factory=dict)  # keys with only one value that the graph can do
-    silent: Mapping[str, Any] = field(default_factory=dict)  # of those, what the class takes if it is another
-    choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # of an honoured key
-    lists: tuple[str, ...] = ()  # honoured keys that may have a value for each block
-    moot: tuple[str, ...] = ()  # keys of the class that change nothing here
-    wrappers: tuple[str, ...] = ()  # classes of files that hold this one's keys under `inner`
+    classes: tuple[str, ...]  # classes and model types that the file may name
+    defaults: Mapping[str, Any]  # the keys that are read -> the default of the class
+    must: Mapping[str, Any] = field(default_factory=dict)  # keys that must have one value -> the value
+    silent: Mapping[str, Any] = field(default_factory=dict)  # default of the class for those, if it is another value
+    choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # a key that is read -> its allowed values
+    lists: tuple[str, ...] = ()  # keys that are read and may have one value for each block
+    moot: tuple[str, ...] = ()  # keys of the class without an effect here
+    wrappers: tuple[str, ...] = ()  # classes of larger models, whose files hold these keys under `inner`
     inner: str = ""
-    number: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # what a lone number in a key's place is
-    fits: Callable[[Mapping[str, Any]], str | None] = lambda values: None  # what is wrong with values together
+    number: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # a key -> the keys that a lone number sets
+    fits: Callable[[Mapping[str, Any]], str | None] = lambda values: None  # a complaint if values do not fit together
     file: str = "config.json"
 
     def read(self, path: Path) -> dict[str, Any] | None:
-        """What a folder's file, or this file, says of each key that is honoured; none if there is none."""
+        """The values of all keys that are read, from a file or from the file in a folder; none if it is missing."""
         path = path / self.file if path.is_dir() else path
         if not path.is_file():
             return None
-        said = read_config(path, (*self.classes, *self.wrappers))
-        if not set(_names(said)) & set(self.wrappers):
-            return self.of(said, path)
-        tower = said.get(self.inner) or said.get(f"{self.inner}_dict")
+        document = read_config(path, (*self.classes, *self.wrappers))
+        if not set(_names(document)) & set(self.wrappers):
+            return self.values_from(document, path)
+        tower = document.get(self.inner) or document.get(f"{self.inner}_dict")
         if not isinstance(tower, dict):
             raise _refusal(path, f"holds no {self.inner!r}", f"give a folder with {self.classes[0]}")
-        return self.of(tower, path)
+        return self.values_from(tower, path)
 
-    def of(self, said: Mapping[str, Any], path: Path) -> dict[str, Any]:
-        """The same of what a file says; `path` opens every complaint."""
-        said = {key: _plain(self._spelled(key, value)) for key, value in said.items()}
+    def values_from(self, document: Mapping[str, Any], path: Path) -> dict[str, Any]:
+        """The values of all keys that are read, from a parsed file. `path` begins every complaint."""
+        document = {key: _plain(self._spelled(key, value)) for key, value in document.items()}
         advice = f"give {self.classes[0]} as it was published"
-        for key, value in said.items():
+        for key, value in document.items():
             if key in self.must:
                 continue
             if key in self.defaults:
@@ -90,25 +90,25 @@ class Config:
             elif key not in self.moot and key not in HARMLESS and not _empty(value):
                 raise _refusal(path, f"{key!r} is {_shown(value)}, which this graph cannot do", advice)
         for key, only in self.must.items():
-            value = said.get(key, self.silent.get(key, only))
+            value = document.get(key, self.silent.get(key, only))
             if value != only and not (_empty(value) and _empty(only)):
-                absent = "" if key in said else " where it is not said"
+                absent = "" if key in document else " by default"
                 can = f"this graph does only {_shown(only)}"
                 raise _refusal(path, f"{key!r} is {_shown(value)}{absent}, {can}", advice)
-        values = {**self.defaults, **said}
+        values = {**self.defaults, **document}
         if complaint := self.fits(values):
             raise _refusal(path, complaint, advice)
         return {key: values[key] for key in self.defaults}
 
     def _complaint(self, key: str, value: Any) -> str | None:
-        """Why a value cannot be taken."""
+        """A complaint about a value that the graph cannot have."""
         usual, parts = self.defaults[key], value if isinstance(value, tuple) else (value,)
         as_list = key in self.lists and isinstance(value, tuple) and not isinstance(usual, tuple)
         if not _alike(key, value, (usual,) if as_list else usual):
             return f"where one like {_shown(usual)} belongs"
-        known = self.choices.get(key)
-        if known and not all(part in known for part in parts):
-            return f"this graph can do only {', '.join(known)}"
+        choices = self.choices.get(key)
+        if choices and not all(part in choices for part in parts):
+            return f"this graph can do only {', '.join(choices)}"
         return None
 
     def _spelled(self, key: str, value: Any) -> Any:
@@ -117,7 +117,7 @@ class Config:
 
 
 def read_one_of(configs: Sequence[Config], path: Path) -> dict[str, Any] | None:
-    """What a file says that may be of several classes, read as the class that it names."""
+    """The values of a file that may be of several classes, read as the class that it names."""
     path = path / configs[0].file if path.is_dir() else path
     if not path.is_file():
         return None
@@ -126,35 +126,35 @@ def read_one_of(configs: Sequence[Config], path: Path) -> dict[str, Any] | None:
 
 
 def read_config(path: Path, classes: tuple[str, ...]) -> dict[str, Any]:
-    """What a JSON file says, which must be of one of these classes."""
-    said = read_json(path)
-    if not set(names := _names(said)) & set(classes):
+    """The content of a configuration file, which must name one of these classes."""
+    document = read_json(path)
+    if not set(names := _names(document)) & set(classes):
         what = f"is of class {', '.join(names)}" if names else "names no class"
         raise _refusal(path, f"{what}, expected is {' or '.join(classes)}", "is this the right folder?")
-    return said
+    return document
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """What a JSON file says."""
+    """The object in a JSON file."""
     try:
-        said = json.loads(path.read_bytes(), parse_constant=_no_number)
+        document = json.loads(path.read_bytes(), parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
         raise _refusal(path, f"not valid JSON ({str(error).splitlines()[0]})", "copy it again") from None
     except OSError as error:
         raise _refusal(path, f"{error.strerror}", "give a file that can be read") from None
-    if not isinstance(said, dict):
-        raise _refusal(path, f"holds {_shown(said)}, not an object", "copy it again")
-    return said
+    if not isinstance(document, dict):
+        raise _refusal(path, f"holds {_shown(document)}, not an object", "copy it again")
+    return document
 
 
 def _no_number(text: str) -> None:
     raise ValueError(f"{text} is no number")
 
 
-def _names(said: Mapping[str, Any]) -> list[str]:
-    """What a file says that it is of: its class, or where it names none, the type of its model."""
+def _names(document: Mapping[str, Any]) -> list[str]:
+    """The class that a file names, or else the type of its model."""
     for key in NAMING:
-        names = said.get(key)
+        names = document.get(key)
         if names := [names] if isinstance(names, str) else names:
             return [str(name) for name in names] if isinstance(names, list) else []
     return []
@@ -169,7 +169,7 @@ def _empty(value: Any) -> bool:
 
 
 def _alike(name: str, value: Any, usual: Any) -> bool:
-    """Whether a value is of the kind that the class takes."""
+    """Whether a value has the type of the default and a possible size."""
     if isinstance(usual, tuple):
         return isinstance(value, tuple) and bool(value) and all(_alike(name, inner, usual[0]) for inner in value)
     if usual is None:

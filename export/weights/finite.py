@@ -1,6 +1,6 @@
-"""Whether weights are numbers: a file that holds a NaN or an infinity is no model.
+"""A check that weights are finite: a file with a NaN or an infinity is not a usable model.
 
-Every byte is looked at but those of holes, which read as zeros: a stand-in of gigabytes is a moment's work.
+All bytes are read except holes of the file, which are zeros: a stand-in of many gigabytes takes a moment.
 """
 
 import os
@@ -17,17 +17,17 @@ from tilewright.runtime.bundle.weights import Reference
 
 __all__ = ["nonfinite"]
 
-CHUNK = 1 << 22  # bytes looked at together: they and what is made of them stay in the cache
+CHUNK = 1 << 22  # bytes checked at a time: they and the intermediate results stay in the CPU's cache
 WIDTHS = dict(SAFETENSORS_DTYPES.values())
 NUMBERS = {"float32": np.float32, "float16": np.float16, "float64": np.float64}
 EXPONENTS = {"bfloat16": (np.uint16, 0x7F80), "float8_e5m2": (np.uint8, 0x7C)}  # all ones: NaN or infinity
-NAN = {"float8_e4m3fn": (np.uint8, 0x7F)}  # which has no infinities
+NAN = {"float8_e4m3fn": (np.uint8, 0x7F)}  # this type has no infinities
 
 
 def nonfinite(references: Mapping[str, tuple[Path, Reference]]) -> tuple[Path, str] | None:
-    """The first tensor, in the order of files and offsets, with a number that is not finite, and its file; or none.
+    """The file and name of the first tensor with a number that is not finite, in the order of the files; or none.
 
-    `references`: tensor -> the folder its file lies in, and where in the file.
+    `references`: tensor -> the folder of its file, and its place in the file.
     """
     placed = sorted(references.items(), key=lambda item: (item[1][0], item[1][1].file, item[1][1].offset))
     for name, (folder, reference) in placed:
@@ -38,15 +38,15 @@ def nonfinite(references: Mapping[str, tuple[Path, Reference]]) -> tuple[Path, s
 
 
 def _chunks(file: Path, reference: Reference) -> Iterator[npt.NDArray[np.uint8]]:
-    """The bytes of a tensor by whole elements, but for holes of the file."""
+    """The bytes of a tensor, in chunks of whole elements, without holes of the file."""
     width = WIDTHS[reference.dtype]
     start, end = reference.offset, reference.offset + reference.length
     data: npt.NDArray[np.uint8] = np.memmap(file, np.uint8, "r", start, (reference.length,))
-    with file.open("rb", buffering=0) as opened:
+    with file.open("rb", buffering=0) as stream:
         at = start
-        while at < end and (found := next_data(opened.fileno(), at, end)) < end:
-            at = found - (found - start) % width
-            after = min(end, at + CHUNK, _next_hole(opened.fileno(), found, end) + width)
+        while at < end and (data_start := next_data(stream.fileno(), at, end)) < end:
+            at = data_start - (data_start - start) % width
+            after = min(end, at + CHUNK, _next_hole(stream.fileno(), data_start, end) + width)
             after += (start - after) % width
             yield data[at - start : after - start]
             at = after
@@ -55,7 +55,7 @@ def _chunks(file: Path, reference: Reference) -> Iterator[npt.NDArray[np.uint8]]
 def _next_hole(descriptor: int, at: int, end: int) -> int:
     try:
         return os.lseek(descriptor, at, os.SEEK_HOLE)
-    except OSError:  # a system that cannot tell
+    except OSError:  # the file system does not know its holes
         return end
 
 

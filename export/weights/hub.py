@@ -1,4 +1,4 @@
-"""Repo ids in the place of folders: ORG/NAME[@REVISION], from the local cache of Hugging Face or downloaded into it."""
+"""Repo ids ORG/NAME[@REVISION] as folders: from the local cache of Hugging Face, or downloaded into it."""
 
 import os
 import re
@@ -18,25 +18,25 @@ WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
 
 
 def local(text: str, offline: bool | None = None) -> Path:
-    """The folder that a path or repo id means; a text that is neither comes back as the path it would be."""
-    given = Path(text)
+    """The folder of a path or a repo id. Any other text is returned as a path, which then does not exist."""
+    path = Path(text)
     match = REPO.fullmatch(text)
-    if given.exists() or not match or ".." in text or "--" in text:
-        return given
+    if path.exists() or not match or ".." in text or "--" in text:
+        return path
     repo, revision = match[1], match[2] or "main"
     cache = _cache()
     snapshot = _snapshot(cache / f"models--{repo.replace('/', '--')}", revision)
     if snapshot and any(next(snapshot.rglob(kind), None) for kind in WEIGHTS):
         return snapshot
     if offline is None:
-        offline = any(os.environ.get(f"{of}_OFFLINE", "").lower() in YES for of in ("HF_HUB", "TRANSFORMERS"))
+        offline = any(os.environ.get(f"{library}_OFFLINE", "").lower() in YES for library in ("HF_HUB", "TRANSFORMERS"))
     if offline:
-        raise _refusal(text, repo, revision, f"not in {cache} either, and HF_HUB_OFFLINE forbids to look further")
+        raise _refusal(text, repo, revision, f"not in {cache} either, and HF_HUB_OFFLINE forbids a download")
     return _downloaded(text, repo, revision, cache)
 
 
 def _cache() -> Path:
-    """Where the library keeps what it downloads."""
+    """The folder where Hugging Face's library keeps its downloads."""
     usual = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
     home = Path(os.environ.get("HF_HOME") or usual)
     chosen = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or home / "hub"
@@ -44,7 +44,7 @@ def _cache() -> Path:
 
 
 def _snapshot(repo: Path, revision: str) -> Path | None:
-    """The folder of a revision, a branch or a whole commit, if it is there."""
+    """The folder of a revision (a branch or a full commit id) in the cache, or none."""
     reference = repo / "refs" / revision
     commit = reference.read_text("utf-8", "replace").strip() if reference.is_file() else revision
     folder = repo / "snapshots" / commit
@@ -55,12 +55,12 @@ def _downloaded(text: str, repo: str, revision: str, cache: Path) -> Path:
     try:
         from huggingface_hub import snapshot_download
 
-        made = snapshot_download(repo, revision=revision, cache_dir=str(cache), allow_patterns=list(KINDS))
-    except Exception as error:  # of the network, the site, the disk, or of a package that is not there
+        folder = snapshot_download(repo, revision=revision, cache_dir=str(cache), allow_patterns=list(KINDS))
+    except Exception as error:  # the network, the site, the disk or a missing package
         reason = (str(error).strip() or "no reason given").splitlines()[0]
-        complaint = f"not in {cache} either, and not to be had ({type(error).__name__}: {reason})"
+        complaint = f"not in {cache} either, and the download failed ({type(error).__name__}: {reason})"
         raise _refusal(text, repo, revision, complaint) from None
-    return Path(made)
+    return Path(folder)
 
 
 def _refusal(text: str, repo: str, revision: str, complaint: str) -> InputError:

@@ -1,7 +1,7 @@
-"""PyTorch pickles read as names, types and shapes: nothing of them is run, no tensor's bytes are read, no torch needed.
+"""Reading names, types and shapes from PyTorch pickles, without running code, reading tensors or loading PyTorch.
 
-Of the pickle language only what torch.load(weights_only=True) knows is spoken, and whatever a file names becomes a
-stand-in here that does nothing.
+Only the opcodes of torch.load(weights_only=True) are accepted. Every function or class that a file names becomes an
+object here that does nothing.
 """
 
 import collections
@@ -17,8 +17,8 @@ from typing import IO, Any
 
 __all__ = ["Forbidden", "Other", "Tensor", "content", "element"]
 
-MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # which a file of the older format opens with
-LARGEST_PICKLE = 1 << 28  # names, types and shapes of millions of tensors
+MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # the first two values in a file of the older format
+LARGEST_PICKLE = 1 << 28  # bytes; room for names, types and shapes of millions of tensors
 LARGEST = 1 << 63
 OPCODES = (
     *("PROTO", "STOP", "MARK", "GLOBAL", "NEWOBJ", "REDUCE", "BUILD", "APPEND", "APPENDS", "SETITEM", "SETITEMS"),
@@ -55,7 +55,7 @@ NOT_PLAIN = (
     *("_rebuild_sparse_tensor", "_rebuild_meta_tensor_no_storage", "_rebuild_nested_tensor"),
     "_rebuild_wrapper_subclass",
 )
-OTHERS = {  # what else weights_only reads -> the name of its type
+OTHERS = {  # other names that weights_only accepts -> the name of their type
     "collections.Counter": "Counter",
     "torch.device": "device",
     "torch.serialization._get_layout": "layout",
@@ -68,15 +68,15 @@ OLD_NAMES = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 
 
 class Forbidden(Exception):
-    """A pickle names what is no tensor: `MODULE.NAME`."""
+    """A pickle names something that is no tensor: `MODULE.NAME`."""
 
 
 @dataclass(frozen=True)
 class Other:
-    """Something that is no plain tensor."""
+    """A value that is no plain tensor."""
 
     kind: str  # the name of its type
-    tensor: bool = False  # a sparse, nested or meta one
+    tensor: bool = False  # it is a sparse, nested or meta tensor
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class _Storage:
     dtype: str
     nbytes: int
     key: str
-    start: int = 0  # bytes before it in what the key names
+    start: int = 0  # bytes before it in the storage of this key
 
 
 @dataclass(frozen=True)
@@ -99,34 +99,34 @@ class Tensor:
 
     @property
     def nbytes(self) -> int:
-        """Of the tensor by itself."""
+        """Bytes of the tensor itself, not of its storage."""
         return WIDTHS[self.dtype] * math.prod(self.shape)
 
 
 @dataclass(frozen=True)
 class _Name:
-    """What a pickle may name and call: does nothing but make a stand-in."""
+    """A function or class that a pickle may name. Calling it returns a description, and runs no code of PyTorch."""
 
     path: str
 
-    def __call__(self, *given: Any) -> Any:
+    def __call__(self, *arguments: Any) -> Any:
         name = self.path.rpartition(".")[2]
         if self.path == "collections.OrderedDict":
-            return collections.OrderedDict(*given)
+            return collections.OrderedDict(*arguments)
         if self.path == "torch.Size":
-            return tuple(*given)
+            return tuple(*arguments)
         if name in ("_rebuild_tensor", "_rebuild_tensor_v2"):
-            return _tensor(given[0].dtype, *given[:4])
+            return _tensor(arguments[0].dtype, *arguments[:4])
         if name == "_rebuild_tensor_v3":
-            return _tensor(given[6].path.removeprefix("torch."), *given[:4])
+            return _tensor(arguments[6].path.removeprefix("torch."), *arguments[:4])
         if name == "_rebuild_qtensor":
-            return _tensor(given[0].dtype, *given[:4])
+            return _tensor(arguments[0].dtype, *arguments[:4])
         if name in ("_rebuild_parameter", "_rebuild_parameter_with_state", "Parameter"):
-            return _tensor_of(given[0])
+            return _tensor_of(arguments[0])
         if name == "_rebuild_from_type_v2":
-            if given[1].path not in ("torch.Tensor", "torch.nn.parameter.Parameter"):
-                raise Forbidden(given[1].path)
-            return _tensor_of(given[0](*given[2]))
+            if arguments[1].path not in ("torch.Tensor", "torch.nn.parameter.Parameter"):
+                raise Forbidden(arguments[1].path)
+            return _tensor_of(arguments[0](*arguments[2]))
         if name in NOT_PLAIN:
             return Other("Tensor", tensor=True)
         if self.path in OTHERS:
@@ -134,14 +134,14 @@ class _Name:
         raise pickle.UnpicklingError(f"{self.path} is called")
 
 
-def _tensor_of(made: Any) -> Any:
-    if isinstance(made, Tensor):
-        return Tensor(made.dtype, made.shape, made.stored, made.place, "Parameter")
-    return Other("Parameter", tensor=isinstance(made, Other) and made.tensor)
+def _tensor_of(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return Tensor(value.dtype, value.shape, value.stored, value.place, "Parameter")
+    return Other("Parameter", tensor=isinstance(value, Other) and value.tensor)
 
 
 def _tensor(dtype: str, storage: _Storage, offset: int, shape: Any, strides: Any) -> Tensor:
-    """Refused where it reaches beyond its storage, as torch does."""
+    """A description of a tensor. One that reaches beyond its storage is refused, as by PyTorch."""
     shape, strides, width = tuple(shape), tuple(strides), WIDTHS[dtype]
     numbers = (offset, *shape, *strides)
     if len(shape) != len(strides) or not all(type(n) is int and 0 <= n < LARGEST for n in numbers):
@@ -164,7 +164,7 @@ class _Reader(_InPython):  # type: ignore[misc]
 
     def __init__(self, file: IO[bytes], untyped: bool = False) -> None:
         super().__init__(file, encoding="utf-8")
-        self.untyped = untyped  # torch reads storages without a type from archives only
+        self.untyped = untyped  # PyTorch accepts storages without a type only in archives
         self.storages: dict[str, _Storage] = {}  # by key
 
     def find_class(self, module: str, name: str) -> Any:
@@ -197,11 +197,11 @@ class _Reader(_InPython):  # type: ignore[misc]
         return _Storage(dtype, width * length, key, width * first)
 
     def load_newobj(self) -> None:
-        arguments, made = self.stack.pop(), self.stack.pop()
-        self.append(made(*arguments))
+        arguments, kind = self.stack.pop(), self.stack.pop()
+        self.append(kind(*arguments))
 
     def load_build(self) -> None:
-        """Attributes of a dict or parameter say nothing of tensors."""
+        """Drop the attributes of a dict or a parameter: they hold no tensors of the file."""
         self.stack.pop()
         if not isinstance(self.stack[-1], (dict, Tensor, Other)):
             raise pickle.UnpicklingError("a state of no dict")
@@ -216,15 +216,15 @@ LEGACY_TENSOR = r"torch\.(per_(tensor|channel)_\w+)"
 
 @dataclass
 class _Places:
-    """Where in a file the bytes of each storage are."""
+    """The place of each storage's bytes in a file."""
 
-    offsets: dict[str, int] = field(default_factory=dict)  # in the older format, of the file
-    entries: dict[str, str] = field(default_factory=dict)  # in the newer, the archive's
+    offsets: dict[str, int] = field(default_factory=dict)  # older format: storage -> offset in the file
+    entries: dict[str, str] = field(default_factory=dict)  # newer format: storage -> entry of the archive
     swapped: bool = False  # written by a big-endian machine
 
 
 def content(path: Path) -> Any:
-    """What a file holds, tensors as `Tensor`, and what is no plain tensor as `Other` or itself."""
+    """The value in a file: plain tensors as `Tensor`, other objects as `Other`, plain values as they are."""
     return _read(path)[0]
 
 
@@ -245,19 +245,19 @@ def _read(path: Path) -> tuple[Any, _Places]:
     with path.open("rb") as file:
         if file.read(4) == b"PK\3\4":
             with zipfile.ZipFile(file) as archive:
-                return _of_archive(archive)
+                return _read_archive(archive)
         file.seek(0)
-        return _of_older(file)
+        return _read_older(file)
 
 
-def _of_archive(archive: zipfile.ZipFile) -> tuple[Any, _Places]:
+def _read_archive(archive: zipfile.ZipFile) -> tuple[Any, _Places]:
     entries = {entry.filename: entry for entry in archive.infolist()}
     top = next(iter(entries)).partition("/")[0]
     pickled = entries[f"{top}/data.pkl"]
     if pickled.file_size > LARGEST_PICKLE or f"{top}/constants.pkl" in entries:
         raise pickle.UnpicklingError("a program")
     reader = _Reader(io.BytesIO(archive.read(pickled)), untyped=True)
-    made = reader.load()
+    content = reader.load()
     places = _Places()
     for key, storage in reader.storages.items():
         places.entries[key] = f"{top}/data/{key}"
@@ -265,15 +265,15 @@ def _of_archive(archive: zipfile.ZipFile) -> tuple[Any, _Places]:
             raise pickle.UnpicklingError("a storage of another size")
     order = f"{top}/byteorder"
     places.swapped = order in entries and archive.read(order)[:4] == b"big"
-    return made, places
+    return content, places
 
 
-def _of_older(file: IO[bytes]) -> tuple[Any, _Places]:
+def _read_older(file: IO[bytes]) -> tuple[Any, _Places]:
     magic, protocol, _ = (_Reader(file).load() for _ in range(3))
     if (magic, protocol) != (MAGIC, PROTOCOL):
         raise pickle.UnpicklingError("another format")
     reader = _Reader(file)
-    made, keys = reader.load(), _Reader(file).load()
+    content, keys = reader.load(), _Reader(file).load()
     places = _Places()
     end = file.seek(0, 1)
     for key in keys:
@@ -285,4 +285,4 @@ def _of_older(file: IO[bytes]) -> tuple[Any, _Places]:
         end = file.seek(storage.nbytes, 1)
     if end > file.seek(0, 2) or reader.storages.keys() - places.offsets.keys():
         raise pickle.UnpicklingError("a storage that is not there")
-    return made, places
+    return content, places

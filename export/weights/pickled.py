@@ -1,4 +1,4 @@
-"""PyTorch pickles as safetensors in the cache: only tensors are loaded, never code, and few of them at a time."""
+"""Converting PyTorch pickles to safetensors files in the cache. Only tensors are loaded, never code."""
 
 import warnings
 import zipfile
@@ -19,27 +19,27 @@ if TYPE_CHECKING:
 __all__ = ["PICKLED", "as_safetensors", "first_element", "listed"]
 
 T = TypeVar("T")
-PICKLED = (".pt", ".bin", ".pth", ".ckpt")  # endings of their files
-VERSION = 1  # of what is written; another one converts again
-PIECE = 1 << 24  # bytes that are copied at a time
-RESIDENT = 1 << 26  # bytes after which a file is mapped anew, since pages that were read stay until then
+PICKLED = (".pt", ".bin", ".pth", ".ckpt")  # endings of pickles' names
+VERSION = 1  # version of converted files; a new number converts all again
+PIECE = 1 << 24  # bytes copied at a time
+RESIDENT = 1 << 26  # after so many bytes the file is mapped anew, which frees the pages that were read
 AGAIN = "copy it again, or convert it to safetensors"
 ALONE = "save its state_dict alone, or convert it to safetensors"
 
 
 def listed(path: Path) -> dict[str, TensorSpec]:
-    """The names, types and shapes in a PyTorch pickle, in the order they are written in; nothing of it is run."""
+    """The names, types and shapes in a PyTorch pickle, in the order of the converted file. No code of it runs."""
     return {name: TensorSpec(tensor.dtype, tensor.shape) for name, tensor in _headers(path).items()}
 
 
 def first_element(path: Path, name: str) -> bytes:
-    """The bytes of a tensor's first element, which is all that is read."""
+    """The bytes of a tensor's first element. Nothing else is read."""
     tensor = _headers(path)[name]
     return _guarded(path, lambda: inert.element(path, tensor))
 
 
 def as_safetensors(path: Path) -> Path:
-    """A PyTorch pickle (.pt, .bin, .pth, .ckpt) as a safetensors file in the cache, made once."""
+    """The safetensors file in the cache of a PyTorch pickle; it is converted once."""
     _check_suffix(path)
     try:
         digest = sha256_of_file(path)
@@ -63,7 +63,7 @@ def _check_suffix(path: Path) -> None:
 
 
 def _headers(path: Path) -> dict[str, inert.Tensor]:
-    """The tensors by their joined names, wider elements first: so each begins on a multiple of its width."""
+    """The tensors by their joined names, wider types first, so that each begins on a multiple of its width."""
     _check_suffix(path)
     loaded, tensors = _guarded(path, lambda: inert.content(path)), {}
     if not isinstance(loaded, dict):
@@ -71,32 +71,32 @@ def _headers(path: Path) -> dict[str, inert.Tensor]:
         raise _refusal(path, f"holds a {kind}, not a dict of tensors; {ALONE}")
     size = path.stat().st_size
     for name, leaf in _leaves(path, loaded):
-        if name in tensors or name == "__metadata__":  # which is no tensor's in a safetensors file
-            taken = "is the name of two tensors" if name in tensors else "is a name that safetensors keeps for itself"
-            raise _refusal(path, f"{name!r} {taken}; {ALONE}")
+        if name in tensors or name == "__metadata__":  # safetensors files use this name for notes
+            problem = "is the name of two tensors" if name in tensors else "is a name that safetensors keeps for itself"
+            raise _refusal(path, f"{name!r} {problem}; {ALONE}")
         if complaint := _complaint(leaf, size):
             raise _refusal(path, f"{name!r} {complaint}; {ALONE}")
         tensors[name] = leaf
     return dict(sorted(tensors.items(), key=lambda item: -WIDTHS[item[1].dtype]))
 
 
-def _guarded(path: Path, act: Callable[[], T]) -> T:
-    """What a reading gives, or one line on why the file gives none."""
+def _guarded(path: Path, read: Callable[[], T]) -> T:
+    """The result of reading a file; whatever goes wrong becomes one line."""
     try:
-        return act()
+        return read()
     except (MemoryError, InputError):
         raise
     except OSError as error:
         raise _unreadable(path, error) from None
     except inert.Forbidden as error:
         complaint = f"holds more than tensors ({error}), which is not loaded; {ALONE}"
-    except Exception as error:  # whatever bytes can lead a reader to: KeyError, struct.error, AttributeError, ...
+    except Exception as error:  # damaged bytes cause errors of any type: KeyError, struct.error, AttributeError, ...
         complaint = f"is no file of tensors that torch.save wrote, or damaged ({type(error).__name__}); {AGAIN}"
     raise _refusal(path, complaint)
 
 
 def _bytes(path: Path, digest: str, names: list[str], tensors: dict[str, "torch.Tensor"]) -> Iterator[bytes]:
-    """All tensors in this order, in pieces; of a mapped file, little more than one tensor is in memory."""
+    """The bytes of all tensors in this order. If the file is mapped, little more than one tensor is in memory."""
     mapped, read = _can_be_mapped(path), 0
     for name in names:
         if mapped and read > RESIDENT:
@@ -118,28 +118,28 @@ def _pieces(tensor: "torch.Tensor") -> Iterator[bytes]:
 
 
 def _leaves(path: Path, loaded: dict[Any, Any]) -> Iterator[tuple[str, Any]]:
-    """What nested dicts hold, under names joined with dots; a lone state_dict is taken out of its dict."""
+    """The values in nested dicts, under names joined with dots. A dict with nothing but `state_dict` is that dict."""
     if set(loaded) == {"state_dict"} and isinstance(loaded["state_dict"], dict):
         loaded = loaded["state_dict"]
-    seen: set[int] = set()
-    left: list[tuple[str, Any]] = [("", loaded)]
-    while left:
-        name, value = left.pop()
+    visited: set[int] = set()
+    pending: list[tuple[str, Any]] = [("", loaded)]
+    while pending:
+        name, value = pending.pop()
         if not isinstance(value, dict):
             yield name, value
             continue
-        if not value or id(value) in seen:  # a few dicts that hold each other can spell endlessly many names
-            held = "is held in two places" if value else "is empty"
-            raise _refusal(path, f"the dict {name!r} {held}; {ALONE}" if name else f"the dict {held}; {ALONE}")
-        seen.add(id(value))
-        for key, inner in reversed(dict.items(value)):  # attributes of the file's may hide the method
+        if not value or id(value) in visited:  # a few dicts inside each other can make endless names
+            problem = "is held in two places" if value else "is empty"
+            raise _refusal(path, f"the dict {name!r} {problem}; {ALONE}" if name else f"the dict {problem}; {ALONE}")
+        visited.add(id(value))
+        for key, inner in reversed(dict.items(value)):  # an attribute in the file may hide the method
             if type(key) not in ((str, int) if name else (str,)) or not str(key) or not str(key).isprintable():
                 raise _refusal(path, f"{key!r} in {name!r} is no name of a tensor; {ALONE}")
-            left.append((f"{name}.{key}" if name else key, inner))
+            pending.append((f"{name}.{key}" if name else key, inner))
 
 
 def _complaint(leaf: Any, size: int) -> str | None:
-    """Why a leaf cannot be written."""
+    """A complaint about a leaf that cannot be written."""
     if isinstance(leaf, inert.Other) and leaf.tensor:
         return "is a sparse, nested or meta tensor, not a plain one"
     if not isinstance(leaf, inert.Tensor):
@@ -148,7 +148,7 @@ def _complaint(leaf: Any, size: int) -> str | None:
         return f"is {leaf.dtype}, not one of {', '.join(sorted(WIDTHS))}"
     if not leaf.nbytes:
         return f"is empty, {list(leaf.shape)}"
-    if leaf.nbytes > max(size, leaf.stored):  # strides of zero turn bytes into terabytes
+    if leaf.nbytes > max(size, leaf.stored):  # strides of zero make terabytes of a few bytes
         return f"would be {leaf.nbytes} bytes, from a file of {size}"
     return None
 
@@ -158,7 +158,7 @@ def _dtype(tensor: "torch.Tensor") -> str:
 
 
 def _loaded(path: Path) -> Any:
-    """What the file holds, if that is data; nothing that torch says is repeated, as it advises to run the code."""
+    """The content of the file, if it is data only. PyTorch's own messages are hidden: they advise to run the code."""
     import torch
 
     def load() -> Any:
@@ -170,9 +170,9 @@ def _loaded(path: Path) -> Any:
 
 
 def _can_be_mapped(path: Path) -> bool:
-    """Whether the bytes of its tensors lie in the file as they are: torch maps compressed ones too, and misreads."""
+    """Whether tensors are stored uncompressed. PyTorch maps compressed ones too, and reads nonsense."""
     with path.open("rb") as file:
-        if file.read(4) != b"PK\3\4":  # where torch, too, begins to look
+        if file.read(4) != b"PK\3\4":  # PyTorch looks at the same bytes
             return False
     with zipfile.ZipFile(path) as archive:
         return all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())

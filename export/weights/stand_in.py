@@ -1,4 +1,4 @@
-"""Files in the place of published weights: every name, shape and type, and zeros that take no room on the disk."""
+"""Stand-ins for published weights: files with every name, shape and type, and zeros that use no disk space."""
 
 import shutil
 from collections.abc import Callable
@@ -17,7 +17,7 @@ __all__ = ["stand_in"]
 def stand_in(
     system: System, out: Path, on_file: Callable[[str, int, int], None] = lambda what, done, total: None
 ) -> dict[str, Any]:
-    """Write what a system of full size needs into a new folder; its files, tensors and apparent bytes."""
+    """Write every file that a system of full size needs into a new folder; returns counts of files and bytes."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out}: exists and is not empty; choose another -o")
     tensors = 0

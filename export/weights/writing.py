@@ -1,4 +1,4 @@
-"""Weights that are made here: written tensor by tensor into safetensors files; random ones, seeded."""
+"""Writing safetensors files tensor by tensor, and seeded random weights."""
 
 import json
 import math
@@ -18,7 +18,7 @@ WIDTHS = dict(SAFETENSORS_DTYPES.values())  # type -> bytes of an element
 
 
 def write_tensors(path: Path, specs: Mapping[str, TensorSpec], tensors: Iterable[bytes], note: str) -> None:
-    """A safetensors file of these tensors, written one by one; without any, their bytes are a hole."""
+    """Write a safetensors file, one tensor after the other. Without tensors, a hole of the file stands for zeros."""
     stored = {dtype: (name, width) for name, (dtype, width) in SAFETENSORS_DTYPES.items()}
     header: dict[str, object] = {"__metadata__": {"note": note}}
     end = 0
@@ -35,7 +35,7 @@ def write_tensors(path: Path, specs: Mapping[str, TensorSpec], tensors: Iterable
 
 
 def random_weights(shapes: Mapping[str, tuple[int, ...]], seed: int, path: Path) -> None:
-    """Write seeded float32 weights that keep activations of order one; the same bytes on every machine."""
+    """Write seeded float32 weights, the same on every machine. Their size keeps activations near one."""
     specs = {name: TensorSpec("float32", shape) for name, shape in sorted(shapes.items())}
     write_tensors(path, specs, (_random(name, shapes[name], seed) for name in specs), f"random weights, seed {seed}")
 

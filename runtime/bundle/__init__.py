@@ -1,1 +1,1 @@
-"""The files of a bundle: reading, checking, writing. Standard library only."""
+"""Reading, checking and writing the files of a bundle, with the standard library only."""

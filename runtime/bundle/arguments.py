@@ -1,4 +1,4 @@
-"""The arguments of a bundle: what a caller may choose besides the image, as its program says it."""
+"""The arguments of a bundle, which a caller may set besides the image. They follow from the program."""
 
 import json
 import keyword
@@ -13,18 +13,18 @@ __all__ = ["RESERVED", "Argument", "argument_of", "arguments_of", "check_argumen
 
 KINDS = ("words", "tensors", "number", "integer", "choice")
 NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
-OPTIONS = (  # of `tilewright runtime restore` and `profile`
+OPTIONS = (  # options of `tilewright runtime restore` and `profile`
     *("bundle", "expect", "explain", "force", "format", "help", "json", "max_pixels", "memory", "overlap", "quiet"),
     *("resolutions", "runs", "scale", "seed", "steps", "threads", "tile", "verbose", "version", "weights_dir"),
     "devices",
 )
-PARAMETERS = ("self", "image", "restorer", "sizes", "on_progress", "on_part")  # of the Python functions
+PARAMETERS = ("self", "image", "restorer", "sizes", "on_progress", "on_part")  # parameters of the Python functions
 RESERVED = (*OPTIONS, *PARAMETERS)
 
 
 @dataclass(frozen=True)
 class Argument:
-    """What a caller may choose: a number, an integer, a choice, words, or a safetensors file of tensors."""
+    """An argument that a caller may set: a number, an integer, a choice, words, or a safetensors file of tensors."""
 
     kind: str
     help: str = ""
@@ -32,7 +32,7 @@ class Argument:
     choices: tuple[str, ...] = ()
     least: int | float | None = None
     most: int | float | None = None
-    needed: bool = False  # there is no default; a file of tensors may stand for words
+    needed: bool = False  # it has no default; a file of tensors may replace words
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -40,7 +40,7 @@ class Argument:
 
     @property
     def takes(self) -> str:
-        """What a value must be, in a few words."""
+        """The allowed values, in a few words."""
         if self.kind == "choice":
             return f"one of {', '.join(self.choices)}"
         names = {"words": "words", "tensors": "a safetensors file", "number": "a number", "integer": "a whole number"}
@@ -52,7 +52,7 @@ class Argument:
 
     @property
     def otherwise(self) -> str:
-        """What holds where it is not given."""
+        """The default, in a few words."""
         if self.needed:
             return "needed"
         if self.default is None:
@@ -66,41 +66,43 @@ def _plain(value: int | float | str) -> str:
 
 
 def flag(name: str) -> str:
-    """The argument as the command line has it."""
+    """The option of the command line for an argument."""
     return f"--{name.replace('_', '-')}"
 
 
 def arguments_of(program: Program) -> dict[str, Argument]:
-    """Words first, then files, then single values; an input that holds more is given by a file, or by words."""
+    """All arguments: words, then files, then inputs of a single value. Larger inputs come from files or words."""
     arguments = {
         name: Argument("words", text.help, text.default, needed=text.default is None)
         for name, text in program.texts.items()
     }
     of_words = {name for text in program.texts.values() for name in text.ids}
-    needed = {name for name, taken in program.inputs.items() if taken.default is None} - of_words
+    needed = {name for name, spec in program.inputs.items() if spec.default is None} - of_words
     for name, file in program.files.items():
         arguments[name] = Argument("tensors", file.help, needed=bool(needed & set(file.tensors.values())))
-    return arguments | {name: argument_of(taken) for name, taken in program.inputs.items() if not taken.shape}
+    return arguments | {name: argument_of(spec) for name, spec in program.inputs.items() if not spec.shape}
 
 
-def argument_of(taken: Input) -> Argument:
-    """The argument that gives an input of a single value."""
-    if taken.choices:
-        usual = next((name for name, number in taken.choices.items() if number == taken.default), None)
-        choices = tuple(sorted(taken.choices, key=lambda name: taken.choices[name]))
-        return Argument("choice", taken.help, usual, choices, needed=taken.default is None)
-    kind = "number" if "float" in taken.dtype else "integer"
-    default = None if isinstance(taken.default, str) else taken.default  # of a constant, the number is in the bundle
-    return Argument(kind, taken.help, default, (), taken.least, taken.most, taken.default is None)
+def argument_of(spec: Input) -> Argument:
+    """The argument for an input of a single value."""
+    if spec.choices:
+        usual = next((name for name, number in spec.choices.items() if number == spec.default), None)
+        choices = tuple(sorted(spec.choices, key=lambda name: spec.choices[name]))
+        return Argument("choice", spec.help, usual, choices, needed=spec.default is None)
+    kind = "number" if "float" in spec.dtype else "integer"
+    default = (
+        None if isinstance(spec.default, str) else spec.default
+    )  # a text names a constant, whose number is in the bundle
+    return Argument(kind, spec.help, default, (), spec.least, spec.most, spec.default is None)
 
 
 def check_arguments(program: Program) -> None:
-    """Refuse names that callers could not use, and ranges that do not fit."""
-    for name, taken in program.inputs.items():
-        _check_range(f"program: input {name!r}", taken)
+    """Refuse names that callers cannot use, and ranges that make no sense."""
+    for name, spec in program.inputs.items():
+        _check_range(f"program: input {name!r}", spec)
     named = [(name, text.help) for name, text in program.texts.items()]
     named += [(name, file.help) for name, file in program.files.items()]
-    named += [(name, taken.help) for name, taken in program.inputs.items() if not taken.shape]
+    named += [(name, spec.help) for name, spec in program.inputs.items() if not spec.shape]
     names = [name for name, _ in named]
     for name, help_ in named:
         where = f"program: argument {name!r}"
@@ -116,11 +118,11 @@ def check_arguments(program: Program) -> None:
             raise BundleError(f"{where}: help {help_!r} is not one printable line; rewrite it")
 
 
-def _check_range(where: str, taken: Input) -> None:
-    least, most = -math.inf if taken.least is None else taken.least, math.inf if taken.most is None else taken.most
-    if (least, most) != (-math.inf, math.inf) and (taken.shape or taken.choices):
+def _check_range(where: str, spec: Input) -> None:
+    least, most = -math.inf if spec.least is None else spec.least, math.inf if spec.most is None else spec.most
+    if (least, most) != (-math.inf, math.inf) and (spec.shape or spec.choices):
         raise BundleError(f"{where}: only a single number without choices has a range; remove least and most")
     if least > most:
         raise BundleError(f"{where}: least {least:g} is above most {most:g}; exchange them")
-    if isinstance(taken.default, int | float) and not least <= taken.default <= most:
-        raise BundleError(f"{where}: default {_plain(taken.default)} is not {argument_of(taken).takes}")
+    if isinstance(spec.default, int | float) and not least <= spec.default <= most:
+        raise BundleError(f"{where}: default {_plain(spec.default)} is not {argument_of(spec).takes}")

@@ -1,4 +1,4 @@
-"""The check that a program can run on its components: names, scopes, shapes and types, before anything is run."""
+"""Checking that a program can run on its components: names, scopes, shapes and types. Nothing is run."""
 
 import re
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 
 def check_program(program: Program, components: Mapping[str, Signature], constants: Mapping[str, TensorSpec]) -> None:
-    """Refuse, by name, a program that could not run on these components."""
+    """Refuse a program that cannot run on these components. The message names the part that is wrong."""
     try:
         _check(program, components, constants)
     except BundleError as error:
@@ -36,8 +36,8 @@ def check_program(program: Program, components: Mapping[str, Signature], constan
 
 def _check(program: Program, components: Mapping[str, Signature], constants: Mapping[str, TensorSpec]) -> None:
     _check_grids(program)
-    for name, given in program.inputs.items():
-        _check_input(name, given, constants)
+    for name, spec in program.inputs.items():
+        _check_input(name, spec, constants)
     _check_texts(program)
     check_arguments(program)
     scope = _Scope(program, components, constants)
@@ -46,14 +46,14 @@ def _check(program: Program, components: Mapping[str, Signature], constants: Map
         for section, position, call in p.calls():
             scope.call(section, f"pass {p.name!r}, {section}[{position}] runs {call.run!r}", call)
         scope.leave()
-    known = dict.fromkeys(
+    values = dict.fromkeys(
         [*program.inputs, *(untiled_values(program) & scope.job.keys())]
-    )  # which may be given instead of made
+    )  # values that a caller may give instead of computing them
     for argument, file in program.files.items():
         if argument in program.inputs:
             raise BundleError(f"program: file {argument!r}: the name is taken; give every argument its own")
         for name in file.tensors.values():
-            _found(known, name, f"program: file {argument!r}: no input or value {name!r}")
+            _look_up(values, name, f"program: file {argument!r}: no input or value {name!r}")
     if "result" not in scope.written:
         raise BundleError("program: no pass writes the grid 'result'; add the call that makes it")
 
@@ -76,33 +76,33 @@ def _check_name(where: str, name: str) -> None:
         raise BundleError(f"{where}: a place is named by letters, digits and underscores")
 
 
-def _check_input(name: str, given: Input, constants: Mapping[str, TensorSpec]) -> None:
+def _check_input(name: str, spec: Input, constants: Mapping[str, TensorSpec]) -> None:
     where = f"program: input {name!r}"
-    if given.dtype not in DTYPES:
-        raise BundleError(f"{where}: dtype {given.dtype!r} is not one of {', '.join(DTYPES)}")
-    if isinstance(given.default, str):
-        constant = constants.get(given.default[1:]) if given.default.startswith("#") else None
-        if constant != TensorSpec(given.dtype, given.shape):
-            raise BundleError(f"{where}: default {given.default!r} is no constant of that type and shape")
-    elif given.default is not None and given.shape:
-        raise BundleError(f"{where}: the number {given.default} cannot fill {list(given.shape)}; name a #constant")
-    elif isinstance(given.default, float) and "float" not in given.dtype:
-        raise BundleError(f"{where}: default {given.default} is no {given.dtype}")
-    if given.choices and given.default is not None and given.default not in given.choices.values():
-        raise BundleError(f"{where}: default {given.default!r} is not among {given.choices}")
+    if spec.dtype not in DTYPES:
+        raise BundleError(f"{where}: dtype {spec.dtype!r} is not one of {', '.join(DTYPES)}")
+    if isinstance(spec.default, str):
+        constant = constants.get(spec.default[1:]) if spec.default.startswith("#") else None
+        if constant != TensorSpec(spec.dtype, spec.shape):
+            raise BundleError(f"{where}: default {spec.default!r} is no constant of that type and shape")
+    elif spec.default is not None and spec.shape:
+        raise BundleError(f"{where}: the number {spec.default} cannot fill {list(spec.shape)}; name a #constant")
+    elif isinstance(spec.default, float) and "float" not in spec.dtype:
+        raise BundleError(f"{where}: default {spec.default} is no {spec.dtype}")
+    if spec.choices and spec.default is not None and spec.default not in spec.choices.values():
+        raise BundleError(f"{where}: default {spec.default!r} is not among {spec.choices}")
 
 
 def _check_texts(program: Program) -> None:
     for name, text in program.texts.items():
         for target in text.ids:
-            given = program.inputs.get(target)
-            fits = given is not None and given.dtype == "int64" and len(given.shape) == 2 and given.shape[0] == 1
+            spec = program.inputs.get(target)
+            fits = spec is not None and spec.dtype == "int64" and len(spec.shape) == 2 and spec.shape[0] == 1
             if name in program.inputs or not fits:
                 raise BundleError(f"program: text {name!r}: {target!r} is no input of int64 ids [1, length]")
 
 
 class _Scope:
-    """What is known, and of which shape, at each point of a program."""
+    """The names that exist at a point of a program, with their types and shapes."""
 
     def __init__(
         self, program: Program, components: Mapping[str, Signature], constants: Mapping[str, TensorSpec]
@@ -110,14 +110,14 @@ class _Scope:
         self.program, self.components, self.constants = program, components, dict(constants)
         self.job: dict[str, TensorSpec] = {}
         self.tile: dict[str, TensorSpec] = {}
-        self.kept: dict[Tiles, dict[str, TensorSpec]] = {}  # what lives with the tiles of earlier passes
+        self.tile_values: dict[Tiles, dict[str, TensorSpec]] = {}  # values of the tiles of earlier passes
         self.written: set[str] = set()
-        self.seen: set[str] = set()
+        self.pass_names: set[str] = set()
 
     def enter(self, p: Pass) -> None:
-        """Check the pass on its own and bring in its state."""
+        """Check a pass and add its state."""
         where = f"program: pass {p.name!r}"
-        if p.name in self.seen:
+        if p.name in self.pass_names:
             raise BundleError(f"{where}: the name is taken; give every pass its own")
         if p.each and p.steps is None:
             raise BundleError(f"{where}: 'each' needs 'steps'; give a schedule")
@@ -130,10 +130,10 @@ class _Scope:
                 f"{where}: tiles of {p.tiles.px} px overlapping by {p.tiles.overlap_px} px"
                 f" must be multiples of multiple_px {self.program.multiple_px}"
             )
-        self.seen.add(p.name)
+        self.pass_names.add(p.name)
         self.now, self.fresh = p, set[str]()
         self.joined = bool(p.writes("each") & self.program.grids.keys())
-        self.tile = dict(self.kept.get(p.tiles, {})) if p.tiles else {}
+        self.tile = dict(self.tile_values.get(p.tiles, {})) if p.tiles else {}
         for name, state in p.state.items():
             self._check_state(where, name, state)
             self.tile[name] = TensorSpec("float32", ("batch", *state.shape))
@@ -149,15 +149,15 @@ class _Scope:
                 )
 
     def leave(self) -> None:
-        """Forget the tile; keep what the pass gave to the job and the grids."""
+        """End a pass: keep what it wrote to grids and to the job, and the values of its tiles."""
         self.written |= self.fresh
         if self.now.tiles is None:
             self.job |= {k: v for k, v in self.tile.items() if k not in self.now.state}
         else:
-            self.kept[self.now.tiles] = self.tile
+            self.tile_values[self.now.tiles] = self.tile
 
     def call(self, section: str, where: str, call: Call) -> None:
-        """Check one call and bring in its outputs."""
+        """Check one call and add its outputs."""
         if call.run not in self.components:
             raise BundleError(f"program: {where}: no such component; there are {', '.join(sorted(self.components))}")
         signature = self.components[call.run]
@@ -176,7 +176,7 @@ class _Scope:
             self.output(section, f"program: {where}: {name} -> {target}", signature.outputs[name], target, shared)
 
     def source(self, section: str, where: str, source: str) -> TensorSpec:
-        """The type and shape behind a source, or a refusal that names it."""
+        """The type and shape of a source, which is refused if it does not exist."""
         kind, name = (source[:1], source[1:]) if source[:1] in ("@", "#", "$", "~") else ("", source)
         where = f"program: {where}: {source!r}"
         if kind == "@":
@@ -184,13 +184,13 @@ class _Scope:
         if kind == "~":
             return self.noise(where, name)
         if kind == "#":
-            return _found(self.constants, name, f"{where}: no such constant in the bundle")
+            return _look_up(self.constants, name, f"{where}: no such constant in the bundle")
         if kind == "$":
-            given = _found(self.program.inputs, name, f"{where}: the program has no such input")
-            return TensorSpec(given.dtype, given.shape)
+            spec = _look_up(self.program.inputs, name, f"{where}: the program has no such input")
+            return TensorSpec(spec.dtype, spec.shape)
         if name in self.program.grids:
             return self.grid(section, where, name)
-        return _found(self.tile | self.job, name, f"{where}: nothing of that name is known here")
+        return _look_up(self.tile | self.job, name, f"{where}: nothing of that name is known here")
 
     def grid(self, section: str, where: str, name: str) -> TensorSpec:
         grid = self.program.grids[name]
@@ -204,7 +204,7 @@ class _Scope:
         if name in self.program.grids:
             grid = self.program.grids[name]
             return TensorSpec("float32", ("batch", grid.channels, f"h/{grid.px}", f"w/{grid.px}"))
-        state = _found(self.now.state, name, f"{where}: noise needs a grid or a state of this pass")
+        state = _look_up(self.now.state, name, f"{where}: noise needs a grid or a state of this pass")
         if len(state.shape) != 3:
             raise BundleError(f"{where}: noise needs a shape of channels, rows, columns, not {list(state.shape)}")
         return TensorSpec("float32", ("batch", *state.shape))
@@ -225,9 +225,9 @@ class _Scope:
         of_sides = {f"{name}.{px * px // self.now.steps.px_per_token}" for px in sides}
         if sized and (not sides or of_sides - self.constants.keys()):
             raise BundleError(f"{where}: a table of tile sizes needs fixed_px, and one for each of {list(sides)}")
-        known = self.constants | ({name: sized[0]} if sized else {}) | self.job | self.tile
-        whole = _found(known, name, f"{where}: no table, value or constant has that name")
-        axis = 1 if name in self.tile else 0  # what lives with a tile has the batch first
+        tables = self.constants | ({name: sized[0]} if sized else {}) | self.job | self.tile
+        whole = _look_up(tables, name, f"{where}: no table, value or constant has that name")
+        axis = 1 if name in self.tile else 0  # values of a tile have the batch first
         if len(whole.shape) <= axis:
             raise BundleError(f"{where}: a single number has no rows")
         rows = whole.shape[axis]
@@ -235,34 +235,34 @@ class _Scope:
             raise BundleError(f"{where}: has {rows} rows for {self.now.steps.count} steps")
         return TensorSpec(whole.dtype, whole.shape[:axis] + whole.shape[axis + 1 :])
 
-    def output(self, section: str, where: str, given: TensorSpec, target: str, shared: bool) -> None:
-        """Check one output and bring it in: on a grid, with the job when it is shared, or with the tile."""
+    def output(self, section: str, where: str, spec: TensorSpec, target: str, shared: bool) -> None:
+        """Check one output and add it: to a grid, to the job if it is shared, or to the tile."""
         _check_name(where, target)
         if target in self.program.grids:
             grid = self.program.grids[target]
             if target == "image":
                 raise BundleError(f"{where}: the input is not written to; use another grid")
-            _fit(given, TensorSpec("float32", ("batch", grid.channels, f"h/{grid.px}", f"w/{grid.px}")), where)
+            _fit(spec, TensorSpec("float32", ("batch", grid.channels, f"h/{grid.px}", f"w/{grid.px}")), where)
             self.fresh.add(target)
             return
-        taken = target in self.job or target in self.constants or target in self.program.inputs
-        if taken or (target in self.tile and target not in self.now.state and section != "each"):
+        in_use = target in self.job or target in self.constants or target in self.program.inputs
+        if in_use or (target in self.tile and target not in self.now.state and section != "each"):
             raise BundleError(f"{where}: the name is taken; give every value its own")
         if target in self.tile:
-            _fit(given, self.tile[target], where)
-        (self.job if shared else self.tile)[target] = given
+            _fit(spec, self.tile[target], where)
+        (self.job if shared else self.tile)[target] = spec
 
 
-def _found(known: Mapping[str, T], name: str, complaint: str) -> T:
-    if name not in known:
-        raise BundleError(f"{complaint}; there are {', '.join(sorted(known)) or 'none'}")
-    return known[name]
+def _look_up(values: Mapping[str, T], name: str, complaint: str) -> T:
+    if name not in values:
+        raise BundleError(f"{complaint}; there are {', '.join(sorted(values)) or 'none'}")
+    return values[name]
 
 
-def _fit(given: TensorSpec, wanted: TensorSpec, where: str) -> None:
-    sizes = zip(given.shape, wanted.shape, strict=False)
+def _fit(actual: TensorSpec, expected: TensorSpec, where: str) -> None:
+    sizes = zip(actual.shape, expected.shape, strict=False)
     clash = any(isinstance(a, int) and isinstance(b, int) and a != b for a, b in sizes)
-    if given.dtype != wanted.dtype or len(given.shape) != len(wanted.shape) or clash:
+    if actual.dtype != expected.dtype or len(actual.shape) != len(expected.shape) or clash:
         raise BundleError(
-            f"{where}: {given.dtype} {list(given.shape)} does not fit {wanted.dtype} {list(wanted.shape)}"
+            f"{where}: {actual.dtype} {list(actual.shape)} does not fit {expected.dtype} {list(expected.shape)}"
         )

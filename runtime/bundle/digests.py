@@ -1,6 +1,6 @@
-"""SHA-256 of files, remembered by size, inode and times, so that gigabytes are read once.
+"""SHA-256 of files. Digests are remembered by path, size, inode and times, so that gigabytes are read once.
 
-The time of modification can be set back, that of the last change cannot.
+The time of the last change (ctime) counts too, because the time of modification can be set back.
 """
 
 import contextlib
@@ -17,11 +17,11 @@ from tilewright.runtime.errors import EnvironmentMismatch
 
 __all__ = ["cache_dir", "next_data", "remembered_sha256", "sha256_of_bytes", "sha256_of_file", "writing"]
 
-ZEROS = bytes(1 << 20)  # also how much is read at a time
+ZEROS = bytes(1 << 20)  # its length is also the size of one read
 
 
 def cache_dir() -> Path:
-    """Where builds and digests are kept: TILEWRIGHT_CACHE_DIR, else tilewright under XDG_CACHE_HOME or ~/.cache."""
+    """The folder of builds and digests: TILEWRIGHT_CACHE_DIR, or tilewright under XDG_CACHE_HOME or ~/.cache."""
     if chosen := os.environ.get("TILEWRIGHT_CACHE_DIR"):
         return Path(chosen)
     if chosen := os.environ.get("XDG_CACHE_HOME"):
@@ -33,28 +33,28 @@ def cache_dir() -> Path:
 
 
 def sha256_of_bytes(data: bytes) -> str:
-    """Hexadecimal SHA-256."""
+    """The SHA-256 of bytes, in hexadecimal."""
     return hashlib.sha256(data).hexdigest()
 
 
 def sha256_of_file(
     path: Path, *, fresh: bool = False, on_read: Callable[[int, int], None] = lambda done, total: None
 ) -> str:
-    """Hexadecimal SHA-256 of a file, from memory of an earlier reading if it has not changed since; or read `fresh`."""
+    """The SHA-256 of a file, in hexadecimal. It is remembered while the file does not change, except with `fresh`."""
     if not fresh and (remembered := remembered_sha256(path)):
         return remembered
-    seen = _seen(path)
+    identity = _identity(path)
     digest = _sha256(path, on_read)
-    note = _note(seen)
-    if note and _seen(path) == seen:  # what changed while it was read has another digest by now
+    note = _note(identity)
+    if note and _identity(path) == identity:  # a file that changed while it was read is not remembered
         with contextlib.suppress(OSError), writing(note) as temporary:
             temporary.write_text(digest)
     return digest
 
 
 def remembered_sha256(path: Path) -> str | None:
-    """The digest of an earlier reading, if the file has not changed since."""
-    if note := _note(_seen(path)):
+    """The remembered digest of a file, if the file has not changed since."""
+    if note := _note(_identity(path)):
         with contextlib.suppress(OSError, ValueError):
             remembered = note.read_text("ascii")
             if re.fullmatch("[0-9a-f]{64}", remembered):
@@ -62,22 +62,22 @@ def remembered_sha256(path: Path) -> str | None:
     return None
 
 
-def _note(seen: list[str | int]) -> Path | None:
-    """Where a file's digest is remembered; without a home there is no memory."""
+def _note(identity: list[str | int]) -> Path | None:
+    """The file that remembers a digest; none if the user has no home."""
     try:
-        return cache_dir() / "digests" / sha256_of_bytes(json.dumps(seen).encode())
+        return cache_dir() / "digests" / sha256_of_bytes(json.dumps(identity).encode())
     except EnvironmentMismatch:
         return None
 
 
-def _seen(path: Path) -> list[str | int]:
-    """What tells a file from any other and from itself after a change."""
+def _identity(path: Path) -> list[str | int]:
+    """Values that differ between two files, and change when a file changes."""
     status = path.stat()
     return [str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
 
 def _sha256(path: Path, on_read: Callable[[int, int], None]) -> str:
-    """By reading; where a sparse file has a hole, its zeros are not fetched from the system."""
+    """The SHA-256 by reading the file. The zeros in holes of a sparse file are not read."""
     digest, at, end = hashlib.sha256(), 0, path.stat().st_size
     with path.open("rb", buffering=0) as file:
         while at < end:
@@ -95,27 +95,27 @@ def _sha256(path: Path, on_read: Callable[[int, int], None]) -> str:
 
 
 def next_data(descriptor: int, at: int, end: int) -> int:
-    """Where a file has data from there on; a hole reads as zeros."""
+    """The next place in a file with data, not in a hole."""
     if not hasattr(os, "SEEK_DATA"):  # Windows
         return at
     try:
         return os.lseek(descriptor, at, os.SEEK_DATA)
-    except OSError as error:  # no data from here on, or a system that cannot tell
+    except OSError as error:  # there is no more data, or the file system does not know its holes
         return end if error.errno == errno.ENXIO else at
 
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[Path]:
-    """A temporary sibling that takes the place of `path` on success and is removed on failure."""
+    """A temporary file beside `path`, which replaces `path` on success and is removed on failure."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")  # no other thread's
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")  # a name that no other thread uses
     try:
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        if error.filename is None:  # of a write, which does not know where
+        if error.filename is None:  # an error of a write does not name its file
             error.filename = str(path)
         raise
     finally:

@@ -1,7 +1,7 @@
-"""Which bytes outside itself an ONNX file names, and the same file naming others. Standard library only.
+"""Reading and changing the references of an ONNX file to bytes in other files, with the standard library only.
 
-A walk over the protocol buffers of the file that goes where a tensor may be and passes over the rest: a tensor with
-external data spells the word "location", and what does not hold the word is skipped whole.
+The file is a tree of protocol buffers. Only messages that may contain tensors are searched. A tensor with external data
+contains the word "location", so messages without this word are skipped.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -13,10 +13,10 @@ from tilewright.runtime.errors import BundleError
 __all__ = ["External", "external_data", "relocated"]
 
 T = TypeVar("T")
-Value = int | tuple[int, int]  # a number, or from where to where the bytes reach
+Value = int | tuple[int, int]  # a number, or begin and end of bytes
 WORD = b"location"
 KEYS = ("location", "offset", "length")
-KINDS = {  # of onnx.TensorProto
+KINDS = {  # data type of onnx.TensorProto -> our name
     1: "float32",
     2: "uint8",
     3: "int8",
@@ -30,7 +30,7 @@ KINDS = {  # of onnx.TensorProto
     17: "float8_e4m3fn",
     19: "float8_e5m2",
 }
-INSIDE = {  # message of onnx.proto -> field -> the message it holds, as far as tensors may lie below
+INSIDE = {  # message of onnx.proto -> field -> message in it, for messages that may contain tensors
     "ModelProto": {7: "GraphProto", 20: "TrainingInfoProto", 25: "FunctionProto"},
     "TrainingInfoProto": {1: "GraphProto", 2: "GraphProto"},
     "FunctionProto": {7: "NodeProto", 11: "AttributeProto"},
@@ -46,13 +46,13 @@ INSIDE = {  # message of onnx.proto -> field -> the message it holds, as far as 
     },
     "SparseTensorProto": {1: "TensorProto", 2: "TensorProto"},
 }
-INITIALIZER = ("ModelProto", "GraphProto", "TensorProto")  # the only place where our graphs name a file
-DEEPEST = 100  # messages in messages; onnx itself reads no more
+INITIALIZER = ("ModelProto", "GraphProto", "TensorProto")  # the only place of external data in our graphs
+DEEPEST = 100  # most levels of messages; onnx reads no more
 
 
 @dataclass(frozen=True)
 class External:
-    """Where a graph says the bytes of an initializer are."""
+    """The place of an initializer's bytes, as written in a graph."""
 
     location: str
     offset: int
@@ -62,8 +62,8 @@ class External:
 
 
 def external_data(graph: bytes, where: str) -> dict[str, External]:
-    """Initializer -> its bytes outside the file; `where` opens every complaint."""
-    found: dict[str, External] = {}
+    """Initializer -> the place of its bytes in another file. `where` begins every complaint."""
+    externals: dict[str, External] = {}
     try:
         for path, at, end in _tensors(graph, ("ModelProto",), 0, len(graph)):
             name, external = _tensor(graph, at, end)
@@ -71,16 +71,16 @@ def external_data(graph: bytes, where: str) -> dict[str, External]:
                 continue
             if path != INITIALIZER:
                 raise BundleError(f"{where}: {name!r} reads {external.location!r} but is no initializer of the graph")
-            if name in found:
+            if name in externals:
                 raise BundleError(f"{where}: two initializers are named {name!r}; rebuild the bundle")
-            found[name] = external
+            externals[name] = external
     except ValueError as error:
         raise BundleError(f"{where}: not an ONNX graph ({error}); rebuild the bundle") from None
-    return found
+    return externals
 
 
 def relocated(graph: bytes, places: Mapping[str, tuple[str, int, int]]) -> bytes:
-    """The graph with the bytes of initializers in other places: name -> location, offset, length."""
+    """The graph with new places for the bytes of initializers: name -> location, offset, length."""
 
     def moved(data: bytes) -> bytes:
         name, external = _tensor(data, 0, len(data))
@@ -94,15 +94,15 @@ def relocated(graph: bytes, places: Mapping[str, tuple[str, int, int]]) -> bytes
 
 
 def _changed(data: bytes, number: int, change: Callable[[bytes], bytes | None]) -> bytes:
-    """A message whose fields of this number are changed, or left out."""
-    parts, kept = [], 0
+    """A message with every field of this number changed, or removed if `change` gives none."""
+    parts, copied = [], 0
     for field, value, begin, end in _fields(data, 0, len(data)):
         if field == number:
             start, stop = _is(tuple, value)
-            made = change(data[start:stop])
-            parts += [data[kept:begin], b"" if made is None else _message(number, made)]
-            kept = end
-    return b"".join([*parts, data[kept:]])
+            changed = change(data[start:stop])
+            parts += [data[copied:begin], b"" if changed is None else _message(number, changed)]
+            copied = end
+    return b"".join([*parts, data[copied:]])
 
 
 def _message(number: int, data: bytes) -> bytes:
@@ -115,7 +115,7 @@ def _written(value: int) -> bytes:
 
 
 def _tensors(data: bytes, path: tuple[str, ...], at: int, end: int) -> Iterator[tuple[tuple[str, ...], int, int]]:
-    """The tensors of a message that may have external data, each with the messages around it."""
+    """The tensors in a message that may have external data, each with the path of messages to it."""
     inside = INSIDE[path[-1]]
     if len(path) > DEEPEST:
         raise ValueError("nested too deeply")
@@ -133,7 +133,7 @@ def _tensors(data: bytes, path: tuple[str, ...], at: int, end: int) -> Iterator[
 
 
 def _tensor(data: bytes, at: int, end: int) -> tuple[str, External | None]:
-    """A tensor's name and, unless its bytes are in the file, where they are."""
+    """The name of a tensor, and the place of its bytes if they are in another file."""
     name, kind, outside, shape, entries = "", 0, False, [], {}
     for field, value, _, _ in _fields(data, at, end):
         if field == 1:
@@ -168,7 +168,7 @@ def _number(text: str) -> int:
 
 
 def _fields(data: bytes, at: int, end: int) -> Iterator[tuple[int, Value, int, int]]:
-    """The fields of a message: number, value, where they begin and end."""
+    """The fields of a message: number, value, begin and end."""
     while at < end:
         begin = at
         tag, at = _varint(data, at, end)
@@ -191,8 +191,8 @@ def _fields(data: bytes, at: int, end: int) -> Iterator[tuple[int, Value, int, i
 
 
 def _varint(data: bytes, at: int, end: int) -> tuple[int, int]:
-    """A whole number of 7 bits a byte, and where it ends."""
-    if at < end and data[at] < 128:  # most are
+    """An integer stored with 7 bits in a byte, and its end."""
+    if at < end and data[at] < 128:  # the usual case
         return data[at], at + 1
     value = shift = 0
     while at < end and shift < 70:

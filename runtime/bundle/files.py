@@ -1,4 +1,4 @@
-"""Files of a bundle: inside it, whole, and as they were sealed."""
+"""Checking the files of a bundle: they lie inside it, are complete, and have not changed."""
 
 import contextlib
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ __all__ = ["bytes_of", "check_files", "check_inside", "is_file", "refusals_in_on
 
 @contextlib.contextmanager
 def refusals_in_one_line() -> Iterator[None]:
-    """Keep what a document says from breaking or flooding the line of a refusal."""
+    """Shorten a refusal to one printable line, whatever text of a document it contains."""
     try:
         yield
     except BundleError as error:
@@ -24,7 +24,7 @@ def refusals_in_one_line() -> Iterator[None]:
 
 
 def check_inside(root: Path, name: str, where: str) -> None:
-    """Refuse a name that is no plain relative path, or that a link leads out of the bundle."""
+    """Refuse a name that is no plain relative path, and a link that leads out of the bundle."""
     path = PurePosixPath(name)
     odd = "\\" in name or not name.isprintable()
     if path.is_absolute() or ".." in path.parts or odd or str(path) != name or name == ".":
@@ -39,7 +39,7 @@ def check_inside(root: Path, name: str, where: str) -> None:
 
 @refusals_in_one_line()
 def check_files(root: Path, files: dict[str, File], remedy: str, fresh: bool) -> None:
-    """Refuse files that are missing, or have another size or digest than when they were sealed."""
+    """Refuse files that are missing, or whose size or digest differs from the sealed one."""
     for name, file in files.items():
         path = root / name
         if not is_file(path):
@@ -54,7 +54,7 @@ def check_files(root: Path, files: dict[str, File], remedy: str, fresh: bool) ->
 
 
 def is_file(path: Path) -> bool:
-    """Whether a file is there; unlike `Path.is_file`, also for a name too long to exist."""
+    """Whether a file exists. Unlike `Path.is_file`, this does not fail for a name that is too long."""
     try:
         return path.is_file()
     except OSError:

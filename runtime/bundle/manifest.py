@@ -1,4 +1,4 @@
-"""bundle.json: what a bundle holds, and every file of it with size and SHA-256."""
+"""bundle.json, the manifest of a bundle: its components, and all its files with size and SHA-256."""
 
 import contextlib
 import json
@@ -17,7 +17,7 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True)
 class File:
-    """A file as it was sealed."""
+    """The size and digest of a sealed file."""
 
     size: int
     sha256: str
@@ -25,7 +25,7 @@ class File:
 
 @dataclass(frozen=True)
 class Memory:
-    """Working memory of a component: fixed + per_px * p + per_px2 * p * p bytes for an input of p output pixels."""
+    """Working memory of a component, in bytes: fixed + per_px * p + per_px2 * p * p for p output pixels."""
 
     fixed: float
     per_px: float
@@ -38,7 +38,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """A component made runnable by one backend at one precision."""
+    """A description of one engine: backend, precision, file and shape profile."""
 
     backend: str  # ort | tensorrt | aoti
     precision: str
@@ -49,7 +49,7 @@ class EngineSpec:
 
 @dataclass(frozen=True)
 class Component:
-    """One network: its portable graph, what it takes and gives, its engines."""
+    """One network: its portable graph, inputs, outputs and engines."""
 
     graph: str
     inputs: dict[str, TensorSpec]
@@ -60,18 +60,18 @@ class Component:
 
 @dataclass(frozen=True)
 class Manifest:
-    """bundle.json."""
+    """The content of bundle.json."""
 
     schema_version: int
     system: str
     preset: str
     precision: str
-    licence: str  # of the base weights
+    licence: str  # licence of the base weights
     components: dict[str, Component]
     files: dict[str, File]
     made_with: dict[str, str]  # package -> version
-    options: dict[str, str] = field(default_factory=dict)  # what the build was asked for
-    arguments: dict[str, Argument] = field(default_factory=dict)  # what a caller may choose, as the program says it
+    options: dict[str, str] = field(default_factory=dict)  # options of the build
+    arguments: dict[str, Argument] = field(default_factory=dict)  # arguments of a caller; they follow from the program
     program: str = "program.json"
     weights: str = "weights.json"
     constants: str | None = None
@@ -79,7 +79,7 @@ class Manifest:
 
 
 def read_manifest(text: bytes, where: str) -> Manifest:
-    """The manifest in the text of bundle.json, refused where this version cannot use it."""
+    """The manifest from the text of bundle.json. One that this version cannot use is refused."""
     with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
         version = json.loads(text)["schema_version"]
         if isinstance(version, int) and version > SCHEMA_VERSION:
@@ -100,7 +100,7 @@ def read_manifest(text: bytes, where: str) -> Manifest:
 
 
 def named_files(manifest: Manifest) -> Iterable[str]:
-    """Every file that a manifest names."""
+    """Every file that a manifest refers to."""
     for component in manifest.components.values():
         yield component.graph
         yield from (engine.file for engine in component.engines)

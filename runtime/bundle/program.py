@@ -1,17 +1,17 @@
 """The program of a bundle: grids and passes, as data.
 
-A grid is an array over the padded image; a pass walks tiles, calls components on crops, and joins what they return.
-A value lives with the job (what an untiled pass gives, or a call in `once` that reads nothing of a tile), with the tile
-(what its calls give, and its state; later passes with the same tiles see it) or on a grid.
-Where a call's input comes from is written as
+A grid is an array over the padded image. A pass visits tiles, calls components on crops, and joins their outputs.
+A value belongs to a grid, to a tile or to the job. Values of a tile are its state and the outputs of its calls; later
+passes with the same tiles can read them. Values of the job are outputs of passes without tiles, and of calls in `once`
+that read nothing of a tile. The source of a call's input is written as
 
-    name     a grid (its crop under the tile), a tile's value or state, a job's value
-    @name    this step's row of a schedule's table, of a value or of a constant (the whole table outside `each`)
+    name     a grid (its crop under the tile), a value or state of the tile, a value of the job
+    @name    the current step's row of a schedule's table, of a value or of a constant (outside `each` the whole table)
     #name    a constant of the bundle
-    $name    an input of the program, given by the caller or defaulted
-    ~name    noise shaped like the grid or state `name`, fresh every step
+    $name    an input of the program, set by the caller or by its default
+    ~name    noise with the shape of the grid or state `name`, new in every step
 
-Tensors that live with a tile or on a grid carry a leading batch axis; the others have none of their own.
+Tensors of a tile or a grid have a leading batch axis, all others have none.
 """
 
 import re
@@ -53,7 +53,7 @@ SCHEDULE_OPTIONS: dict[str, dict[str, type]] = {
     "ddim": DIFFUSION_OPTIONS,
     "ddpm": DIFFUSION_OPTIONS,
 }
-OPTIONAL = SCHEDULE_OPTIONS["flow_shift"].keys()  # every other option must be given
+OPTIONAL = SCHEDULE_OPTIONS["flow_shift"].keys()  # all other options are required
 FLOATS = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 DTYPES = (*FLOATS, "int64", "int32", "int16", "int8", "uint8", "bool")
 STATE_DIM = re.compile(r"([hw])/([1-9]\d{0,3})")
@@ -61,7 +61,7 @@ STATE_DIM = re.compile(r"([hw])/([1-9]\d{0,3})")
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor's element type and shape; a name stands for a size that may vary."""
+    """The element type and shape of a tensor; a name in the shape is a size that may vary."""
 
     dtype: str
     shape: tuple[Dim, ...]
@@ -75,7 +75,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Signature:
-    """What a component takes and gives."""
+    """The inputs and outputs of a component."""
 
     inputs: dict[str, TensorSpec]
     outputs: dict[str, TensorSpec]
@@ -83,11 +83,11 @@ class Signature:
 
 @dataclass(frozen=True)
 class Grid:
-    """A global float32 array over the padded image."""
+    """A float32 array over the padded image."""
 
-    px: int  # output pixels a cell spans, along each axis
+    px: int  # output pixels of a cell, along each axis
     channels: int
-    init: str = "none"  # input | noise | zeros | none (some pass writes it first)
+    init: str = "none"  # input | noise | zeros | none (a pass writes it first)
 
     def __post_init__(self) -> None:
         if self.init not in ("input", "noise", "zeros", "none"):
@@ -98,9 +98,9 @@ class Grid:
 
 @dataclass(frozen=True)
 class State:
-    """A tile's private float32 tensor, kept from `once` to `last`."""
+    """A float32 tensor that belongs to one tile, from `once` to `last`."""
 
-    shape: tuple[Dim, ...]  # without the batch; "h/8" is the tile's height in output pixels over 8
+    shape: tuple[Dim, ...]  # without the batch; "h/8" is the tile's height in output pixels divided by 8
     init: str = "zeros"  # zeros | ones | noise
 
     def __post_init__(self) -> None:
@@ -115,14 +115,14 @@ class State:
 
 @dataclass(frozen=True)
 class Input:
-    """A value the caller may give; `choices` gives names to numbers."""
+    """A value that the caller may set; `choices` gives names to numbers."""
 
     dtype: str
     shape: tuple[int, ...] = ()
-    default: int | float | str | None = None  # a number, or "#name" of a constant; none: the caller must give it
+    default: int | float | str | None = None  # a number, or "#name" of a constant; none: the caller must set it
     choices: dict[str, int] = field(default_factory=dict)
     help: str = ""  # one line for the caller
-    least: int | float | None = None  # what a single number may be
+    least: int | float | None = None  # bounds of a single number
     most: int | float | None = None
 
     def __post_init__(self) -> None:
@@ -132,20 +132,20 @@ class Input:
 
 @dataclass(frozen=True)
 class Text:
-    """Words of the caller, which tokenizers turn into the ids of inputs."""
+    """A text of the caller. Tokenizers turn it into the ids of inputs."""
 
     ids: dict[str, str]  # input -> file of its tokenizer in the bundle
-    default: str | None = None  # none: the caller must give words, or the values that would be made of them
+    default: str | None = None  # none: the caller must give words, or the values that are computed from them
     help: str = ""  # one line for the caller
 
     def __post_init__(self) -> None:
         if not self.ids:
-            raise ValueError("a text that gives no ids is of no use")
+            raise ValueError("a text needs at least one input for its ids")
 
 
 @dataclass(frozen=True)
 class TensorFile:
-    """A safetensors file of the caller, whose tensors are inputs or values."""
+    """A safetensors file of the caller; its tensors are inputs or values."""
 
     tensors: dict[str, str]  # tensor in the file -> input or value
     help: str = ""  # one line for the caller
@@ -157,9 +157,9 @@ class Tiles:
 
     px: int
     overlap_px: int
-    whole_up_to_px: tuple[int, int] | None = None  # images that fit, either way round, are one tile
-    batch: int = 1  # tiles given to one call
-    fixed_px: tuple[int, ...] = ()  # where not empty: the only sides a tile may have; smaller images are padded
+    whole_up_to_px: tuple[int, int] | None = None  # images up to this size, also rotated, are one tile
+    batch: int = 1  # most tiles in one call
+    fixed_px: tuple[int, ...] = ()  # the only sides that tiles may have, if not empty; smaller images are padded
 
     def __post_init__(self) -> None:
         if self.fixed_px and (self.px not in self.fixed_px or self.whole_up_to_px):
@@ -174,11 +174,11 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Steps:
-    """A named schedule; its tables depend on the tile's token count."""
+    """A named schedule. Its tables depend on the number of tokens in a tile."""
 
     schedule: str
     count: int
-    px_per_token: int = 256  # output pixels of area behind one token
+    px_per_token: int = 256  # output pixels in the area of one token
     options: dict[str, int | float | str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -198,21 +198,21 @@ class Steps:
 
 @dataclass(frozen=True)
 class Call:
-    """One run of a component: where its inputs come from and where its outputs go."""
+    """One run of a component: the sources of its inputs, and the targets of its outputs."""
 
     run: str
     inputs: dict[str, str]
     outputs: dict[str, str]
 
     def shared(self, of_tiles: Collection[str]) -> bool:
-        """Whether it reads and writes nothing that lives with a tile or on a grid."""
+        """Whether it reads and writes nothing that belongs to a tile or a grid."""
         reads = all(s[0] in "#$@" or (s[0] != "~" and s not in of_tiles) for s in self.inputs.values())
         return reads and not any(target in of_tiles for target in self.outputs.values())
 
 
 @dataclass(frozen=True)
 class Pass:
-    """A walk over tiles; without tiles, one look at the whole job."""
+    """A run over all tiles; without tiles, a single run for the whole job."""
 
     name: str
     tiles: Tiles | None = None
@@ -223,23 +223,23 @@ class Pass:
     last: tuple[Call, ...] = ()
 
     def calls(self) -> Iterator[tuple[str, int, Call]]:
-        """Every call with its section and position, in the order they run."""
+        """Every call with its section and position, in the order of execution."""
         for section, calls in (("once", self.once), ("each", self.each), ("last", self.last)):
             for position, call in enumerate(calls):
                 yield section, position, call
 
     def reads(self) -> set[str]:
-        """Grids, values, tables and constants that its calls read."""
+        """The grids, values, tables and constants that its calls read."""
         return {source.lstrip("@#") for *_, call in self.calls() for source in call.inputs.values()}
 
     def writes(self, section: str | None = None) -> set[str]:
-        """Grids and values that its calls, or those of a section, write."""
+        """The grids and values that its calls, or the calls of one section, write."""
         return {target for s, _, call in self.calls() if section in (None, s) for target in call.outputs.values()}
 
 
 @dataclass(frozen=True)
 class Program:
-    """What turns an image into its restoration: `image` is read, `result` is the answer."""
+    """The steps that restore an image: `image` is the input grid, `result` the output grid."""
 
     scale: int
     multiple_px: int  # the padded image's sides are multiples of this
@@ -247,24 +247,24 @@ class Program:
     passes: tuple[Pass, ...]
     inputs: dict[str, Input] = field(default_factory=dict)
     texts: dict[str, Text] = field(default_factory=dict)
-    files: dict[str, TensorFile] = field(default_factory=dict)  # by the name of the argument
-    any_scale: bool = False  # `scale` is a default; the network takes what was enlarged by any other
+    files: dict[str, TensorFile] = field(default_factory=dict)  # name of the argument -> file
+    any_scale: bool = False  # `scale` is only the default: images may be enlarged by any other factor
 
     def __post_init__(self) -> None:
         if not 1 <= self.scale <= 16 or not 1 <= self.multiple_px <= 4096:
             raise ValueError(f"scale {self.scale} must lie in 1..16 and multiple_px {self.multiple_px} in 1..4096")
 
     def components(self) -> set[str]:
-        """Names of the components that the passes call."""
+        """The names of the components that the passes call."""
         return {call.run for p in self.passes for _, _, call in p.calls()}
 
 
 def state_shape(state: State, height: int, width: int) -> tuple[int, ...]:
-    """The shape of a tile's state for a tile of that many output pixels."""
+    """The shape of a state for a tile of this size in output pixels."""
     sides = {"h": height, "w": width}
     return tuple(d if isinstance(d, int) else sides[d[0]] // int(d[2:]) for d in state.shape)
 
 
 def untiled_values(program: Program) -> set[str]:
-    """The values that passes without tiles make, which a caller may give instead."""
+    """The values that passes without tiles compute; a caller may give them instead."""
     return {name for p in program.passes if p.tiles is None for name in p.writes() - program.grids.keys()}

@@ -1,7 +1,7 @@
-"""Read a bundle: a directory with a manifest, a program, graphs and references to weights.
+"""Reading a bundle: a directory with a manifest, a program, graphs and references to weights.
 
-Everything the runtime reads is listed in `bundle.json` with size and SHA-256; weights are listed in `weights.json`
-and may lie outside. `reports/` and `README.md` are for people and are not part of the seal.
+All files that the runtime reads are listed in `bundle.json` with size and SHA-256. Weights are listed in `weights.json`
+and may lie outside of the bundle. `reports/` and `README.md` are for people and are not sealed.
 """
 
 import logging
@@ -19,7 +19,7 @@ from tilewright.runtime.bundle.manifest import SCHEMA_VERSION, Manifest, named_f
 from tilewright.runtime.bundle.program import Program, Signature
 from tilewright.runtime.bundle.safetensors import safetensors_header
 from tilewright.runtime.bundle.strict import from_json, one_line, schema
-from tilewright.runtime.bundle.weights import Weights, check_graphs, check_weights, folder_given, location
+from tilewright.runtime.bundle.weights import Weights, check_graphs, check_weights, checked_folder, location
 from tilewright.runtime.errors import BundleError, UsageError
 
 __all__ = ["PIN", "Bundle", "json_schema", "read_bundle"]
@@ -27,63 +27,65 @@ __all__ = ["PIN", "Bundle", "json_schema", "read_bundle"]
 LOG = logging.getLogger("tilewright")
 
 
-PIN = re.compile("[0-9a-f]{12,64}")  # of a digest, as much of it as tells bundles apart
+PIN = re.compile("[0-9a-f]{12,64}")  # enough digits of a digest to tell bundles apart
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle that was read and found whole."""
+    """A bundle that has been read and checked."""
 
     root: Path
     manifest: Manifest
     program: Program
     weights: Weights
-    digest: str  # SHA-256 of the manifest, which seals all the rest
-    fresh: bool = False  # weights are read, whatever is remembered of their digests
+    digest: str  # SHA-256 of the manifest, which contains the digests of all other files
+    fresh: bool = False  # digests of weights are computed, not remembered
     _checked: dict[tuple[str, Path | None], Path] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def arguments(self) -> dict[str, Argument]:
-        """What a caller may choose: words first, then files, then single values."""
+        """The arguments that a caller may set: words, then files, then single values."""
         return arguments_of(self.program)
 
     def path(self, name: str) -> Path:
-        """A sealed file's place on disk."""
+        """The path of a sealed file."""
         return self.root / name
 
     def folder(self, name: str, weights_dir: Path | None = None) -> Path:
-        """Where a folder of weights is, its files checked: packed, under `weights_dir`, or where it was at build."""
+        """The current place of a folder of weights, checked: packed, under `weights_dir`, or its place at build."""
         checked = self._checked.get((name, weights_dir))
-        if checked and self.fresh:  # once is enough to read gigabytes
+        if checked and self.fresh:  # gigabytes are read only once
             return checked
         folder = self.weights.folders[name]
-        given = folder_given(weights_dir)
-        under = [given / name, given, *sorted(given.glob(f"*/{name}"))] if given else []
+        weights_folder = checked_folder(weights_dir)
+        under = (
+            [weights_folder / name, weights_folder, *sorted(weights_folder.glob(f"*/{name}"))] if weights_folder else []
+        )
         candidates = [self.root / "weights" / name, *under, *([Path(folder.path)] if folder.path else [])]
         wrong: BundleError | None = None
         for candidate in candidates:
             if all(is_file(candidate / file) for file in folder.files):
                 try:
                     check_files(candidate, folder.files, "give the folder this bundle was built from", self.fresh)
-                except BundleError as error:  # files of the same names may be another folder's
+                except BundleError as error:  # files of another folder may have the same names
                     wrong = wrong or error
                     continue
-                if given and candidate not in under and not checked:
-                    asked, used = one_line(str(given)), one_line(str(candidate))
-                    LOG.warning("weights of %r: %s is used, not %s; see --weights-dir", name, used, asked)
+                if weights_folder and candidate not in under and not checked:
+                    named, used = one_line(str(weights_folder)), one_line(str(candidate))
+                    LOG.warning("weights of %r: %s is used, not %s; see --weights-dir", name, used, named)
                 self._checked[name, weights_dir] = candidate
                 return candidate
         if wrong is not None:
             raise wrong
-        wanted = one_line(", ".join(sorted(folder.files)[:3]))
+        names = one_line(", ".join(sorted(folder.files)[:3]))
         searched = ", ".join(one_line(str(candidate)) for candidate in candidates)
         raise BundleError(
-            f"{self.root}: weights {wanted} of {name!r} are in none of {searched};"
+            f"{self.root}: weights {names} of {name!r} are in none of {searched};"
             " pass --weights-dir, or rebuild with --pack"
         )
 
     def files_of(self, component: str, weights_dir: Path | None = None) -> dict[str, Path]:
-        """The files of weights that a component's graphs name, where they are now."""
+        """Location in a component's graphs -> the current path of the file of weights."""
         references = self.weights.tensors.get(component, {}).values()
         folders = {name: self.folder(name, weights_dir) for name in self.weights.folders_of(component)}
         return {location(r): folders[r.folder] / r.file for r in references}
@@ -91,10 +93,10 @@ class Bundle:
 
 @refusals_in_one_line()
 def read_bundle(root: str | os.PathLike[str], *, expect: str | None = None, fresh: bool = False) -> Bundle:
-    """Read a bundle, check every sealed file and the program; refuse anything else in one line.
+    """Read a bundle and check all sealed files and the program. A bad one is refused in one line.
 
-    `expect`: the digest, or its first 12 digits or more, of the only bundle to accept. `fresh`: read every file, also
-    the weights', whose digest is remembered.
+    `expect`: accept only the bundle with this digest; 12 digits are enough. `fresh`: also read files with a remembered
+    digest.
     """
     root = Path(root)
     if not is_file(root / "bundle.json"):
@@ -117,7 +119,7 @@ def read_bundle(root: str | os.PathLike[str], *, expect: str | None = None, fres
     except BundleError as error:
         raise BundleError(f"{root / manifest.program}: {str(error).removeprefix('program: ')}") from None
     if differing := _differing(manifest.arguments, arguments_of(program)):
-        raise BundleError(f"{where}: argument {differing!r} is not as {manifest.program} says it; rebuild the bundle")
+        raise BundleError(f"{where}: argument {differing!r} differs from {manifest.program}; rebuild the bundle")
     tokenizers = {file for text in program.texts.values() for file in text.ids.values()}
     if unlisted := sorted(tokenizers - set(manifest.tokenizers)):
         raise BundleError(f"{root / manifest.program}: tokenizer {unlisted[0]!r} is not listed; rebuild the bundle")
@@ -128,7 +130,7 @@ def read_bundle(root: str | os.PathLike[str], *, expect: str | None = None, fres
 
 
 def _differing(listed: Mapping[str, Argument], arguments: Mapping[str, Argument]) -> str | None:
-    """The first argument on which manifest and program do not agree."""
+    """The first argument that differs between manifest and program."""
     names = sorted(listed.keys() | arguments.keys())
     return next((name for name in names if listed.get(name) != arguments.get(name)), None)
 
@@ -143,6 +145,6 @@ def _check_pin(digest: str, expect: str | None, where: str) -> None:
 
 
 def json_schema() -> dict[str, object]:
-    """The JSON Schema of the three documents of a bundle."""
+    """The JSON Schemas of the three documents of a bundle."""
     kinds = {"bundle.json": Manifest, "program.json": Program, "weights.json": Weights}
     return {name: schema(kind, f"Tilewright {name}, schema {SCHEMA_VERSION}") for name, kind in kinds.items()}

@@ -1,4 +1,4 @@
-"""The header of a safetensors file: names, types, shapes and places."""
+"""Reading the header of a safetensors file: names, types, shapes and places of tensors."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from tilewright.runtime.errors import BundleError
 
 __all__ = ["SAFETENSORS_DTYPES", "safetensors_header"]
 
-SAFETENSORS_DTYPES = {  # with the bytes of an element
+SAFETENSORS_DTYPES = {  # name in files -> our name, and the bytes of an element
     "F32": ("float32", 4),
     "F16": ("float16", 2),
     "BF16": ("bfloat16", 2),
@@ -30,7 +30,7 @@ SAFETENSORS_DTYPES = {  # with the bytes of an element
 
 @refusals_in_one_line()
 def safetensors_header(path: Path) -> dict[str, tuple[TensorSpec, int, int]]:
-    """Name -> (type and shape, offset in the file, length) of every tensor of a safetensors file."""
+    """Name of a tensor -> its type and shape, its offset in the file, and its length."""
     size = path.stat().st_size
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))

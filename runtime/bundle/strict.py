@@ -1,7 +1,7 @@
-"""JSON to frozen dataclasses and back, refusing everything the dataclasses do not say.
+"""Converting JSON to frozen dataclasses and back. Everything that the dataclasses do not define is refused.
 
-One definition serves the reader, the writer and the published JSON Schema. Supported field types: bool, int,
-float, str, tuples, dicts with string keys, unions of these, and nested dataclasses.
+The same dataclasses define the reader, the writer and the published JSON Schema. Fields may be bool, int, float, str,
+tuples, dicts with string keys, unions of these, and nested dataclasses.
 """
 
 import dataclasses
@@ -23,14 +23,14 @@ LONGEST_COMPLAINT = 400
 
 
 def from_json(cls: type[T], text: bytes | str, where: str) -> T:
-    """Parse a document into `cls`; `where` opens every complaint."""
+    """Parse a document into `cls`. `where` begins every complaint."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        seen = dict(pairs)
-        if len(seen) != len(pairs):
+        values = dict(pairs)
+        if len(values) != len(pairs):
             ((twice, _),) = Counter(k for k, _ in pairs).most_common(1)
             raise BundleError(f"{where}: key {twice!r} appears twice in one object; rebuild the bundle")
-        return seen
+        return values
 
     try:
         document = json.loads(text, object_pairs_hook=unique)
@@ -42,19 +42,19 @@ def from_json(cls: type[T], text: bytes | str, where: str) -> T:
 
 
 def one_line(complaint: str) -> str:
-    """A complaint that shows what came out of a document: on one line, printable, its middle cut where it is long."""
+    """A complaint with text from a document, as one printable line; the middle of a long line is cut out."""
     text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in complaint)
     half = LONGEST_COMPLAINT // 2
     return text if len(text) <= LONGEST_COMPLAINT else f"{text[: half - 5]} ... {text[-half:]}"
 
 
 def to_json(value: Any) -> str:
-    """Canonical text: sorted keys, two spaces, a final newline."""
+    """The canonical JSON text: sorted keys, two spaces, a final newline."""
     return json.dumps(encode(value), indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n"
 
 
 def encode(value: Any) -> Any:
-    """Plain JSON values; every field is written, so that another default changes no document that is there."""
+    """Plain JSON values. All fields are written, so that a new default does not change existing documents."""
     if dataclasses.is_dataclass(value):
         return {f.name: encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
@@ -80,7 +80,7 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
         _expect(isinstance(value, dict), "an object", value, where)
         return {k: _decode(arguments[1], v, f"{where}.{k}") for k, v in value.items()}
     if kind is float:
-        fits = type(value) in (int, float) and abs(value) <= sys.float_info.max  # NaN is not, nor a huge integer
+        fits = type(value) in (int, float) and abs(value) <= sys.float_info.max  # refuses NaN and huge integers
         _expect(fits, "a finite number", value, where)
         return float(value)
     _expect(type(value) is kind, _name(kind), value, where)
@@ -125,10 +125,10 @@ def _decode_union(choices: tuple[Any, ...], value: Any, where: str) -> Any:
     return _expect(False, " or ".join(_name(c) for c in choices), value, where)
 
 
-def _expect(fits: bool, wanted: str, value: Any, where: str) -> None:
+def _expect(fits: bool, expected: str, value: Any, where: str) -> None:
     if not fits:
         shown = json.dumps(value, default=str)
-        raise BundleError(f"{where}: expected {wanted}, found {shown if len(shown) <= 60 else shown[:57] + '...'}")
+        raise BundleError(f"{where}: expected {expected}, found {shown if len(shown) <= 60 else shown[:57] + '...'}")
 
 
 def _name(kind: Any) -> str:
@@ -136,7 +136,7 @@ def _name(kind: Any) -> str:
 
 
 def schema(cls: type, title: str) -> dict[str, Any]:
-    """The JSON Schema of `cls`, with every dataclass under $defs."""
+    """The JSON Schema of a dataclass, with all dataclasses under $defs."""
     definitions: dict[str, Any] = {}
     root = _schema(cls, definitions)
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": title, **root, "$defs": definitions}

@@ -1,4 +1,4 @@
-"""weights.json: where the bytes of every initializer are, which may be outside the bundle."""
+"""weights.json: the place of every initializer's bytes, which may be outside of the bundle."""
 
 import os
 from dataclasses import dataclass
@@ -10,35 +10,35 @@ from tilewright.runtime.bundle.manifest import File, Manifest
 from tilewright.runtime.bundle.strict import one_line
 from tilewright.runtime.errors import BundleError, UsageError
 
-__all__ = ["Folder", "Reference", "Weights", "check_graphs", "check_weights", "folder_given", "location"]
+__all__ = ["Folder", "Reference", "Weights", "check_graphs", "check_weights", "checked_folder", "location"]
 
 
 @dataclass(frozen=True)
 class Reference:
-    """Where the bytes of one initializer are."""
+    """The place of an initializer's bytes."""
 
     file: str  # inside its folder
     dtype: str
     shape: tuple[int, ...]
     offset: int
     length: int
-    folder: str = ""  # one of those in weights.json
+    folder: str = ""  # the name of a folder in weights.json
 
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder of weights: where it was at build and what must be in it."""
+    """A folder of weights: its place at build, and the files that must be in it."""
 
-    path: str | None  # absolute; none when the weights are packed in the bundle
+    path: str | None  # absolute; none if the weights are packed in the bundle
     files: dict[str, File]
 
 
 @dataclass(frozen=True)
 class Weights:
-    """weights.json: every initializer of every component that is read from a file."""
+    """The content of weights.json: all initializers that are read from files."""
 
     folders: dict[str, Folder]
-    tensors: dict[str, dict[str, Reference]]  # component -> initializer -> bytes
+    tensors: dict[str, dict[str, Reference]]  # component -> initializer -> its bytes
 
     def folders_of(self, component: str) -> list[str]:
         """The names of the folders that hold a component's weights."""
@@ -46,12 +46,12 @@ class Weights:
 
 
 def location(reference: Reference) -> str:
-    """The file's place in a packed bundle, which a graph gives for it in every bundle."""
+    """The path of a file in a packed bundle. Graphs use this path in every bundle."""
     return f"weights/{reference.folder}/{reference.file}"
 
 
-def folder_given(weights_dir: str | os.PathLike[str] | None) -> Path | None:
-    """The folder of weights that a caller gives, if any, which must be there."""
+def checked_folder(weights_dir: str | os.PathLike[str] | None) -> Path | None:
+    """The caller's folder of weights, which must exist; none without one."""
     if weights_dir is None:
         return None
     if not Path(weights_dir).is_dir():
@@ -60,7 +60,7 @@ def folder_given(weights_dir: str | os.PathLike[str] | None) -> Path | None:
 
 
 def check_weights(weights: Weights, manifest: Manifest, root: Path) -> None:
-    """Refuse weights.json where it contradicts the manifest or itself."""
+    """Refuse a weights.json that contradicts the manifest or itself."""
     where = str(root / manifest.weights)
     for component, references in weights.tensors.items():
         if component not in manifest.components:
@@ -80,7 +80,7 @@ def check_weights(weights: Weights, manifest: Manifest, root: Path) -> None:
 
 
 def check_graphs(weights: Weights, manifest: Manifest, root: Path) -> None:
-    """What a graph reads outside is what weights.json says, which may say more: folding drops what has no effect."""
+    """Refuse graphs that read other bytes than weights.json says. It may list more, as folding removes some."""
     for component, c in manifest.components.items():
         listed = weights.tensors.get(component, {})
         for file in sorted({c.graph, *(engine.file for engine in c.engines if engine.backend == "ort")}):

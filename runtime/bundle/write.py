@@ -1,4 +1,4 @@
-"""Write a bundle: seal its files and put the directory in its place at once."""
+"""Writing a bundle: sealing its files, and putting the directory in its place in one step."""
 
 import ctypes
 import errno
@@ -20,7 +20,7 @@ __all__ = ["check_replaceable", "seal", "write_manifest"]
 
 
 def write_manifest(root: Path, manifest: Manifest) -> None:
-    """Complete the manifest with the files it names and the program's arguments, as they are now, and write it."""
+    """Add all files and the program's arguments to the manifest, and write it."""
     listed = [manifest.program, manifest.weights, *([manifest.constants] if manifest.constants else [])]
     listed += sorted(set(named_files(manifest)) - set(listed))
     files = {n: File((root / n).stat().st_size, sha256_of_file(root / n)) for n in listed}
@@ -30,9 +30,9 @@ def write_manifest(root: Path, manifest: Manifest) -> None:
 
 
 def seal(staging: Path, manifest: Manifest, target: Path) -> None:
-    """List the staged files in the manifest, write it, and put the directory in the place of `target` at once."""
+    """Write the manifest of a staged directory, check the bundle, and let it replace `target` in one step."""
     check_replaceable(target)
-    target = target.resolve()  # a link to a bundle stays, and what it points at is replaced
+    target = target.resolve()  # a link to a bundle stays, and the bundle behind it is replaced
     write_manifest(staging, manifest)
     read_bundle(staging)
     for path in [*staging.rglob("*"), staging]:
@@ -45,7 +45,7 @@ def seal(staging: Path, manifest: Manifest, target: Path) -> None:
 
 
 def _renamed(staging: Path, target: Path) -> bool:
-    """Whether a directory took a free place; another build may take that place first."""
+    """Whether the directory could be renamed to a free name; another build may be faster."""
     try:
         staging.rename(target)
     except OSError as error:
@@ -56,13 +56,13 @@ def _renamed(staging: Path, target: Path) -> bool:
 
 
 def check_replaceable(target: Path) -> None:
-    """Refuse to put a bundle in the place of anything but a bundle of ours, or of an empty folder."""
+    """Refuse a target that is neither one of our bundles nor an empty folder nor free."""
     if target.exists() and not (_is_ours(target) or (target.is_dir() and not any(target.iterdir()))):
         raise UsageError(f"{target}: exists and is not a bundle of tilewright; choose another -o")
 
 
 def _is_ours(target: Path) -> bool:
-    """Whether a folder's bundle.json is a manifest, of any schema; another tool's file of that name is not."""
+    """Whether the bundle.json in a folder is one of our manifests, of any schema."""
     try:
         document = json.loads((target / "bundle.json").read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -71,7 +71,7 @@ def _is_ours(target: Path) -> bool:
 
 
 def _exchange(one: Path, other: Path) -> None:
-    """Swap two directories; in one step where the kernel can, else in two."""
+    """Swap two directories, in one step if the kernel can do that."""
     libc = ctypes.CDLL(None, use_errno=True)
     at_cwd, exchange = -100, 2
     if hasattr(libc, "renameat2") and not libc.renameat2(at_cwd, bytes(one), at_cwd, bytes(other), exchange):

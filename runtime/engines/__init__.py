@@ -1,7 +1,7 @@
-"""Backends that run a component's graph: one file each, the same three functions.
+"""Backends that run a component's graph. Each is one file with the same three functions.
 
-missing() -> str | None                        why the backend cannot run here, and what to install
-version() -> str                               what runs, for reports
+missing() -> str | None                        the reason why the backend cannot run here, and what to install
+version() -> str                               name and version of the backend, for reports
 open_engine(bundle, component, ...) -> Engine  the component, ready to run
 """
 
@@ -22,19 +22,19 @@ BACKENDS = {"ort": "tilewright.runtime.engines.ort"}
 
 
 class Engine(Protocol):
-    """A component that runs; safe to call from several threads."""
+    """A component that is ready to run. Several threads may call it."""
 
-    def run(self, inputs: Mapping[str, Any], wanted: Iterable[str]) -> dict[str, Any]:
-        """The wanted outputs for these inputs."""
+    def run(self, inputs: Mapping[str, Any], outputs: Iterable[str]) -> dict[str, Any]:
+        """Compute these outputs from the inputs."""
         ...
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         ...
 
 
 def backend(name: str) -> ModuleType:
-    """The module of a backend that can run here."""
+    """The module of a backend. One that cannot run here is refused."""
     if name not in BACKENDS:
         raise EnvironmentMismatch(f"engine backend {name!r} is not one of {', '.join(BACKENDS)}; upgrade tilewright")
     module = importlib.import_module(BACKENDS[name])

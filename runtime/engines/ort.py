@@ -1,8 +1,8 @@
 """ONNX Runtime on the CPU, with our own kernels where they are installed or built.
 
-`fast` lets it re-pack the weights for speed, which holds them twice; `low` runs on the mapped files as they are.
-ONNX Runtime maps a file only where its path from one folder crosses no link. A graph names its weights by their place
-in a packed bundle; it is opened with their real paths from the folder above all of them.
+With `fast` ONNX Runtime re-packs the weights for speed, and they are in memory twice; `low` runs on the mapped files.
+Graphs name their weights by the paths in a packed bundle. A graph is opened with the real paths, below one folder that
+contains all files, because ONNX Runtime maps no file behind a link.
 """
 
 import importlib.util
@@ -23,21 +23,21 @@ NATIVE = Path(__file__).parents[2] / "kernels" / "native" / "lib" / "libtilewrig
 
 
 def missing() -> str | None:
-    """Why ONNX Runtime cannot run here; none when it can."""
+    """The reason why ONNX Runtime cannot run here, or none."""
     if importlib.util.find_spec("onnxruntime") is None:
         return "engine backend 'ort' needs ONNX Runtime: pip install 'tilewright[cpu]'"
     return None
 
 
 def version() -> str:
-    """Name and version of what runs."""
+    """The name and version of ONNX Runtime, and whether native kernels are used."""
     import onnxruntime
 
     return f"onnxruntime {onnxruntime.__version__}{' with native kernels' if native_library() else ''}"
 
 
 def native_library() -> Path | None:
-    """Our kernels for ONNX Runtime, if here; TILEWRIGHT_NATIVE names another library, or none when it is empty."""
+    """The library of our kernels, if there is one. TILEWRIGHT_NATIVE names another one, or none if it is empty."""
     path = os.environ.get("TILEWRIGHT_NATIVE", str(NATIVE))
     return Path(path) if path and (Path(path).is_file() or "TILEWRIGHT_NATIVE" in os.environ) else None
 
@@ -48,9 +48,9 @@ class OrtEngine:
     def __init__(self, session: Any, graph: Path) -> None:
         self.session, self.graph = session, graph
 
-    def run(self, inputs: Mapping[str, Any], wanted: Iterable[str]) -> dict[str, Any]:
-        """The wanted outputs for these inputs."""
-        names = list(wanted)
+    def run(self, inputs: Mapping[str, Any], outputs: Iterable[str]) -> dict[str, Any]:
+        """Compute these outputs from the inputs."""
+        names = list(outputs)
         try:
             return dict(zip(names, self.session.run(names, dict(inputs)), strict=True))
         except Exception as error:  # ONNX Runtime's exceptions share no base class
@@ -60,32 +60,32 @@ class OrtEngine:
             raise BundleError(f"{self.graph}: {version()} failed ({reason}); verify the bundle") from error
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         self.session = None
 
 
 def open_engine(
     bundle: Bundle, component: str, *, memory: str = "fast", threads: int = 0, weights_dir: Path | None = None
 ) -> OrtEngine:
-    """Open a component of a bundle; weights are read where they lie."""
+    """Open a component of a bundle. Weights are read from their own files."""
     engine = next(e for e in bundle.manifest.components[component].engines if e.backend == "ort")
     files = bundle.files_of(component, weights_dir)
-    native = engine.precision == "float32"  # what our kernels compute in
+    native = engine.precision == "float32"  # our kernels compute in float32 only
     return open_graph(bundle.path(engine.file), files, memory=memory, threads=threads, native=native)
 
 
 def open_graph(
     graph: Path, files: Mapping[str, Path], *, memory: str = "fast", threads: int = 0, native: bool = True
 ) -> OrtEngine:
-    """Open a graph whose weights lie in `files`, by the names that the graph has for them; 0 threads: its choice."""
+    """Open a graph. `files`: path of weights in the graph -> real path. `threads` 0: ONNX Runtime chooses."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    # each component has a thread pool of its own; between runs it must not take the cores of the one that runs
+    # each component has its own threads, which must not occupy cores while another component runs
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    options.add_session_config_entry("session.load_model_format", "ONNX")  # whatever its suffix says
+    options.add_session_config_entry("session.load_model_format", "ONNX")  # for any suffix of the file
     model: str | bytes = str(graph)
     if files:
         model, folder = _with_places(graph, files)
@@ -100,7 +100,7 @@ def open_graph(
             ) from error
     disabled = []
     if memory == "low":
-        # folding, pre-packing and the arena each make a copy of what is mapped
+        # folding, pre-packing and the arena would each copy the mapped weights
         options.add_session_config_entry("session.disable_prepacking", "1")
         options.enable_cpu_mem_arena = False
         disabled = ["ConstantFolding", "FuseFp16InitializerToFp32NodeTransformer"]
@@ -113,7 +113,7 @@ def open_graph(
 
 
 def _with_places(graph: Path, files: Mapping[str, Path]) -> tuple[bytes, Path]:
-    """The graph with the real paths of its weights, and the folder from which they lead."""
+    """The graph with the real paths of its weights, and the folder that they are relative to."""
     data = graph.read_bytes()
     weights = external_data(data, str(graph))
     real = {name: files[name].resolve() for name in {weight.location for weight in weights.values()}}

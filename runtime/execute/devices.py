@@ -34,7 +34,7 @@ class Device(Protocol):
         """Whether a buffer holds finite numbers only."""
         ...
 
-    def run(self, component: str, inputs: Mapping[str, Any], wanted: Iterable[str]) -> dict[str, Any]:
+    def run(self, component: str, inputs: Mapping[str, Any], outputs: Iterable[str]) -> dict[str, Any]:
         """The outputs of a component for buffers of this device; they belong to the caller."""
         ...
 
@@ -93,10 +93,10 @@ class CpuDevice:
             total = np.sum(buffer, dtype=np.float32)  # no array made: finite only where every number is
         return bool(np.isfinite(total)) or bool(np.isfinite(buffer).all())
 
-    def run(self, component: str, inputs: Mapping[str, Any], wanted: Iterable[str]) -> dict[str, Any]:
+    def run(self, component: str, inputs: Mapping[str, Any], outputs: Iterable[str]) -> dict[str, Any]:
         """Run the component's engine."""
         with self.slot:
-            return self.engines[component].run(inputs, wanted)
+            return self.engines[component].run(inputs, outputs)
 
     def close(self, components: Iterable[str] | None = None) -> None:
         """Close engines; nothing that runs may need them."""

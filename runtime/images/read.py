@@ -1,8 +1,8 @@
-"""Image files and arrays in.
+"""Reading image files and arrays.
 
 Pillow keeps only the high byte of 16-bit colour and converts CMYK without its profile; 16-bit grey is rounded here.
-Files are read in the formats of `_FORMATS` only: some of Pillow's other readers run programs or hide images of any
-size inside a small one.
+Only the formats in `_FORMATS` are read: some of Pillow's other readers run programs, or hide large images in small
+files.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ _pillow_limit: int | None = None
 
 @dataclass(frozen=True)
 class Picture:
-    """8-bit pixels that came from one image."""
+    """The 8-bit pixels of an image."""
 
     rgb: Pixels  # [H, W, 3]; may share memory with the array it was read from
     alpha: Pixels | None  # [H, W]
@@ -69,7 +69,7 @@ class Picture:
 
 
 def read_image(source: Source, *, max_pixels: int = 100_000_000) -> Picture:
-    """Read an image, upright and in 8 bits; of an animated file, the first frame.
+    """Read an image upright and in 8 bits. An animated file gives its first frame.
 
     `source` is a path, the bytes of a file, a binary file (a pipe too), a Pillow image or a uint8 array.
     """
@@ -89,11 +89,11 @@ def read_image(source: Source, *, max_pixels: int = 100_000_000) -> Picture:
 
 
 def _from_array(array: npt.NDArray[Any], max_pixels: int) -> Picture:
-    wanted = "pass uint8 [H, W], [H, W, 1], [H, W, 3] or [H, W, 4]"
+    accepted = "pass uint8 [H, W], [H, W, 1], [H, W, 3] or [H, W, 4]"
     if array.dtype != np.uint8:
-        raise InputError(f"the array holds {array.dtype}: scale it to 0..255, round it and {wanted}")
+        raise InputError(f"the array holds {array.dtype}: scale it to 0..255, round it and {accepted}")
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
-        raise InputError(f"the array has shape {list(array.shape)}: {wanted}")
+        raise InputError(f"the array has shape {list(array.shape)}: {accepted}")
     _check_size("the array", (array.shape[1], array.shape[0]), max_pixels)
     return _split(array, None)
 
@@ -111,7 +111,7 @@ def _from_bytes(file: BinaryIO, name: str, max_pixels: int) -> Picture:
 
 
 def _read_all(file: BinaryIO) -> bytes:
-    """From where the file is now to its end: Pillow would seek, which a pipe cannot."""
+    """Read a file from its current position to its end: Pillow would seek, which a pipe cannot do."""
     name = getattr(file, "name", "the image")
     try:
         content = file.read()
@@ -124,7 +124,7 @@ def _read_all(file: BinaryIO) -> bytes:
 
 @contextmanager
 def _bomb_check_off() -> Iterator[None]:
-    """Lift Pillow's own size limit, which a caller of `read` cannot raise, until no read is left running."""
+    """Lift Pillow's own size limit, which callers cannot change, until the last running read has ended."""
     global _reads, _pillow_limit
     with _guard:
         if _reads == 0:
@@ -152,9 +152,9 @@ def _opened(path: Path) -> BinaryIO:
 def _identified(file: BinaryIO, name: str) -> Image.Image:
     try:
         return Image.open(file, formats=_FORMATS)
-    except Exception as error:  # Pillow's readers raise whatever a damaged header leads them to
-        known = ", ".join(_FORMATS)
-        raise InputError(f"{name} is damaged or not an image: pass one of the formats {known}") from error
+    except Exception as error:  # damaged headers cause errors of any type
+        formats = ", ".join(_FORMATS)
+        raise InputError(f"{name} is damaged or not an image: pass one of the formats {formats}") from error
 
 
 def reason(error: Exception) -> str:
@@ -179,14 +179,14 @@ def _from_image(image: Image.Image, name: str) -> Picture:
         return _split(_planes(_upright(image), name), image.info.get("icc_profile"))
     except (InputError, MemoryError):
         raise
-    except Exception as error:  # Pillow's decoders raise whatever damaged data leads them to
+    except Exception as error:  # damaged data causes errors of any type
         raise InputError(f"{name} cannot be decoded ({reason(error)}): replace the damaged or cut file") from error
 
 
 def _upright(image: Image.Image) -> Image.Image:
     try:
         turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # a damaged EXIF block says nothing against the pixels
+    except Exception:  # pixels may be intact although the EXIF block is damaged
         turn = None
     return image if turn is None else image.transpose(turn)
 
@@ -221,5 +221,5 @@ def _split(planes: Pixels, icc: bytes | None) -> Picture:
 
 
 def fitting_profile(icc: bytes | None, grey: bool) -> bytes | None:
-    """Keep a profile only if it is for pixels of this kind, which bytes 16 to 19 of it name."""
+    """The profile, if it is for pixels of this kind, which its bytes 16 to 19 name."""
     return icc if icc and icc[16:20] == (b"GRAY" if grey else b"RGB ") else None

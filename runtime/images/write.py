@@ -1,4 +1,4 @@
-"""Image files out, whole or not at all."""
+"""Writing image files, completely or not at all."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["FORMATS", "assemble", "check_overwrite", "check_writable", "encode_i
 
 @dataclass(frozen=True)
 class _Writer:
-    """A Pillow encoder, its options, and what it cannot hold."""
+    """A Pillow encoder, its options and its limits."""
 
     format: str
     options: Mapping[str, Any]
@@ -61,7 +61,7 @@ FORMATS = tuple(suffix[1:] for suffix in _WRITERS)
 
 
 def assemble(rgb: Pixels, like: Picture) -> Pixels:
-    """Lay out a result as its source was: [H, W], [H, W, 2], [H, W, 3] or [H, W, 4]; alpha is enlarged to fit."""
+    """A result with the layout of its source: [H, W], [H, W, 2], [H, W, 3] or [H, W, 4]; alpha is enlarged."""
     colour = np.array(Image.fromarray(rgb).convert("L")) if like.grey else rgb
     if like.alpha is None:
         return colour
@@ -70,7 +70,7 @@ def assemble(rgb: Pixels, like: Picture) -> Pixels:
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
-    """Refuse a path that `write` could not write to, before any work is done for it."""
+    """Refuse a path that cannot be written to, before any work is done for it."""
     suffix = Path(path).suffix
     if suffix.lower() not in _WRITERS:
         raise UsageError(f"{path} has the suffix {suffix!r}, which no writer knows: use one of {', '.join(_WRITERS)}")
@@ -86,7 +86,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
 
 
 def check_overwrite(path: str | os.PathLike[str], source: str | os.PathLike[str]) -> None:
-    """Refuse to replace the image that is read, or a file that somebody has made read-only."""
+    """Refuse to overwrite the input image or a read-only file."""
     target = Path(path)
     if not target.exists():
         return
@@ -97,7 +97,7 @@ def check_overwrite(path: str | os.PathLike[str], source: str | os.PathLike[str]
 
 
 def write_image(path: str | os.PathLike[str], pixels: Pixels, *, icc: bytes | None = None) -> None:
-    """Write [H, W], [H, W, 2], [H, W, 3] or [H, W, 4] whole or not at all; JPEG and BMP drop the alpha."""
+    """Write [H, W], [H, W, 2], [H, W, 3] or [H, W, 4], completely or not at all. JPEG and BMP drop alpha."""
     check_writable(path)
     image, writer, profile = _prepared(str(path), Path(path).suffix.lower(), pixels, icc)
     try:
@@ -108,7 +108,7 @@ def write_image(path: str | os.PathLike[str], pixels: Pixels, *, icc: bytes | No
 
 
 def encode_image(pixels: Pixels, suffix: str = ".png", *, icc: bytes | None = None) -> bytes:
-    """The bytes of the file that `write_image` would write under this suffix: .png, .jpg, .webp, .tif, .bmp."""
+    """The bytes that `write_image` would write to a file with this suffix: .png, .jpg, .webp, .tif, .bmp."""
     suffix = f".{suffix.lower().removeprefix('.')}"
     if suffix not in _WRITERS:
         raise UsageError(f"no writer knows the suffix {suffix!r}: use one of {', '.join(_WRITERS)}")
@@ -119,7 +119,7 @@ def encode_image(pixels: Pixels, suffix: str = ".png", *, icc: bytes | None = No
 
 
 def _prepared(name: str, suffix: str, pixels: Pixels, icc: bytes | None) -> tuple[Image.Image, _Writer, bytes | None]:
-    """What the suffix's format can hold of an image."""
+    """The encoder for a suffix, and the parts of an image that its format can hold."""
     writer = _WRITERS[suffix]
     pixels = pixels if writer.alpha else _without_alpha(pixels)
     _check_fits(name, pixels, writer)

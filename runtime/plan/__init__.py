@@ -1,1 +1,1 @@
-"""What runs where and when, as data: nothing here runs an engine."""
+"""Planning a restoration: tiles, passes, schedules and noise. Nothing here runs an engine."""

@@ -1,9 +1,9 @@
-"""Counter-based noise: normal values that depend on the seed and the position, and on nothing else.
+"""Counter-based noise: normal values that depend only on the seed and the position.
 
-Philox4x32-10 with key (seed, region) and counter (x, y, channel, stream); w0 and w1 go through Box and Muller's
-formula in float64. Region 0 is the global grid and 1 + index a tile's own field; stream 0 is the initial noise and
-1 + step the noise of a step. The words are the same bits on every machine; `log` and `cos` may differ in the last bit
-of a float64, which the rounding to float32 almost always hides.
+Philox4x32-10 with key (seed, region) and counter (x, y, channel, stream) gives words, and Box and Muller's formula
+makes normal values of w0 and w1 in float64. Region 0 is the noise of grids, region 1 + index the noise of one tile.
+Stream 0 is the initial noise, stream 1 + step the noise of a step. The words are equal on every machine. `log` and
+`cos` may differ in the last bit of a float64, which the rounding to float32 almost always hides.
 """
 
 import numpy as np
@@ -17,9 +17,9 @@ UInt64s = npt.NDArray[np.uint64]
 
 WORD_MAX = 0xFFFFFFFF
 ROUNDS = 10
-BLOCK = 1 << 15  # positions computed at once: the handful of uint64 temporaries stays in the cache
+BLOCK = 1 << 15  # positions computed at once, so that the temporary uint64 arrays stay in the CPU's cache
 
-# numpy below 2 turns a uint64 scalar and a Python int into a float64, hence the typed constants
+# these constants have types because NumPy below 2 turns a uint64 scalar and a Python int into a float64
 MULTIPLIERS = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 WEYL = 0x9E3779B9, 0xBB67AE85
 LOW = np.uint64(WORD_MAX)
@@ -35,12 +35,12 @@ def philox4x32(counter: npt.NDArray[np.uint32], key: tuple[int, int]) -> npt.NDA
 def normal(
     seed: int, *, region: int, stream: int, channels: int, top: int, left: int, height: int, width: int
 ) -> npt.NDArray[np.float32]:
-    """Return the crop [C, H, W] at (top, left) of the endless field of normal noise that the arguments name."""
+    """Return the crop [C, H, W] at (top, left) of an endless field of normal noise."""
     for name, value in {"seed": seed, "region": region, "stream": stream, "top": top, "left": left}.items():
         if not 0 <= value <= WORD_MAX:
             raise UsageError(f"{name}={value} does not fit in 32 bits; use a whole number from 0 to {WORD_MAX}")
     field = np.empty((channels, height, width), dtype=np.float32)
-    # words of shapes that broadcast make the first two of the ten rounds almost free
+    # x and y are broadcast, so the first two of the ten rounds work on small arrays
     x, y = _span(left, width)[None], _span(top, height)[:, None]
     rows = max(1, BLOCK // max(1, width))
     for channel in range(channels):
@@ -58,7 +58,7 @@ def _span(first: int, count: int) -> UInt64s:
 def _rounds(
     c0: UInt64s, c1: UInt64s, c2: UInt64s, c3: UInt64s, key: tuple[int, int]
 ) -> tuple[UInt64s, UInt64s, UInt64s, UInt64s]:
-    """Return the four output words, held as uint64, of counters whose words broadcast against each other."""
+    """Return the four output words as uint64. The words of the counters may broadcast against each other."""
     for i in range(ROUNDS):
         k0, k1 = (np.uint64((int(k) + i * w) & WORD_MAX) for k, w in zip(key, WEYL, strict=True))
         p0, p1 = MULTIPLIERS[0] * c0, MULTIPLIERS[1] * c2

@@ -10,12 +10,12 @@ __all__ = ["least_px", "of_tokens", "plan_of"]
 
 
 def least_px(program: Program, tile: int | None) -> int:
-    """The shortest side a padded image may have: where tiles have fixed sides, a tile."""
+    """The shortest side of a padded image: the side of a tile if tiles have fixed sides."""
     return max((tile or p.tiles.px for p in program.passes if p.tiles and p.tiles.fixed_px), default=1)
 
 
 def plan_of(program: Program, p: Pass, height: int, width: int, tile: int | None, overlap: int | None) -> TilePlan:
-    """The tile plan of a pass; a pass without tiles, or an image it takes whole, is one tile."""
+    """The tile plan of a pass. Without tiles, or for an image that is taken whole, it has one tile."""
     whole = tile_plan(width, height, max(width, height), 0, program.multiple_px)
     if p.tiles is None:
         return whole
@@ -30,6 +30,6 @@ def plan_of(program: Program, p: Pass, height: int, width: int, tile: int | None
 
 
 def of_tokens(p: Pass, name: str, px: int, constants: Collection[str]) -> str | None:
-    """The constant `name.TOKENS` for tiles of that many pixels, where there is one."""
+    """The name of the constant `name.TOKENS` for tiles of this many pixels, or none."""
     table = f"{name}.{px // p.steps.px_per_token}" if p.steps else name
     return table if table in constants else None

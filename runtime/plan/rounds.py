@@ -1,4 +1,4 @@
-"""Which passes of a program must run when inputs change: what depends on what, read off the program alone."""
+"""The passes of a program that must run again when inputs change, found from the program alone."""
 
 from collections.abc import Collection
 
@@ -9,30 +9,33 @@ __all__ = ["reached", "skipped_passes", "with_other_writers"]
 
 
 def reached(program: Program) -> dict[str, set[str]]:
-    """Pass -> the caller's inputs and values that what it makes depends on."""
-    of: dict[str, set[str]] = {name: {name} for name in untiled_values(program)}
+    """Pass -> the caller's inputs and values on which its outputs depend."""
+    sources: dict[str, set[str]] = {name: {name} for name in untiled_values(program)}
     reach = {}
     for p in program.passes:
         direct = {s[1:] for *_, c in p.calls() for s in c.inputs.values() if s[0] == "$"}
-        reach[p.name] = direct.union(*(of.get(name, set()) for name in p.reads()))
+        reach[p.name] = direct.union(*(sources.get(name, set()) for name in p.reads()))
         for name in p.writes():
-            of[name] = of.get(name, set()) | reach[p.name]
+            sources[name] = sources.get(name, set()) | reach[p.name]
     return reach
 
 
-def skipped_passes(program: Program, given: Collection[str]) -> set[str]:
-    """The passes without tiles whose values are all given."""
+def skipped_passes(program: Program, names: Collection[str]) -> set[str]:
+    """The passes without tiles that need not run, because the caller gives all their values."""
     skipped = set()
     for p in program.passes:
-        if p.tiles is None and (there := p.writes() & set(given)):
-            if missing := sorted(p.writes() - there):
-                raise UsageError(f"input {sorted(there)[0]!r} is given without {missing[0]!r}; give all or none")
+        if p.tiles is None and (present := p.writes() & set(names)):
+            if missing := sorted(p.writes() - present):
+                raise UsageError(f"input {sorted(present)[0]!r} is given without {missing[0]!r}; give all or none")
             skipped.add(p.name)
     return skipped
 
 
 def with_other_writers(program: Program, again: set[str]) -> set[str]:
-    """What is written anew is written by all who write it, and so is what is read and then written over."""
+    """Passes to run again, with all other passes that write the same grids and values.
+
+    A grid that one of the passes reads and a later pass overwrites must also be written again.
+    """
     while True:
         names = {name for p in program.passes if p.name in again for name in p.writes()}
         for i, p in enumerate(program.passes):

@@ -1,7 +1,7 @@
-"""Sampling schedules: one function a schedule, each a dict of float32 tables with a row for every step.
+"""Sampling schedules. Each is a function that gives float32 tables with one row for each step.
 
-A program names a schedule, so all share the signature `(count, tokens, **options)`; only `flow_shift` looks at
-`tokens`. Tables are computed in float64 and rounded once.
+A program names its schedule, so all have the signature `(count, tokens, **options)`; only `flow_shift` uses `tokens`.
+Tables are computed in float64 and rounded once.
 """
 
 from collections.abc import Callable, Collection
@@ -19,8 +19,8 @@ Ints = npt.NDArray[np.int64]
 
 TRAINING_STEPS = 1000
 LARGEST_MU = 100  # sigmas of a larger shift are all 1 as float32
-BETA_EXPONENTS = {"linear": 1.0, "scaled_linear": 0.5}  # betas ** exponent is what rises linearly
-FINAL_ALPHAS = "first", "one"  # what the last step leads to: the first training step's alpha-bar, or 1
+BETA_EXPONENTS = {"linear": 1.0, "scaled_linear": 0.5}  # betas ** exponent rises linearly
+FINAL_ALPHAS = "first", "one"  # alpha-bar after the last step: that of the first training step, or 1
 
 
 def flow_shift(
@@ -36,7 +36,7 @@ def flow_shift(
 ) -> Tables:
     """Flow matching's sigmas, shifted towards noise as the number of tokens grows (the FLUX family).
 
-    The shift mu is `base_shift` at `base_tokens` and `max_shift` at `max_tokens`, and a line through both elsewhere.
+    The shift mu is a line through `base_shift` at `base_tokens` and `max_shift` at `max_tokens`.
     """
     _check_count(count)
     if tokens < 1:
@@ -70,7 +70,7 @@ def ddpm(
 ) -> Tables:
     """Ancestral DDPM: z' = x0_weight x0 + z_weight z + noise_weight n.
 
-    It always ends at alpha 1; `final_alpha` is taken, so that a program can swap it for `ddim`, and changes nothing.
+    It always ends at alpha 1. `final_alpha` has no effect; it is accepted so that a program can replace `ddim`.
     """
     bar = _alpha_bar(betas, beta_start, beta_end)
     _check_choice("final_alpha", final_alpha, FINAL_ALPHAS)
@@ -108,7 +108,7 @@ def _alpha_bar(betas: str, start: float, end: float) -> Floats:
 
 
 def _timesteps(count: int, offset: int) -> Ints:
-    """Leading spacing: multiples of the stride plus the offset, falling; rarely starts at the noisiest step."""
+    """Falling time steps with leading spacing: multiples of the stride plus the offset."""
     _check_count(count, TRAINING_STEPS)
     stride = TRAINING_STEPS // count
     largest = TRAINING_STEPS - 1 - (count - 1) * stride

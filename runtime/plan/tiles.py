@@ -1,4 +1,4 @@
-"""Split an image into overlapping tiles, and the weights that join them again.
+"""Splitting an image into overlapping tiles, and the weights that join the tiles again.
 
 Every tile of a plan has the same size, so an engine built for one shape serves them all: the last row and column
 shift inwards instead of shrinking, and share more than the nominal overlap with their neighbours.
@@ -32,15 +32,15 @@ class Tile:
 
 @dataclass(frozen=True)
 class TilePlan:
-    """Where the tiles of an image lie, in output pixels."""
+    """The places of an image's tiles, in output pixels."""
 
     height: int
     width: int
-    tile_height: int  # below the asked size when the image is
+    tile_height: int  # smaller than the nominal tile if the image is smaller
     tile_width: int
-    overlap: int  # nominal: what neighbours share at least
-    tops: tuple[int, ...]  # one a row of tiles
-    lefts: tuple[int, ...]  # one a column of tiles
+    overlap: int  # the least that neighbours share
+    tops: tuple[int, ...]  # one for each row of tiles
+    lefts: tuple[int, ...]  # one for each column of tiles
 
     @cached_property
     def tiles(self) -> tuple[Tile, ...]:
@@ -50,7 +50,7 @@ class TilePlan:
 
 
 def starts(length: int, tile: int, overlap: int) -> tuple[int, ...]:
-    """Return where the tiles of one axis start."""
+    """Return the places where the tiles of one axis start."""
     if length <= tile:
         return (0,)
     stride = tile - overlap
@@ -73,7 +73,7 @@ def tile_plan(width: int, height: int, tile: int, overlap: int, multiple: int) -
 
 
 def weights(plan: TilePlan, px: int) -> tuple[Weights, Weights]:
-    """Return the weights of each row and of each column of tiles, on a grid with `px` output pixels a cell.
+    """Return the weights of each row and of each column of tiles, for a grid whose cells have `px` output pixels.
 
     The weight of a tile is the outer product of its row's and its column's.
     """

@@ -161,7 +161,7 @@ def test_resources_are_a_table_of_kernels_and_a_miss_is_one_line(answered, docto
     doctored("codebook_from_logits", multiplies=True)
     _, said = answered(*words, error=AccuracyError)
     assert said.startswith("3 of 3 kernels may not ship; first codebook_from_logits hitoksr float16 sm_86: ")
-    assert "8 are there; no tensor-core instruction" in said
+    assert "a block has 8; no tensor-core instruction" in said
 
 
 @built

@@ -111,7 +111,7 @@ SEE = "see tilewright runtime restore --help"
         (["--gain", "nan"], "--gain 'nan' is not finite as float32; give a number from -8 to 8", 2),
         (["--gain", "1e40"], "--gain '1e40' is not finite as float32; give a number from -8 to 8", 2),
         (["--steps", "3"], "--steps 3: sharpen has no steps; leave it out", 2),
-        (["--scale", "17"], "--scale 17 is none that this bundle can enlarge by; use 1 to 16", 2),
+        (["--scale", "17"], "--scale 17 does not work with this bundle; use 1 to 16", 2),
         (["--seed", "1.5"], f"argument --seed: invalid int value: '1.5'; {SEE}", 2),
         (["--seed", "-1"], "--seed -1 is not a whole number from 0 to 4294967295", 2),
         (["--prompt", "red " * 6], "the text 'red red red red red red ' has 7 tokens, the network takes 6;", 2),

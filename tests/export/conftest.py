@@ -13,7 +13,7 @@ from tilewright.export.graph.rewrites.fold import fold
 from tilewright.export.graph.trace import network_on_meta, trace
 from tilewright.export.systems.hitoksr.system import SYSTEM as HITOKSR
 from tilewright.export.targets.ort import prepare
-from tilewright.export.weights.files import attach, find
+from tilewright.export.weights.files import find, reference_parameters
 from tilewright.export.weights.writing import random_weights
 
 
@@ -48,7 +48,7 @@ def _write_graphs(traced: Path, folder: Path) -> None:
     }
     keyed = {HITOKSR.keys(c, name)[0]: shape for c, of in shapes.items() for name, shape in of.items()}
     random_weights(keyed, 7, folder / "weights.safetensors")
-    references = attach(shapes, {"hitoksr": find(folder)}, HITOKSR)
+    references = reference_parameters(shapes, {"hitoksr": find(folder)}, HITOKSR)
     for component, model in models.items():
         for name, r in references[component].items():
             model.graph.initializers[name].const_value = ir.ExternalTensor(

@@ -40,7 +40,7 @@ def test_the_words_of_a_call_lead_back_to_its_kernel(op, dtype):
         words = cubins.words_of(op, arguments, options, 90)
         found, arch = cubins.launch_for(words)
         shares = {"shares": 1} if op.name == "codebook_from_hidden" else {}
-        (asked,), _ = op.plan(*arguments, **options, **shares, arch=90)
+        (asked,), _ = op.kernel_launches(*arguments, **options, **shares, arch=90)
         assert (arch, found.warps, found.stages, found.kernel) == (90, asked.warps, asked.stages, asked.kernel)
         epsilon = asked.constants.get("EPSILON")
         assert found.constants == asked.constants | ({} if epsilon is None else {"EPSILON": pytest.approx(epsilon)})
@@ -94,7 +94,10 @@ def test_what_fails_leaves_the_folder_as_it_was(tmp_path, monkeypatch):
         (WORDS.replace("float16,float16", "float16"), "inputs=float16: CodebookNearest has 2"),
         (WORDS.replace("float16,float16", "float16,int8"), "each one of float32, float16, bfloat16 or -"),
         (WORDS.replace("float16,float16", "float16,-"), "codebook of CodebookNearest cannot be left out"),
-        (f"op=JointAttention arch=90 inputs={','.join(['float16'] * 6)} HEADS=2 D=48", "D=48: kernels have heads of"),
+        (
+            f"op=JointAttention arch=90 inputs={','.join(['float16'] * 6)} HEADS=2 D=48",
+            "D=48: heads must be a power of two",
+        ),
     ],
 )
 def test_words_that_name_no_kernel_are_refused_in_one_line(words, said, tmp_path, capsys):

@@ -80,7 +80,7 @@ class Kernels:
     def __init__(self, call: Call) -> None:
         self.op, self.arguments, self.options = call
         shares = {"shares": 1} if self.op.name == "codebook_from_hidden" else {}
-        (self.planned,), _ = self.op.plan(*self.arguments, **self.options, **shares, arch=90)
+        (self.planned,), _ = self.op.kernel_launches(*self.arguments, **self.options, **shares, arch=90)
         self.launched: int = 0
         self.problem: Exception | None = None
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tilewright.kernels import ahead
-from tilewright.kernels.gate import gate, wanted
+from tilewright.kernels.gate import gate, gate_cases
 from tilewright.kernels.table import KERNELS
 
 pytestmark = pytest.mark.slow
@@ -19,13 +19,13 @@ JUDGE = """
 import json, sys
 from dataclasses import asdict, replace
 import torch
-from tilewright.kernels.gate import gate, judged
+from tilewright.kernels.gate import gate, resources_and_faults
 from tilewright.kernels.sample import sample
 from tilewright.kernels.table import KERNELS
 
 def launch(name, case, arch, constants={}, **changed):
     call = sample(KERNELS[name], case, torch.float16, "meta")
-    first = KERNELS[name].plan(*call.arguments, **call.options, arch=arch)[0][0]
+    first = KERNELS[name].kernel_launches(*call.arguments, **call.options, arch=arch)[0][0]
     return replace(first, constants=first.constants | constants, **changed)
 """
 
@@ -80,7 +80,7 @@ def test_what_they_take_is_read_off_the_machine_code(shipped):
 def test_kernels_that_should_not_ship_are_refused():
     larger, too_deep, wide, odd = told("""
 def show(launch, multiplies=True):
-    found, faults = judged(launch, 89, multiplies=multiplies)
+    found, faults = resources_and_faults(launch, 89, multiplies=multiplies)
     print(json.dumps([found and asdict(found), faults]))
 
 show(launch("concat_project", "vicr", 89, {"BLOCK_M": 256, "BLOCK_O": 256}, warps=4))
@@ -90,15 +90,17 @@ show(launch("codebook_nearest", "hitoksr", 89, {"BLOCK_M": 48}))
 """)
     assert larger[0]["spills"] > 100 and f"{larger[0]['spills']} spills" in larger[1]
     assert too_deep[0]["shared"] > 101_376
-    assert f"{too_deep[0]['shared']} bytes of shared memory, 101376 are there" in too_deep[1]
+    assert f"{too_deep[0]['shared']} bytes of shared memory, a block has 101376" in too_deep[1]
     assert wide[1] == ["no tensor-core instruction"]  # it compares, and was said to multiply
     assert odd[0] is None and odd[1][0].startswith("does not compile: ")
 
 
 def test_every_kernel_is_wanted_in_every_type_for_every_architecture():
-    all_of_it = [(op.name, case, dtype, arch) for op, case, dtype, arch in wanted(KERNELS.values())]
+    all_of_it = [(op.name, case, dtype, arch) for op, case, dtype, arch in gate_cases(KERNELS.values())]
     assert len(set(all_of_it)) == len(all_of_it)
-    published = {(op.name, case) for op in KERNELS.values() if op.plan for case in op.cases if case != "small"}
+    published = {
+        (op.name, case) for op in KERNELS.values() if op.kernel_launches for case in op.cases if case != "small"
+    }
     assert {(name, case) for name, case, _, _ in all_of_it} == published
     short = {torch.float16, torch.bfloat16}
     for name, case in published:

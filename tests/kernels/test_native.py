@@ -34,7 +34,7 @@ def session(library: Path, op: str, inputs: Arrays, fixed: frozenset[str] = froz
         if name not in fixed
     }
     names = [name for name in INPUTS[op] if name in inputs]
-    called = FACES[op].called(inputs)
+    called = FACES[op].node_name(inputs)
     node = helper.make_node(called, names, ["indices", "codes"], domain="tilewright")
     outputs = [
         helper.make_tensor_value_info("indices", TensorProto.INT32, None),

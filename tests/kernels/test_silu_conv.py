@@ -30,7 +30,7 @@ def session(library: Path, inputs: Arrays, threads: int = 1) -> ort.InferenceSes
         for name, array in inputs.items()
     ]
     names = [name for name in FACE.inputs if name.rstrip("?") in inputs]
-    node = helper.make_node(FACE.called(inputs), plain(names), ["y"], domain="tilewright")
+    node = helper.make_node(FACE.node_name(inputs), plain(names), ["y"], domain="tilewright")
     graph = helper.make_graph([node], "one", free, [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)])
     opsets = [helper.make_opsetid("", 23), helper.make_opsetid("tilewright", 1)]
     options = ort.SessionOptions()

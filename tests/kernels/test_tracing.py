@@ -15,7 +15,7 @@ from tilewright.kernels.table import KERNELS
 pytestmark = pytest.mark.slow
 
 COMPILER = shutil.which(os.environ.get("CXX", "g++"))
-OPS = pytest.mark.parametrize("name", [name for name, op in KERNELS.items() if op.plan is not None])
+OPS = pytest.mark.parametrize("name", [name for name, op in KERNELS.items() if op.kernel_launches is not None])
 # of every argument that has them, the axes that change: images, tokens, rows
 AXES = {
     "concat_project": {0: (0, 1), 1: (0, 1)},

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tilewright.kernels.codebook_from_logits import plan
+from tilewright.kernels.codebook_from_logits import kernel_launches
 
 BLOCKED = """
 import sys
@@ -52,7 +52,7 @@ for name, op in KERNELS.items():
 
 def test_a_variable_that_changed_after_import_is_named(monkeypatch):
     pytest.importorskip("triton", reason="there is nothing to launch without Triton")
-    launches, _ = plan(torch.randn(2, 6), torch.randn(2, 3, 4), arch=80)
+    launches, _ = kernel_launches(torch.randn(2, 6), torch.randn(2, 3, 4), arch=80)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(RuntimeError, match=r"TRITON_INTERPRET changed after .* set it before"):
         launches[0]()
@@ -69,8 +69,8 @@ def test_a_variable_that_changed_between_the_imports_is_named(change):
     pytest.importorskip("triton", reason="there is nothing to launch without Triton")
     code = """
 import torch
-from tilewright.kernels.codebook_from_logits import plan
-plan(torch.randn(2, 6), torch.randn(2, 3, 4), arch=80)[0][0]()
+from tilewright.kernels.codebook_from_logits import kernel_launches
+kernel_launches(torch.randn(2, 6), torch.randn(2, 3, 4), arch=80)[0][0]()
 """
     done = in_process(f"{change}\n{code}")
     assert done.returncode == 1 and "RuntimeError: TRITON_INTERPRET changed after Triton was imported" in done.stderr

@@ -69,13 +69,13 @@ def test_options_of_restoring_that_cannot_be_meant_are_refused(restorer, options
 @pytest.mark.parametrize("scale", [1, 3, 4, 0])
 def test_another_scale_than_the_bundles_is_refused(restorer, scale):
     restorer(noise(4, 4, 3), scale=2)
-    with pytest.raises(UsageError, match=f"^scale={scale} is none that this bundle can enlarge by; use 2$"):
+    with pytest.raises(UsageError, match=f"^scale={scale} does not work with this bundle; use 2$"):
         restorer(noise(4, 4, 3), scale=scale)
 
 
 @pytest.mark.parametrize("scale", [0, -1, 17])
 def test_a_scale_beyond_reason_is_refused(tinted, scale):
-    with pytest.raises(UsageError, match=f"^scale={scale} is none that this bundle can enlarge by; use 1 to 16$"):
+    with pytest.raises(UsageError, match=f"^scale={scale} does not work with this bundle; use 1 to 16$"):
         estimate(read_bundle(tinted), 10, 10, scale=scale)
 
 

@@ -62,7 +62,7 @@ def session(library: Path, call: Call, provider: str = "CPUExecutionProvider") -
     for name, kind in (attribute.split(":") for attribute in op.face.attributes):
         attributes[name] = {"int": int, "float": float}[kind](options.get(name, defaults[name].default))
     results = [output.partition(":") for output in op.face.outputs]
-    called = op.face.called(given)
+    called = op.face.node_name(given)
     node = helper.make_node(called, list(given), [name for name, *_ in results], domain="tilewright", **attributes)
     graph = helper.make_graph(
         [node],

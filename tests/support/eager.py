@@ -9,7 +9,7 @@ from torch import nn
 
 from tilewright.export.graph.trace import network_on_meta, parameter_specs
 from tilewright.export.system import ComponentSpec, Settings, System, Tensors
-from tilewright.export.weights.files import attach, converted, mapped_tensor
+from tilewright.export.weights.files import converted, mapped_tensor, reference_parameters
 
 __all__ = ["EagerEngine", "eager_engines"]
 
@@ -33,14 +33,14 @@ class EagerEngine:
 
 def eager_engines(system: System, settings: Settings, tensors: Mapping[str, Tensors]) -> dict[str, EagerEngine]:
     """Component -> its network, every parameter from the files of its origin; those of the build too."""
-    origins = {name: system.origins[name].read(converted(of)) for name, of in tensors.items()}
+    origins = {name: system.origins[name].rename(converted(of)) for name, of in tensors.items()}
     specs = {**system.components(settings), **system.build_time(settings)}
     shapes = {
         component: {name: tuple(parameter.shape) for name, parameter in parameter_specs(spec).items()}
         for component, spec in specs.items()
     }
     engines = {}
-    for component, references in attach(shapes, origins, system).items():
+    for component, references in reference_parameters(shapes, origins, system).items():
         network = network_on_meta(specs[component])
         state = {
             name: mapped_tensor(origins[str(r.folder)].folder, r).clone().float() for name, r in references.items()

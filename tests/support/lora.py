@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from tilewright.export.weights.files import find
-from tilewright.export.weights.lora import merge, read
+from tilewright.export.weights.lora import merge, read_adapters
 from tilewright.runtime.bundle.weights import Reference
 from tilewright.runtime.errors import InputError
 
@@ -54,7 +54,7 @@ def tensor_of(folder: Path, reference: Reference) -> torch.Tensor:
 def merged(base: Path, lora: Path, prefixes=("transformer.",), default_alpha=None, strength=1.0) -> dict:
     """Every weight of the base file with the LoRA file in it, and the names of those that it is in."""
     weights, found = find(base), find(lora)
-    adapters, rest = read(found, prefixes, default_alpha)
+    adapters, rest = read_adapters(found, prefixes, default_alpha)
     assert not rest
     result = {name: tensor_of(weights.folder, reference) for name, reference in weights.tensors.items()}
     for module, adapter in adapters.items():

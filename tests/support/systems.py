@@ -12,7 +12,7 @@ from tilewright.export.weights.files import converted, find
 def settings_of(name: str, preset: str = "tiny", **options: Any) -> Settings:
     """The settings of a build without files."""
     s = system(name)
-    return s.decide(Preset(preset, s.presets[preset], asked=True), options, UserFiles({}, {}))
+    return s.decide(Preset(preset, s.presets[preset], explicit=True), options, UserFiles({}, {}))
 
 
 def components_of(name: str, preset: str = "tiny", **options: Any) -> dict[str, ComponentSpec]:

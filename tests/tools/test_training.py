@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from train import data, hitoksr, in_token
 from train.command import write
 
-from tilewright.export.build.attachment import check_attachment, lacking, origins_of
+from tilewright.export.build.attachment import check_attachment, missing_tensors, origins_of
 from tilewright.export.build.request import Request
 from tilewright.export.networks.flux import Modulate, Step
 from tilewright.export.systems.flux import sizes as flux_sizes
@@ -55,7 +55,7 @@ def test_strokes_are_histograms_of_directions_and_mean_colours():
 
 @pytest.fixture
 def few_images(monkeypatch) -> Iterator[None]:
-    monkeypatch.setattr(data, "MADE", dict.fromkeys(data.MADE, 1))
+    monkeypatch.setattr(data, "DRAWN", dict.fromkeys(data.DRAWN, 1))
     data.images.cache_clear()
     yield
     data.images.cache_clear()
@@ -122,7 +122,7 @@ def test_the_first_velocity_leads_from_noise_to_what_the_encoder_saw():
     z, y = torch.randn(2, 2, in_token.SIZES.channels, 24, 24)
     image = torch.rand(2, 3, 96, 96)
     with torch.no_grad():
-        velocity = model(z, y, torch.ones(2), model.seen(image))
+        velocity = model(z, y, torch.ones(2), model.tokens(image))
     assert (velocity - (z - y)).square().mean() < 0.01 * (z - y).square().mean()
 
 
@@ -147,7 +147,7 @@ def test_what_is_trained_is_the_step_that_is_deployed(tiny_in_token):
     for network in (step, modulate):
         network.transformer.load_state_dict(weights, strict=False)
     with torch.no_grad():
-        seen = model.seen(image)
+        seen = model.tokens(image)
         velocity = model(z, y, sigma.expand(2), seen)
         rows = modulate(model.pooled, torch.tensor(in_token.GUIDANCE), sigma[None])[0]
         words = sizes.words
@@ -158,4 +158,4 @@ def test_what_is_trained_is_the_step_that_is_deployed(tiny_in_token):
 def needed(request: Request) -> None:
     """Every parameter of every component is in the files, with its shape; a missing or odd one is refused."""
     check_attachment(request)
-    assert not lacking(request, origins_of(request, request.used))
+    assert not missing_tensors(request, origins_of(request, request.used))

@@ -1,4 +1,4 @@
-"""A training as a command: where it notes how far it is, and where the weights go."""
+"""Running a training as a command, and writing its weights."""
 
 import argparse
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from torch import Tensor
 
 __all__ = ["main", "write"]
 
-Files = dict[str, dict[str, Tensor] | str]  # texts by their names, tensors by names without an ending
+Files = dict[str, dict[str, Tensor] | str]  # name -> text, or name without its ending -> tensors
 
 
 class Training(Protocol):
@@ -20,19 +20,19 @@ class Training(Protocol):
 
 
 def main(description: str, training: Callable[[Path], Training]) -> int:
-    """Train, or go on, and write the weights."""
+    """Train, from the last saved state if there is one, and write the weights."""
     parser = argparse.ArgumentParser(description=description.split("\n")[0])
-    parser.add_argument("folder", type=Path, help="where it notes how far it is")
+    parser.add_argument("folder", type=Path, help="the folder of saved states; training continues from there")
     parser.add_argument("out", type=Path, help="the folder of weights")
-    asked = parser.parse_args()
-    made = training(asked.folder)
-    made.run()
-    write(made.files(), asked.out)
+    arguments = parser.parse_args()
+    trained = training(arguments.folder)
+    trained.run()
+    write(trained.files(), arguments.out)
     return 0
 
 
 def write(files: Files, folder: Path) -> None:
-    """Tensors as float16, texts as they are."""
+    """Write tensors as float16, and texts unchanged."""
     for name, content in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
-"""Images to learn from and to be judged by, and what cameras and the web do to them.
+"""Images for training and for judging, and their degradation.
 
-Half of the crops come from the photographs inside scikit-image's package, the rest is made: dead leaves, polygons,
-gratings, text, gradients, textures. Every image belongs to one split for good. A batch is a function of its split, seed
-and number alone, so training that stopped goes on with the very images that it would have seen.
+Half of the crops come from the photographs inside scikit-image's package. The others are drawn: dead leaves, polygons,
+gratings, text, gradients, textures. Every image belongs to one split only. A batch depends on its split, seed and
+number alone, so training that was stopped continues with the same images.
 """
 
 import io
@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 __all__ = ["FAMILIES", "PHOTOGRAPHS", "batch", "degrade", "images", "kept_back", "random", "sample", "squares"]
 
 SCALE = 4
-SIDE = 256  # of the images that are made
+SIDE = 256  # side of drawn images, in pixels
 PHOTOGRAPHS = {
     "train": (
         "astronaut.png",
@@ -40,24 +40,24 @@ PHOTOGRAPHS = {
     "calibration": ("rocket.jpg", "gravel.png"),
     "held-out": ("chelsea.png", "coffee.png", "camera.png", "text.png"),
 }
-MADE = {"train": 70, "calibration": 4, "held-out": 2}  # of every family
+DRAWN = {"train": 70, "calibration": 4, "held-out": 2}  # drawn images of every family
 SAMPLE = "chelsea.png", (48, 8, 320, 256)
 SEEDS = {"train": 1, "calibration": 2, "held-out": 3}
 
 
 def random(*key: int) -> Generator:
-    """Numbers that depend on this key alone."""
+    """A random generator that depends on this key alone."""
     return Generator(Philox(np.random.SeedSequence(key)))
 
 
 def colour(rng: Generator) -> np.ndarray:
-    """Often dull, as in photographs."""
+    """A random colour, often dull, as in photographs."""
     grey = rng.uniform(0.05, 0.95)
     return np.clip(grey + rng.normal(0, rng.choice([0.03, 0.1, 0.3]), 3), 0, 1)
 
 
 def spectrum(rng: Generator, power: float, channels: int = 3) -> np.ndarray:
-    """Noise whose amplitude falls with frequency**power, between 0 and 1."""
+    """Noise between 0 and 1 whose amplitude falls with frequency**power."""
     frequency = np.hypot(*np.meshgrid(np.fft.rfftfreq(SIDE), np.fft.fftfreq(SIDE)))
     frequency[0, 0] = 1
     waves = np.fft.rfft2(rng.standard_normal((channels, SIDE, SIDE))) / frequency**power
@@ -67,7 +67,7 @@ def spectrum(rng: Generator, power: float, channels: int = 3) -> np.ndarray:
 
 
 def drawn(rng: Generator, draw: Callable[[ImageDraw.ImageDraw, int], None], ground: np.ndarray) -> np.ndarray:
-    """What `draw` paints at three times the size, made smaller: edges fall between pixels."""
+    """Draw at three times the size and shrink the result, so that edges lie between pixels."""
     side = 3 * SIDE
     canvas = Image.fromarray((np.clip(ground, 0, 1) * 255).astype(np.uint8)).resize((side, side))
     draw(ImageDraw.Draw(canvas), side)
@@ -80,7 +80,7 @@ def rgb(values: np.ndarray) -> tuple[int, int, int]:
 
 
 def leaves(rng: Generator) -> np.ndarray:
-    """Dead leaves: leaf shapes and discs of all sizes that cover each other, as the statistics of foliage."""
+    """Dead leaves: shapes of all sizes that cover each other, with the statistics of foliage."""
     tone, spread = colour(rng), rng.uniform(0.05, 0.3)
 
     def draw(canvas: ImageDraw.ImageDraw, side: int) -> None:
@@ -100,7 +100,7 @@ def leaves(rng: Generator) -> np.ndarray:
 
 
 def polygons(rng: Generator) -> np.ndarray:
-    """Edges: triangles, rectangles and lines over a gradient."""
+    """Triangles, rectangles and lines over a gradient."""
 
     def draw(canvas: ImageDraw.ImageDraw, side: int) -> None:
         for _ in range(int(rng.integers(5, 40))):
@@ -117,7 +117,7 @@ def polygons(rng: Generator) -> np.ndarray:
 
 
 def gratings(rng: Generator) -> np.ndarray:
-    """Stripes, checks and rings, sharp or smooth, whose lines bend a little."""
+    """Stripes, checks and rings, sharp or smooth, with slightly bent lines."""
     y, x = np.mgrid[:SIDE, :SIDE] + 6 * (spectrum(rng, 2, 2).transpose(2, 0, 1) - 0.5) * rng.integers(0, 8)
     waves = np.zeros((SIDE, SIDE))
     for _ in range(int(rng.integers(1, 4))):
@@ -131,7 +131,7 @@ def gratings(rng: Generator) -> np.ndarray:
 
 
 def words(rng: Generator) -> np.ndarray:
-    """Lines of letters, turned, over a quiet ground."""
+    """Rotated lines of letters over a smooth background."""
 
     def draw(canvas: ImageDraw.ImageDraw, side: int) -> None:
         ink = rgb(colour(rng))
@@ -149,13 +149,13 @@ def words(rng: Generator) -> np.ndarray:
 
 
 def gradients(rng: Generator) -> np.ndarray:
-    """Smooth light: clouds between two colours."""
+    """Smooth clouds between two colours."""
     clouds = spectrum(rng, rng.uniform(1.6, 2.6), 1)
     return clouds * colour(rng) + (1 - clouds) * colour(rng)
 
 
 def textures(rng: Generator) -> np.ndarray:
-    """Coloured noise of any roughness, now and then cut into two phases."""
+    """Coloured noise of any roughness, sometimes cut into two phases."""
     field = spectrum(rng, rng.uniform(0.6, 1.6))
     common = spectrum(rng, rng.uniform(0.8, 1.8), 1)
     mixed = np.clip(0.25 * field + 0.75 * common, 0, 1)
@@ -169,18 +169,18 @@ FAMILIES = {f.__name__: f for f in (leaves, polygons, gratings, words, gradients
 
 @cache
 def images(split: str) -> dict[str, list[np.ndarray]]:
-    """`photographs` and every family, as lists of uint8 [H, W, 3]."""
+    """The images of a split: `photographs` and every family, as lists of uint8 [H, W, 3]."""
     folder = Path(skimage.__file__).parent / "data"
-    taken = [np.asarray(Image.open(folder / name).convert("RGB")) for name in PHOTOGRAPHS[split]]
-    made = {
-        name: [(family(random(SEEDS[split], number, i)) * 255).round().astype(np.uint8) for i in range(MADE[split])]
+    photographs = [np.asarray(Image.open(folder / name).convert("RGB")) for name in PHOTOGRAPHS[split]]
+    drawings = {
+        name: [(family(random(SEEDS[split], number, i)) * 255).round().astype(np.uint8) for i in range(DRAWN[split])]
         for number, (name, family) in enumerate(FAMILIES.items())
     }
-    return {"photographs": taken} | made
+    return {"photographs": photographs} | drawings
 
 
 def degrade(rng: Generator, image: np.ndarray) -> np.ndarray:
-    """uint8 [H, W, 3] to [H/4, W/4, 3]: blur, smaller by one of several filters, noise, JPEG."""
+    """Degrade uint8 [H, W, 3] to [H/4, W/4, 3]: blur, shrink with one of several filters, add noise, save as JPEG."""
     sharp = Image.fromarray(image)
     blurred = sharp.filter(ImageFilter.GaussianBlur(rng.uniform(0, 2.4)))
     size = (image.shape[1] // SCALE, image.shape[0] // SCALE)
@@ -196,18 +196,18 @@ def degrade(rng: Generator, image: np.ndarray) -> np.ndarray:
 
 
 def crop(rng: Generator, split: str, kind: int, side: int) -> np.ndarray:
-    """A piece of an image, uint8 [side, side, 3], mirrored and turned; photographs also made smaller."""
+    """A piece of an image, uint8 [side, side, 3], mirrored and rotated; photographs are also shrunk."""
     pool = list(images(split).values())[kind]
     image = pool[rng.integers(len(pool))]
-    taken = side
+    source_side = side
     if kind == 0:
-        taken = min(int(side * rng.choice([1, 1, 1.5, 2, 2.7])), *image.shape[:2])
-    top, left = (int(rng.integers(0, size - taken + 1)) for size in image.shape[:2])
-    piece = image[top : top + taken, left : left + taken]
-    if taken != side:
+        source_side = min(int(side * rng.choice([1, 1, 1.5, 2, 2.7])), *image.shape[:2])
+    top, left = (int(rng.integers(0, size - source_side + 1)) for size in image.shape[:2])
+    piece = image[top : top + source_side, left : left + source_side]
+    if source_side != side:
         piece = np.asarray(
             Image.fromarray(piece).resize(
-                (side, side), Image.Resampling.BOX if taken > side else Image.Resampling.BICUBIC
+                (side, side), Image.Resampling.BOX if source_side > side else Image.Resampling.BICUBIC
             )
         )
     piece = np.rot90(piece, int(rng.integers(4)))
@@ -216,7 +216,7 @@ def crop(rng: Generator, split: str, kind: int, side: int) -> np.ndarray:
 
 
 def batch(seed: int, number: int, count: int, side: int, split: str = "train") -> tuple[np.ndarray, ...]:
-    """Sharp crops, what is left of them, enlarged again by bicubic, and of which kind they are, 0 a photograph.
+    """Sharp crops, the same crops degraded and enlarged again by bicubic, and their kinds; 0 is a photograph.
 
     uint8 [count, side, side, 3] twice, and int64 [count].
     """
@@ -227,20 +227,20 @@ def batch(seed: int, number: int, count: int, side: int, split: str = "train") -
 
 
 def enlarged(small: np.ndarray) -> np.ndarray:
-    """Four times as large, as the runtime does it."""
+    """Enlarge four times, as the runtime does."""
     height, width = small.shape[:2]
     return np.asarray(Image.fromarray(small).resize((width * SCALE, height * SCALE), Image.Resampling.BICUBIC))
 
 
 def squares(image: np.ndarray, side: int) -> np.ndarray:
-    """All that fit side by side, [count, side, side, 3]."""
+    """Cut an image into as many squares as fit, [count, side, side, 3]."""
     rows, columns = (size // side for size in image.shape[:2])
     whole = image[: rows * side, : columns * side].reshape(rows, side, columns, side, 3)
     return whole.swapaxes(1, 2).reshape(-1, side, side, 3)
 
 
 def kept_back(split: str) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """Name, sharp image and degraded one, of all images of a split that training never sees."""
+    """Name, sharp image and degraded image for all images of a split without training."""
     for kind, members in images(split).items():
         for i, image in enumerate(members):
             name = Path(PHOTOGRAPHS[split][i]).stem if kind == "photographs" else f"{kind}-{i}"

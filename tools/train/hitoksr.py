@@ -1,7 +1,7 @@
-"""Train the small HiTokSR that ships as preset `demo`: `python -m train.hitoksr FOLDER OUT` goes on where it stopped.
+"""Train the small HiTokSR of preset `demo`: `python -m train.hitoksr FOLDER OUT` continues where it stopped.
 
-Stages, as in the paper at small scale: the vision prior, the tokenizer, the generator, and the decoder again. There is
-no adversary and no trained perceptual loss here; differences of neighbouring pixels take their place.
+The stages are the paper's, at small scale: the vision prior, the tokenizer, the generator, and the decoder again. In
+the place of an adversary and a perceptual loss, differences of neighbouring pixels are trained.
 """
 
 import json
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, cosine_similarity, cross_entropy, interpolate, l1_loss, one_hot
 
 from tilewright.export.networks import hitoksr as networks
-from tilewright.export.systems.hitoksr.sizes import PRESETS, of_networks
+from tilewright.export.systems.hitoksr.sizes import PRESETS, sizes_of_networks
 from tilewright.kernels.qkv_norm_rope import qkv_norm_rope_reference
 from train import command, data
 from train.linear import silence
@@ -26,12 +26,12 @@ from train.pictures import appearance, crops, mixed, pixels, score
 SIDE, COUNT = 96, 8
 STEPS = {"prior": 1000, "tokenizer": 2000, "stem": 5000, "generator": 300, "decoder": 500}
 TOP = 5
-NEAR = 0.25  # twice the variance of what counts as near a codeword
+NEAR = 0.25  # codewords count as near within a Gaussian of half this variance
 ORIENTATIONS = 8
 
 
 class Prior(nn.Module):
-    """The vision prior, and what it learns by: from a degraded image, the clean one's strokes and its kind."""
+    """The vision prior, and the heads of its training: they predict strokes and kind of the clean image."""
 
     def __init__(self, config: networks.HiTokConfig) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class Prior(nn.Module):
 
 
 def strokes_of(image: Tensor, patch: int) -> Tensor:
-    """For every patch a histogram of its gradients' directions, square-rooted, and its mean colour."""
+    """For every patch the root of a histogram of its gradients' directions, and its mean colour."""
     light = image.mean(1, keepdim=True)
     x, y = (nn.functional.pad(light.diff(dim=d), (0, d == -1, 0, d == -2)) for d in (-1, -2))
     turn = (torch.atan2(y, x) / torch.pi % 1 * ORIENTATIONS).long().clamp(max=ORIENTATIONS - 1)
@@ -64,7 +64,7 @@ def strokes_of(image: Tensor, patch: int) -> Tensor:
 
 
 class Tokenizer(nn.Module):
-    """Encoder, codebooks and decoder. Codewords follow the mean of what chose them; unused ones move to busy places."""
+    """Encoder, codebooks and decoder. Codewords follow the mean of their latents; unused ones move to other latents."""
 
     def __init__(self, config: networks.HiTokConfig) -> None:
         super().__init__()
@@ -84,8 +84,8 @@ class Tokenizer(nn.Module):
         with torch.no_grad():
             indices, codes = self.quantizer(latents)
             self.follow(latents, indices)
-        kept = torch.arange(codes.shape[-1]) < active * codes.shape[-1] // groups
-        straight = (latents + (codes - latents).detach()) * kept
+        active_channels = torch.arange(codes.shape[-1]) < active * codes.shape[-1] // groups
+        straight = (latents + (codes - latents).detach()) * active_channels
         image = self.decode(straight, sharp.shape[-2:])
         target = coarse(sharp, groups - active)
         return {"pixels": appearance(image, target), "commitment": 0.25 * (latents - codes).square().mean()}
@@ -96,7 +96,7 @@ class Tokenizer(nn.Module):
         return (self.decoder(grid).float() + 1) / 2
 
     def follow(self, latents: Tensor, indices: Tensor) -> None:
-        """One step of the running means."""
+        """Update the running means of codewords."""
         groups, codes, width = self.sums.shape
         chosen = one_hot(indices.flatten(0, -2).long(), codes).float().transpose(0, 1)  # [G, rows, K]
         parts = latents.flatten(0, -2).unflatten(-1, (groups, width)).transpose(0, 1)  # [G, rows, D]
@@ -127,7 +127,7 @@ def coarse(image: Tensor, levels: int) -> Tensor:
 
 
 def distances(latents: Tensor, codebook: Tensor) -> Tensor:
-    """Squared, of latents [..., G, D] to all codewords of their group: [..., G, K], less what they have in common."""
+    """Squared distances [..., G, K] of latents [..., G, D] to their groups' codewords, without the latents' norm."""
     return codebook.square().sum(-1) - 2 * torch.einsum("...gd,gkd->...gk", latents, codebook)
 
 
@@ -144,7 +144,7 @@ def words(codebook: Tensor, indices: Tensor) -> Tensor:
 
 @torch.no_grad()
 def start(generator: networks.Generator, tokenizer: Tokenizer) -> None:
-    """Let a generator, whose stem sees patches as the encoder's embedding does, begin as the tokenizer's encoder."""
+    """Initialise the generator with the tokenizer's encoder; its stem already gives the encoder's embedding."""
     blocks: Any = generator.blocks
     for mine, theirs in zip(blocks, tokenizer.encoder.blocks, strict=True):
         mine.load_state_dict(theirs.state_dict(), strict=False)
@@ -160,14 +160,14 @@ def start(generator: networks.Generator, tokenizer: Tokenizer) -> None:
 
 
 class Training:
-    """The networks, and one method a stage."""
+    """The networks, and one method for each stage."""
 
     def __init__(self, folder: Path) -> None:
-        # the ops are for inference and have no gradient; their references have
+        # the op is for inference and has no gradient, but its reference has
         networks.qkv_norm_rope = qkv_norm_rope_reference  # type: ignore[assignment]
         torch.manual_seed(0)
         self.folder = folder
-        self.config = networks.HiTokConfig(**of_networks(PRESETS["demo"]))
+        self.config = networks.HiTokConfig(**sizes_of_networks(PRESETS["demo"]))
         self.prior, self.tokenizer = Prior(self.config), Tokenizer(self.config)
         self.generator = networks.Generator(self.config)
 
@@ -181,14 +181,14 @@ class Training:
         judged: Callable[[], dict[str, float]] = dict,
     ) -> None:
         optimizer = adam(p for p in trained.parameters() if p.requires_grad)
-        kept = {"network": trained, "average": average}
+        state = {"network": trained, "average": average}
         batch = crops(list(STEPS).index(name), COUNT, SIDE)
 
-        def measured(step: int, given: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        def measured(step: int, images: tuple[Tensor, ...]) -> dict[str, Tensor]:
             with mixed():
-                return losses(step, *given)
+                return losses(step, *images)
 
-        stage(name, self.folder, STEPS[name], peak, optimizer, kept, batch, measured, average.update, judged)
+        stage(name, self.folder, STEPS[name], peak, optimizer, state, batch, measured, average.update, judged)
 
     def run(self) -> None:
         self.stage_prior()
@@ -200,14 +200,14 @@ class Training:
 
     @torch.no_grad()
     def used(self) -> list[float]:
-        """Of every codebook, the share that the tokenizer takes for sharp images it never saw."""
-        taken = torch.zeros_like(self.tokenizer.uses, dtype=torch.bool)
+        """For every codebook, the share of codewords that the tokenizer chooses for sharp held-out images."""
+        used = torch.zeros_like(self.tokenizer.uses, dtype=torch.bool)
         for _, sharp, _ in data.kept_back("held-out"):
             tiles = pixels(data.squares(sharp, SIDE))
             indices, _ = self.tokenizer.quantizer(self.tokenizer.encoder(tiles * 2 - 1).float())
             for group, chosen in enumerate(indices.flatten(0, -2).long().T):
-                taken[group, chosen] = True
-        return taken.float().mean(1).tolist()
+                used[group, chosen] = True
+        return used.float().mean(1).tolist()
 
     def stage_prior(self) -> None:
         average = Average(self.prior)
@@ -224,7 +224,7 @@ class Training:
             lambda step, sharp, soft, kinds: self.tokenizer.losses(step, sharp),
             judged=lambda: score(SIDE, lambda sharp, soft: self.reconstructed(average.network, sharp)),
         )  # fmt: skip
-        # the running means of codewords are the tokenizer's own, and not averaged again
+        # codewords are running means already, and are not averaged again
         buffers = {k: v for k, v in self.tokenizer.state_dict().items() if k.startswith(("quantizer.", "uses", "sums"))}
         self.tokenizer.load_state_dict(average.network.state_dict() | buffers)
         self.tokenizer.requires_grad_(False)
@@ -234,7 +234,7 @@ class Training:
         return tokenizer.decode(codes, sharp.shape[-2:])
 
     def stage_stem(self) -> None:
-        """The stem alone, convolutions: of a degraded image, the embedding that the encoder makes of the sharp one."""
+        """Train the stem to predict, from a degraded image, the encoder's embedding of the sharp image."""
         average = Average(self.generator.stem)
         embed = self.tokenizer.encoder.embed
 
@@ -247,8 +247,8 @@ class Training:
         self.generator.stem.load_state_dict(average.network.state_dict())
 
     def stage_generator(self) -> None:
-        """Cross-entropy against all codewords near the truth, so that the best guess lies amid what may be true."""
-        clean = deepcopy(self.prior).requires_grad_(False)  # as it was: what it says of sharp images stays the aim
+        """Train with cross-entropy against all codewords near the true one, so that an average of them wins."""
+        clean = deepcopy(self.prior).requires_grad_(False)  # its features of sharp images stay the target
         pair: Any = nn.ModuleList([self.generator, self.prior])
         codebook = self.tokenizer.quantizer.codebook
         groups, _, width = codebook.shape
@@ -297,7 +297,7 @@ class Training:
         self.tokenizer.decoder.load_state_dict(average.network.decoder.state_dict())
 
     def files(self) -> dict[str, dict[str, Tensor] | str]:
-        """The shipped weights by the system's names, and the configuration that says their sizes."""
+        """The shipped weights under the system's names, and the configuration file with their sizes."""
         parts = {
             "vfm.": self.prior.vision.vfm,
             "generator.": self.generator,

@@ -1,8 +1,8 @@
-"""Train the small In-Token system that ships as preset `demo`: `python -m train.in_token FOLDER OUT`.
+"""Train the small In-Token system of preset `demo`: `python -m train.in_token FOLDER OUT`.
 
-Everything is the published classes at small sizes, saved in the published layout: first the VAE, whose encoder learns
-to see past degradation, then FLUX's transformer by rectified flow, together with SigLIP, Redux and the prompt's
-embeddings, which are learned like weights.
+All networks are the published classes at small sizes, saved in the published layout. First comes the VAE, whose encoder
+learns to ignore degradation. Then FLUX's transformer is trained by rectified flow, together with SigLIP, Redux and the
+prompt's embeddings.
 """
 
 import math
@@ -20,7 +20,7 @@ from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from tilewright.export.networks import configs
 from tilewright.export.systems.flux.files import config
-from tilewright.export.systems.flux.fill import OF_SCHEDULE
+from tilewright.export.systems.flux.fill import SCHEDULE_OPTIONS
 from tilewright.export.systems.flux.sizes import PRESETS
 from tilewright.runtime.plan.schedules import flow_shift
 from train import command, linear
@@ -33,19 +33,19 @@ STEPS = {"vae": 2400, "flow": 5000}
 PEAK = {"vae": 5e-4, "flow": 4e-4}
 GUIDANCE = 30.0
 SIZES = PRESETS["demo"]
-SHIFT = math.exp(3)  # of the noise learned at: below what the schedule begins with, and above what it ends with
-STEADY = 12.0  # times a token's first bias is as long as a channel's weights: it makes tokens nearly equally long
+SHIFT = math.exp(3)  # shift of the noise levels in training, between those at the schedule's begin and end
+STEADY = 12.0  # length of the first bias over that of a channel's weights: it makes tokens nearly equally long
 
 
 class Conditioned(nn.Module):
-    """The transformer and what conditions it."""
+    """The transformer, and the networks that make its conditions."""
 
     def __init__(self) -> None:
         super().__init__()
         transformer: Any = FluxTransformer2DModel(**SIZES.transformer)
         self.transformer = transformer
         for name, module in transformer.named_modules():
-            if "norm" in name and isinstance(module, nn.Linear):  # every block begins as nothing
+            if "norm" in name and isinstance(module, nn.Linear):  # every block begins as the identity
                 linear.silence(module)
         begin(transformer)
         self.siglip = SiglipVisionModel(SiglipVisionConfig(**SIZES.siglip))
@@ -54,49 +54,49 @@ class Conditioned(nn.Module):
         self.prompt = nn.Parameter(0.02 * torch.randn(1, SIZES.words, SIZES.t5["d_model"]))
         self.pooled = nn.Parameter(torch.zeros(1, SIZES.clip_text["hidden_size"]))
 
-    def seen(self, image: Tensor) -> Tensor:
-        """What SigLIP and Redux say of images between 0 and 1, behind the prompt."""
+    def tokens(self, image: Tensor) -> Tensor:
+        """The prompt's tokens, then those that SigLIP and Redux make of images between 0 and 1."""
         side = (SIZES.siglip["image_size"],) * 2
         small = F.interpolate(image, side, mode="bicubic", antialias=True).clamp(0, 1)
         tokens = self.redux(self.siglip(pixel_values=small * 2 - 1).last_hidden_state).image_embeds
         return torch.cat([self.prompt.expand(len(image), -1, -1), tokens], 1)
 
-    def forward(self, z: Tensor, y: Tensor, sigma: Tensor, seen: Tensor) -> Tensor:
-        """The velocity at z [B, C, h, w]."""
+    def forward(self, z: Tensor, y: Tensor, sigma: Tensor, context: Tensor) -> Tensor:
+        """The velocity for the latent z [B, C, h, w]."""
         batch, _, height, width = z.shape
         rows, columns = height // 2, width // 2
-        noisy, given = (F.pixel_unshuffle(latent, 2).flatten(2).transpose(1, 2) for latent in (z, y))
+        noisy, condition = (F.pixel_unshuffle(latent, 2).flatten(2).transpose(1, 2) for latent in (z, y))
         mask = noisy.new_zeros(batch, rows * columns, SIZES.transformer["in_channels"] - 2 * noisy.shape[2])
         positions = torch.zeros(rows, columns, 3)
         positions[..., 1], positions[..., 2] = torch.arange(rows)[:, None], torch.arange(columns)
         tokens = self.transformer(
-            hidden_states=torch.cat([noisy, given, mask], 2),
-            encoder_hidden_states=seen,
+            hidden_states=torch.cat([noisy, condition, mask], 2),
+            encoder_hidden_states=context,
             pooled_projections=self.pooled.expand(batch, -1),
             timestep=sigma,
             guidance=torch.full((batch,), GUIDANCE),
             img_ids=positions.flatten(0, 1),
-            txt_ids=torch.zeros(seen.shape[1], 3),
+            txt_ids=torch.zeros(context.shape[1], 3),
         ).sample
         return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (rows, columns)), 2)
 
 
 @torch.no_grad()
 def begin(transformer: Any) -> None:
-    """Let its first velocity be z - y: the image that the encoder saw in the degraded one."""
+    """Initialise the transformer so that its velocity is z - y, which leads to the encoder's latent y."""
     embed, out = transformer.x_embedder, transformer.proj_out
     width, latent = embed.out_features, out.out_features
     columns = torch.randn(width, 2 * latent + 1) / math.sqrt(width)
     columns -= columns.mean(0)  # layer norms take the mean away
-    noisy, given = torch.linalg.pinv(columns)[: 2 * latent].chunk(2)
+    noisy, condition = torch.linalg.pinv(columns)[: 2 * latent].chunk(2)
     embed.weight.zero_()[:, : 2 * latent] = columns[:, :-1]
     embed.bias.copy_(STEADY * columns[:, -1])
-    out.weight.copy_((noisy - given) * math.sqrt((2 * latent + STEADY**2) / width))
+    out.weight.copy_((noisy - condition) * math.sqrt((2 * latent + STEADY**2) / width))
     out.bias.zero_()
 
 
 class Training:
-    """The networks, and one method a stage."""
+    """The networks, and one method for each stage."""
 
     def __init__(self, folder: Path) -> None:
         torch.manual_seed(0)
@@ -109,12 +109,12 @@ class Training:
     ) -> None:
         batch = crops(10 + list(STEPS).index(name), COUNT[name], SIDE)
 
-        def measured(step: int, given: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        def measured(step: int, images: tuple[Tensor, ...]) -> dict[str, Tensor]:
             with mixed():
-                return losses(*given[:2])
+                return losses(*images[:2])
 
-        kept, optimizer = {"network": network, "average": average}, adam(network.parameters())
-        stage(name, self.folder, STEPS[name], PEAK[name], optimizer, kept, batch, measured, average.update, judged)
+        state, optimizer = {"network": network, "average": average}, adam(network.parameters())
+        stage(name, self.folder, STEPS[name], PEAK[name], optimizer, state, batch, measured, average.update, judged)
 
     def run(self) -> None:
         self.stage_vae()
@@ -127,9 +127,9 @@ class Training:
         return (vae.decoder(latent).float() + 1) / 2
 
     def stage_vae(self) -> None:
-        """Latents of unit variance; of a degraded image those of the sharp one, as far as can be told.
+        """Train latents of unit variance. A degraded image shall have those of the sharp image.
 
-        They are decoded with a little noise on them: what the flow leaves.
+        They are decoded with a little noise, as the flow leaves some.
         """
         first, *_ = crops(9, 3 * COUNT["vae"], SIDE)(0)
         linear.begin(self.vae, first * 2 - 1)
@@ -164,29 +164,33 @@ class Training:
             with torch.no_grad():
                 z, y = self.latent(self.vae, torch.cat([sharp, soft])).chunk(2)
             noise, time = torch.randn_like(z), torch.rand(len(z), 1, 1, 1)
-            sigma = SHIFT * time / (1 + (SHIFT - 1) * time)  # mostly noisy: there the picture is decided
-            found = self.conditioned(z + sigma * (noise - z), y, sigma.flatten(), self.conditioned.seen(soft))
-            return {"flow": (found.float() - (noise - z)).square().mean()}
+            sigma = SHIFT * time / (1 + (SHIFT - 1) * time)  # mostly large, where the picture is decided
+            velocity = self.conditioned(z + sigma * (noise - z), y, sigma.flatten(), self.conditioned.tokens(soft))
+            return {"flow": (velocity.float() - (noise - z)).square().mean()}
 
         self.stage("flow", self.conditioned, average, losses, lambda: score(SIDE, self.sampler(average.network)))
         self.conditioned.load_state_dict(average.network.state_dict())
 
     def sampler(self, conditioned: Any, steps: int = 8) -> Callable[[Tensor, Tensor], Tensor]:
-        """Euler's steps on whole crops, as the program has them."""
-        shift = {OF_SCHEDULE[key]: value for key, value in SIZES.schedule.items()}
+        """Euler's steps on whole crops, as in the program."""
+        shift = {SCHEDULE_OPTIONS[key]: value for key, value in SIZES.schedule.items()}
 
         def restored(sharp: Tensor, soft: Tensor) -> Tensor:
-            y, seen = self.latent(self.vae, soft), conditioned.seen(soft)
+            y, context = self.latent(self.vae, soft), conditioned.tokens(soft)
             z = torch.randn(y.shape, generator=torch.Generator().manual_seed(0))
             tables = flow_shift(steps, (SIDE // SIZES.multiple) ** 2, **shift)
-            for here, there in zip(tables["sigma"], tables["sigma_next"], strict=True):
-                z = z + float(there - here) * conditioned(z, y, torch.full((len(z),), float(here)), seen).float()
+            for sigma, sigma_next in zip(tables["sigma"], tables["sigma_next"], strict=True):
+                z = (
+                    z
+                    + float(sigma_next - sigma)
+                    * conditioned(z, y, torch.full((len(z),), float(sigma)), context).float()
+                )
             return self.picture(self.vae, z)
 
         return restored
 
     def files(self) -> dict[str, dict[str, Tensor] | str]:
-        """The shipped weights, as in FLUX.1-Fill-dev with FLUX.1-Redux-dev inside: one folder holds all."""
+        """The shipped weights in one folder, as in FLUX.1-Fill-dev with FLUX.1-Redux-dev inside."""
         model = self.conditioned
         siglip = {f"vision_model.{k.removeprefix('vision_model.')}": v for k, v in model.siglip.state_dict().items()}
         return {
@@ -200,7 +204,7 @@ class Training:
 
 
 def config_files() -> dict[str, str]:
-    """What the published folders say of sizes, schedule and pictures, for the small ones."""
+    """The configuration files of the published folders, with the small sizes."""
     redux = {"redux_dim": SIZES.siglip["hidden_size"], "txt_in_features": SIZES.context}
     values = {
         "transformer": (configs.FLUX, SIZES.transformer),

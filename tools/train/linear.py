@@ -1,8 +1,8 @@
-"""Let a VAE of diffusers begin as a linear one: in seconds it is where training from noise is after half an hour.
+"""Initialise a VAE of diffusers as a linear one: after seconds it is as good as after half an hour of training.
 
-Residual branches begin as nothing, so a chain of convolutions is left, and a norm and a SiLU before either end. Those
-let values through that come as v and -v, for SiLU(v) - SiLU(-v) = v; constants beside them hold the norm's divisor.
-What the chain cannot give exactly, its last convolution gives by least squares.
+Residual branches begin as zero, so a chain of convolutions is left, and a norm and a SiLU before each end. A value
+passes the SiLU if it comes as v and -v, since SiLU(v) - SiLU(-v) = v. Constant channels keep the norm's divisor steady.
+The last convolution fits the rest by least squares.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ TENT = torch.tensor([0.25, 0.5, 0.25])
 
 @torch.no_grad()
 def begin(vae: Any, image: Tensor) -> None:
-    """Of a VAE with one norm group, by images [B, 3, H, W] between -1 and 1."""
+    """Initialise a VAE with one norm group, using images [B, 3, H, W] between -1 and 1."""
     for module in vae.modules():
         for branch in (getattr(module, "conv2", None), getattr(module, "to_out", [None])[0]):
             if branch is not None:
@@ -28,13 +28,13 @@ def begin(vae: Any, image: Tensor) -> None:
 
 
 def silence(layer: Any) -> None:
-    """Let a layer give nothing, until it learns."""
+    """Set a layer to zero."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
 
 
 def _encoder(encoder: Any, image: Tensor, channels: int) -> Tensor:
-    """A patch's pixels in channels of their own, of those the principal components, of unit variance."""
+    """Collect a patch's pixels in channels, then take their principal components with unit variance."""
     *finer, last = encoder.down_blocks
     width = image.shape[1]
     _carry(encoder.conv_in, width)
@@ -60,7 +60,7 @@ def _encoder(encoder: Any, image: Tensor, channels: int) -> Tensor:
 
 
 def _decoder(decoder: Any, latent: Tensor, image: Tensor) -> None:
-    """A patch's mean, interpolated, and beside it the convolutions' random features."""
+    """Interpolate the mean of each patch; the convolutions' random features stay in other channels."""
     colours = image.shape[1]
     _fit(decoder.conv_in, latent, _rows(avg_pool2d(image, image.shape[-1] // latent.shape[-1])))
     hidden = decoder.mid_block(decoder.conv_in(latent))
@@ -83,7 +83,7 @@ def _decoder(decoder: Any, latent: Tensor, image: Tensor) -> None:
 
 
 def _carry(conv: Any, channels: int, to: int = 0, tap: tuple[int, int] | None = None) -> None:
-    """Let outputs from `to` on be the first inputs, at a tap of the kernel, its centre if none is named."""
+    """Copy the first inputs to the outputs from `to` on, at a tap of the kernel or at its centre."""
     if conv is None:
         return
     row, column = tap or (conv.kernel_size[0] // 2, conv.kernel_size[1] // 2)
@@ -92,31 +92,31 @@ def _carry(conv: Any, channels: int, to: int = 0, tap: tuple[int, int] | None = 
     conv.weight[to : to + channels, :channels, row, column] = torch.eye(channels)
 
 
-def _fit(conv: Any, given: Tensor, wanted: Tensor) -> None:
-    """Let the first outputs of a kernel of 3 be as near to these rows as one pixel of its input can tell."""
-    weight, bias = _fitted(_rows(given), wanted)
+def _fit(conv: Any, inputs: Tensor, targets: Tensor) -> None:
+    """Fit the first outputs of a 3x3 convolution to the targets, using its centre only."""
+    weight, bias = _fitted(_rows(inputs), targets)
     conv.weight[: len(weight)] = 0
     conv.weight[: len(weight), :, 1, 1] = weight
     conv.bias[: len(weight)] = bias
 
 
 def _pairs(conv: Any, weight: Tensor, bias: Tensor, steady: int | None = None) -> None:
-    """Values and their opposites in the first outputs; constants of either sign in the last, or in all left."""
+    """Set the first outputs to values and their opposites, and the last `steady`, or all others, to constants."""
     count = len(weight)
     conv.weight[: 2 * count] = torch.cat([weight, -weight])
     conv.bias[: 2 * count] = torch.cat([bias, -bias])
-    left = conv.out_channels - 2 * count if steady is None else steady
-    conv.bias[-left:] = CONSTANT * torch.tensor([1.0, -1.0]).repeat(left)[:left]
+    constants = conv.out_channels - 2 * count if steady is None else steady
+    conv.bias[-constants:] = CONSTANT * torch.tensor([1.0, -1.0]).repeat(constants)[:constants]
 
 
 def _rows(image: Tensor) -> Tensor:
     return image.permute(0, 2, 3, 1).flatten(0, 2)
 
 
-def _fitted(given: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight and bias that lead from rows to rows best."""
-    given = torch.cat([given, torch.ones(len(given), 1)], 1).double()
-    squares = given.T @ given
+def _fitted(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The weight and bias that map input rows to target rows best."""
+    inputs = torch.cat([inputs, torch.ones(len(inputs), 1)], 1).double()
+    squares = inputs.T @ inputs
     squares += 1e-6 * squares.trace() / len(squares) * torch.eye(len(squares), dtype=squares.dtype)
-    solution = torch.linalg.solve(squares, given.T @ wanted.double()).T.float()
+    solution = torch.linalg.solve(squares, inputs.T @ targets.double()).T.float()
     return solution[:, :-1], solution[:, -1]

@@ -1,4 +1,4 @@
-"""A stage of training that may stop at any time and goes on where it was."""
+"""A stage of training that can be stopped at any time and continues from its last saved state."""
 
 import json
 import math
@@ -20,7 +20,7 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 class Average(Generic[Network]):
-    """A running mean of a network's weights, which is what ships; its `network` is the mean."""
+    """A running mean of a network's weights; `network` holds the mean, which ships."""
 
     def __init__(self, network: Network, keep: float = 0.998) -> None:
         self.source, self.network, self.keep = network, deepcopy(network), keep
@@ -42,12 +42,12 @@ class Average(Generic[Network]):
 
 
 def adam(parameters: Iterable[nn.Parameter]) -> torch.optim.AdamW:
-    """What every stage uses."""
+    """The optimizer of every stage."""
     return torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
 
 
 def rate(step: int, steps: int, peak: float) -> float:
-    """A warm-up of 100 steps, then half a cosine to a fiftieth."""
+    """The learning rate: a warm-up of 100 steps, then half a cosine down to a fiftieth of the peak."""
     return peak * min(1, (step + 1) / 100) * (0.51 + 0.49 * math.cos(math.pi * step / steps))
 
 
@@ -57,32 +57,32 @@ def stage(
     steps: int,
     peak: float,
     optimizer: torch.optim.Optimizer,
-    kept: Mapping[str, Any],
+    state: Mapping[str, Any],
     batch: Callable[[int], Batch],
     losses: Callable[[int, Batch], dict[str, Tensor]],
     after: Callable[[], Any] = lambda: None,
     score: Callable[[], dict[str, float]] = dict,
 ) -> None:
-    """Minimise the sum of the losses for so many steps; `kept` is all that a continued run needs, the optimizer apart.
+    """Minimise the sum of the losses for so many steps. `state` and the optimizer are saved from time to time.
 
-    Random numbers of torch are seeded by the step's number, so a stop changes nothing. Lines of JSON tell how it goes.
+    PyTorch's random numbers are seeded by the step's number, so that a stop changes nothing. The log has lines of JSON.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path, log = folder / f"{name}.pt", folder / f"{name}.jsonl"
-    everything = {**kept, "optimizer": optimizer}
+    everything = {**state, "optimizer": optimizer}
     done, spent = _restored(path, everything)
     if done == steps:
         return
     started = saved = time.monotonic()
     with ThreadPoolExecutor(1) as ahead:
-        coming = ahead.submit(batch, done)
+        following = ahead.submit(batch, done)
         for step in range(done, steps):
-            here = coming.result()
-            coming = ahead.submit(batch, step + 1)
+            current = following.result()
+            following = ahead.submit(batch, step + 1)
             torch.manual_seed(step)
             for group in optimizer.param_groups:
                 group["lr"] = rate(step, steps, peak)
-            terms = losses(step, here)
+            terms = losses(step, current)
             optimizer.zero_grad(set_to_none=True)
             torch.stack(list(terms.values())).sum().backward()
             norm = nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.0)
@@ -105,10 +105,10 @@ def stage(
 def _restored(path: Path, everything: Mapping[str, Any]) -> tuple[int, float]:
     if not path.exists():
         return 0, 0.0
-    there = torch.load(path)
+    saved = torch.load(path)
     for name, part in everything.items():
-        part.load_state_dict(there["parts"][name])
-    return there["step"], there["seconds"]
+        part.load_state_dict(saved["parts"][name])
+    return saved["step"], saved["seconds"]
 
 
 def _save(path: Path, step: int, seconds: float, everything: Mapping[str, Any]) -> None:

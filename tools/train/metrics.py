@@ -1,4 +1,4 @@
-"""How near a picture is to the original, by measures that need no trained weights; images are uint8 [H, W, 3]."""
+"""Measures of how near a picture is to the original, without trained weights; images are uint8 [H, W, 3]."""
 
 import numpy as np
 
@@ -8,7 +8,7 @@ MEASURES = {"psnr": "dB, higher is better", "ssim": "of 1, higher is better", "g
 
 
 def luma(image: np.ndarray) -> np.ndarray:
-    """BT.601, 0 to 255, float64."""
+    """Brightness by BT.601, 0 to 255, float64."""
     return np.asarray(image, np.float64) @ [0.299, 0.587, 0.114]
 
 
@@ -19,7 +19,7 @@ def psnr(image: np.ndarray, truth: np.ndarray) -> float:
 
 
 def filtered(field: np.ndarray, taps: np.ndarray) -> np.ndarray:
-    """Separable, only where all of the filter fits."""
+    """Apply a separable filter, only where it fits completely."""
     for axis in (0, 1):
         field = np.lib.stride_tricks.sliding_window_view(field, len(taps), axis) @ taps
     return field
@@ -50,12 +50,12 @@ def halved(field: np.ndarray) -> np.ndarray:
 
 
 def gradient(field: np.ndarray) -> np.ndarray:
-    """Prewitt's magnitude."""
+    """The magnitude of Prewitt's gradient."""
     rows = np.lib.stride_tricks.sliding_window_view(field, (3, 3))
     steps = np.array([[1, 0, -1]] * 3) / 3
     return np.hypot((rows * steps).sum((2, 3)), (rows * steps.T).sum((2, 3)))
 
 
 def measures(image: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    """All of them."""
+    """All measures of a picture."""
     return {"psnr": psnr(image, truth), "ssim": ssim(image, truth), "gmsd": gmsd(image, truth)}

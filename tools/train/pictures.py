@@ -1,4 +1,4 @@
-"""Images as tensors: how they come, how far apart they are, and how a network's are judged on what it never saw."""
+"""Images as tensors: batches, a loss between pictures, and a score on images without training."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,16 +13,16 @@ from train.metrics import psnr
 
 __all__ = ["appearance", "crops", "mixed", "pixels", "score"]
 
-JUDGED = 64  # crops
+JUDGED = 64  # crops in a score in a score
 
 
 def pixels(images: np.ndarray) -> Tensor:
-    """uint8 [B, H, W, 3] to [B, 3, H, W] between 0 and 1."""
+    """From uint8 [B, H, W, 3] to [B, 3, H, W] between 0 and 1."""
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().float() / 255
 
 
 def crops(seed: int, count: int, side: int) -> Callable[[int], tuple[Tensor, ...]]:
-    """What gives a batch by its number: sharp crops, degraded ones, and their kinds."""
+    """A function from a batch's number to sharp crops, degraded crops, and their kinds."""
 
     def batch(number: int) -> tuple[Tensor, ...]:
         sharp, soft, kinds = data.batch(seed, number, count, side)
@@ -32,22 +32,22 @@ def crops(seed: int, count: int, side: int) -> Callable[[int], tuple[Tensor, ...
 
 
 def appearance(image: Tensor, target: Tensor) -> Tensor:
-    """L1 of pixels and of their differences to neighbours, which tell a sharp edge from a soft one."""
+    """L1 loss of pixels and of their differences to neighbours, which keep edges sharp."""
     right, below = (l1_loss(image.diff(dim=d), target.diff(dim=d)) for d in (-1, -2))
     return l1_loss(image, target) + right + below
 
 
 def mixed() -> Any:
-    """Products in bfloat16, sums and weights in float32."""
+    """Matrix products in bfloat16, sums and weights in float32."""
     return torch.autocast("cpu", torch.bfloat16)
 
 
 @torch.no_grad()
 def score(side: int, restored: Callable[[Tensor, Tensor], Tensor]) -> dict[str, float]:
-    """PSNR of what is made of sharp and degraded crops of the calibration split; bicubic's beside it."""
+    """PSNR of pictures restored from crops of the calibration split, and PSNR of bicubic."""
     sharp, soft, _ = data.batch(0, 0, JUDGED, side, "calibration")
     with mixed():
-        found = restored(pixels(sharp), pixels(soft)).clamp(0, 1)
-    rounded = (found * 255).round().byte().permute(0, 2, 3, 1).numpy()
+        images = restored(pixels(sharp), pixels(soft)).clamp(0, 1)
+    rounded = (images * 255).round().byte().permute(0, 2, 3, 1).numpy()
     both = {"psnr": rounded, "bicubic": soft}
     return {k: float(np.mean([psnr(a, b) for a, b in zip(v, sharp, strict=True)])) for k, v in both.items()}

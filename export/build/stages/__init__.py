@@ -1,1 +1,1 @@
-"""The stages of a build, one file each: what a stage depends on, and the work that fills its directory."""
+"""The stages of a build, one file each: the inputs of a stage, and the work that fills its directory."""

@@ -1,4 +1,4 @@
-"""attach: where the bytes of every parameter are, in the user's files or made here (random, merged, copied)."""
+"""attach: the place of every parameter's bytes, in the user's files or in new ones (random, merged, copied)."""
 
 import json
 from bisect import bisect_right
@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tilewright.export.build.attachment import Merge, References, lacking, merges, origins_of, references
+from tilewright.export.build.attachment import Merge, References, find_references, merges, missing_tensors, origins_of
 from tilewright.export.build.cache import Stage
 from tilewright.export.build.code import code
 from tilewright.export.build.request import Request
@@ -27,7 +27,7 @@ __all__ = ["read_weights", "stage"]
 
 
 def stage(request: Request, digest: Callable[[Path], str]) -> Stage:
-    """Keyed by the networks, the weights and where they lie."""
+    """The stage; its inputs are the networks, the weights and their folders."""
     random = "none" if request.seed is None else f"random, seed {request.seed}"
     inputs = {"weights": random, "packed": str(request.pack), "nonfinite": str(request.allow_nonfinite)}
     inputs["settings"] = request.settings.to_json()
@@ -43,41 +43,41 @@ def stage(request: Request, digest: Callable[[Path], str]) -> Stage:
 
 
 def read_weights(attached: Path) -> Weights:
-    """The document that the stage wrote."""
+    """The file weights.json that the stage wrote."""
     return from_json(Weights, (attached / "weights.json").read_bytes(), str(attached / "weights.json"))
 
 
 def _work(request: Request, directory: Path) -> None:
-    """Fill a directory with weights.json, what of the weights is made here, and an account of every tensor."""
+    """Fill a directory with weights.json, with new weight files, and with an account of every tensor."""
     packed = directory / "weights"
     used = {name: converted(tensors) for name, tensors in request.used.items()}
     origins = origins_of(request, used)
-    for origin, shapes in lacking(request, origins).items():
+    for origin, shapes in missing_tensors(request, origins).items():
         random_weights(shapes, request.seed or 0, packed / origin / f"{origin}.safetensors")
         origins[origin] = find(packed / origin)
-    attached = references(request, origins)
+    references = find_references(request, origins)
     if not request.allow_nonfinite:
-        _check_finite(origins, attached)
-    changed = merges(request, origins, attached)
-    accounts = _accounts(request, origins, attached)
+        _check_finite(origins, references)
+    changed = merges(request, origins, references)
+    accounts = _accounts(request, origins, references)
     if changed:
-        origins["merged"] = _merge(request, origins, attached, changed, packed / "merged" / "merged.safetensors")
+        origins["merged"] = _merge(request, origins, references, changed, packed / "merged" / "merged.safetensors")
     if request.pack:
-        for origin in {r.folder for refs in attached.values() for r in refs.values()}:
+        for origin in {r.folder for refs in references.values() for r in refs.values()}:
             if not (packed / origin).is_dir():
                 raw = used.get(origin, origins[origin])
-                origins[origin] = _pack(origin, raw, attached, packed / origin / f"{origin}.safetensors")
+                origins[origin] = _pack(origin, raw, references, packed / origin / f"{origin}.safetensors")
     text = json.dumps(accounts, indent=1, sort_keys=True)
     (directory / "accounts.json").write_text(text, encoding="utf-8")
-    (directory / "weights.json").write_text(to_json(_document(origins, attached, packed)), encoding="utf-8")
+    (directory / "weights.json").write_text(to_json(_document(origins, references, packed)), encoding="utf-8")
 
 
-def _check_finite(origins: Mapping[str, Tensors], attached: References) -> None:
-    """Refuse weights that hold something that is no number."""
+def _check_finite(origins: Mapping[str, Tensors], references: References) -> None:
+    """Refuse weights with NaN or infinity."""
     key_at = {origin: _by_place(tensors) for origin, tensors in origins.items()}
     read = {
         key_at[r.folder](r): (origins[r.folder].folder, r)
-        for refs in attached.values()
+        for refs in references.values()
         for r in refs.values()
         if r.dtype in FLOATS
     }
@@ -86,13 +86,13 @@ def _check_finite(origins: Mapping[str, Tensors], attached: References) -> None:
         raise InputError(f"weights {file}: {name!r} holds NaN or infinity; copy it again, or use --allow-nonfinite")
 
 
-def _accounts(request: Request, origins: Mapping[str, Tensors], attached: References) -> dict[str, Any]:
-    """For every origin, how many of its tensors graphs refer to, ran at build, were merged, or nobody reads."""
+def _accounts(request: Request, origins: Mapping[str, Tensors], references: References) -> dict[str, Any]:
+    """For every origin, how many tensors are read by graphs, used at build only, merged, or not read."""
     accounts = {}
     for origin, tensors in origins.items():
         key_at = _by_place(tensors)
         graph, now = (
-            {key_at(r) for c in components for r in attached[c].values() if r.folder == origin}
+            {key_at(r) for c in components for r in references[c].values() if r.folder == origin}
             for components in (request.components, request.build_time)
         )
         pairs = tensors.tensors.keys() - without_pairs(tensors).tensors.keys()
@@ -109,7 +109,7 @@ def _accounts(request: Request, origins: Mapping[str, Tensors], attached: Refere
 
 
 def _by_place(tensors: Tensors) -> Callable[[Reference], str]:
-    """Finds the tensor that holds some bytes, all of it or some rows."""
+    """A function from a reference to the key of the tensor that contains its bytes."""
     placed = sorted((r.file, r.offset, key) for key, r in tensors.tensors.items() if r.length)
 
     def key_at(reference: Reference) -> str:
@@ -119,9 +119,9 @@ def _by_place(tensors: Tensors) -> Callable[[Reference], str]:
 
 
 def _merge(
-    request: Request, origins: Mapping[str, Tensors], attached: References, changed: list[Merge], path: Path
+    request: Request, origins: Mapping[str, Tensors], references: References, changed: list[Merge], path: Path
 ) -> Tensors:
-    """Weights with their low-rank pairs added, one by one into a file; the references that change are replaced."""
+    """Write the weights with their low-rank pairs added into a file, and let the references point to it."""
     lora = request.settings.lora
     assert lora is not None
     pairs, by_name = origins[lora.origin], {change.parameter: change for change in changed}
@@ -133,16 +133,16 @@ def _merge(
     write_tensors(path, specs, merged, "merged by tilewright")
     tensors = find(path.parent)
     for change in changed:
-        attached[change.component][change.parameter] = replace(tensors.tensors[change.parameter], folder="merged")
+        references[change.component][change.parameter] = replace(tensors.tensors[change.parameter], folder="merged")
     return tensors
 
 
-def _pack(origin: str, tensors: Tensors, attached: References, path: Path) -> Tensors:
-    """Copy the tensors that components read of an origin, under their own names; the references follow."""
+def _pack(origin: str, tensors: Tensors, references: References, path: Path) -> Tensors:
+    """Copy the tensors of an origin that components read into a file, and let the references point to it."""
     key_at = _by_place(tensors)
-    named = {key_at(r): r for refs in attached.values() for r in refs.values() if r.folder == origin}
+    named = {key_at(r): r for refs in references.values() for r in refs.values() if r.folder == origin}
     moved = copy_tensors(tensors.folder, {key: tensors.tensors[key] for key in named}, path)
-    for refs in attached.values():
+    for refs in references.values():
         for name, r in refs.items():
             if r.folder == origin:
                 key = key_at(r)
@@ -151,12 +151,12 @@ def _pack(origin: str, tensors: Tensors, attached: References, path: Path) -> Te
     return find(path.parent)
 
 
-def _document(origins: Mapping[str, Tensors], attached: References, packed: Path) -> Weights:
-    """weights.json."""
+def _document(origins: Mapping[str, Tensors], references: References, packed: Path) -> Weights:
+    """The content of weights.json."""
     folders = {}
-    for origin in sorted({r.folder for refs in attached.values() for r in refs.values()}):
+    for origin in sorted({r.folder for refs in references.values() for r in refs.values()}):
         root = origins[origin].folder
-        used = {r.file for refs in attached.values() for r in refs.values() if r.folder == origin}
+        used = {r.file for refs in references.values() for r in refs.values() if r.folder == origin}
         files = {f: File((root / f).stat().st_size, sha256_of_file(root / f)) for f in sorted(used)}
         folders[origin] = Folder(None if (packed / origin).is_dir() else str(root), files)
-    return Weights(folders, {component: dict(refs) for component, refs in attached.items() if refs})
+    return Weights(folders, {component: dict(refs) for component, refs in references.items() if refs})

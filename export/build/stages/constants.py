@@ -1,4 +1,4 @@
-"""constants: what the program reads but no engine gives, computed now; tokenizers."""
+"""constants: tensors that the program reads and the build computes, and tokenizers."""
 
 import contextlib
 from collections.abc import Callable
@@ -15,11 +15,16 @@ from tilewright.runtime.bundle.program import TensorSpec
 
 __all__ = ["check_constants", "stage"]
 
-TOKENIZER_FILES = ("vocab.json", "merges.txt", "spiece.model", "*token*.json")  # beside a text encoder
+TOKENIZER_FILES = (
+    "vocab.json",
+    "merges.txt",
+    "spiece.model",
+    "*token*.json",
+)  # files of a tokenizer, in the folder of a text encoder
 
 
 def stage(request: Request, attached: Stage, digest: Callable[[Path], str]) -> Stage:
-    """Keyed by the weights, the options, and the files that options name."""
+    """The stage; its inputs are the weights, the options, and the files that options name."""
     inputs = {"attach": attached.key} | {f"option {name}": str(value) for name, value in request.options.items()}
     files = {f"file {name}": Path(value) for name, value in request.options.items() if _is(Path.is_file, value)}
     files |= _tokenizer_files(request)
@@ -31,7 +36,7 @@ def stage(request: Request, attached: Stage, digest: Callable[[Path], str]) -> S
 def _is(kind: Callable[[Path], bool], value: Any) -> bool:
     try:
         return isinstance(value, str) and kind(Path(value))
-    except OSError:  # words too long for a name
+    except OSError:  # the text is too long for a file name
         return False
 
 
@@ -42,20 +47,20 @@ def _tokenizer_files(request: Request) -> dict[str, Path]:
     return {f"tokenizer {file.parent.name}/{file.name}": file for file in files if file.is_file()}
 
 
-class _Later(Exception):
-    """A network would run now."""
+class _NetworkNeeded(Exception):
+    """Raised in the place of running a network."""
 
 
 def check_constants(request: Request) -> None:
-    """Refuse tokenizers, prompts and embeddings that cannot be used; no network runs."""
+    """Refuse tokenizers, prompts and embeddings that cannot be used, without running a network."""
 
-    def later(component: str, **inputs: Any) -> dict[str, Any]:
-        raise _Later
+    def refuse(component: str, **inputs: Any) -> dict[str, Any]:
+        raise _NetworkNeeded
 
     system, settings = request.system, request.settings
     system.tokenizers(settings, request.options, request.folder)
-    with contextlib.suppress(_Later):
-        system.constants(settings, later, request.options, request.folder)
+    with contextlib.suppress(_NetworkNeeded):
+        system.constants(settings, refuse, request.options, request.folder)
 
 
 def _work(request: Request, attached: Path, directory: Path) -> None:

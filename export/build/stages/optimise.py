@@ -1,4 +1,4 @@
-"""optimise: graphs folded and rewritten for each target, with references to the weights, and the memory they need."""
+"""optimise: graphs folded and rewritten for each target, with references to the weights; their working memory."""
 
 import importlib
 import json
@@ -23,7 +23,7 @@ STORED = {"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16", "int
 
 
 def stage(request: Request, traced: Stage, attached: Stage) -> Stage:
-    """Keyed by graphs, weights, and the code of rewrites and targets."""
+    """The stage; its inputs are graphs, weights, and the code of rewrites and targets."""
     inputs = {"trace": traced.key, "attach": attached.key, "ops": request.ops}
     inputs |= code(__name__, *TARGETS.values()) | versions("onnxscript", "onnx-ir", "onnx")
     return Stage("optimise", inputs, lambda folder: _work(request, traced.directory, attached.directory, folder))
@@ -62,7 +62,7 @@ def _work(request: Request, traced: Path, attached: Path, directory: Path) -> No
 
 
 def _refer(model: Any, references: Mapping[str, Reference]) -> list[str]:
-    """Give the graph's weights their bytes; which they are, as folding may have found a parameter without effect."""
+    """Let the graph's weights refer to their bytes; returns their names, as folding may have removed some."""
     import onnx_ir as ir
 
     read = sorted(references.keys() & model.graph.initializers.keys())
@@ -75,7 +75,7 @@ def _refer(model: Any, references: Mapping[str, Reference]) -> list[str]:
 
 
 def _sizes(spec: ComponentSpec, side: int) -> dict[str, int]:
-    """The free sizes of a component for a square of that many output pixels."""
+    """The free sizes of a component for a square with this side in output pixels."""
     tensors = (*spec.inputs.values(), *spec.outputs.values())
     named = {d for tensor in tensors for d in tensor.shape if isinstance(d, str)}
     wholes = {whole: side // spec.px[whole] if whole in spec.px else 1 for whole, _ in map(part_of, named)}

@@ -1,4 +1,4 @@
-"""seal: the bundle, put in its place at once."""
+"""seal: the complete bundle, which replaces an older one in one step."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ __all__ = ["stage"]
 
 
 def stage(assembly: Assembly, before: Mapping[str, Stage]) -> Stage:
-    """Keyed by all stages before."""
+    """The stage; its inputs are the keys of all stages before."""
     inputs = {name: stage.key for name, stage in before.items()} | {"version": version("tilewright")}
     inputs |= {"preset": str(assembly.request.preset), "licence": assembly.request.licence}
     inputs |= code(__name__, assembly.request.system.module)
@@ -32,8 +32,8 @@ def _work(assembly: Assembly, verified: Path | None, folder: Path) -> None:
         shutil.copyfile(verified / REPORT, folder / "reports" / REPORT)
         report = json.loads((verified / REPORT).read_text())
     manifest = assembly.assemble(folder, "yes" if report else "no")
-    for name, kept in assembly.weights().folders.items():
-        if kept.path is None:
+    for name, weights in assembly.weights().folders.items():
+        if weights.path is None:
             shutil.copytree(assembly.attached / "weights" / name, folder / "weights" / name)
     shutil.copyfile(assembly.attached / "accounts.json", folder / "reports" / "weights.json")
     write(folder / "README.md", card(request, manifest, report))

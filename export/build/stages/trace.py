@@ -1,4 +1,4 @@
-"""trace: networks to graphs that wait for weights. A graph is kept by its recipe, so that systems share it."""
+"""trace: graphs without weights. A graph is cached by its recipe, so that systems share it."""
 
 import shutil
 from collections.abc import Callable
@@ -16,7 +16,7 @@ __all__ = ["stage"]
 
 
 def stage(request: Request) -> Stage:
-    """Keyed by the recipe and the code of every network."""
+    """The stage; its inputs are the recipe and the code of every network."""
     keys = {f"graph {name}": _graph(spec).key for name, spec in request.components.items()}
     return Stage("trace", keys | code(__name__), lambda folder: _work(request, folder))
 
@@ -40,7 +40,7 @@ def _explained(what: str, work: Callable[[], None]) -> None:
         work()
     except TilewrightError:
         raise
-    except Exception as error:  # anything torch.export or the exporter may raise
+    except Exception as error:  # torch.export and the exporter raise errors of any type
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BuildError(f"trace of {what} failed ({reason}); see --verbose") from error
 

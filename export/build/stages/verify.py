@@ -1,4 +1,4 @@
-"""verify: engines against eager PyTorch."""
+"""verify: the comparison of engines with eager PyTorch."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ REPORT = "accuracy.json"
 
 
 def stage(assembly: Assembly, before: Mapping[str, Stage]) -> Stage:
-    """Keyed by all that is run: graphs, weights, constants, program, engines."""
+    """The stage; its inputs are everything that runs: graphs, weights, constants, program, engines."""
     inputs = {name: before[name].key for name in ("optimise", "constants")}
     native = ort.native_library()
     inputs["native kernels"] = sha256_of_file(native) if native and native.is_file() else "none"
@@ -37,9 +37,11 @@ def _work(assembly: Assembly, directory: Path) -> None:
     trial = directory / "bundle"
     trial.mkdir()
     manifest, weights = assembly.assemble(trial, "being verified"), assembly.weights()
-    here = assembly.attached / "weights"
-    folders = {n: f if f.path else replace(f, path=str((here / n).absolute())) for n, f in weights.folders.items()}
-    write(trial / "weights.json", to_json(replace(weights, folders=folders)))  # what was written here is read here
+    packed = assembly.attached / "weights"
+    folders = {n: f if f.path else replace(f, path=str((packed / n).absolute())) for n, f in weights.folders.items()}
+    write(
+        trial / "weights.json", to_json(replace(weights, folders=folders))
+    )  # weights that the build wrote are still in the cache
     write_manifest(trial, manifest)
     report = verify(trial, fresh=False)
     shutil.rmtree(trial)

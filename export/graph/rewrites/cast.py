@@ -1,4 +1,4 @@
-"""Compute in the graph's type over weights stored in another: a Cast behind each such weight."""
+"""Weights stored in another type than the graph computes in: a Cast after each of them."""
 
 from typing import Any
 
@@ -8,14 +8,16 @@ __all__ = ["cast"]
 
 
 def cast(model: ir.Model) -> None:
-    """Type every weight as its bytes are and cast it to the type it is used in."""
+    """Give every weight the type of its bytes, and cast it to the type of its use."""
     graph: Any = model.graph
     place = {node: i for i, node in enumerate(graph)}
     for name, weight in list(graph.initializers.items()):
         stored, computed = weight.const_value.dtype, weight.dtype
         if not isinstance(weight.const_value, ir.ExternalTensor) or stored == computed:
             continue
-        first = min((use.node for use in weight.uses()), key=place.__getitem__)  # late, so that few live at once
+        first = min(
+            (use.node for use in weight.uses()), key=place.__getitem__
+        )  # late, so that few casts are alive at once
         node = ir.node("Cast", [weight], attributes={"to": computed.value}, num_outputs=1)
         node.outputs[0].name, node.outputs[0].shape, node.outputs[0].dtype = f"{name}.cast", weight.shape, computed
         weight.replace_all_uses_with(node.outputs[0])

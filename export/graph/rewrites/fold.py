@@ -1,4 +1,4 @@
-"""Fold constants and shapes, merge equal nodes, drop dead ones; weights are out of reach of all of it."""
+"""Fold constants and shapes, merge equal nodes, drop dead nodes. Weights are not touched."""
 
 import numpy as np
 import onnx_ir as ir
@@ -19,19 +19,19 @@ from tilewright.kernels.face import DOMAIN
 __all__ = ["fold"]
 
 ROUNDS = 4
-LARGEST_INPUT, LARGEST_RESULT = 8_192, 65_536  # elements; a bigger constant is cheaper to compute than to store
+LARGEST_INPUT, LARGEST_RESULT = 8_192, 65_536  # elements; larger constants are cheaper to compute than to store
 
 
 def fold(model: ir.Model) -> None:
-    """Simplify in place. Weights keep their names and their references."""
+    """Simplify a graph in place. Weights keep their names and their references."""
     weights = {n: v for n, v in model.graph.initializers.items() if isinstance(v.const_value, ir.ExternalTensor)}
     references = {name: value.const_value for name, value in weights.items()}
-    # a pass that could see a value would read it, and write a transposed or hashed copy
+    # a pass that sees a value reads it, and may store a transposed copy
     for value in weights.values():
         value.const_value = None
     InlinePass(lambda function: function.domain != DOMAIN)(model)
     for _ in range(ROUNDS):
-        with np.errstate(all="ignore"):  # the branch of a Where that is not taken may well divide by zero
+        with np.errstate(all="ignore"):  # the unused branch of a Where may divide by zero
             folded = fold_constants(
                 model, onnx_shape_inference=True, input_size_limit=LARGEST_INPUT, output_size_limit=LARGEST_RESULT
             )

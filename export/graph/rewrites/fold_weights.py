@@ -1,7 +1,7 @@
-"""Weights as plain initializers: every weight behind a Cast, a Transpose or the like is computed once and stored.
+"""Making weights plain initializers: a weight followed by Cast, Transpose or the like is computed once and stored.
 
-Quantizers look for the weight of a MatMul among the initializers. The portable graph has it behind a Transpose, because
-the bytes are the user's own and are not copied.
+Quantizers look for the weight of a MatMul among the initializers. In the portable graph a Transpose follows the weight,
+because the graph reads the bytes of the user's files and does not copy them.
 """
 
 from collections.abc import Callable
@@ -21,9 +21,9 @@ Array = npt.NDArray[Any]
 def fold_weights(
     model: ir.Model, read: Callable[[ir.Value], Array], store: Callable[[str, Array], ir.TensorProtocol]
 ) -> int:
-    """Store what becomes of each weight, one at a time, and use that instead; how many were stored.
+    """Compute and store the moved weights, one at a time, and use the results; returns their number.
 
-    `read` gives an initializer's numbers, `store` keeps an array and gives the tensor that stands for it.
+    `read` gives the numbers of an initializer. `store` writes an array and gives the tensor that refers to it.
     """
     graph: Any = model.graph
     moved = _moved(graph)
@@ -33,28 +33,28 @@ def fold_weights(
         name = _free(graph, f"{sources[0].name}.folded")
         array = np.ascontiguousarray(_computed(value, moved, read, model.opset_imports[""]))
         tensor = store(name, array)
-        kept = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
-        graph.register_initializer(kept)
+        folded = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+        graph.register_initializer(folded)
         for use in list(value.uses()):
-            use.node.replace_input_with(use.idx, kept)
+            use.node.replace_input_with(use.idx, folded)
     _drop(graph, moved)
     return len(ends)
 
 
 def _moved(graph: Any) -> dict[ir.Value, ir.Node]:
-    """Every value that is a weight with its numbers moved or cast, and the node that makes it."""
+    """Every value that is a weight with its numbers moved or cast -> the node that computes it."""
     moved: dict[ir.Value, ir.Node] = {}
     for node in graph:
         inputs = [v for v in node.inputs if v is not None]
-        known = all(v in moved or v.is_initializer() for v in inputs)
+        constant = all(v in moved or v.is_initializer() for v in inputs)
         weight = any(v in moved or isinstance(v.const_value, ir.ExternalTensor) for v in inputs)
-        if node.op_type in MOVES and not node.domain and known and weight:
+        if node.op_type in MOVES and not node.domain and constant and weight:
             moved |= dict.fromkeys(node.outputs, node)
     return {value: node for value, node in moved.items() if not any(o.is_graph_output() for o in node.outputs)}
 
 
 def _sources(value: Any, moved: dict[ir.Value, ir.Node]) -> list[Any]:
-    """The initializers that a value comes from."""
+    """The initializers that a value is computed from."""
     if value not in moved:
         return [value]
     return [source for v in moved[value].inputs if v is not None for source in _sources(v, moved)]
@@ -70,14 +70,14 @@ def _computed(value: Any, moved: dict[ir.Value, ir.Node], read: Callable[[ir.Val
 
 
 def _free(graph: Any, name: str) -> str:
-    number, taken = 1, graph.initializers
-    while (free := name if number == 1 else f"{name}.{number}") in taken:
+    number, used = 1, graph.initializers
+    while (free := name if number == 1 else f"{name}.{number}") in used:
         number += 1
     return free
 
 
 def _drop(graph: Any, moved: dict[ir.Value, ir.Node]) -> None:
-    """Remove the nodes that nothing reads any more, and the weights that only they read."""
+    """Remove nodes that are not needed any more, and the weights that only they read."""
     nodes = dict.fromkeys(moved.values())
     sources = {v for node in nodes for v in node.inputs if v is not None and v.is_initializer()}
     graph.remove(list(nodes), safe=True)

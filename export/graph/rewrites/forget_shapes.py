@@ -1,7 +1,7 @@
-"""Leave shapes between a graph's ends to the tools that read it.
+"""Dropping the shapes of values inside a graph.
 
-A tool infers them again, with names of its own for the free sizes. ONNX Runtime's quantizer turns weights around and
-stops where a graph still says the shape that a weight had. Types stay: onnx infers none behind a GroupNormalization.
+Tools infer these shapes themselves, with their own names for free sizes. ONNX Runtime's quantizer transposes weights
+and fails if the graph still has the old shape of a weight. Types stay, as onnx infers none after a GroupNormalization.
 """
 
 import onnx_ir as ir
@@ -10,7 +10,7 @@ __all__ = ["forget_shapes"]
 
 
 def forget_shapes(model: ir.Model) -> None:
-    """Drop the shapes of all values but inputs and outputs; an initializer says its own."""
+    """Drop the shapes of all values except inputs and outputs. The tensor of an initializer has its own shape."""
     for node in model.graph.all_nodes():
         for value in node.outputs:
             if not value.is_graph_output():

@@ -1,7 +1,7 @@
-"""GroupNormalization as statistics and one scale and shift, for backends that have no kernel of their own.
+"""GroupNormalization as two reductions and one scale and shift, for backends without a kernel for it.
 
-ONNX Runtime on the CPU runs the operator's function body: normalise, reshape, scale, shift, each a walk over the whole
-activation. Here the walks are two reductions, a multiplication and an addition:
+ONNX Runtime on the CPU runs the operator's function: normalise, reshape, scale and shift, each over the whole
+activation. Here only two reductions, a multiplication and an addition read the whole activation:
 
     y = x * a + b    with a = weight / sqrt(var + eps), b = bias - mean * a, var = E[x^2] - E[x]^2
 """
@@ -15,7 +15,7 @@ __all__ = ["group_norm"]
 
 
 def group_norm(model: ir.Model) -> int:
-    """Rewrite every GroupNormalization in place; how many there were."""
+    """Rewrite every GroupNormalization in place; returns their number."""
     nodes = [node for node in model.graph if node.op_type == "GroupNormalization"]
     for number, node in enumerate(nodes):
         _rewrite(model.graph, node, f"group_norm_{number}")
@@ -27,7 +27,7 @@ def _rewrite(graph: ir.Graph, node: ir.Node, prefix: str) -> None:
     x, weight, bias = inputs
     groups, epsilon = node.attributes["num_groups"].as_int(), node.attributes.get_float("epsilon", 1e-5)
     channels = int(weight.shape[0])
-    made: list[ir.Node] = []
+    nodes: list[ir.Node] = []
 
     def constant(name: str, values: list[float], dtype: type = np.int64) -> ir.Value:
         tensor = ir.tensor(np.array(values, dtype), name=f"{prefix}.{name}")
@@ -38,11 +38,11 @@ def _rewrite(graph: ir.Graph, node: ir.Node, prefix: str) -> None:
         return value
 
     def op(kind: str, *inputs: ir.Value, **attributes: int) -> ir.Value:
-        made.append(ir.node(kind, inputs, attributes=attributes, num_outputs=1))
-        made[-1].outputs[0].name = f"{prefix}.{kind.lower()}_{len(made)}"
-        return made[-1].outputs[0]
+        nodes.append(ir.node(kind, inputs, attributes=attributes, num_outputs=1))
+        nodes[-1].outputs[0].name = f"{prefix}.{kind.lower()}_{len(nodes)}"
+        return nodes[-1].outputs[0]
 
-    # rows first, then groups: a running sum over the whole group of a 1024 px tile loses three digits
+    # first rows, then groups: a running sum over the whole group of a 1024 px tile loses three digits
     row, rows = constant("row", [3]), constant("rows", [2])
     per_group = constant("per_group", [0, groups, -1, 1])
     mean = op("ReduceMean", op("Reshape", op("ReduceMean", x, row), per_group), rows)  # [B, G, 1, 1]
@@ -59,7 +59,7 @@ def _rewrite(graph: ir.Graph, node: ir.Node, prefix: str) -> None:
     shifted = op("Add", scaled, op("Reshape", shift, batch_channel))
     output = node.outputs[0]
     shifted.shape, shifted.type = output.shape, output.type
-    shifted.name, output.name = output.name, None  # the graph's outputs are known by their names
-    graph.insert_before(node, made)
+    shifted.name, output.name = output.name, None  # graph outputs are found by name
+    graph.insert_before(node, nodes)
     output.replace_all_uses_with(shifted, replace_graph_outputs=True)
     graph.remove(node, safe=True)

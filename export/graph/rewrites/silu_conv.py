@@ -1,8 +1,8 @@
-"""Group norm's scale and shift, SiLU, a 3x3 convolution and a residual as one node, for which there is a native kernel.
+"""One node for group norm's scale and shift, SiLU, a 3x3 convolution and a residual; it has a native kernel.
 
-    y = conv3x3(silu(x * scale + shift)) + bias + residual         stride 1, zeros around what SiLU gives
+    y = conv3x3(silu(x * scale + shift)) + bias + residual         stride 1, zeros around SiLU's result
 
-Without the kernel its function runs: the operators that were there.
+Without the kernel, the node's function runs the original operators.
 """
 
 from typing import Any
@@ -19,15 +19,15 @@ __all__ = ["FACE", "silu_conv"]
 PLAIN = {"strides": [1, 1], "dilations": [1, 1], "pads": [1, 1, 1, 1], "kernel_shape": [3, 3]}
 
 
-def _body(given: frozenset[str]) -> str:
-    bias = "bias" if "bias" in given else '""'
+def _body(inputs: frozenset[str]) -> str:
+    bias = "bias" if "bias" in inputs else '""'
     return f"""
         scaled = Mul(x, scale)
         shifted = Add(scaled, shift)
         gate = Sigmoid(shifted)
         open = Mul(shifted, gate)
-        {"summed" if "residual" in given else "y"} = Conv<pads = [1, 1, 1, 1]>(open, weight, {bias})
-        {"y = Add(residual, summed)" if "residual" in given else ""}
+        {"summed" if "residual" in inputs else "y"} = Conv<pads = [1, 1, 1, 1]>(open, weight, {bias})
+        {"y = Add(residual, summed)" if "residual" in inputs else ""}
     """
 
 
@@ -35,7 +35,7 @@ FACE = Face("SiluConv", ("x", "scale", "shift", "weight", "bias?", "residual?"),
 
 
 def silu_conv(model: ir.Model) -> int:
-    """Rewrite in place, after `group_norm`; how many there were."""
+    """Rewrite a graph in place, after `group_norm`; returns the number of new nodes."""
     convolutions = [node for node in model.graph if node.op_type == "Conv" and _is_plain(node)]
     return sum(_rewrite(model, node) for node in convolutions)
 
@@ -73,20 +73,20 @@ def _rewrite(model: ir.Model, conv: ir.Node) -> bool:
 
 
 def _scale_and_shift(conv: ir.Node) -> tuple[ir.Value, ir.Value, ir.Value] | None:
-    """x, scale and shift of a convolution that reads silu(x * scale + shift), and nothing else does."""
-    product = _made_by(conv.inputs[0], "Mul", 1)
+    """x, scale and shift, if the convolution is the only reader of silu(x * scale + shift)."""
+    product = _producer(conv.inputs[0], "Mul", 1)
     for shifted, gate in _both_ways(product):
-        add, sigmoid = _made_by(shifted, "Add", 2), _made_by(gate, "Sigmoid", 1)
+        add, sigmoid = _producer(shifted, "Add", 2), _producer(gate, "Sigmoid", 1)
         if add is None or sigmoid is None or sigmoid.inputs[0] is not shifted:
             continue
         for scaled, shift in _both_ways(add):
-            for x, scale in _both_ways(_made_by(scaled, "Mul", 1)):
+            for x, scale in _both_ways(_producer(scaled, "Mul", 1)):
                 if _a_channel_each(scale) and _a_channel_each(shift):
                     return x, scale, shift
     return None
 
 
-def _made_by(value: Any, kind: str, uses: int) -> ir.Node | None:
+def _producer(value: Any, kind: str, uses: int) -> ir.Node | None:
     node = value.producer()
     return node if node is not None and node.op_type == kind and len(value.uses()) == uses else None
 
@@ -96,7 +96,7 @@ def _both_ways(node: ir.Node | None) -> list[Any]:
 
 
 def _a_channel_each(value: Any) -> bool:
-    """Whether it is a [B, C, 1, 1] as `group_norm` makes them."""
+    """Whether a value is [B, C, 1, 1], as `group_norm` makes scale and shift."""
     node = value.producer()
     shape = node.inputs[1].const_value if node is not None and node.op_type == "Reshape" else None
     return shape is not None and bool(np.array_equal(shape.numpy()[2:], [1, 1]) and shape.numpy()[0] == -1)

@@ -1,1 +1,1 @@
-"""The two systems on FLUX.1-Fill, and what they share."""
+"""The two systems on FLUX.1-Fill, and their shared parts."""

@@ -1,7 +1,4 @@
-"""The files in which FLUX is published: configurations, and every name, shape and type of weights.
-
-Stand-ins are made of them.
-"""
+"""The published files of FLUX for stand-ins: configuration files, and the name, shape and type of every tensor."""
 
 import json
 import re
@@ -19,25 +16,25 @@ from tilewright.runtime.bundle.program import TensorSpec
 
 __all__ = ["bfloat16", "config", "lora_pairs", "scheduler", "sharded", "text_encoders", "transformer", "vae"]
 
-SHARD_BYTES = 9_985_000_000  # of a published shard, at most
+SHARD_BYTES = 9_985_000_000  # the most that a published shard holds
 
 
 def config(form: Config, values: Mapping[str, Any]) -> str:
-    """A configuration file with these values, and with those that its class must have."""
+    """The text of a configuration file with these values, and with those that its class must have."""
     first = form.classes[0]
-    of_transformers = any(name.islower() for name in form.classes)  # which have types of models too
+    of_transformers = any(name.islower() for name in form.classes)  # only that library also names types of models
     key = "image_processor_type" if form.file == "preprocessor_config.json" else "_class_name"
     name: dict[str, Any] = {"architectures": [first]} if of_transformers else {key: first}
     return json.dumps(name | {**form.must, **values}, indent=2) + "\n"
 
 
 def scheduler() -> dict[str, Any]:
-    """The schedule's file as published."""
+    """The published configuration file of the scheduler."""
     return {f"scheduler/{configs.FLOW.file}": config(configs.FLOW, {"shift": 3.0, **PRESETS["full"].schedule})}
 
 
 def transformer() -> dict[str, Any]:
-    """The transformer's folder as published: three shards and their index."""
+    """The published folder of the transformer: configuration, three shards and their index."""
     from diffusers import FluxTransformer2DModel
 
     specs = _published(FluxTransformer2DModel, PRESETS["full"].transformer)
@@ -49,12 +46,12 @@ def transformer() -> dict[str, Any]:
             room = SHARD_BYTES
         shards[-1][name] = spec
         room -= size
-    said = {"transformer/config.json": config(configs.FLUX, PRESETS["full"].transformer)}
-    return said | sharded("transformer", "diffusion_pytorch_model", shards)
+    config_file = {"transformer/config.json": config(configs.FLUX, PRESETS["full"].transformer)}
+    return config_file | sharded("transformer", "diffusion_pytorch_model", shards)
 
 
 def sharded(folder: str, stem: str, shards: list[dict[str, TensorSpec]]) -> dict[str, Any]:
-    """Files of a sharded model, and their index."""
+    """The shards of a model, and the index that names the shard of each tensor."""
     names = [f"{stem}-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     index = {
         "metadata": {},
@@ -65,7 +62,7 @@ def sharded(folder: str, stem: str, shards: list[dict[str, TensorSpec]]) -> dict
 
 
 def vae() -> dict[str, Any]:
-    """The VAE's folder as published."""
+    """The published folder of the VAE."""
     from diffusers import AutoencoderKL
 
     sizes = PRESETS["full"]
@@ -76,18 +73,18 @@ def vae() -> dict[str, Any]:
 
 
 def text_encoders() -> dict[str, Any]:
-    """Both text encoders and their tokenizers as published."""
+    """The published folders of both text encoders and their tokenizers."""
     from tilewright.export.graph.trace import parameter_specs
     from tilewright.export.tokenizers import stand_in_clip, stand_in_t5
 
     sizes = PRESETS["full"]
-    held = {
+    tensors = {
         component: {str(keys(component, name)[0]): bfloat16(spec) for name, spec in parameter_specs(network).items()}
         for component, network in text_components(sizes).items()
     }
-    half = len(held["t5"]) // 2
-    shards = [dict(list(held["t5"].items())[:half]), dict(list(held["t5"].items())[half:])]
-    files = sharded("text_encoder_2", "model", shards) | {"text_encoder/model.safetensors": held["clip"]}
+    half = len(tensors["t5"]) // 2
+    shards = [dict(list(tensors["t5"].items())[:half]), dict(list(tensors["t5"].items())[half:])]
+    files = sharded("text_encoder_2", "model", shards) | {"text_encoder/model.safetensors": tensors["clip"]}
     files |= {f"tokenizer/{name}": text for name, text in stand_in_clip(CLIP_VOCABULARY).items()}
     return files | {
         "text_encoder/config.json": config(CLIP_TEXT, {**sizes.clip_text, "eos_token_id": 2}),
@@ -98,7 +95,7 @@ def text_encoders() -> dict[str, Any]:
 
 
 def lora_pairs(targets: str, rank: int) -> dict[str, TensorSpec]:
-    """A LoRA's tensors for every linear of the transformer that matches."""
+    """The tensors of a LoRA for every linear layer of the transformer whose name matches `targets`."""
     from diffusers import FluxTransformer2DModel
 
     tensors = {}
@@ -119,5 +116,5 @@ def _published(network: Any, sizes: Mapping[str, Any]) -> dict[str, TensorSpec]:
 
 
 def bfloat16(spec: TensorSpec) -> TensorSpec:
-    """The same shape in half the bytes, as these weights are published."""
+    """The same shape in bfloat16, the type in which these weights are published."""
     return TensorSpec("bfloat16", spec.shape)

@@ -1,4 +1,4 @@
-"""What In-Token Learning and VICR share: FLUX.1-Fill's sizes, its build options, its LoRA and its modulation table."""
+"""FLUX.1-Fill, which In-Token Learning and VICR share: options, components, tiles, prompt and modulation tables."""
 
 import re
 import tempfile
@@ -18,7 +18,7 @@ __all__ = [
     "BASE_ORIGINS",
     "LICENCE",
     "LORA",
-    "OF_SCHEDULE",
+    "SCHEDULE_OPTIONS",
     "base_choices",
     "caller_inputs",
     "decode",
@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 LORA = LoraFile("lora")
-OF_SCHEDULE = {  # key of the scheduler's configuration -> option of flow_shift
+SCHEDULE_OPTIONS = {  # key of the scheduler's configuration file -> option of the schedule `flow_shift`
     "base_shift": "base_shift",
     "max_shift": "max_shift",
     "base_image_seq_len": "base_tokens",
@@ -48,14 +48,14 @@ GUIDANCE = "strength of the guidance that the model was distilled for"
 
 BASE_ORIGINS = {
     "transformer": Origin("weights", ("transformer", "flux1-fill-dev.safetensors"), "FLUX.1-Fill-dev's transformer"),
-    "vae": Origin("weights", ("vae", "ae.safetensors"), "FLUX.1-Fill-dev's VAE", read=named_by_diffusers),
+    "vae": Origin("weights", ("vae", "ae.safetensors"), "FLUX.1-Fill-dev's VAE", rename=named_by_diffusers),
     "text_encoder": Origin("weights", ("text_encoder",), "FLUX.1-Fill-dev's CLIP text encoder", needed=False),
     "text_encoder_2": Origin("weights", ("text_encoder_2",), "FLUX.1-Fill-dev's T5 text encoder", needed=False),
 }
 
 
 def _tiles(text: str) -> list[int]:
-    """Sides from `1024` or `512,1024`."""
+    """The sides in a text like `1024` or `512,1024`."""
     sides = text.split(",")
     if not all(side.isdigit() and int(side) for side in sides):
         raise UsageError(f"--fixed-tile {text!r} is no list of sizes; write 1024 or 512,1024")
@@ -65,22 +65,22 @@ def _tiles(text: str) -> list[int]:
 BASE_OPTIONS = {
     "lora": Option("LoRA file, with its strength behind a colon if it is not 1"),
     "lora_mode": Option(
-        "a branch beside weights that stay where they are, or merged copies", choices=("branch", "merge")
+        "branch: the LoRA runs beside the weights; merge: it is added to copies of them", choices=("branch", "merge")
     ),
-    "prompt": Option("words; needs the text encoders in the folder of weights"),
-    "prompt_embeds": Option("safetensors with prompt_embeds and pooled_prompt_embeds", names=("prompt.safetensors",)),
+    "prompt": Option("text of the prompt; needs the text encoders in the folder of weights"),
+    "prompt_embeds": Option("file with prompt_embeds and pooled_prompt_embeds", names=("prompt.safetensors",)),
     "steps": Option("sampling steps of the program", kind=int),
-    "min_mu": Option("bound of the schedule's shift on small tiles (default: none)", kind=finite),
-    "max_mu": Option("bound of the schedule's shift on large tiles (default: none)", kind=finite),
+    "min_mu": Option("lower bound of the schedule's shift, for small tiles (default: none)", kind=finite),
+    "max_mu": Option("upper bound of the schedule's shift, for large tiles (default: none)", kind=finite),
     "guidance": Option("guidance that the model was distilled for (default: 30)", kind=finite),
-    "fixed_tile": Option("only these tile sizes: their modulation is computed now", kind=_tiles),
-    "exact_scalars": Option("sigma and guidance as they are, or rounded as in bfloat16", choices=("on", "off")),
-    "no_split_modulation": Option("keep the modulation's weights in the step", flag=True),
+    "fixed_tile": Option("tile sizes in px, the only ones to run; their modulation is computed now", kind=_tiles),
+    "exact_scalars": Option("on: sigma and guidance in float32; off: rounded to bfloat16", choices=("on", "off")),
+    "no_split_modulation": Option("compute the modulation in every step, not once before them", flag=True),
 }
 
 
 def base_choices(sizes: Sizes, options: Mapping[str, Any], steps: int) -> dict[str, Any]:
-    """What both systems let one choose."""
+    """The choices of a build that both systems have."""
     split, fixed = not options.get("no_split_modulation"), options.get("fixed_tile") or []
     if fixed and not split:
         raise UsageError("--fixed-tile computes the modulation at build; leave --no-split-modulation out")
@@ -103,23 +103,23 @@ def base_choices(sizes: Sizes, options: Mapping[str, Any], steps: int) -> dict[s
 
 
 def sizes_of(settings: Settings) -> Sizes:
-    """The sizes that a build decided."""
+    """The sizes in a build's settings."""
     return Sizes(**settings.sizes)
 
 
 def _modulated(settings: Settings) -> bool:
-    """Whether branches reach the modulation."""
+    """Whether the LoRA has branches in the modulation."""
     return any(re.search(r"norm\w*\.linear$|^time_text_embed\.", module) for module in settings.branches)
 
 
-def step(settings: Settings, *, diptych: bool = False, seen: int = 0) -> ComponentSpec:
-    """One Euler step on a latent; `seen` image tokens follow the words."""
+def step(settings: Settings, *, diptych: bool = False, image_tokens: int = 0) -> ComponentSpec:
+    """One Euler step on a latent. So many image tokens follow the words."""
     sizes, choices = sizes_of(settings), settings.choices
     wide = "w2" if diptych else "w"
     latent = TensorSpec(FLOAT, ("batch", sizes.channels, "h", wide))
     inputs = {"z": latent, "y": latent, "context": TensorSpec(FLOAT, (1, sizes.words, sizes.context))}
-    if seen:
-        inputs["seen"] = TensorSpec(FLOAT, ("batch", seen, sizes.context))
+    if image_tokens:
+        inputs["seen"] = TensorSpec(FLOAT, ("batch", image_tokens, sizes.context))
     if choices["split"]:
         rows = (sizes.rows, sizes.dim)
         inputs["modulation"] = TensorSpec(FLOAT, ("batch", *rows) if diptych else rows)
@@ -141,7 +141,7 @@ def step(settings: Settings, *, diptych: bool = False, seen: int = 0) -> Compone
 
 
 def modulate(settings: Settings, *, one_text: bool) -> ComponentSpec:
-    """The modulation of all steps."""
+    """The modulation of all steps in one call."""
     sizes = sizes_of(settings)
     rows = ("steps", sizes.rows, sizes.dim)
     inputs = _pooled(sizes, bridge=not one_text) | {"sigmas": TensorSpec(FLOAT, ("steps",))}
@@ -153,13 +153,13 @@ def modulate(settings: Settings, *, one_text: bool) -> ComponentSpec:
 
 
 def _pooled(sizes: Sizes, *, bridge: bool) -> dict[str, TensorSpec]:
-    """What modulates besides time."""
+    """The inputs that decide the modulation, besides time."""
     inputs = {"pooled": TensorSpec(FLOAT, (1, sizes.pooled)), "guidance": TensorSpec(FLOAT, ())}
     return inputs | ({"bridge": TensorSpec(FLOAT, ("batch", sizes.pooled))} if bridge else {})
 
 
 def encode(sizes: Sizes, *, diptych: bool = False) -> ComponentSpec:
-    """Image to latent."""
+    """The VAE's encoder, from image to latent."""
     image, latent = _pictures(sizes, diptych)
     multiples = dict.fromkeys(("height", "width"), sizes.multiple)
     arguments = {"config": sizes.vae, "diptych": diptych}
@@ -167,7 +167,7 @@ def encode(sizes: Sizes, *, diptych: bool = False) -> ComponentSpec:
 
 
 def decode(sizes: Sizes, *, diptych: bool = False, margin: int | None = None) -> ComponentSpec:
-    """Latent to image."""
+    """The VAE's decoder, from latent to image."""
     image, latent = _pictures(sizes, diptych)
     multiples = {"h": 2, "w2" if diptych else "w": 4 if diptych else 2}
     arguments = {"config": sizes.vae, "diptych": diptych, "margin": margin}
@@ -184,7 +184,7 @@ def _px(sizes: Sizes) -> dict[str, int]:
 
 
 def text_encoders(sizes: Sizes) -> dict[str, ComponentSpec]:
-    """Words' ids to what the transformer reads of them."""
+    """T5 and CLIP: from the ids of words to the tensors that the transformer reads."""
     ids, clip_ids = (TensorSpec("int64", (1, n)) for n in (sizes.words, sizes.clip_words))
     context = {"context": TensorSpec(FLOAT, (1, sizes.words, sizes.context))}
     pooled = {"pooled": TensorSpec(FLOAT, (1, sizes.pooled))}
@@ -195,7 +195,7 @@ def text_encoders(sizes: Sizes) -> dict[str, ComponentSpec]:
 
 
 def tiles(settings: Settings, whole_px: tuple[int, int] | None = None) -> Tiles:
-    """How a system cuts large images; fixed sizes leave nothing whole."""
+    """How a system cuts images. With fixed sizes, every tile has one of them, and no image is taken whole."""
     sizes, fixed = sizes_of(settings), tuple(settings.choices["fixed"])
     if not fixed:
         high, wide = whole_px or sizes.whole_px
@@ -205,7 +205,7 @@ def tiles(settings: Settings, whole_px: tuple[int, int] | None = None) -> Tiles:
 
 
 def caller_inputs(settings: Settings) -> dict[str, Input]:
-    """What may be chosen at run time; a table made at build has chosen already."""
+    """The inputs that a caller may set. Those that a table of the build depends on are not among them."""
     inputs, fixed = {}, settings.choices["fixed"]
     if not fixed:
         inputs["guidance"] = Input(FLOAT, default=settings.choices["guidance"], help=GUIDANCE, least=0)
@@ -219,7 +219,7 @@ def _strength(settings: Settings) -> float:
 
 
 def tokenizer_texts(sizes: Sizes, folder: Path | None) -> dict[str, str]:
-    """T5's and CLIP's tokenizers as single files; without a folder, synthetic ones of the same kind."""
+    """The tokenizers of T5 and CLIP, one file each. Without a folder they are synthetic, of the same kind."""
     from tilewright.export import tokenizers
 
     with tempfile.TemporaryDirectory() as temporary:
@@ -237,7 +237,7 @@ def tokenizer_texts(sizes: Sizes, folder: Path | None) -> dict[str, str]:
 def prompt_constants(
     settings: Settings, run: Run, options: Mapping[str, Any], folder: Path | None, words: str | None
 ) -> dict[str, Any]:
-    """context and pooled of the fixed prompt: given as tensors, or of words by the text encoders."""
+    """`context` and `pooled` of the fixed prompt: from the text encoders, or from the user's file of embeddings."""
     import numpy as np
 
     from tilewright.runtime.inputs import tensors_of
@@ -252,12 +252,14 @@ def prompt_constants(
         "prompt_embeds": (1, sizes.words, sizes.context),
         "pooled_prompt_embeds": (1, sizes.pooled),
     }
-    held = tensors_of(path, tuple(shapes))
+    tensors = tensors_of(path, tuple(shapes))
     for name, shape in shapes.items():
-        if held[name].shape != shape:
-            there = list(held[name].shape)
-            raise InputError(f"{path}: {name!r} has shape {there}, not {list(shape)}; save what the text encoders give")
-    embeds = [np.asarray(held[name], np.float32) for name in shapes]
+        if tensors[name].shape != shape:
+            raise InputError(
+                f"{path}: {name!r} has shape {list(tensors[name].shape)}, not {list(shape)};"
+                " save what the text encoders give"
+            )
+    embeds = [np.asarray(tensors[name], np.float32) for name in shapes]
     return dict(zip(("context", "pooled"), embeds, strict=True))
 
 
@@ -271,7 +273,7 @@ def _ids(tokenizer: str, words: str, length: int) -> Any:
 
 
 def modulation_tables(settings: Settings, run: Run, pooled: Any) -> dict[str, Any]:
-    """For each fixed tile size, its rows of every step; `modulation.TOKENS` where there are several."""
+    """The modulation of every step for each fixed tile size; with several sizes, one table `modulation.TOKENS` each."""
     import numpy as np
 
     from tilewright.runtime.plan.schedules import flow_shift
@@ -285,12 +287,12 @@ def modulation_tables(settings: Settings, run: Run, pooled: Any) -> dict[str, An
         rows = run("modulate", pooled=pooled, guidance=np.float32(choices["guidance"]), sigmas=sigmas, **scale)
         tables["modulation" if len(choices["fixed"]) == 1 else f"modulation.{tokens}"] = rows["modulation"]
     if choices["fixed"] and _modulated(settings):
-        tables["lora_scale"] = np.array(strength)  # the table holds it already
+        tables["lora_scale"] = np.array(strength)  # the strength that the table was computed with
     return tables
 
 
 def schedule_options(settings: Settings) -> dict[str, Any]:
-    """Of the program's `flow_shift`: what is not as it is usual."""
-    said, names = sizes_of(settings).schedule, OF_SCHEDULE
-    line = {names[name]: said[name] for name in names if said[name] != SCHEDULE[name]}
+    """The options of `flow_shift` that differ from its defaults."""
+    schedule, names = sizes_of(settings).schedule, SCHEDULE_OPTIONS
+    line = {names[name]: schedule[name] for name in names if schedule[name] != SCHEDULE[name]}
     return line | {name: bound for name, bound in settings.choices["mu"].items() if bound is not None}

@@ -1,6 +1,6 @@
-"""The sizes of FLUX.1-Fill as the user's files say or show them: transformer, VAE, schedule and tiles.
+"""The sizes of FLUX.1-Fill, read from the user's files: transformer, VAE, schedule and tiles.
 
-A configuration file comes before what shapes show, and both must agree. A preset fills in what neither tells.
+Sizes come from configuration files and from the shapes of tensors, which must agree. The preset has the others.
 """
 
 from dataclasses import replace
@@ -19,7 +19,7 @@ from tilewright.export.systems.flux.user_files import (
     warn_of_usual,
 )
 from tilewright.export.weights.config import read_config
-from tilewright.export.weights.sizes import Said, file_of, folder_of, network_sizes
+from tilewright.export.weights.sizes import FileSizes, file_of, folder_of, network_sizes
 from tilewright.runtime.bundle.strict import one_line
 from tilewright.runtime.errors import InputError
 
@@ -27,7 +27,7 @@ __all__ = ["fill_sizes"]
 
 
 def fill_sizes(preset: Preset, files: UserFiles) -> Sizes:
-    """Those of the transformer, the VAE, the schedule and the tiles."""
+    """The preset's sizes with those of the user's transformer, VAE and schedule, and with tiles that fit them."""
     usual: Sizes = preset.sizes
     vae, side = _vae(preset, files)
     transformer = _transformer(preset, files)
@@ -49,41 +49,41 @@ def _transformer(preset: Preset, files: UserFiles) -> dict[str, Any]:
     if "transformer" not in files.tensors:
         return dict(usual)
     shapes, file = Shapes("step", files.tensors["transformer"]), file_of(files.tensors["transformer"])
-    shown = _transformer_shown(shapes)
-    taken, made = shown.get("in_channels"), shown.get("out_channels")
-    if taken and made and taken <= 2 * made:
+    shape_sizes = _transformer_shape_sizes(shapes)
+    in_channels, out_channels = shape_sizes.get("in_channels"), shape_sizes.get("out_channels")
+    if in_channels and out_channels and in_channels <= 2 * out_channels:
         raise InputError(
             one_line(
-                f"weights {file}: the transformer takes {taken} channels and gives {made}: this is another FLUX,"
-                " without mask channels; give FLUX.1-Fill-dev"
+                f"weights {file}: the transformer takes {in_channels} channels and gives {out_channels}:"
+                " this is another FLUX, without mask channels; give FLUX.1-Fill-dev"
             )
         )
-    if shown and not shown["guidance_embeds"]:
+    if shape_sizes and not shape_sizes["guidance_embeds"]:
         raise InputError(one_line(f"weights {file}: the transformer takes no guidance; give FLUX.1-Fill-dev"))
-    return sizes_of(configs.FLUX, "transformer", preset, files, usual, shown)
+    return sizes_of(configs.FLUX, "transformer", preset, files, usual, shape_sizes)
 
 
-def _transformer_shown(shapes: Shapes) -> dict[str, Any]:
+def _transformer_shape_sizes(shapes: Shapes) -> dict[str, Any]:
     double, single = "transformer.transformer_blocks.{}", "transformer.single_transformer_blocks.{}"
     norm = ".attn.norm_q.weight"
     inner, width = shapes.side("transformer.x_embedder.weight", 0), None
     for block in (double, single):
         width = width or shapes.side(block.format(0) + norm, 0, axes=1)
-    shown: dict[str, Any] = {
+    shape_sizes: dict[str, Any] = {
         "in_channels": shapes.side("transformer.x_embedder.weight", 1),
         "out_channels": shapes.side("transformer.proj_out.weight", 0),
         "attention_head_dim": width,
         "num_attention_heads": inner // width if inner and width else None,
         "joint_attention_dim": shapes.side("transformer.context_embedder.weight", 1),
         "pooled_projection_dim": shapes.side("transformer.time_text_embed.text_embedder.linear_1.weight", 1),
-        "guidance_embeds": bool(shapes.of("transformer.time_text_embed.guidance_embedder.linear_1.weight")),
+        "guidance_embeds": bool(shapes.shape("transformer.time_text_embed.guidance_embedder.linear_1.weight")),
     }
     counts = {"num_layers": shapes.blocks(double + norm), "num_single_layers": shapes.blocks(single + norm)}
-    return shown | counts if inner else {}
+    return shape_sizes | counts if inner else {}
 
 
 def _check_channels(sizes: Sizes, preset: Preset, files: UserFiles) -> None:
-    """A token is four cells of the noisy latent, of the given latent and of a mask with all pixels of a cell."""
+    """Refuse channels that do not fit: a token has four cells of noise, of image and of mask, a cell all its pixels."""
     transformer, vae = (source_of(origin, preset, files) for origin in ("transformer", "vae"))
     gives, takes = (sizes.transformer[name] for name in ("out_channels", "in_channels"))
     needed = 4 * sizes.channels
@@ -95,20 +95,20 @@ def _check_channels(sizes: Sizes, preset: Preset, files: UserFiles) -> None:
 
 
 def _vae(preset: Preset, files: UserFiles) -> tuple[dict[str, Any], int | None]:
-    """Its sizes, and the side of the pictures that it was trained on."""
+    """The sizes of the VAE, and the side of the pictures that it was trained on if its file names one."""
     usual = preset.sizes.vae
     if "vae" not in files.tensors:
         return dict(usual), None
-    shown = _vae_shown(Shapes("encode", named_by_diffusers(files.tensors["vae"])))
-    sizes = sizes_of(configs.VAE, "vae", preset, files, usual, shown)
+    shape_sizes = _vae_shape_sizes(Shapes("encode", named_by_diffusers(files.tensors["vae"])))
+    sizes = sizes_of(configs.VAE, "vae", preset, files, usual, shape_sizes)
     file = folder_of(files.places["vae"]) / configs.VAE.file
     side = read_config(file, configs.VAE.classes).get("sample_size") if file.is_file() else None
     return sizes, side if type(side) is int and side > 0 else None
 
 
-def _vae_shown(shapes: Shapes) -> dict[str, Any]:
+def _vae_shape_sizes(shapes: Shapes) -> dict[str, Any]:
     block = "encoder.down_blocks.{}.resnets.0.conv1.weight"
-    widths = tuple(shapes.of(block.format(i))[0] for i in range(shapes.blocks(block)))
+    widths = tuple(shapes.shape(block.format(i))[0] for i in range(shapes.blocks(block)))
     moments = shapes.side("encoder.conv_out.weight", 0, axes=4)
     if not widths:
         return {}
@@ -118,8 +118,8 @@ def _vae_shown(shapes: Shapes) -> dict[str, Any]:
         "up_block_types": ("UpDecoderBlock2D",) * len(widths),
         "layers_per_block": shapes.blocks("encoder.down_blocks.0.resnets.{}.conv1.weight"),
         "latent_channels": moments // 2 if moments else None,
-        "use_quant_conv": bool(shapes.of("quant_conv.weight")),
-        "use_post_quant_conv": bool(shapes.of("post_quant_conv.weight")),
+        "use_quant_conv": bool(shapes.shape("quant_conv.weight")),
+        "use_post_quant_conv": bool(shapes.shape("post_quant_conv.weight")),
     }
 
 
@@ -128,8 +128,8 @@ def _schedule(preset: Preset, files: UserFiles) -> dict[str, Any]:
     if folder is None:
         return dict(usual)
     file = folder / "scheduler" / configs.FLOW.file
-    said = configs.FLOW.read(file)
-    if said is None:
+    values = configs.FLOW.read(file)
+    if values is None:
         warn_of_usual("scheduler", file, preset, usual)
         return dict(usual)
-    return network_sizes("scheduler", preset, usual, Said(f"config {file}", said), None)
+    return network_sizes("scheduler", preset, usual, FileSizes(f"config {file}", values), None)

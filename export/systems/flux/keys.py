@@ -1,7 +1,7 @@
-"""FLUX's key names: a parameter of a graph to what published files call it.
+"""The names of FLUX's tensors in published files, for each parameter of a graph.
 
-Ours are those of diffusers and transformers; the single files of the models' authors have other names, and keep some
-matrices fused, whose rows are references too.
+Our parameters have the names of diffusers and transformers. The single files of the models' authors use other names
+and fuse some matrices: a parameter is then some rows of a fused tensor.
 """
 
 import re
@@ -9,9 +9,9 @@ from dataclasses import replace
 
 from tilewright.export.system import Rows, Tensors
 
-__all__ = ["OF_COMPONENT", "ignored", "keys", "named_by_diffusers", "origin"]
+__all__ = ["ORIGIN_OF_COMPONENT", "ignored", "keys", "named_by_diffusers", "origin"]
 
-OF_COMPONENT = {
+ORIGIN_OF_COMPONENT = {
     "step": "transformer",
     "modulate": "transformer",
     "encode": "vae",
@@ -25,19 +25,19 @@ OF_COMPONENT = {
 
 
 def origin(component: str, parameter: str) -> str:
-    """Low-rank pairs come from the LoRA, all else from its component's folder."""
-    return "lora" if ".lora_" in parameter else OF_COMPONENT[component]
+    """The origin of a parameter: the LoRA for low-rank pairs, else the folder of its component."""
+    return "lora" if ".lora_" in parameter else ORIGIN_OF_COMPONENT[component]
 
 
 def keys(component: str, parameter: str) -> tuple[str | Rows, ...]:
-    """A parameter as diffusers or transformers name it in files, then as the models' own authors do."""
+    """The names of a parameter in files: of diffusers or transformers, then of the models' authors."""
     if component in ("step", "modulate"):
         return _transformer_keys(parameter.removeprefix("transformer."))
     if component == "bridge":
         return (f"vcb.{parameter}",)
     name = parameter.removeprefix("model.")
     prefix = {"clip": "text_model.", "see": "vision_model."}.get(component)
-    towers = ("vision_model.", "visual_projection.")  # CLIP's with a projection keeps its published names
+    towers = ("vision_model.", "visual_projection.")  # CLIP with a projection has its published names already
     return (prefix + name, name) if prefix and not name.startswith(towers) else (name,)
 
 
@@ -49,7 +49,7 @@ def _transformer_keys(name: str) -> tuple[str | Rows, ...]:
     half = int(module.endswith("shift"))
     if kind == "lora_A":
         return (f"{path}.lora_A",)
-    authors = Rows(f"final_layer.adaLN_modulation.1.{kind}", 1 - half, 2 - half, 2)  # theirs is shift, then scale
+    authors = Rows(f"final_layer.adaLN_modulation.1.{kind}", 1 - half, 2 - half, 2)  # shift is first
     return (Rows(f"{path}.{kind}", half, half + 1, 2), *(() if kind == "lora_B" else (authors,)))
 
 
@@ -90,7 +90,7 @@ SEVENTHS = {"attn.to_q": (0, 1), "attn.to_k": (1, 2), "attn.to_v": (2, 3), "proj
 
 
 def _authors_key(module: str, kind: str) -> tuple[str | Rows, ...]:
-    """The name in flux1-fill-dev.safetensors, where q, k, v (and a single block's mlp) are one tensor."""
+    """The name in flux1-fill-dev.safetensors. There q, k and v are one tensor, in a single block the mlp with them."""
     if module in AUTHORS:
         return (f"{AUTHORS[module]}.{kind}",)
     match = re.fullmatch(r"(single_)?transformer_blocks\.(\d+)\.(.+)", module)
@@ -124,9 +124,9 @@ AUTHORS_UP = re.compile(r"decoder\.up\.(\d+)\.")
 
 
 def named_by_diffusers(vae: Tensors) -> Tensors:
-    """The tensors of ae.safetensors by the names of diffusers; its attention is of 1x1 convolutions, the same bytes.
+    """The tensors of ae.safetensors under the names of diffusers.
 
-    The authors count the decoder's blocks from the picture inwards, so the names depend on how many there are.
+    The authors count the decoder's blocks from the picture inwards, so the names depend on how many blocks there are.
     """
     blocks = [int(match[1]) for match in map(AUTHORS_UP.match, vae.tensors) if match]
     if not blocks:
@@ -142,7 +142,7 @@ def _by_diffusers(key: str, last: int) -> str:
 
 
 def ignored(origin: str, key: str) -> bool:
-    """Towers, heads and counters that published files hold beside what is read."""
+    """Whether no network reads a key: published files also hold other towers, heads and counters."""
     if key.endswith("position_ids"):
         return True
     if origin == "text_encoder":

@@ -1,4 +1,4 @@
-"""The sizes of FLUX.1-Fill and of the encoders around it: as published, and smaller ones of the same form."""
+"""The sizes of FLUX.1-Fill and of the encoders around it: the published ones, and smaller ones of the same form."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,7 +14,7 @@ __all__ = [
 ]
 
 
-UNREAD = ("projection_dim", "bos_token_id")  # by CLIP's text encoder without a projection
+UNREAD = ("projection_dim", "bos_token_id")  # keys that CLIP's text encoder without a projection does not read
 CLIP_TEXT = replace(
     configs.CLIP_TEXT,
     defaults={key: value for key, value in configs.CLIP_TEXT.defaults.items() if key not in UNREAD},
@@ -59,7 +59,7 @@ SCHEDULE: dict[str, Any] = dict(configs.FLOW.defaults)
 
 
 def _vae(channels: tuple[int, ...], **changes: Any) -> dict[str, Any]:
-    """Blocks of one kind, as many as there are widths."""
+    """A VAE with one block for each width."""
     down, up = ("DownEncoderBlock2D",) * len(channels), ("UpDecoderBlock2D",) * len(channels)
     blocks = {"block_out_channels": channels, "down_block_types": down, "up_block_types": up}
     return FULL_VAE | blocks | changes
@@ -92,11 +92,11 @@ def _clip_processor(side: int) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Sizes:
-    """The networks' configurations, and the lengths between them. Those of networks that a build has not are empty."""
+    """The sizes of every network, and the widths between them. A network that a build lacks has an empty dict."""
 
     transformer: dict[str, Any]
     vae: dict[str, Any]
-    words: int  # T5's ids
+    words: int  # ids that T5 reads
     tile_px: int
     overlap_px: int
     whole_px: tuple[int, int]
@@ -108,7 +108,7 @@ class Sizes:
     siglip_processor: dict[str, Any] = field(default_factory=dict)
     clip_vision: dict[str, Any] = field(default_factory=dict)
     clip_processor: dict[str, Any] = field(default_factory=dict)
-    bridge: int = 0  # width of VICR's bridge between its ends
+    bridge: int = 0  # inner width of VICR's bridge
 
     @property
     def spatial(self) -> int:
@@ -122,27 +122,27 @@ class Sizes:
 
     @property
     def channels(self) -> int:
-        """Of the latent."""
+        """Channels of the latent."""
         return int(self.vae["latent_channels"])
 
     @property
     def dim(self) -> int:
-        """Of the transformer."""
+        """Width of the transformer."""
         return int(self.transformer["attention_head_dim"] * self.transformer["num_attention_heads"])
 
     @property
     def rows(self) -> int:
-        """Vectors that modulate a step."""
+        """Modulation vectors of a step."""
         return 12 * int(self.transformer["num_layers"]) + 3 * int(self.transformer["num_single_layers"]) + 2
 
     @property
     def context(self) -> int:
-        """Width of what the transformer reads of words."""
+        """Width of the vector that the transformer reads for each word."""
         return int(self.transformer["joint_attention_dim"])
 
     @property
     def pooled(self) -> int:
-        """Width of what the transformer reads of the whole text."""
+        """Width of the pooled text, the vector that the transformer reads for the whole text."""
         return int(self.transformer["pooled_projection_dim"])
 
 

@@ -1,7 +1,7 @@
-"""VICR: FLUX.1-Fill restores as the right half of a diptych, led by the image's words and by what CLIP sees.
+"""VICR: FLUX.1-Fill makes the restored image as the right half of a diptych, led by a prompt and by CLIP's embedding.
 
-Every tile is a canvas of its own, [image | to be made]. What the words decide is apart from what the image decides, so
-that a round with other words repeats only the former.
+Every tile is its own canvas: the degraded image on the left, the restored one on the right. Prompt and image have
+separate passes, so that another prompt for the same image repeats only the passes of the prompt.
 """
 
 from collections.abc import Mapping
@@ -33,19 +33,19 @@ from tilewright.runtime.errors import UsageError
 
 __all__ = ["SYSTEM"]
 
-PRESETS = {name: sizes for name, sizes in SIZES.items() if name != "demo"}  # nobody trained a small one
+PRESETS = {name: sizes for name, sizes in SIZES.items() if name != "demo"}  # the demo's weights are In-Token's
 STEPS = 30
 OPTIONS = {
     name: option for name, option in fill.BASE_OPTIONS.items() if name not in ("prompt", "prompt_embeds", "fixed_tile")
 } | {
     "clip": Option("folder of clip-vit-large-patch14", names=("clip-vit-large-patch14",)),
     "lora": Option("file with LoRA and bridge (vcb.*); its strength behind a colon", names=("vicr.safetensors",)),
-    "margin_columns": Option("decode the right panel and so many latent columns, not the canvas", kind=int),
-    "no_text": Option("leave the text encoders out: embeddings are given at run time", flag=True),
+    "margin_columns": Option("decode only the right half and so many latent columns beside it", kind=int),
+    "no_text": Option("leave the text encoders out: the caller gives embeddings", flag=True),
 }
 ORIGINS = fill.BASE_ORIGINS | {
     "image_encoder": Origin("clip", (".",), "CLIP ViT-L/14's image tower"),
-    "lora": Origin("lora", (".",), "VICR's LoRA and bridge", read=as_parameters),
+    "lora": Origin("lora", (".",), "VICR's LoRA and bridge", rename=as_parameters),
 }
 WORDS = ("t5_ids", "clip_ids")
 TOKENIZERS = ("tokenizers/t5.json", "tokenizers/clip.json")
@@ -54,13 +54,13 @@ EMBEDS = "the prompt as the text encoders give it, instead of words"
 
 
 def settings(preset: Preset, options: Mapping[str, Any], files: UserFiles) -> Settings:
-    """Text encoders are built in where they are there; all sizes are those of the files."""
+    """The choices of a build and the sizes of the files. Text encoders are built in if the files have them."""
     margin = options.get("margin_columns")
     if margin is not None and margin < 0:
         raise UsageError(f"--margin-columns {margin} must be 0 or more; 16 is usual")
-    there = all(name in files.tensors for name in ("text_encoder", "text_encoder_2"))
+    has_text_encoders = all(name in files.tensors for name in ("text_encoder", "text_encoder_2"))
     random = "transformer" not in files.tensors
-    text = (there or random) and not options.get("no_text")
+    text = (has_text_encoders or random) and not options.get("no_text")
     sizes = clip_vision_sizes(fill_sizes(preset, files), preset, files)
     if text:
         sizes = text_sizes(sizes, preset, files)
@@ -72,7 +72,7 @@ def settings(preset: Preset, options: Mapping[str, Any], files: UserFiles) -> Se
 
 
 def components(settings: Settings) -> dict[str, ComponentSpec]:
-    """encode, see, bridge, modulate, step, decode, and the text encoders where they are built in."""
+    """The networks of the bundle: encode, see, bridge, step, decode, and by choice modulate and text encoders."""
     sizes, choices = fill.sizes_of(settings), settings.choices
     clip, processor = sizes.clip_vision, sizes.clip_processor
     projected = clip["projection_dim"]
@@ -101,7 +101,7 @@ def components(settings: Settings) -> dict[str, ComponentSpec]:
 
 
 def program(settings: Settings) -> Program:
-    """text, then condition, modulate, sample and decode, each on the same tiles."""
+    """The passes text, condition, modulate, sample and decode. All but text run on the same tiles."""
     sizes, choices = fill.sizes_of(settings), settings.choices
     tiles = fill.tiles(settings, (sizes.tile_px, sizes.tile_px))
     steps = Steps("flow_shift", choices["steps"], sizes.multiple**2 // 2, fill.schedule_options(settings))
@@ -117,7 +117,7 @@ def program(settings: Settings) -> Program:
     else:
         inputs["context"] = Input("float32", (1, sizes.words, sizes.context))
         inputs["pooled"] = Input("float32", (1, sizes.pooled))
-    taken = components(settings)
+    specs = components(settings)
     look = (
         Call("encode", {"image": "image"}, {"latent": "y"}),
         Call("see", {"image": "image"}, {"embeds": "embeds"}),
@@ -127,11 +127,11 @@ def program(settings: Settings) -> Program:
     feed = {name: f"${name}" for name in inputs}
     feed |= {"pooled": f"{text}pooled", "bridge": "bridge", "sigmas": "@sigma", "context": f"{text}context"}
     if choices["split"]:
-        call = Call("modulate", {n: feed[n] for n in taken["modulate"].inputs}, {"modulation": "modulation"})
+        call = Call("modulate", {n: feed[n] for n in specs["modulate"].inputs}, {"modulation": "modulation"})
         passes.append(Pass("modulate", tiles, steps, once=(call,)))
     feed |= {"z": "z", "y": "y", "sigma": "@sigma", "sigma_next": "@sigma_next", "modulation": "@modulation"}
     state = {"z": State((sizes.channels, f"h/{sizes.spatial}", f"w/{sizes.spatial // 2}"), "noise")}
-    each = (Call("step", {n: feed[n] for n in taken["step"].inputs}, {"z_next": "z"}),)
+    each = (Call("step", {n: feed[n] for n in specs["step"].inputs}, {"z_next": "z"}),)
     decode = (Call("decode", {"latent": "z"}, {"image": "result"}),)
     passes += [Pass("sample", tiles, steps, state, each=each), Pass("decode", tiles, once=decode)]
     grids = {"image": Grid(1, 3, "input"), "result": Grid(1, 3)}
@@ -141,17 +141,17 @@ def program(settings: Settings) -> Program:
 
 
 def tokenizers(settings: Settings, options: Mapping[str, Any], folder: Path | None) -> dict[str, str]:
-    """For the words of each image."""
+    """The tokenizers of the prompt, which each image may have its own of."""
     return fill.tokenizer_texts(fill.sizes_of(settings), folder) if settings.choices["text"] else {}
 
 
 def stand_in() -> dict[str, Any]:
-    """The published folders, and the LoRA and bridge as the paper describes them."""
+    """The published folders, and a file with the LoRA and the bridge of the paper."""
     from tilewright.export.graph.trace import parameter_specs
     from tilewright.export.systems.flux import files
 
     sizes = PRESETS["full"]
-    specs = components(settings(Preset("full", sizes, asked=False), {}, UserFiles({}, {})))
+    specs = components(settings(Preset("full", sizes, explicit=False), {}, UserFiles({}, {})))
     clip, bridge = (
         {str(keys(name, key)[0]): spec for key, spec in parameter_specs(specs[name]).items()}
         for name in ("see", "bridge")

@@ -1,1 +1,1 @@
-"""HiTokSR: x4 in one pass."""
+"""HiTokSR: x4 super-resolution in one pass."""

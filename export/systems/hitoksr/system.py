@@ -1,7 +1,7 @@
 """HiTokSR: x4 super-resolution in a single pass of predicted codebook indices.
 
-Two components, split where the picture is a list of integers: what comes before may be judged by indices, what comes
-after by pixels, and each may have a precision of its own.
+Two components meet where the picture is a list of integers. The first is judged by its indices, the second by its
+pixels, and each may have its own precision.
 """
 
 import json
@@ -15,8 +15,8 @@ from tilewright.export.systems.hitoksr.sizes import (
     PRESETS,
     PUBLISHED_VISION,
     TILING,
-    of_networks,
     sizes_and_licence,
+    sizes_of_networks,
 )
 from tilewright.runtime.bundle.program import Call, Grid, Pass, Program, TensorSpec, Tiles
 
@@ -24,13 +24,13 @@ __all__ = ["SYSTEM"]
 
 
 def settings(preset: Preset, options: Mapping[str, Any], files: UserFiles) -> Settings:
-    """The sizes that files say, and the licence of the user's weights where their config.json names one."""
+    """The sizes in the user's files, and the licence of the weights if their config.json names one."""
     sizes, licence = sizes_and_licence(preset, options, files)
     return Settings(sizes, {"licence": licence} if licence else {})
 
 
 def components(settings: Settings) -> dict[str, ComponentSpec]:
-    """generate: image to codes and indices. decode: codes to image."""
+    """Two networks: `generate` makes codes and indices of an image, `decode` an image of codes."""
     sizes = settings.sizes
     groups, patch = sizes["groups"], sizes["patch_px"]
     image = TensorSpec("float32", ("batch", 3, "height", "width"))
@@ -40,7 +40,7 @@ def components(settings: Settings) -> dict[str, ComponentSpec]:
     px = {"height": 1, "width": 1, "rows": patch, "columns": patch}
     multiples = {"height": patch, "width": patch}
     coded = {"codes": codes, "indices": indices}
-    arguments = of_networks(sizes)
+    arguments = sizes_of_networks(sizes)
     return {
         "generate": ComponentSpec("hitoksr.generate", {"image": image}, coded, px, multiples, arguments),
         "decode": ComponentSpec("hitoksr.decode", {"codes": codes}, {"image": image}, px, {}, arguments),
@@ -48,7 +48,7 @@ def components(settings: Settings) -> dict[str, ComponentSpec]:
 
 
 def program(settings: Settings) -> Program:
-    """One pass: a tile in, a tile out. Tiles are as large as the crops of training."""
+    """One pass over tiles, which are as large as the crops of training."""
     calls = (
         Call("generate", {"image": "image"}, {"codes": "codes"}),
         Call("decode", {"codes": "codes"}, {"image": "result"}),
@@ -59,7 +59,7 @@ def program(settings: Settings) -> Program:
 
 
 def keys(component: str, parameter: str) -> tuple[str, ...]:
-    """Our own names, and DINOv3's as published or as transformers 5 spells them."""
+    """The names of a parameter: ours, and for DINOv3 also the published ones and those of transformers 5."""
     name = parameter.removeprefix("vision.")
     if not name.startswith("vfm."):
         return (name,)
@@ -68,12 +68,12 @@ def keys(component: str, parameter: str) -> tuple[str, ...]:
 
 
 def ignored(origin: str, key: str) -> bool:
-    """The tokenizer's encoder and DINOv3's mask token serve training only."""
+    """Whether a key serves training only: the tokenizer's encoder and DINOv3's mask token."""
     return key.startswith("encoder.") or key.endswith("embeddings.mask_token")
 
 
 def stand_in() -> dict[str, Any]:
-    """Our own file and DINOv3's folder, each with its configuration."""
+    """HiTokSR's file and DINOv3's folder, each with its configuration file."""
     from tilewright.export.graph.trace import parameter_specs
 
     sizes, _ = sizes_and_licence(Preset("full", PRESETS["full"], True), {}, UserFiles({}, {}))

@@ -1,4 +1,4 @@
-"""InstantIR's networks as components: what each takes, what it gives, and the sizes between them."""
+"""InstantIR's networks as components, with the inputs and outputs of each."""
 
 import re
 from typing import Any
@@ -13,25 +13,25 @@ FLOAT = "float32"
 WORDS = ("ids", "ids_2")
 GATES = ("control_start", "control_end", "preview_start", "preview_end")
 NUMBER, CHOICE = TensorSpec(FLOAT, ()), TensorSpec("int64", ())
-TABLE, GATE, OF_TILE = TensorSpec(FLOAT, ("steps",)), TensorSpec(FLOAT, (1,)), TensorSpec(FLOAT, ("batch", 1))
+TABLE, GATE, PER_TILE = TensorSpec(FLOAT, ("steps",)), TensorSpec(FLOAT, (1,)), TensorSpec(FLOAT, ("batch", 1))
 IMAGE, LATENT = TensorSpec(FLOAT, ("batch", 3, "height", "width")), TensorSpec(FLOAT, ("batch", 4, "h", "w"))
-PREDICTED = TensorSpec(FLOAT, ("batch", 2, 4, "h", "w"))  # without and with the words
+PREDICTED = TensorSpec(FLOAT, ("batch", 2, 4, "h", "w"))  # without the prompt, and with it
 TIME = dict.fromkeys(("t", "alpha", "beta"), NUMBER)
 
 
 class _Specs:
-    """The tensors between components that depend on sizes."""
+    """The specs of tensors between components that depend on sizes."""
 
     def __init__(self, sizes: Sizes) -> None:
         cells = f"height/{sizes.spatial}", f"width/{sizes.spatial}"
         self.encoded = TensorSpec(FLOAT, ("batch", 4, *cells))
-        self.features = TensorSpec(FLOAT, ("batch", sizes.seen, sizes.dino["hidden_size"]))
-        self.table = TensorSpec(FLOAT, (1, *self.features.shape[1:]))  # of positions, and features of nothing
+        self.features = TensorSpec(FLOAT, ("batch", sizes.features, sizes.dino["hidden_size"]))
+        self.table = TensorSpec(FLOAT, (1, *self.features.shape[1:]))  # DINOv2's positions, and its empty image
         self.context = TensorSpec(FLOAT, (1, sizes.words, sizes.context))
         self.pooled = dict.fromkeys(("pooled", "negative_pooled"), TensorSpec(FLOAT, (1, sizes.pooled)))
         width = sizes.keys_and_values
         self.words = TensorSpec(FLOAT, (2, sizes.words, width))
-        self.seen = TensorSpec(FLOAT, ("batch", 2, sizes.resampler["queries"], width))
+        self.image_tokens = TensorSpec(FLOAT, ("batch", 2, sizes.resampler["queries"], width))
         self.residuals = {
             name: TensorSpec(FLOAT, ("batch", 2, channels, *(f"{axis}/{part}" if part > 1 else axis for axis in "hw")))
             for name, (channels, part) in sizes.residuals.items()
@@ -41,7 +41,7 @@ class _Specs:
 
 
 def components(settings: Settings) -> dict[str, ComponentSpec]:
-    """text, words, encode, start, see, look, gates, unet, aggregate, step, decode; merged, each role has networks."""
+    """The networks of the bundle. With a merged LoRA, the base and the previewer have a UNet and a resampler each."""
     sizes = Sizes(**settings.sizes)
     specs = _Specs(sizes)
     parts = _conditions(sizes, specs) | _sampler(sizes, specs) | _roles(sizes, specs, settings)
@@ -54,15 +54,15 @@ def components(settings: Settings) -> dict[str, ComponentSpec]:
 
 
 def _conditions(sizes: Sizes, specs: _Specs) -> dict[str, ComponentSpec]:
-    """What is made once of words and image, and the image at the end."""
+    """The networks that run once an image: words, see, encode and decode."""
     contexts = dict.fromkeys(("context", "negative_context"), specs.context)
-    looked = {"image": IMAGE, "positions": specs.table}
+    see_inputs = {"image": IMAGE, "positions": specs.table}
     pixels = dict.fromkeys(("height", "width"), sizes.multiple)
     vae = {"config": sizes.vae}
     return {
         "words": ComponentSpec("instantir.Words", contexts, {"words": specs.words}, arguments={"config": sizes.unet}),
         "see": ComponentSpec(
-            "vision.Dino", looked, {"features": specs.features}, specs.px, arguments=_dino_arguments(sizes)
+            "vision.Dino", see_inputs, {"features": specs.features}, specs.px, arguments=_dino_arguments(sizes)
         ),
         "encode": ComponentSpec("vae.Encode", {"image": IMAGE}, {"latent": specs.encoded}, specs.px, pixels, vae),
         "decode": ComponentSpec("vae.Decode", {"latent": LATENT}, {"image": IMAGE}, specs.px, specs.cells, vae),
@@ -70,40 +70,56 @@ def _conditions(sizes: Sizes, specs: _Specs) -> dict[str, ComponentSpec]:
 
 
 def _sampler(sizes: Sizes, specs: _Specs) -> dict[str, ComponentSpec]:
-    """What a step is beside its predictions."""
-    begin = {"latent": LATENT, "noise": LATENT, "alpha": TABLE, "beta": TABLE, "start": CHOICE}
+    """The parts of the sampler besides the UNet."""
+    start_inputs = {"latent": LATENT, "noise": LATENT, "alpha": TABLE, "beta": TABLE, "start": CHOICE}
     gates = dict.fromkeys(("control_on", "preview_on"), TensorSpec(FLOAT, ("steps", 1)))
-    judged = {"z": LATENT, "y": LATENT, "noise": PREDICTED, "preview": LATENT, "delta": OF_TILE} | specs.pooled | TIME
-    judged |= {"adares": CHOICE, "control_scale": NUMBER, "control_on": GATE, "preview_on": GATE}
-    steering = {"shown": LATENT, "moved": OF_TILE, "control": OF_TILE, "mid": specs.residuals["mid"]} | specs.residuals
-    taken = {"z": LATENT, "predicted": PREDICTED, "preview": LATENT, "moved": OF_TILE, "noise": LATENT}
-    taken |= {"guidance": NUMBER, "sampler": CHOICE} | TIME | dict.fromkeys(("alpha_next", "beta_next"), NUMBER)
-    stepped = {"z_next": LATENT, "delta": OF_TILE}
+    aggregate_inputs = (
+        {"z": LATENT, "y": LATENT, "noise": PREDICTED, "preview": LATENT, "delta": PER_TILE} | specs.pooled | TIME
+    )
+    aggregate_inputs |= {"adares": CHOICE, "control_scale": NUMBER, "control_on": GATE, "preview_on": GATE}
+    aggregate_outputs = {
+        "shown": LATENT,
+        "moved": PER_TILE,
+        "control": PER_TILE,
+        "mid": specs.residuals["mid"],
+    } | specs.residuals
+    step_inputs = {"z": LATENT, "predicted": PREDICTED, "preview": LATENT, "moved": PER_TILE, "noise": LATENT}
+    step_inputs |= {"guidance": NUMBER, "sampler": CHOICE} | TIME | dict.fromkeys(("alpha_next", "beta_next"), NUMBER)
+    step_outputs = {"z_next": LATENT, "delta": PER_TILE}
     aggregator = {"config": sizes.unet, "spatial": sizes.spatial, "hidden": sizes.hidden}
     return {
-        "start": ComponentSpec("instantir.Start", begin, {"z": LATENT}, specs.px, specs.cells),
+        "start": ComponentSpec("instantir.Start", start_inputs, {"z": LATENT}, specs.px, specs.cells),
         "gates": ComponentSpec("instantir.Gates", {"t": TABLE} | dict.fromkeys(GATES, NUMBER), gates),
-        "aggregate": ComponentSpec("instantir.Aggregate", judged, steering, specs.px, specs.cells, aggregator),
+        "aggregate": ComponentSpec(
+            "instantir.Aggregate", aggregate_inputs, aggregate_outputs, specs.px, specs.cells, aggregator
+        ),
         "step": ComponentSpec(
-            "instantir.Step", taken, stepped, specs.px, specs.cells, {"offset": sizes.schedule["spacing_offset"]}
+            "instantir.Step",
+            step_inputs,
+            step_outputs,
+            specs.px,
+            specs.cells,
+            {"offset": sizes.schedule["spacing_offset"]},
         ),
     }
 
 
 def _roles(sizes: Sizes, specs: _Specs, settings: Settings) -> dict[str, ComponentSpec]:
-    """The resampler and the UNet: one of each with branches, or one a role."""
+    """The resampler and the UNet: one of each with branches, or with a merged LoRA one for base and previewer each."""
     strength = {} if settings.merged else {"lora_scale": NUMBER}
-    steered = {"control": OF_TILE} | specs.residuals
+    steered = {"control": PER_TILE} | specs.residuals
 
     def look() -> ComponentSpec:
         branches = {module: pair for module, pair in settings.branches.items() if _of_tokens(module)}
         inputs = {"features": specs.features, "nothing": specs.table} | strength
         arguments = {"config": sizes.unet, "resampler": sizes.resampler, "branches": branches}
-        return ComponentSpec("instantir.Look", inputs, {"seen": specs.seen}, arguments=arguments)
+        return ComponentSpec("instantir.Look", inputs, {"seen": specs.image_tokens}, arguments=arguments)
 
     def unet(more: dict[str, TensorSpec]) -> ComponentSpec:
         branches = {module: pair for module, pair in settings.branches.items() if not _of_tokens(module)}
-        inputs = {"z": LATENT, "words": specs.words, "seen": specs.seen} | specs.pooled | {"t": NUMBER} | strength
+        inputs = (
+            {"z": LATENT, "words": specs.words, "seen": specs.image_tokens} | specs.pooled | {"t": NUMBER} | strength
+        )
         arguments = {"config": sizes.unet, "spatial": sizes.spatial, "adaptive": sizes.adaptive, "branches": branches}
         return ComponentSpec(
             "instantir.Unet", inputs | more, {"predicted": PREDICTED}, specs.px, specs.cells, arguments
@@ -119,7 +135,7 @@ def _dino_arguments(sizes: Sizes) -> dict[str, Any]:
 
 
 def build_time(settings: Settings) -> dict[str, ComponentSpec]:
-    """DINOv2's table of positions at its size here, and what it sees in nothing."""
+    """The networks that the build runs: DINOv2's position embeddings at this size, its features of an empty image."""
     sizes = Sizes(**settings.sizes)
     table, arguments = _Specs(sizes).table, _dino_arguments(sizes)
     resized = {"config": sizes.dino, "side": sizes.pixels["side"], "release": settings.choices["release"]}
@@ -130,5 +146,5 @@ def build_time(settings: Settings) -> dict[str, ComponentSpec]:
 
 
 def _of_tokens(module: str) -> bool:
-    """Whether a module makes keys and values of image tokens, once an image."""
+    """Whether a module makes keys and values of image tokens, which happens once an image."""
     return module.startswith("encoder_hid_proj.") or bool(re.search(r"\.to_[kv]_ip$", module))

@@ -1,6 +1,6 @@
-"""InstantIR's key names: a parameter of a graph to what the released files call it.
+"""The names of InstantIR's tensors in the released files, for each parameter of a graph.
 
-The release counts cross-attentions, in the order down, up, middle, by odd numbers; our parameters carry them.
+The release numbers cross-attentions with odd numbers, in the order down, up, middle. Our parameters contain them.
 """
 
 import re
@@ -14,12 +14,12 @@ from tilewright.export.weights.lora import as_parameters
 
 __all__ = ["LORA", "ORIGINS", "ignored", "keys", "lora_targets", "named", "origin"]
 
-LORA = LoraFile("lora", prefixes=("unet.",), default_alpha=1.0)  # the previewer's file says nothing of alpha
+LORA = LoraFile("lora", prefixes=("unet.",), default_alpha=1.0)  # the previewer's file has no alpha
 RESAMPLER = "encoder_hid_proj.image_projection_layers.0."
 PROCESSOR = re.compile(r"\.processor_(\d+)\.")
 DINO = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}
-GATED = ("gate_proj", "up_proj")  # which published files of the largest DINOv2 keep as one tensor
-OF_COMPONENT = {
+GATED = ("gate_proj", "up_proj")  # published files of the largest DINOv2 fuse the two into one tensor
+ORIGIN_OF_COMPONENT = {
     "text": "text_encoder",
     "words": "unet",
     "unet": "unet",
@@ -39,7 +39,7 @@ WITH_LORA = ("unet", "preview", "look", "look_preview")
 
 
 def named(adapter: Tensors) -> Tensors:
-    """An adapter's tensors under the names of its nested layout."""
+    """An adapter's tensors under the names of its nested layout, whichever of its two layouts the file has."""
     layouts = {"image_proj_model.": "image_proj.", "adapter_modules.": "ip_adapter."}
     tensors = {}
     for key, reference in adapter.tensors.items():
@@ -54,28 +54,28 @@ ORIGINS = {
     "text_encoder": Origin("weights", ("text_encoder",), "SDXL's CLIP-L text encoder", needed=False),
     "text_encoder_2": Origin("weights", ("text_encoder_2",), "SDXL's bigG text encoder", needed=False),
     "dino": Origin("dino", (".",), "DINOv2-large"),
-    "adapter": Origin("adapter", (".",), "InstantIR's adapter", read=named),
+    "adapter": Origin("adapter", (".",), "InstantIR's adapter", rename=named),
     "aggregator": Origin("aggregator", (".",), "InstantIR's aggregator"),
     "lora": Origin(
         "previewer",
         (".",),
         "InstantIR's previewer LoRA",
-        read=partial(as_parameters, prefixes=LORA.prefixes, default_alpha=LORA.default_alpha),
+        rename=partial(as_parameters, prefixes=LORA.prefixes, default_alpha=LORA.default_alpha),
     ),
 }
 
 
 def origin(component: str, parameter: str) -> str:
-    """Low-rank pairs come from the previewer, image attention from the adapter, all else from the base."""
+    """The origin of a parameter: previewer for low-rank pairs, adapter for image attention, else its component's."""
     if ".lora_" in parameter and component in WITH_LORA:
         return "lora"
     if PROCESSOR.search(parameter):
         return "adapter"
-    return "text_encoder_2" if parameter.startswith("text_2.") else OF_COMPONENT[component]
+    return "text_encoder_2" if parameter.startswith("text_2.") else ORIGIN_OF_COMPONENT[component]
 
 
 def keys(component: str, parameter: str) -> tuple[str | Rows, ...]:
-    """A parameter as its file names it, best first."""
+    """The names of a parameter in files, best first."""
     name = parameter.removeprefix("unet.")
     if ".lora_" in parameter:
         return (PROCESSOR.sub(".", name.replace("resampler.", RESAMPLER, 1)),)
@@ -86,15 +86,15 @@ def keys(component: str, parameter: str) -> tuple[str | Rows, ...]:
     if component == "text":
         tower, _, inner = name.partition(".")
         return (inner,) if tower == "text_2" else (f"text_model.{inner}", inner)
-    if OF_COMPONENT[component] == "dino":
+    if ORIGIN_OF_COMPONENT[component] == "dino":
         return _dino_keys(name.removeprefix("model."))
-    if OF_COMPONENT[component] == "vae":
+    if ORIGIN_OF_COMPONENT[component] == "vae":
         return (name, _deprecated(name))
     return (name,)
 
 
 def _dino_keys(name: str) -> tuple[str | Rows, ...]:
-    """As published and as transformers 5 spells them."""
+    """The names of DINOv2's parameters as published, then those of transformers 5."""
     if name == "position_embeddings":
         return ("embeddings.position_embeddings",)
     public = name.replace(".attention.o_proj.", ".attention.output.dense.")
@@ -107,17 +107,17 @@ def _dino_keys(name: str) -> tuple[str | Rows, ...]:
 
 
 def _deprecated(name: str) -> str:
-    """The VAE's attention as diffusers called it before 0.17."""
+    """The names of the VAE's attention in diffusers before 0.17."""
     for ours, theirs in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
         name = name.replace(f"attentions.0.{ours}.", f"attentions.0.{theirs}.")
     return name
 
 
 def ignored(origin: str, key: str) -> bool:
-    """Counters, other towers, and what lies behind the last hidden states that are read."""
+    """Whether no network reads a key: counters, other towers, and layers behind the last hidden state that is read."""
     if key.endswith("position_ids"):
         return True
-    if origin == "text_encoder":  # its last layer, whichever number that has
+    if origin == "text_encoder":  # its last layer is not read, and may have any number
         beside = "text_projection.", "vision_model.", "visual_projection.", "logit_"
         return key.startswith(beside) or bool(
             re.match(r"(text_model\.)?(encoder\.layers\.\d+|final_layer_norm)\.", key)
@@ -126,7 +126,7 @@ def ignored(origin: str, key: str) -> bool:
 
 
 def lora_targets(config: Mapping[str, Any], depth: int) -> list[str]:
-    """Every module that the released previewer adapts, by its path in the file."""
+    """The path in the file of every module that the released previewer adapts."""
     widths, layers = config["block_out_channels"], int(config["layers_per_block"])
     transformers = config["transformer_layers_per_block"]
     downs = [(f"down_blocks.{i}", w, layers, t) for i, (w, t) in enumerate(zip(widths, transformers, strict=True))]
@@ -134,8 +134,8 @@ def lora_targets(config: Mapping[str, Any], depth: int) -> list[str]:
     targets = []
     for i, (path, width, count, length) in enumerate(downs):
         attends = config["down_block_types"][i].startswith("CrossAttn")
-        came = [widths[max(0, i - 1)], *[width] * (count - 1)]
-        targets += _block_targets(path, [c != width for c in came], length if attends else 0, count)
+        widths_in = [widths[max(0, i - 1)], *[width] * (count - 1)]
+        targets += _block_targets(path, [c != width for c in widths_in], length if attends else 0, count)
         targets += [f"{path}.downsamplers.0.conv"] if i + 1 < len(widths) else []
     for i, (path, _, count, _) in enumerate(ups):
         attends = config["up_block_types"][i].startswith("CrossAttn")
@@ -150,7 +150,7 @@ def lora_targets(config: Mapping[str, Any], depth: int) -> list[str]:
 def _block_targets(path: str, shortcuts: list[bool], length: int, attentions: int) -> list[str]:
     resnet = ("conv1", "conv2", "time_emb_proj")
     targets = [f"{path}.resnets.{i}.{name}" for i in range(len(shortcuts)) for name in resnet]
-    targets += [f"{path}.resnets.{i}.conv_shortcut" for i, there in enumerate(shortcuts) if there]
+    targets += [f"{path}.resnets.{i}.conv_shortcut" for i, has_shortcut in enumerate(shortcuts) if has_shortcut]
     inner = [f"attn{a}.{name}" for a in (1, 2) for name in ("to_q", "to_out.0")] + ["attn1.to_k", "attn1.to_v"]
     inner += [f"attn2.{name}" for name in ("to_k_ip", "to_v_ip", "ln_k_ip.linear", "ln_v_ip.linear")]
     inner += ["ff.net.0.proj", "ff.net.2"]

@@ -1,4 +1,4 @@
-"""The sizes of InstantIR's own modules, which are published without configuration: their shapes tell them."""
+"""The sizes of InstantIR's own modules. No configuration file is published, so the shapes of tensors tell them."""
 
 import logging
 from collections.abc import Mapping
@@ -6,19 +6,19 @@ from typing import Any
 
 from tilewright.export.system import Preset, Tensors, UserFiles
 from tilewright.export.systems.instantir.keys import named
-from tilewright.export.weights.sizes import Said, file_of, network_sizes
+from tilewright.export.weights.sizes import FileSizes, file_of, network_sizes
 from tilewright.runtime.errors import InputError, UsageError
 
 __all__ = ["adaptive", "hidden", "resampler"]
 
 log = logging.getLogger("tilewright")
-HEAD_WIDTH = 64  # of the resampler, as published
-HEADS = ("heads", "head_width")  # of the resampler, which no shape tells
+HEAD_WIDTH = 64  # width of the published resampler's heads
+HEADS = ("heads", "head_width")  # sizes of the resampler that no shape tells
 IN_BLOCK = "image_proj.layers."
 
 
 def resampler(preset: Preset, files: UserFiles, context: int, features: int, heads: int | None) -> dict[str, int]:
-    """The sizes of the network that turns features of DINOv2 into image tokens for a context of that width."""
+    """The sizes of the resampler, which turns features of DINOv2 into image tokens as wide as the context."""
     usual: dict[str, int] = preset.sizes.resampler
     if "adapter" not in files.tensors:
         sizes = usual | {"width_in": features, "width_out": context}
@@ -43,13 +43,13 @@ def resampler(preset: Preset, files: UserFiles, context: int, features: int, hea
             f"adapter {file}: its resampler cannot be read ({error}); give InstantIR's adapter.pt"
         ) from None
     others = {key: value for key, value in usual.items() if key not in HEADS}
-    sizes = network_sizes("adapter", preset, others, None, Said(f"adapter {file}", sizes))
+    sizes = network_sizes("adapter", preset, others, None, FileSizes(f"adapter {file}", sizes))
     if heads is None:
         width = next((w for w in (HEAD_WIDTH, usual["head_width"]) if inner % w == 0), inner)
         heads = inner // width
         log.warning(
-            "adapter %s: does not tell its resampler's heads; taken are %d of width %d; set them with"
-            " --resampler-heads if they are others",
+            "adapter %s: does not tell its resampler's heads; using %d of width %d; set them with"
+            " --resampler-heads if they differ",
             file,
             heads,
             width,
@@ -64,7 +64,7 @@ def _with_heads(sizes: Mapping[str, int], inner: int, heads: int) -> dict[str, i
 
 
 def _resampler(shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, int], int]:
-    """Its sizes but for heads, and the width of all heads together."""
+    """The resampler's sizes without its heads, and the width of all heads together."""
     inner, dim = shapes[f"{IN_BLOCK}0.0.to_q.weight"]
     (width_out, _), (_, width_in) = shapes["image_proj.proj_out.weight"], shapes["image_proj.proj_in.weight"]
     sizes = {
@@ -79,12 +79,12 @@ def _resampler(shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, int], i
 
 
 def adaptive(files: UserFiles) -> bool:
-    """Whether the image attention follows the time."""
+    """Whether the norms of the image attention depend on the time step."""
     adapter = files.tensors.get("adapter")
     if adapter is None or any(".ln_k_ip." in key for key in adapter.tensors):
         return True
     file = file_of(files.tensors["adapter"])
-    log.warning("adapter %s: has no ln_k_ip and ln_v_ip; its norms are taken as plain, without the time", file)
+    log.warning("adapter %s: has no ln_k_ip and ln_v_ip; using plain norms that ignore the time step", file)
     return False
 
 
@@ -96,14 +96,14 @@ def hidden(preset: Preset, files: UserFiles) -> int:
     aggregator, file = files.tensors["aggregator"], file_of(files.tensors["aggregator"])
     width = _hidden(aggregator, file)
     _check_like_unet(aggregator, file, files)
-    network_sizes("aggregator", preset, usual, None, Said(f"aggregator {file}", {"hidden": width}))
+    network_sizes("aggregator", preset, usual, None, FileSizes(f"aggregator {file}", {"hidden": width}))
     return width
 
 
 def _hidden(aggregator: Tensors, file: str) -> int:
     if words := sorted(key for key in aggregator.tensors if ".attn2." in key):
         raise InputError(
-            f"aggregator {file}: was saved with text attention ({words[0]!r}), which InstantIR's has not;"
+            f"aggregator {file}: has text attention ({words[0]!r}), and InstantIR's has none;"
             " give aggregator.pt of InstantX/InstantIR"
         )
     key = "controlnet_mid_block.0.mlp_shared.0.weight"
@@ -113,7 +113,7 @@ def _hidden(aggregator: Tensors, file: str) -> int:
 
 
 def _check_like_unet(aggregator: Tensors, file: str, files: UserFiles) -> None:
-    """Refuse an aggregator whose copies of the UNet's layers have other shapes than the UNet's."""
+    """Refuse an aggregator whose layers have other shapes than the layers of the same name in the UNet."""
     unet = files.tensors.get("unet")
     if unet is None:
         return

@@ -1,4 +1,4 @@
-"""InstantIR's program: what is made once of words and image, a step, and what the caller may choose."""
+"""InstantIR's program: its passes, the calls of a step, and the inputs that the caller may set."""
 
 from tilewright.export.system import Settings
 from tilewright.export.systems.instantir.components import FLOAT, GATES, WORDS, components
@@ -18,11 +18,11 @@ GATED = (
 
 
 def program(settings: Settings) -> Program:
-    """text, words, encode, start, see, sample, decode."""
+    """The passes text, words, encode, start, see, sample and decode."""
     sizes, choices = Sizes(**settings.sizes), settings.choices
     tiles = Tiles(sizes.tile_px, sizes.overlap_px, (sizes.tile_px, sizes.tile_px))
     steps = Steps("ddim", choices["steps"], options=sizes.schedule)
-    text = "" if choices["text"] else "$"  # of the text encoders, or given by the caller
+    text = "" if choices["text"] else "$"  # "$" marks inputs of the caller
     contexts = {name: f"{text}{name}" for name in ("context", "negative_context")}
     start = {"latent": "y", "noise": "~noise", "alpha": "@alpha", "beta": "@beta", "start": "$start"}
     see = Call("see", {"image": "image", "positions": "#positions"}, {"features": "features"})
@@ -62,7 +62,7 @@ def program(settings: Settings) -> Program:
 
 
 def _text() -> Pass:
-    """Both texts through both encoders."""
+    """Prompt and negative prompt, each through both text encoders."""
     calls = (
         Call(
             "text",
@@ -75,7 +75,7 @@ def _text() -> Pass:
 
 
 def _looks(settings: Settings) -> tuple[Call, Call]:
-    """The image tokens' keys and values, as each role has them."""
+    """Keys and values of the image tokens, for the base and for the previewer."""
     inputs = {"features": "features", "nothing": "#nothing"}
     base, preview = {"seen": "unet_seen"}, {"seen": "preview_seen"}
     if settings.merged:
@@ -85,29 +85,29 @@ def _looks(settings: Settings) -> tuple[Call, Call]:
 
 
 def _each(sizes: Sizes, settings: Settings, text: str) -> tuple[Call, ...]:
-    """A step: the previewer's prediction, its judgement, the base's prediction, the update."""
+    """The calls of a step: the previewer predicts, the aggregator compares, the base predicts, the latent moves on."""
     parts, names = components(settings), list(sizes.residuals)
     values = ("z", "y", "words", "preview", "delta", "moved", "control", "predicted", *names)
     rows = ("t", "alpha", "beta", "alpha_next", "beta_next", "control_on", "preview_on")
-    known = {name: name for name in values} | {name: f"@{name}" for name in rows}
-    known |= {name: f"{text}{name}" for name in ("pooled", "negative_pooled")}
-    known |= {name: f"${name}" for name in ("adares", "control_scale", "guidance", "sampler")}
+    feed = {name: name for name in values} | {name: f"@{name}" for name in rows}
+    feed |= {name: f"{text}{name}" for name in ("pooled", "negative_pooled")}
+    feed |= {name: f"${name}" for name in ("adares", "control_scale", "guidance", "sampler")}
 
     def call(component: str, outputs: dict[str, str], **sources: str) -> Call:
-        return Call(component, {name: (known | sources)[name] for name in parts[component].inputs}, outputs)
+        return Call(component, {name: (feed | sources)[name] for name in parts[component].inputs}, outputs)
 
     base, preview = ("base", "preview") if settings.merged else ("unet", "unet")
-    strength, judged = "$preview_strength", {"shown": "preview", "moved": "moved", "control": "control"}
+    strength, aggregate_outputs = "$preview_strength", {"shown": "preview", "moved": "moved", "control": "control"}
     return (
         call(preview, {"predicted": "preview_noise"}, seen="preview_seen", lora_scale=strength, control="off"),
-        call("aggregate", judged | {name: name for name in names}, noise="preview_noise"),
+        call("aggregate", aggregate_outputs | {name: name for name in names}, noise="preview_noise"),
         call(base, {"predicted": "predicted"}, seen="unet_seen", lora_scale="#none"),
         call("step", {"z_next": "z", "delta": "delta"}, noise="~noise"),
     )
 
 
 def _inputs(sizes: Sizes, settings: Settings) -> dict[str, Input]:
-    """What the caller may choose."""
+    """The inputs that the caller may set."""
     inputs = {
         "guidance": Input(FLOAT, default=settings.choices["guidance"], help="how strongly the words lead", least=0),
         "control_scale": Input(FLOAT, default=1.0, help="how strongly the input picture leads", least=0),
@@ -137,7 +137,7 @@ def _gates() -> Call:
 
 
 def _state(sizes: Sizes, settings: Settings) -> dict[str, State]:
-    """What a tile keeps from step to step."""
+    """The values that a tile keeps from step to step."""
     state = {
         "preview": State((4, f"h/{sizes.spatial}", f"w/{sizes.spatial}")),
         "delta": State((1,), "ones"),
@@ -148,4 +148,5 @@ def _state(sizes: Sizes, settings: Settings) -> dict[str, State]:
         name: State((2, width, *(f"{axis}/{sizes.spatial * size}" for axis in "hw")))
         for name, (width, size) in sizes.residuals.items()
     }
-    return state | {"off": State((1,))} | residuals  # the previewer's role takes the last step's, times zero
+    # the previewer is not steered: it reads the residuals of the step before, times `off`, which is zero
+    return state | {"off": State((1,))} | residuals

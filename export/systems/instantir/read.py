@@ -1,4 +1,4 @@
-"""The sizes of a build: SDXL's and DINOv2's configuration files, and the shapes of InstantIR's own files."""
+"""The sizes of a build, from the configuration files of SDXL and DINOv2 and the shapes of InstantIR's tensors."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -20,15 +20,15 @@ from tilewright.export.system import Preset, UserFiles
 from tilewright.export.systems.instantir import modules
 from tilewright.export.systems.instantir.sizes import Sizes
 from tilewright.export.weights.config import Config, read_one_of
-from tilewright.export.weights.sizes import Said, config_beside, file_of, network_sizes
+from tilewright.export.weights.sizes import FileSizes, config_beside, file_of, network_sizes
 from tilewright.runtime.bundle.strict import one_line
 from tilewright.runtime.errors import InputError, UsageError
 
 __all__ = ["TEXTS", "sizes_of"]
 
 log = logging.getLogger("tilewright")
-MOST_SKIPS = 9  # that the UNet's graph takes residuals for
-# whose projection is not read
+MOST_SKIPS = 9  # the UNet's graph takes residuals for no more skip connections
+# the projection of this encoder is not read
 CLIP_L = replace(
     CLIP_TEXT,
     defaults={key: value for key, value in CLIP_TEXT.defaults.items() if key != "projection_dim"},
@@ -38,7 +38,7 @@ TEXTS = ("text_encoder", "text_encoder_2")
 
 
 def sizes_of(preset: Preset, files: UserFiles, *, text: bool, heads: int | None) -> Sizes:
-    """All sizes; what no file tells is the preset's. `heads` are the resampler's, which no file tells."""
+    """All sizes. The preset has those that no file tells, `heads` is the number of the resampler's heads."""
     usual: Sizes = preset.sizes
     encoders = files if text else replace(files, tensors={})  # without text they are not read
     texts = (
@@ -68,7 +68,7 @@ def sizes_of(preset: Preset, files: UserFiles, *, text: bool, heads: int | None)
 
 
 def _unet(preset: Preset, files: UserFiles, pooled: int | None) -> dict[str, Any]:
-    """SDXL's UNet; beside a pooled text of known width it takes six sinusoids."""
+    """The UNet's sizes. Its added embedding holds the pooled text and six sinusoids, so one width tells the other."""
     usual, key = preset.sizes.unet, "add_embedding.linear_1.weight"
     if pooled and "unet" in files.tensors and key in files.tensors["unet"].tensors:
         joined = files.tensors["unet"].tensors[key].shape[-1]
@@ -82,23 +82,27 @@ def _network(
     preset: Preset,
     usual: Mapping[str, Any],  # the preset's, of this network
     files: UserFiles,
-    shown: Callable[[Mapping[str, tuple[int, ...]]], dict[str, Any]],
+    sizes_from_shapes: Callable[[Mapping[str, tuple[int, ...]]], dict[str, Any]],
 ) -> dict[str, Any]:
-    """All that the network honours: as its configuration says, or by shapes and the preset where there is none."""
+    """Every size of a network: from its configuration file, or without one from shapes and the preset."""
     whole = _for_each_block({**config.defaults, **usual})
     if origin not in files.tensors:
         return whole
-    weights = Said(f"weights {file_of(files.tensors[origin])}", _by_shapes(config, origin, files, shown))
-    said = config_beside(config, files.places[origin])
-    if said:
-        # the preset is held against a file by what it names, not by what its class takes without
-        said, whole = Said(said.source, _for_each_block(said.sizes)), _for_each_block(usual)
+    weights = FileSizes(
+        f"weights {file_of(files.tensors[origin])}", _by_shapes(config, origin, files, sizes_from_shapes)
+    )
+    file_sizes = config_beside(config, files.places[origin])
+    if file_sizes:
+        # only sizes that the preset names are compared with the file, not the defaults of the class
+        file_sizes, whole = FileSizes(file_sizes.source, _for_each_block(file_sizes.sizes)), _for_each_block(usual)
     else:
         whole |= _heads(whole, weights.sizes)
-    known = said.sizes if said else whole
-    told = {key: _filled(value, known[key]) for key, value in weights.sizes.items() if key in config.defaults}
-    sizes = network_sizes(origin, preset, whole, said, Said(weights.source, told))
-    if said is None and (complaint := config.fits({key: _tuples(value) for key, value in sizes.items()})):
+    other_sizes = file_sizes.sizes if file_sizes else whole
+    shape_sizes = {
+        key: _filled(value, other_sizes[key]) for key, value in weights.sizes.items() if key in config.defaults
+    }
+    sizes = network_sizes(origin, preset, whole, file_sizes, FileSizes(weights.source, shape_sizes))
+    if file_sizes is None and (complaint := config.fits({key: _tuples(value) for key, value in sizes.items()})):
         raise InputError(one_line(f"{weights.source}: {complaint}; add its {config.file}"))
     return sizes
 
@@ -107,24 +111,26 @@ def _by_shapes(
     config: Config,
     origin: str,
     files: UserFiles,
-    shown: Callable[[Mapping[str, tuple[int, ...]]], dict[str, Any]],
+    sizes_from_shapes: Callable[[Mapping[str, tuple[int, ...]]], dict[str, Any]],
 ) -> dict[str, Any]:
-    """What shapes tell, and what has only one value; files of another network are refused."""
+    """The sizes that shapes tell, and those that must have one value. Files of another network are refused."""
     source, advice = f"weights {file_of(files.tensors[origin])}", f"give {config.classes[0]} as it was published"
     try:
-        told = shown({key: reference.shape for key, reference in files.tensors[origin].tensors.items()})
+        shape_sizes = sizes_from_shapes(
+            {key: reference.shape for key, reference in files.tensors[origin].tensors.items()}
+        )
     except KeyError as error:
         raise InputError(one_line(f"{source}: holds no {error}; {advice}")) from None
     except (ValueError, LookupError) as error:
         raise InputError(one_line(f"{source}: has other shapes ({error}); {advice}")) from None
     for key, only in config.must.items():
-        if told.get(key, only) != only:
-            raise InputError(one_line(f"{source}: has {key} {told[key]}, this graph does only {only}; {advice}"))
-    return dict(config.must) | told
+        if shape_sizes.get(key, only) != only:
+            raise InputError(one_line(f"{source}: has {key} {shape_sizes[key]}, this graph does only {only}; {advice}"))
+    return dict(config.must) | shape_sizes
 
 
 def _for_each_block(sizes: Mapping[str, Any]) -> dict[str, Any]:
-    """Sizes with lists of numbers, one for each block of the UNet, where a number may stand for all."""
+    """Sizes where one number for all blocks of the UNet is repeated for each block."""
     lists = {
         key: [sizes[key]] * len(sizes["block_out_channels"])
         for key in ("attention_head_dim", "transformer_layers_per_block")
@@ -133,23 +139,23 @@ def _for_each_block(sizes: Mapping[str, Any]) -> dict[str, Any]:
     return {**sizes, **lists}
 
 
-def _heads(sizes: Mapping[str, Any], told: Mapping[str, Any]) -> dict[str, Any]:
-    """Heads as wide as the preset's, so many as there is room for."""
-    if "attention_head_dim" in sizes:  # which is their number, whatever the name says
+def _heads(sizes: Mapping[str, Any], shape_sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """As many heads of the preset's width as fit into the network's width."""
+    if "attention_head_dim" in sizes:  # despite its name, this is the number of heads
         head = sizes["block_out_channels"][-1] // sizes["attention_head_dim"][-1]
-        return {"attention_head_dim": [max(1, width // head) for width in told["block_out_channels"]]}
+        return {"attention_head_dim": [max(1, width // head) for width in shape_sizes["block_out_channels"]]}
     if "num_attention_heads" not in sizes:
         return {}
     head = sizes["hidden_size"] // sizes["num_attention_heads"]
-    return {"num_attention_heads": max(1, told["hidden_size"] // head)}
+    return {"num_attention_heads": max(1, shape_sizes["hidden_size"] // head)}
 
 
-def _filled(told: Any, known: Any) -> Any:
-    """What shapes tell. The numbers that shapes leave open have no effect, and are taken from elsewhere."""
-    if not isinstance(told, list) or None not in told:
-        return told
-    others = known if len(known) == len(told) else [1] * len(told)
-    return [other if value is None else value for value, other in zip(told, others, strict=True)]
+def _filled(value: Any, fallback: Any) -> Any:
+    """A size from shapes; its numbers that shapes leave open have no effect and are filled from the fallback."""
+    if not isinstance(value, list) or None not in value:
+        return value
+    others = fallback if len(fallback) == len(value) else [1] * len(value)
+    return [other if number is None else number for number, other in zip(value, others, strict=True)]
 
 
 def _tuples(value: Any) -> Any:
@@ -157,53 +163,53 @@ def _tuples(value: Any) -> Any:
 
 
 def _pixels(preset: Preset, files: UserFiles) -> dict[str, Any]:
-    """What DINOv2's image processor does: the shortest side is resized, a square is cut out, colours are normalised."""
+    """The settings of DINOv2's image processor: it resizes the shortest side, cuts out a square, normalises colours."""
     usual: dict[str, Any] = preset.sizes.pixels
     if "dino" not in files.places:
         return usual
     path = _folder(files.places["dino"]) / BIT_PROCESSOR.file
-    said = BIT_PROCESSOR.read(path)
-    pixels = said and {
-        "side": said["crop_size"]["height"],
-        "short": said["size"]["shortest_edge"],
-        "mean": list(said["image_mean"]),
-        "deviation": list(said["image_std"]),
+    values = BIT_PROCESSOR.read(path)
+    pixels = values and {
+        "side": values["crop_size"]["height"],
+        "short": values["size"]["shortest_edge"],
+        "mean": list(values["image_mean"]),
+        "deviation": list(values["image_std"]),
     }
-    return _said_or_usual("dino", preset, usual, path, pixels)
+    return _file_or_preset("dino", preset, usual, path, pixels)
 
 
 def _schedule(preset: Preset, files: UserFiles) -> dict[str, Any]:
-    """The noise levels of SDXL's scheduler, whichever it is: the sampler is DDIM or DDPM."""
+    """The noise levels of SDXL's scheduler. Its class does not matter, as the sampler is always DDIM or DDPM."""
     from tilewright.runtime.plan.schedules import ddim
 
     usual: dict[str, Any] = preset.sizes.schedule
     if "unet" not in files.places:
         return usual
     path = _folder(files.places["unet"]).parent / "scheduler" / NOISE_SCHEDULERS[0].file
-    said = read_one_of(NOISE_SCHEDULERS, path)
-    schedule = said and {
-        "betas": said["beta_schedule"],
-        "beta_start": said["beta_start"],
-        "beta_end": said["beta_end"],
-        "spacing_offset": said["steps_offset"],
-        "final_alpha": "one" if said["set_alpha_to_one"] else "first",
+    values = read_one_of(NOISE_SCHEDULERS, path)
+    schedule = values and {
+        "betas": values["beta_schedule"],
+        "beta_start": values["beta_start"],
+        "beta_end": values["beta_end"],
+        "spacing_offset": values["steps_offset"],
+        "final_alpha": "one" if values["set_alpha_to_one"] else "first",
     }
     try:
         ddim(1, 1, **(schedule or usual))
     except UsageError as error:
         raise InputError(f"config {path}: {error}") from None
-    return _said_or_usual("scheduler", preset, usual, path, schedule)
+    return _file_or_preset("scheduler", preset, usual, path, schedule)
 
 
-def _said_or_usual(
+def _file_or_preset(
     what: str, preset: Preset, usual: dict[str, Any], path: Path, sizes: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """What a file says, or the preset's where it is not there, which is said."""
+    """The sizes of a file, or with a warning those of the preset if there is no file."""
     if sizes is None:
         values = ", ".join(f"{name} {value}" for name, value in usual.items())
-        log.warning("%s: %s is not there; taken are %s; add it if they differ", what, path, values)
+        log.warning("%s: %s is missing; using %s; add it if they differ", what, path, values)
         return usual
-    return network_sizes(what, preset, usual, Said(f"config {path}", sizes), None)
+    return network_sizes(what, preset, usual, FileSizes(f"config {path}", sizes), None)
 
 
 def _folder(place: Path) -> Path:
@@ -212,7 +218,7 @@ def _folder(place: Path) -> Path:
 
 
 def _check(sizes: Sizes, files: UserFiles, *, text: bool) -> None:
-    """Refuse networks that do not fit each other, or that the graphs cannot hold."""
+    """Refuse networks that do not fit each other or the graphs."""
     where = {origin: _source(origin, files) for origin in ("unet", "vae", *TEXTS, "dino")}
     unet, encoders = sizes.unet, (sizes.text, sizes.text_2)
     skips = len(sizes.residuals) - 1
@@ -244,7 +250,7 @@ def _check(sizes: Sizes, files: UserFiles, *, text: bool) -> None:
 
 
 def _source(origin: str, files: UserFiles) -> str:
-    """Who tells the sizes of an origin's network."""
+    """For messages: where the sizes of an origin's network come from."""
     if origin not in files.tensors:
         return "the preset"
     config = _folder(files.places[origin]) / "config.json"
@@ -256,7 +262,7 @@ def _unlike(source: str, key: str, sizes: Mapping[str, Any], other: str, complai
 
 
 def _tiled(sizes: Sizes, usual: Sizes) -> Sizes:
-    """Tiles as large as the UNet was trained on, which overlap as the preset's do."""
+    """Tiles as large as the UNet's training pictures. They overlap by the same share as the preset's."""
     multiple, sample = sizes.multiple, sizes.unet["sample_size"]
     tile = sample * sizes.spatial if isinstance(sample, int) else usual.tile_px
     tile = max(multiple, tile // multiple * multiple)

@@ -1,4 +1,4 @@
-"""The sizes of SDXL, DINOv2 and InstantIR's own modules: as published, and tiny ones of the same form."""
+"""The sizes of SDXL, DINOv2 and InstantIR's own modules: the published ones, and tiny ones of the same form."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,18 +8,18 @@ __all__ = ["PRESETS", "RANKS", "Sizes"]
 
 @dataclass(frozen=True)
 class Sizes:
-    """The networks' configurations, and the lengths between them."""
+    """The sizes of every network, and the widths between them."""
 
     unet: dict[str, Any]
     vae: dict[str, Any]
     text: dict[str, Any]
     text_2: dict[str, Any]
     dino: dict[str, Any]
-    pixels: dict[str, Any]  # what becomes of an image before DINOv2 sees it
+    pixels: dict[str, Any]  # settings of DINOv2's image processor
     schedule: dict[str, Any]  # options of the program's schedule
     resampler: dict[str, int]
-    hidden: int  # of the aggregator's heads
-    adaptive: bool  # the keys and values of image tokens follow the time
+    hidden: int  # width of the aggregator's heads
+    adaptive: bool  # keys and values of image tokens depend on the time step
     words: int  # ids of a text
     tile_px: int
     overlap_px: int
@@ -31,17 +31,17 @@ class Sizes:
 
     @property
     def multiple(self) -> int:
-        """Output pixels that sides are multiples of: twice what the UNet needs, as in the release."""
+        """Sides of tiles are multiples of so many output pixels: twice what the UNet needs, as in the release."""
         return int(2 * self.spatial * 2 ** (len(self.unet["block_out_channels"]) - 1))
 
     @property
-    def seen(self) -> int:
-        """Features of a square."""
+    def features(self) -> int:
+        """The number of features that DINOv2 makes of an image: one of the whole, one a patch."""
         return 1 + (int(self.pixels["side"]) // int(self.dino["patch_size"])) ** 2
 
     @property
     def pooled(self) -> int:
-        """Width of the pooled text: what the UNet takes beside six numbers, each as wide as a sinusoid."""
+        """Width of the pooled text: the UNet's added embedding without its six sinusoids."""
         sinusoid = int(self.unet["addition_time_embed_dim"])
         return int(self.unet["projection_class_embeddings_input_dim"]) - 6 * sinusoid
 
@@ -64,7 +64,7 @@ class Sizes:
 
     @property
     def residuals(self) -> dict[str, tuple[int, int]]:
-        """What is added to the UNet's skips: name -> channels, and latent cells along an axis of one of its."""
+        """The tensors added to the UNet's skips: name -> channels, and the side of a cell in latent cells."""
         widths, layers = self.unet["block_out_channels"], int(self.unet["layers_per_block"])
         added = [(widths[0], 1)]
         for i, width in enumerate(widths):
@@ -74,7 +74,7 @@ class Sizes:
         return named | {"mid": (widths[-1], 2 ** (len(widths) - 1))}
 
 
-SCHEDULE = {  # of SDXL
+SCHEDULE = {  # SDXL's noise schedule
     "betas": "scaled_linear",
     "beta_start": 0.00085,
     "beta_end": 0.012,
@@ -82,7 +82,7 @@ SCHEDULE = {  # of SDXL
     "final_alpha": "first",
 }
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "deviation": [0.229, 0.224, 0.225]}
-RANKS = {"full": 64, "tiny": 4}  # of a LoRA of random weights
+RANKS = {"full": 64, "tiny": 4}  # preset -> rank of a LoRA with random weights
 UNET: dict[str, Any] = {
     "in_channels": 4,
     "out_channels": 4,
@@ -93,7 +93,7 @@ VAE: dict[str, Any] = {"latent_channels": 4, "scaling_factor": 0.13025}
 
 
 def _vae(channels: tuple[int, ...], **changes: Any) -> dict[str, Any]:
-    """Blocks of one kind, as many as there are widths."""
+    """A VAE with one block for each width."""
     down, up = ("DownEncoderBlock2D",) * len(channels), ("UpDecoderBlock2D",) * len(channels)
     return VAE | {"block_out_channels": channels, "down_block_types": down, "up_block_types": up} | changes
 

@@ -1,4 +1,4 @@
-"""The files in which SDXL, DINOv2 and InstantIR are published: what stand-ins are made of."""
+"""The published files of SDXL, DINOv2 and InstantIR for stand-ins."""
 
 import json
 from collections.abc import Mapping
@@ -58,27 +58,27 @@ SINGLE = ("dino",)  # published in float32; all else in half precision
 
 
 def published(sources: Mapping[str, ComponentSpec]) -> dict[str, Any]:
-    """File -> its tensors, or its text."""
+    """File -> the specs of its tensors, or its text."""
     from tilewright.export.graph.trace import parameter_specs
     from tilewright.export.tokenizers import stand_in_clip
 
     files: dict[str, Any] = {file: {} for file in FILES.values()}
     for component, source in sources.items():
         for name, spec in parameter_specs(source).items():
-            of = origin(component, name)
+            origin_name = origin(component, name)
             key = keys(component, name)[0]
             assert isinstance(key, str)
-            dtype = "float32" if of in SINGLE else "float16"
-            files[FILES[of]][_spelled(key) if of == "lora" else key] = TensorSpec(dtype, spec.shape)
-    for of, unread in _unread(files[FILES["text_encoder"]]).items():
-        files[FILES[of]] |= unread
+            dtype = "float32" if origin_name in SINGLE else "float16"
+            files[FILES[origin_name]][_spelled(key) if origin_name == "lora" else key] = TensorSpec(dtype, spec.shape)
+    for origin_name, unread in _unread(files[FILES["text_encoder"]]).items():
+        files[FILES[origin_name]] |= unread
     words = {"tokenizer": stand_in_clip(49408), "tokenizer_2": stand_in_clip(49408, pads_with_first=True)}
-    texts = {f"{BASE}/{folder}/{name}": text for folder, held in words.items() for name, text in held.items()}
-    return files | texts | {file: json.dumps(said, indent=2) for file, said in configurations().items()}
+    texts = {f"{BASE}/{folder}/{name}": text for folder, contents in words.items() for name, text in contents.items()}
+    return files | texts | {file: json.dumps(values, indent=2) for file, values in configurations().items()}
 
 
 def _unread(text: Mapping[str, TensorSpec]) -> dict[str, dict[str, TensorSpec]]:
-    """What the files hold besides: the last layer and norm of CLIP-L, and DINOv2's mask token."""
+    """Tensors in the files that no network reads: the last layer and norm of CLIP-L, the mask token of DINOv2."""
     full = PRESETS["full"]
     count, width = full.text["num_hidden_layers"], full.text["hidden_size"]
     before, last = f".layers.{count - 2}.", f".layers.{count - 1}."
@@ -89,7 +89,7 @@ def _unread(text: Mapping[str, TensorSpec]) -> dict[str, dict[str, TensorSpec]]:
 
 
 def configurations() -> dict[str, dict[str, Any]]:
-    """Configuration file -> what it says, but for keys that its class takes the same without."""
+    """Configuration file -> its values, without those that equal the default of its class."""
     full = PRESETS["full"]
     return {
         f"{BASE}/unet/config.json": {"_class_name": "UNet2DConditionModel"} | full.unet,
@@ -107,7 +107,7 @@ def configurations() -> dict[str, dict[str, Any]]:
 
 
 def _spelled(key: str) -> str:
-    """A low-rank matrix as the previewer's file spells it, which is not one way."""
+    """The name of a low-rank matrix in the previewer's file, which has two styles of names."""
     module, _, kind = key.rpartition(".")
     if module.endswith(("to_q", "to_k", "to_v", "to_out.0")):
         return f"unet.{module}.lora.{'down' if kind == 'lora_A' else 'up'}.weight"

@@ -1,7 +1,7 @@
 """InstantIR: SDXL restores, steered at every step by a preview that the same UNet makes with a low-rank branch.
 
-What words and image decide for all steps is computed once; a step is preview, aggregate, predict, update. Images that
-fit in a tile are taken whole. Larger ones are tiled: joined after every step, or each tile by itself up to its pixels.
+A step is preview, aggregate, predict, update; all that is the same for every step is computed once before. Images that
+fit in a tile are taken whole. Tiles of larger ones are joined after every step, or only as pixels at the end.
 """
 
 import tempfile
@@ -31,25 +31,25 @@ OPTIONS = {
         names=(f"{PREVIEWER}.bin", f"models/{PREVIEWER}.bin", f"{PREVIEWER}.safetensors"),
     ),
     "lora_mode": Option(
-        "a branch beside weights that stay where they are, or merged copies", choices=("branch", "merge")
+        "branch: the LoRA runs beside the weights; merge: it is added to copies of them", choices=("branch", "merge")
     ),
     "resampler_heads": Option("heads of the adapter's resampler, which no file tells (default: of width 64)", kind=int),
-    "prompt": Option("words; needs the text encoders in the folder of weights"),
-    "negative_prompt": Option("words to keep away from"),
+    "prompt": Option("default prompt; needs the text encoders in the folder of weights"),
+    "negative_prompt": Option("default text to keep away from"),
     "steps": Option("sampling steps of the program", kind=int),
     "guidance": Option("default strength of classifier-free guidance (default: 7)", kind=finite),
     "dino_positions": Option(
         "DINOv2's position table as the release resized it (default), or as transformers does now",
         choices=("release", "current"),
     ),
-    "join": Option("of tiles: their latents after every step, or their pixels", choices=("steps", "pixels")),
-    "variant": Option("of weight files that come in several, as in model.fp16.safetensors"),
-    "no_text": Option("leave the text encoders out: embeddings are given at run time", flag=True),
+    "join": Option("join tiles as latents after every step, or as pixels at the end", choices=("steps", "pixels")),
+    "variant": Option("variant of weight files to use, such as fp16 for model.fp16.safetensors"),
+    "no_text": Option("leave the text encoders out: the caller gives embeddings", flag=True),
 }
 
 
 def settings(preset: Preset, options: Mapping[str, Any], files: UserFiles) -> Settings:
-    """Sizes from the files, and the choices of a build."""
+    """The choices of a build, and the sizes of the files."""
     count = options.get("steps", STEPS)
     if not 1 <= count < 1000:
         raise UsageError(f"--steps {count} must lie in 1..999")
@@ -74,13 +74,13 @@ def settings(preset: Preset, options: Mapping[str, Any], files: UserFiles) -> Se
 
 
 def _random_lora(sizes: Sizes, rank: int) -> Lora:
-    """A branch beside all that the released previewer changes; its file says nothing of alpha, which is 1."""
+    """Low-rank branches at every module that the released previewer adapts, with its alpha of 1."""
     targets = lora_targets(sizes.unet, sizes.resampler["depth"])
     return Lora(LORA.origin, 1.0, False, {module: [rank, 1 / rank] for module in targets})
 
 
 def constants(settings: Settings, run: Run, options: Mapping[str, Any], folder: Path | None) -> dict[str, Any]:
-    """positions, nothing, and the strength of the previewer's branch in the base role."""
+    """DINOv2's position embeddings, its features of an empty image, and `none`: the strength 0 for the base."""
     import numpy as np
 
     tensors = run("positions")
@@ -89,7 +89,7 @@ def constants(settings: Settings, run: Run, options: Mapping[str, Any], folder: 
 
 
 def tokenizers(settings: Settings, options: Mapping[str, Any], folder: Path | None) -> dict[str, str]:
-    """Of both text encoders, each with its own padding."""
+    """The tokenizers of both text encoders, each with its own padding."""
     if not settings.choices["text"]:
         return {}
     from tilewright.export import tokenizers

@@ -1,1 +1,1 @@
-"""TokSR: words lead a transformer over 32 tokens a tile."""
+"""TokSR: a transformer led by words restores 32 tokens of each tile."""

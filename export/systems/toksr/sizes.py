@@ -1,6 +1,7 @@
-"""The sizes of TokSR: presets, and what the user's files say of theirs.
+"""The sizes of TokSR: its presets, and reading sizes from the user's files.
 
-Tokenizer and denoiser come without configuration: their shapes decide, but for heads. CLIP's folder has a config.json.
+Tokenizer and denoiser have no configuration file: the shapes of their tensors tell all sizes but the number of heads.
+CLIP's folder has a config.json.
 """
 
 import math
@@ -9,14 +10,14 @@ from typing import Any
 
 from tilewright.export.networks.configs import CLIP_TEXT
 from tilewright.export.system import Option, Preset, Tensors, UserFiles, finite
-from tilewright.export.weights.sizes import Said, blocks, config_beside, file_of, network_sizes, shapes_of
+from tilewright.export.weights.sizes import FileSizes, blocks, config_beside, file_of, network_sizes, shapes_of
 from tilewright.runtime.bundle.strict import one_line
 from tilewright.runtime.errors import InputError
 
 __all__ = ["PRESETS", "PUBLISHED_CLIP", "SIZE_OPTIONS", "sizes_of"]
 
-HEAD_WIDTH = 64  # of every published size, which files do not tell
-# no graph reads them: texts end at the highest id, and their pooled state is not projected
+HEAD_WIDTH = 64  # in every published size; files do not tell it
+# no graph reads these: a text ends at the highest id, and its pooled state is not projected
 UNREAD = ("bos_token_id", "projection_dim")
 
 _BASE = {"width": 768, "layers": 12, "heads": 12}
@@ -25,7 +26,7 @@ _SMALL = {"width": 32, "layers": 2, "heads": 2}
 _CLIP = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 _PUBLISHED = {"image": 256, "patch": 16, "latents": 32, "token": 16, "words": 77, "text_width": 768, "scale": 0.7525}
 PRESETS: dict[str, dict[str, Any]] = {
-    "full": {  # the public TA-TiTok, whose encoder reads no words
+    "full": {  # the public TA-TiTok; its encoder reads no words
         "tokenizer": _PUBLISHED | {"encoder": _BASE | {"text": False}, "decoder": _LARGE},
         "clip": _CLIP,
         "dit": _BASE,
@@ -61,7 +62,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "overlap": 8,
     },
 }
-PUBLISHED_CLIP = {  # of clip-vit-large-patch14-336, less what serves training and generation
+PUBLISHED_CLIP = {  # config.json of clip-vit-large-patch14-336 without the keys of training and generation
     "architectures": ["CLIPModel"],
     "logit_scale_init_value": 2.6592,
     "model_type": "clip",
@@ -101,7 +102,7 @@ SIZE_OPTIONS = {
     "dit_heads": Option("attention heads of the denoiser (default: one for 64 of its width)", kind=int),
     "token_scale": Option("factor of the tokenizer's latents (default: 0.7525)", kind=finite),
 }
-TELLING = {  # tensors that show a tokenizer's sizes -> how many axes they have
+SIZE_TENSORS = {  # tensors whose shapes tell a tokenizer's sizes -> their number of axes
     "latent_tokens": 2,
     "encoder.patch_embed.weight": 4,
     "encoder.conv_out.weight": 4,
@@ -112,8 +113,13 @@ TELLING = {  # tensors that show a tokenizer's sizes -> how many axes they have
     "decoder.text_guidance_positional_embedding": 2,
     "decoder.transformer.0.ln_1.weight": 1,
 }
-DIT_TELLING = {"dit.embed.weight": 2, "dit.positions.weight": 2, "dit.label.weight": 2, "dit.blocks.0.ln_1.weight": 1}
-CLIP_TELLING = {
+DIT_SIZE_TENSORS = {
+    "dit.embed.weight": 2,
+    "dit.positions.weight": 2,
+    "dit.label.weight": 2,
+    "dit.blocks.0.ln_1.weight": 1,
+}
+CLIP_SIZE_TENSORS = {
     "embeddings.token_embedding.weight": 2,
     "embeddings.position_embedding.weight": 2,
     "encoder.layers.0.mlp.fc1.weight": 2,
@@ -122,74 +128,75 @@ VAE = "give tatitok_bl32_vae.bin, or another text-aware VAE"
 
 
 def sizes_of(preset: Preset, options: Mapping[str, Any], files: UserFiles) -> dict[str, Any]:
-    """The sizes of every network, which must fit each other, and the pixels that tiles share."""
-    told = {
+    """The sizes of every network, which must fit each other, and the overlap of tiles."""
+    sources = {
         name: file_of(files.tensors[name]) if name in files.tensors else f"preset {preset.name!r}"
         for name in ("tokenizer", "text_encoder", "dit")
     }
     tokenizer, clip = _tokenizer(preset, options, files.tensors.get("tokenizer")), _clip(preset, files)
-    read, given = (tokenizer["words"], tokenizer["text_width"]), (clip["max_position_embeddings"], clip["hidden_size"])
-    if read != given:
+    words, width = tokenizer["words"], tokenizer["text_width"]
+    clip_words, clip_width = clip["max_position_embeddings"], clip["hidden_size"]
+    if (words, width) != (clip_words, clip_width):
         raise _refusal(
-            f"tokenizer {told['tokenizer']}: reads {read[0]} words of {read[1]} numbers, CLIP {told['text_encoder']}"
-            f" gives {given[0]} of {given[1]}; give the two that belong together"
+            f"tokenizer {sources['tokenizer']}: reads {words} words of {width} numbers, CLIP {sources['text_encoder']}"
+            f" gives {clip_words} of {clip_width}; give the two that belong together"
         )
     image, patch, usual = tokenizer["image"], tokenizer["patch"], preset.sizes
     share = image * usual["overlap"] // usual["tokenizer"]["image"]
     sizes = {
         "tokenizer": tokenizer,
         "clip": clip,
-        "dit": _dit(preset, options, files.tensors.get("dit"), tokenizer, told["tokenizer"]),
+        "dit": _dit(preset, options, files.tensors.get("dit"), tokenizer, sources["tokenizer"]),
         "overlap": min(max(share, patch), image // 2) // patch * patch,
     }
-    if complaint := next(_complaints(sizes, told), None):
+    if complaint := next(_complaints(sizes, sources), None):
         raise _refusal(complaint)
     return sizes
 
 
-def _complaints(sizes: Mapping[str, Any], told: Mapping[str, str]) -> Iterator[str]:
-    """What is wrong with sizes together."""
+def _complaints(sizes: Mapping[str, Any], sources: Mapping[str, str]) -> Iterator[str]:
+    """Sizes that do not fit each other, one sentence each."""
     tokenizer, dit = sizes["tokenizer"], sizes["dit"]
     parts = {"encoder": tokenizer["encoder"], "decoder": tokenizer["decoder"], "dit": dit}
     for name, part in parts.items():
         if part["heads"] < 1 or part["width"] % part["heads"]:
-            source = told["dit" if name == "dit" else "tokenizer"]
+            source = sources["dit" if name == "dit" else "tokenizer"]
             yield f"{name} {source}: {part['heads']} heads do not divide its width {part['width']}; give --{name}-heads"
     if not tokenizer["scale"]:
         yield f"--token-scale {tokenizer['scale']}: tokens are divided by it; give the factor of training"
 
 
-def _usual(preset: Preset, part: Mapping[str, Any], width: int | None) -> int:
-    """The usual heads of a width, where a file has one and no preset was named."""
-    own: int = part["heads"]
-    return own if preset.asked or width is None or width % HEAD_WIDTH else width // HEAD_WIDTH
+def _usual_heads(preset: Preset, part: Mapping[str, Any], width: int | None) -> int:
+    """The number of heads: the preset's if the user named it, else one for 64 of the width in the file."""
+    heads: int = part["heads"]
+    return heads if preset.explicit or width is None or width % HEAD_WIDTH else width // HEAD_WIDTH
 
 
 def _tokenizer(preset: Preset, options: Mapping[str, Any], tensors: Tensors | None) -> dict[str, Any]:
     usual = dict(preset.sizes["tokenizer"])
     halves = {name: usual.pop(name) for name in ("encoder", "decoder")}
-    shown = _shown_tokenizer(tensors) if tensors else {}
-    shown_halves = {name: shown.pop(name, None) for name in halves}
+    shape_sizes = _tokenizer_shape_sizes(tensors) if tensors else {}
+    half_shape_sizes = {name: shape_sizes.pop(name, None) for name in halves}
 
-    def said(sizes: Mapping[str, Any] | None) -> Said | None:
-        return Said(f"weights {file_of(tensors)}", sizes) if tensors and sizes else None
+    def file_sizes(sizes: Mapping[str, Any] | None) -> FileSizes | None:
+        return FileSizes(f"weights {file_of(tensors)}", sizes) if tensors and sizes else None
 
     scale = {"scale": ("--token-scale", options.get("token_scale"))}
-    sizes = network_sizes("tokenizer", preset, usual, None, said(shown), scale)
+    sizes = network_sizes("tokenizer", preset, usual, None, file_sizes(shape_sizes), scale)
     for name, half in halves.items():
-        seen = said(shown_halves[name])
-        half = half | {"heads": _usual(preset, half, seen.sizes["width"] if seen else None)}
+        half_sizes = file_sizes(half_shape_sizes[name])
+        half = half | {"heads": _usual_heads(preset, half, half_sizes.sizes["width"] if half_sizes else None)}
         flag = {"heads": (f"--{name}-heads", options.get(f"{name}_heads"))}
-        sizes[name] = network_sizes(f"tokenizer's {name}", preset, half, None, seen, flag)
+        sizes[name] = network_sizes(f"tokenizer's {name}", preset, half, None, half_sizes, flag)
     return sizes
 
 
-def _shown_tokenizer(tensors: Tensors) -> dict[str, Any]:
-    """The sizes that a tokenizer's tensors show; refused where it is of another kind."""
+def _tokenizer_shape_sizes(tensors: Tensors) -> dict[str, Any]:
+    """The sizes that the shapes of a tokenizer's tensors tell. Another kind of tokenizer is refused."""
     file = file_of(tensors)
     if codes := sorted(key for key in tensors.tensors if key.startswith("quantize.")):
         raise _refusal(f"tokenizer {file}: has a quantiser ({codes[0]!r}), TokSR's tokens are continuous; {VAE}")
-    shapes = shapes_of("tokenizer", tensors, TELLING, f"no tokenizer that can be used; {VAE}")
+    shapes = shapes_of("tokenizer", tensors, SIZE_TENSORS, f"no tokenizer that can be used; {VAE}")
     patch = shapes["encoder.patch_embed.weight"][2]
     cells, inner = shapes["encoder.positional_embedding"]
     width, token = shapes["decoder.decoder_embed.weight"]
@@ -214,37 +221,40 @@ def _shown_tokenizer(tensors: Tensors) -> dict[str, Any]:
 def _dit(
     preset: Preset, options: Mapping[str, Any], tensors: Tensors | None, tokenizer: Mapping[str, Any], source: str
 ) -> dict[str, Any]:
-    """The denoiser's sizes; refused where it was trained with another tokenizer."""
+    """The denoiser's sizes. A denoiser for another tokenizer is refused."""
     usual = preset.sizes["dit"] | {"output_projection": True}
-    shown = None
+    shape_sizes = None
     if tensors:
         file, advice = file_of(tensors), "no denoiser that can be used; docs/toksr.md names its tensors"
-        shapes = shapes_of("denoiser", tensors, DIT_TELLING, advice, lambda key: f"dit.{key.removeprefix('dit.')}")
+        shapes = shapes_of("denoiser", tensors, DIT_SIZE_TENSORS, advice, lambda key: f"dit.{key.removeprefix('dit.')}")
         width, token = shapes["dit.embed.weight"]
-        taken = [shapes["dit.positions.weight"][0], token, shapes["dit.label.weight"][1]]
-        made = [tokenizer[name] for name in ("latents", "token", "text_width")]
-        if taken != made:
+        inputs = [shapes["dit.positions.weight"][0], token, shapes["dit.label.weight"][1]]
+        outputs = [tokenizer[name] for name in ("latents", "token", "text_width")]
+        if inputs != outputs:
             raise _refusal(
-                f"denoiser {file}: is for {taken[0]} tokens of {taken[1]} numbers, words of {taken[2]}; the tokenizer"
-                f" {source} gives {made[0]} of {made[1]}, words of {made[2]}; give the two that were trained together"
+                f"denoiser {file}: is for {inputs[0]} tokens of {inputs[1]} numbers, words of {inputs[2]};"
+                f" the tokenizer {source} gives {outputs[0]} of {outputs[1]}, words of {outputs[2]};"
+                " give the two that were trained together"
             )
         projected = any(key.endswith(".attn.out.weight") for key in shapes)
         layers = blocks(shapes, "dit.blocks.")
-        shown = Said(f"weights {file}", {"width": width, "layers": layers, "output_projection": projected})
-        usual["heads"] = _usual(preset, usual, width)
-    return network_sizes("denoiser", preset, usual, None, shown, {"heads": ("--dit-heads", options.get("dit_heads"))})
+        shape_sizes = FileSizes(f"weights {file}", {"width": width, "layers": layers, "output_projection": projected})
+        usual["heads"] = _usual_heads(preset, usual, width)
+    return network_sizes(
+        "denoiser", preset, usual, None, shape_sizes, {"heads": ("--dit-heads", options.get("dit_heads"))}
+    )
 
 
 def _clip(preset: Preset, files: UserFiles) -> dict[str, Any]:
-    """The text tower's sizes, which its config.json says."""
+    """The sizes of CLIP's text encoder, from its config.json."""
     usual = {name: size for name, size in {**CLIP_TEXT.defaults, **preset.sizes["clip"]}.items() if name not in UNREAD}
     tensors = files.tensors.get("text_encoder")
     if tensors is None:
         return network_sizes("CLIP", preset, usual, None, None)
     advice = "give the folder of CLIP ViT-L/14-336"
-    shapes = shapes_of("CLIP", tensors, CLIP_TELLING, advice, lambda key: key.removeprefix("text_model."))
+    shapes = shapes_of("CLIP", tensors, CLIP_SIZE_TENSORS, advice, lambda key: key.removeprefix("text_model."))
     vocabulary, width = shapes["embeddings.token_embedding.weight"]
-    shown = {
+    shape_sizes = {
         "vocab_size": vocabulary,
         "hidden_size": width,
         "intermediate_size": shapes["encoder.layers.0.mlp.fc1.weight"][0],
@@ -253,10 +263,10 @@ def _clip(preset: Preset, files: UserFiles) -> dict[str, Any]:
     }
     config = config_beside(CLIP_TEXT, files.places["text_encoder"])
     if config:
-        config = Said(config.source, {name: size for name, size in config.sizes.items() if name not in UNREAD})
-    elif not preset.asked:
+        config = FileSizes(config.source, {name: size for name, size in config.sizes.items() if name not in UNREAD})
+    elif not preset.explicit:
         usual["num_attention_heads"] = max(1, width // HEAD_WIDTH)
-    return network_sizes("CLIP", preset, usual, config, Said(f"weights {file_of(tensors)}", shown))
+    return network_sizes("CLIP", preset, usual, config, FileSizes(f"weights {file_of(tensors)}", shape_sizes))
 
 
 def _refusal(text: str) -> InputError:

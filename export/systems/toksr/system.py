@@ -1,7 +1,7 @@
-"""TokSR: a transformer restores the 32 tokens of a small tile, led by words; TA-TiTok or TexTok makes them of pixels.
+"""TokSR: TA-TiTok or TexTok turns a small tile into 32 tokens, and a transformer led by words restores the tokens.
 
-A tile is all the network ever sees, and its tokens mean nothing beside those of another: tiles are joined as pixels. A
-few tokens read many weights, so that the cost of a call hardly grows with its tiles: they are run many at a time.
+Tokens describe a whole tile, so tiles can only be joined as pixels. A call reads many weights for few tokens and
+costs hardly more with more tiles, so many tiles are run in one call.
 """
 
 import json
@@ -34,19 +34,19 @@ OPTIONS = {
     ),
     "clip": Option("folder of clip-vit-large-patch14-336", names=("clip-vit-large-patch14-336",)),
     "dit": Option("file with the denoiser (dit.*)", names=("dit.safetensors",)),
-    "prompt": Option("default words", default=""),
+    "prompt": Option("default prompt", default=""),
     "steps": Option("sampling steps of the program", kind=int, default=STEPS),
-    "guidance": Option("build guidance in, for twice the work a step; its default strength", kind=finite),
-    "text_mode": Option("what the denoiser reads of the words", choices=("pooled", "all77"), default="pooled"),
-    "prediction": Option("what the denoiser was trained to say", choices=("eps", "x0"), default="eps"),
-    "batch": Option(f"tiles in a call (default: {BATCH})", kind=int, default=BATCH),
+    "guidance": Option("default strength of guidance; builds it in, for twice the work a step", kind=finite),
+    "text_mode": Option("state of the prompt that the denoiser reads", choices=("pooled", "all77"), default="pooled"),
+    "prediction": Option("quantity that the denoiser was trained to predict", choices=("eps", "x0"), default="eps"),
+    "batch": Option(f"most tiles in a call (default: {BATCH})", kind=int, default=BATCH),
 }
 CHOICES = ("prompt", "steps", "guidance", "text_mode", "prediction", "batch")
-OF_COMPONENT = {"text": "text_encoder", "tokenise": "tokenizer", "detokenise": "tokenizer", "step": "dit"}
+ORIGIN_OF_COMPONENT = {"text": "text_encoder", "tokenise": "tokenizer", "detokenise": "tokenizer", "step": "dit"}
 
 
 def settings(preset: Preset, options: Mapping[str, Any], files: UserFiles) -> Settings:
-    """The choices of a build, and the sizes that files tell."""
+    """The choices of a build, and the sizes of the files."""
     choices = {name: options.get(name, OPTIONS[name].default) for name in CHOICES}
     if not 1 <= choices["steps"] <= 1000:
         raise UsageError(f"--steps {choices['steps']} must lie in 1..1000")
@@ -56,7 +56,7 @@ def settings(preset: Preset, options: Mapping[str, Any], files: UserFiles) -> Se
 
 
 def components(settings: Settings) -> dict[str, ComponentSpec]:
-    """text, tokenise, step, detokenise."""
+    """The networks of the bundle: text, tokenise, step and detokenise."""
     sizes, choices = settings.sizes["tokenizer"], settings.choices
     side = sizes["image"]
     image = TensorSpec(FLOAT, ("batch", 3, side, side))
@@ -67,14 +67,14 @@ def components(settings: Settings) -> dict[str, ComponentSpec]:
     label = pooled if choices["text_mode"] == "pooled" else words
     scalars = dict.fromkeys(("t", "alpha", "beta", "alpha_next", "beta_next"), number)
     guided = {} if choices["guidance"] is None else {"guidance": number}
-    asked = {name: choices[name] for name in ("text_mode", "prediction")}
-    denoiser = {"sizes": sizes, "dit": settings.sizes["dit"] | asked}
+    modes = {name: choices[name] for name in ("text_mode", "prediction")}
+    denoiser = {"sizes": sizes, "dit": settings.sizes["dit"] | modes}
     return {
         "text": ComponentSpec(
             "toksr.Text",
             {"ids": TensorSpec("int64", (1, sizes["words"]))},
             words | pooled,
-            # read by nothing, but the library's default lies outside of a small vocabulary, and it warns
+            # nothing reads this id, but the library warns if it lies outside of the vocabulary, as its default may
             arguments={"config": settings.sizes["clip"] | {"bos_token_id": 0}},
         ),
         "tokenise": ComponentSpec(
@@ -96,19 +96,19 @@ def components(settings: Settings) -> dict[str, ComponentSpec]:
 
 
 def program(settings: Settings) -> Program:
-    """text; then tokenise, sample and detokenise, each on the same tiles."""
-    sizes, choices, taken = settings.sizes["tokenizer"], settings.choices, components(settings)
+    """The passes text, tokenise, sample and detokenise. All but text run on the same tiles."""
+    sizes, choices, specs = settings.sizes["tokenizer"], settings.choices, components(settings)
     side, guided = sizes["image"], choices["guidance"] is not None
     tiles = Tiles(side, settings.sizes["overlap"], batch=choices["batch"], fixed_px=(side,))
     steps = Steps("ddim", choices["steps"], options=SCHEDULE)
     inputs = {"ids": Input("int64", (1, sizes["words"]))}
     guidance = Input(FLOAT, default=choices["guidance"], help="how strongly the words lead", least=0)
     inputs |= {"guidance": guidance} if guided else {}
-    known = {name: name for name in ("image", "words", "pooled", "tokens", "condition")} | {"guidance": "$guidance"}
-    known |= {name: f"@{name}" for name in ("t", "alpha", "beta", "alpha_next", "beta_next")}
+    sources = {name: name for name in ("image", "words", "pooled", "tokens", "condition")} | {"guidance": "$guidance"}
+    sources |= {name: f"@{name}" for name in ("t", "alpha", "beta", "alpha_next", "beta_next")}
 
     def call(component: str, outputs: dict[str, str]) -> Call:
-        return Call(component, {name: known[name] for name in taken[component].inputs}, outputs)
+        return Call(component, {name: sources[name] for name in specs[component].inputs}, outputs)
 
     state = {"tokens": State((sizes["token"], 1, sizes["latents"]), "noise")}
     passes = (
@@ -123,7 +123,7 @@ def program(settings: Settings) -> Program:
 
 
 def tokenizers(settings: Settings, options: Mapping[str, Any], folder: Path | None) -> dict[str, str]:
-    """CLIP's, padded with zeros behind the end: every position is attended to, and the networks learned those."""
+    """CLIP's tokenizer, which pads with zeros: the networks read every position, and were trained with zeros there."""
     from tilewright.export import tokenizers
 
     rows, length = settings.sizes["clip"]["vocab_size"], settings.sizes["tokenizer"]["words"]
@@ -135,12 +135,12 @@ def tokenizers(settings: Settings, options: Mapping[str, Any], folder: Path | No
 
 
 def origin(component: str, parameter: str) -> str:
-    """Each has its own file."""
-    return OF_COMPONENT[component]
+    """The origin of a component's parameters: each component has one."""
+    return ORIGIN_OF_COMPONENT[component]
 
 
 def keys(component: str, parameter: str) -> tuple[str, ...]:
-    """The tokenizer's published names; CLIP's, with and without the tower's; the denoiser's own."""
+    """The names of a parameter in files; CLIP's text encoder also lies in files of the whole model, under a prefix."""
     if component == "text":
         name = parameter.removeprefix("model.")
         return (f"text_model.{name}", name)
@@ -148,28 +148,28 @@ def keys(component: str, parameter: str) -> tuple[str, ...]:
 
 
 def ignored(origin: str, key: str) -> bool:
-    """CLIP's other tower and its projections."""
+    """Whether no network reads a key: CLIP's image encoder and its projections."""
     others = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")
     return origin == "text_encoder" and (key.startswith(others) or key.endswith("position_ids"))
 
 
 def stand_in() -> dict[str, Any]:
-    """The public tokenizer and text tower, and a denoiser of the paper's kind."""
+    """The published tokenizer and text encoder, and a file like the paper's denoiser."""
     from tilewright.export.graph.trace import parameter_specs
     from tilewright.export.tokenizers import stand_in_clip
 
     published = settings(Preset("full", PRESETS["full"], True), {}, UserFiles({}, {}))
-    held: dict[str, dict[str, TensorSpec]] = {name: {} for name in ORIGINS}
+    tensors: dict[str, dict[str, TensorSpec]] = {name: {} for name in ORIGINS}
     for component, source in components(published).items():
         for name, spec in parameter_specs(source).items():
-            held[OF_COMPONENT[component]][keys(component, name)[0]] = spec
+            tensors[ORIGIN_OF_COMPONENT[component]][keys(component, name)[0]] = spec
     folder = "clip-vit-large-patch14-336"
     vocabulary = stand_in_clip(published.sizes["clip"]["vocab_size"])
     return {f"{folder}/{name}": text for name, text in vocabulary.items()} | {
         f"{folder}/config.json": json.dumps(PUBLISHED_CLIP, indent=2),
-        "tatitok_bl32_vae.safetensors": held["tokenizer"],
-        f"{folder}/model.safetensors": held["text_encoder"],
-        "dit.safetensors": held["dit"],
+        "tatitok_bl32_vae.safetensors": tensors["tokenizer"],
+        f"{folder}/model.safetensors": tensors["text_encoder"],
+        "dit.safetensors": tensors["dit"],
     }
 
 

@@ -13,9 +13,9 @@ from safetensors.numpy import load_file, save_file
 from tilewright.cli.main import main
 from tilewright.export.build.clean import clean
 from tilewright.export.build.forecast import GRAPH_BYTES, forecast
-from tilewright.export.build.plan import stages
 from tilewright.export.build.request import Request
 from tilewright.export.build.run import build
+from tilewright.export.build.stage_list import list_stages
 from tilewright.runtime import load
 from tilewright.runtime.bundle.digests import cache_dir
 from tilewright.runtime.bundle.read import read_bundle
@@ -181,7 +181,7 @@ def test_what_is_in_use_is_touched_so_that_clean_spares_it(tmp_path: Path, monke
 
 def test_the_forecast_counts_every_byte_once(hitoksr_tiny: Path, tmp_path: Path) -> None:
     def predicted(request: Request) -> tuple[int, int]:
-        plan = stages(request)
+        plan = list_stages(request)
         disk = forecast(request, plan, up_to_date=False).disk
         return disk.get(cache_dir(), 0) - GRAPH_BYTES, disk[request.out] - GRAPH_BYTES
 

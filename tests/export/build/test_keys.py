@@ -10,8 +10,8 @@ import pytest
 from support.systems import settings_of
 from tilewright.export.build import code as code_module
 from tilewright.export.build.code import HOUSE, code, imports
-from tilewright.export.build.plan import stages
 from tilewright.export.build.request import Request
+from tilewright.export.build.stage_list import list_stages
 from tilewright.export.system import Settings
 from tilewright.export.systems import SYSTEMS
 
@@ -19,7 +19,7 @@ from tilewright.export.systems import SYSTEMS
 def keys(tmp_path: Path, **changes: object) -> dict[str, str]:
     """The key of every stage of a tiny build."""
     asked = {"name": "hitoksr", "preset": "tiny", "out": tmp_path / "b", "seed": 0} | changes
-    return {stage.name: stage.key for stage in stages(Request(**asked))}  # type: ignore[arg-type]
+    return {stage.name: stage.key for stage in list_stages(Request(**asked))}  # type: ignore[arg-type]
 
 
 def test_a_stage_key_follows_what_it_depends_on(tmp_path: Path) -> None:

@@ -19,10 +19,10 @@ from tilewright.export.networks.hitoksr import (
     rope_tables,
     unpatch,
 )
-from tilewright.export.systems.hitoksr.sizes import PRESETS, of_networks
+from tilewright.export.systems.hitoksr.sizes import PRESETS, sizes_of_networks
 from tilewright.kernels.codebook import codewords
 
-TINY = HiTokConfig(**of_networks(PRESETS["tiny"]))
+TINY = HiTokConfig(**sizes_of_networks(PRESETS["tiny"]))
 # no two sizes alike, two class tokens, three levels of the stem and so a patch of 4, one head 16 wide
 UNEVEN = HiTokConfig(
     dim=48,
@@ -268,7 +268,7 @@ def millions(module: nn.Module) -> float:
 
 
 def test_the_full_preset_has_the_papers_number_of_parameters(full):
-    assert HiTokConfig() == HiTokConfig(**of_networks(PRESETS["full"]))
+    assert HiTokConfig() == HiTokConfig(**sizes_of_networks(PRESETS["full"]))
     total = millions(full["generate"]) + millions(full["decode"])
     assert total == pytest.approx(339.09, abs=0.005)  # the specification's own count
     assert total == pytest.approx(339.0, rel=1e-3)  # the paper's

@@ -51,7 +51,7 @@ def instantir_files(shared: Shared) -> Path:
 
 def _instantir(files: Path, **asked: Any) -> Callable[[Path], object]:
     asked["resampler_heads"] = 2
-    return lambda bundle: build(Request("instantir", None, bundle, files, verify="never", asked=asked))
+    return lambda bundle: build(Request("instantir", None, bundle, files, verify="never", system_options=asked))
 
 
 @pytest.fixture(scope="session")

@@ -132,7 +132,7 @@ LONG = "word " * 80
 ARGUMENTS = {
     "a LoRA that is not there": (8, ["--lora", "nowhere.safetensors"], "nowhere.safetensors is not there"),
     "Redux that is not there": (8, ["--redux", "nowhere"], "nowhere is not there; give --redux"),
-    "words without text encoders": (8, ["--prompt", "a bridge"], "text encoder is needed"),
+    "words without text encoders": (8, ["--prompt", "a bridge"], "text encoder is missing"),
     "no steps": (2, ["--steps", "0"], "--steps 0 must lie in 1..1000"),
     "a tile off the grid": (2, ["--fixed-tile", "30"], "--fixed-tile 30 is no multiple of 4"),
     "bounds that contradict": (2, ["--min-mu", "1.5", "--max-mu", "1"], "--min-mu 1.5 lies above --max-mu 1.0"),

@@ -33,10 +33,10 @@ from support.fill_authors import authors_transformer, authors_vae
 from tilewright.export.graph.trace import parameter_specs
 from tilewright.export.system import ComponentSpec, Preset, Tensors, UserFiles
 from tilewright.export.systems.flux.in_token import SYSTEM as IN_TOKEN
-from tilewright.export.systems.flux.keys import OF_COMPONENT, ignored, keys, named_by_diffusers
+from tilewright.export.systems.flux.keys import ORIGIN_OF_COMPONENT, ignored, keys, named_by_diffusers
 from tilewright.export.systems.flux.sizes import PRESETS
 from tilewright.export.systems.flux.vicr import SYSTEM as VICR
-from tilewright.export.weights.files import attach, find, open_reference, resolve
+from tilewright.export.weights.files import find, open_reference, reference_parameters, resolve
 from tilewright.export.weights.lora import as_parameters
 from tilewright.runtime.bundle.weights import Reference
 from tilewright.runtime.errors import InputError
@@ -71,7 +71,7 @@ def theirs(preset: str, network: str) -> Shapes:
 @pytest.mark.parametrize("components", [*HALVES, ("step",)], ids=" and ".join)
 @pytest.mark.parametrize(("preset", "counts"), [("tiny", None), ("full", {"transformer": 1160, "vae": 244})])
 def test_the_first_names_are_diffusers_own_each_tensor_exactly_once(preset, counts, components):
-    network = OF_COMPONENT[components[0]]
+    network = ORIGIN_OF_COMPONENT[components[0]]
     split = len(components) == 2  # the step that makes its modulation itself holds all of the transformer
     published = theirs(preset, network)
     if counts:
@@ -142,7 +142,7 @@ def last_halves(name: str, tensors: Mapping[str, Tensor]) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("components", HALVES, ids=" and ".join)
 def test_of_diffusers_files_each_parameter_is_its_tensor(tmp_path, components, dtype):
-    tensors = filled(theirs("tiny", OF_COMPONENT[components[0]]), dtype)
+    tensors = filled(theirs("tiny", ORIGIN_OF_COMPONENT[components[0]]), dtype)
     save_file(tensors, tmp_path / "diffusion_pytorch_model.safetensors")
     found, references = find(tmp_path), []
     for component in components:
@@ -183,14 +183,14 @@ def as_file(shapes: Shapes) -> Tensors:
 @pytest.mark.parametrize("components", HALVES, ids=" and ".join)
 def test_of_the_authors_full_files_every_byte_is_some_parameters(components):
     """Both layouts at full size, without a file; the authors' is one that diffusers' converter takes for FLUX's."""
-    network = OF_COMPONENT[components[0]]
+    network = ORIGIN_OF_COMPONENT[components[0]]
     authors = AUTHORS[network]()
     on_meta = {name: torch.empty(shape, device="meta") for name, shape in authors.items()}
     assert {name: tuple(t.shape) for name, t in converted(network, on_meta).items()} == theirs("full", network)
     wanted = {component: ours("full", component) for component in components}
     for layout in (authors, theirs("full", network)):
         found = as_file(layout)
-        attached = attach(wanted, {network: IN_TOKEN.origins[network].read(found)}, IN_TOKEN)
+        attached = reference_parameters(wanted, {network: IN_TOKEN.origins[network].rename(found)}, IN_TOKEN)
         references = [r for of in attached.values() for r in of.values()]
         assert len(references) == sum(map(len, wanted.values()))
         assert_covered(found, references)
@@ -243,9 +243,9 @@ def test_of_any_number_of_blocks_the_authors_vae_has_diffusers_names(tmp_path, w
 def test_no_other_names_are_found_in_either_layout():
     """A parameter's names lead to one tensor in each layout, so that the order of trying does not matter."""
     for components in HALVES:
-        network = OF_COMPONENT[components[0]]
+        network = ORIGIN_OF_COMPONENT[components[0]]
         for layout in (AUTHORS[network](), theirs("full", network)):
-            layout = IN_TOKEN.origins[network].read(as_file(layout)).tensors
+            layout = IN_TOKEN.origins[network].rename(as_file(layout)).tensors
             for component in components:
                 for parameter in ours("full", component):
                     names = {n if isinstance(n, str) else n.key for n in keys(component, parameter)}
@@ -257,7 +257,7 @@ def test_a_tensor_that_fill_does_not_have_is_refused():
         wanted = {component: ours("full", component) for component in components}
         with pytest.raises(InputError, match=r"holds unexpected 1 tensors: quant_conv\.weight"):
             found = as_file(AUTHORS[network]() | {"quant_conv.weight": (32, 32, 1, 1)})
-            attach(wanted, {network: IN_TOKEN.origins[network].read(found)}, IN_TOKEN)
+            reference_parameters(wanted, {network: IN_TOKEN.origins[network].rename(found)}, IN_TOKEN)
 
 
 # low-rank branches
@@ -357,7 +357,7 @@ def test_an_encoder_is_read_from_the_whole_models_file_as_transformers_reads_it(
     save_file(held, tmp_path / "file" / "model.safetensors")
     found = find(tmp_path / "file")
     component, shapes = of_encoder(name)
-    attached = attach({component: shapes}, {origin: found}, system)[component]
+    attached = reference_parameters({component: shapes}, {origin: found}, system)[component]
     assert shapes.keys() <= {f"model.{key}" for key in expected}
     for parameter, reference in attached.items():
         assert torch.equal(content(found, reference, torch.float32), expected[parameter.removeprefix("model.")])

@@ -63,7 +63,11 @@ def test_in_token_is_built_of_the_sizes_that_the_files_say(
     published: Published, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING, "tilewright"):
-        build(Request("in-token", None, tmp_path / "b", published.folder, verify="never", asked={"prompt": PROMPT}))
+        build(
+            Request(
+                "in-token", None, tmp_path / "b", published.folder, verify="never", system_options={"prompt": PROMPT}
+            )
+        )
     assert not caplog.records  # the files say everything
     made = load_file(tmp_path / "b" / "constants.safetensors")
     assert made["context"].shape == (1, WORDS, 20) and made["pooled"].shape == (1, 24)
@@ -95,7 +99,9 @@ def test_in_tokens_words_are_read_by_the_encoders_of_the_files(published: Publis
     """Constants are made at build by both encoders, of ids that the folder's own tokenizers give."""
     from tilewright.export import tokenizers
 
-    request = Request("in-token", None, tmp_path / "b", published.folder, verify="never", asked={"prompt": PROMPT})
+    request = Request(
+        "in-token", None, tmp_path / "b", published.folder, verify="never", system_options={"prompt": PROMPT}
+    )
     build(request)  # nothing is traced again
     fill, ids = published.folder / "FLUX.1-Fill-dev", []
     for text, length in ((tokenizers.t5(fill / "tokenizer_2", 40), 40), (tokenizers.clip(fill / "tokenizer", 18), 18)):

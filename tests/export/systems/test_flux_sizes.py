@@ -53,7 +53,7 @@ def shapes_under(system: str, folder: str) -> dict[str, tuple[int, ...]]:
 
 
 def without_files(system: System, **options: Any) -> Settings:
-    return system.decide(Preset("full", FULL, asked=False), options, UserFiles({}, {}))
+    return system.decide(Preset("full", FULL, explicit=False), options, UserFiles({}, {}))
 
 
 @pytest.mark.parametrize("asked", [False, True], ids=["no preset", "preset full"])
@@ -94,18 +94,17 @@ def test_the_authors_single_files_show_all_but_what_is_named(tmp_path: Path, cap
     tensors = {origin: as_file(names[origin], shapes[origin]) for origin in names}
     files = UserFiles(tensors, dict.fromkeys(names, tmp_path))
     with caplog.at_level(logging.WARNING, "tilewright"):
-        settings = IN_TOKEN.decide(Preset("mid", PRESETS["mid"], asked=False), {}, files)
+        settings = IN_TOKEN.decide(Preset("mid", PRESETS["mid"], explicit=False), {}, files)
     assert settings.sizes == without_files(IN_TOKEN).sizes
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == 3 and all("\n" not in line for line in lines)
     assert (
-        "vae: weights ae.safetensors alone does not tell all; taken are act_fn 'silu', norm_num_groups 32," in lines[0]
+        "vae: weights ae.safetensors alone does not tell all sizes; using act_fn 'silu', norm_num_groups 32,"
+        in lines[0]
     )
     assert "scaling_factor 0.3611, shift_factor 0.1159; give its config.json" in lines[0]
-    assert "flux1-fill-dev.safetensors alone does not tell all; taken are axes_dims_rope [16, 56, 56];" in lines[1]
-    assert lines[2].startswith(
-        f"scheduler: no {tmp_path / 'scheduler' / 'scheduler_config.json'}; taken are base_shift"
-    )
+    assert "flux1-fill-dev.safetensors alone does not tell all sizes; using axes_dims_rope [16, 56, 56];" in lines[1]
+    assert lines[2].startswith(f"scheduler: no {tmp_path / 'scheduler' / 'scheduler_config.json'}; using base_shift")
 
 
 def test_a_vae_of_three_blocks_is_read_from_the_authors_layout(tmp_path: Path) -> None:
@@ -113,7 +112,7 @@ def test_a_vae_of_three_blocks_is_read_from_the_authors_layout(tmp_path: Path) -
     tensors = {origin: as_file("it.safetensors", of) for origin, of in shapes.items()}
     files = UserFiles(tensors, dict.fromkeys(tensors, tmp_path))
     with pytest.raises(InputError, match=r"has in_channels 384, vae .* needs 192; give files of one model$"):
-        IN_TOKEN.decide(Preset("full", FULL, asked=False), {}, files)
+        IN_TOKEN.decide(Preset("full", FULL, explicit=False), {}, files)
 
 
 # files of another size, spoilt
@@ -132,7 +131,7 @@ def folder(published: Published, tmp_path: Path) -> Path:
 def settings(
     folder: Path | None, system: str, preset: str | None = None, seed: int | None = None, **options: Any
 ) -> Settings:
-    return Request(system, preset, Path("nowhere"), folder, seed, asked=options).settings
+    return Request(system, preset, Path("nowhere"), folder, seed, system_options=options).settings
 
 
 def change(file: Path, **values: Any) -> None:
@@ -315,7 +314,9 @@ def test_networks_of_two_models_are_refused_by_both_names(
 def test_a_lora_without_the_bridge_is_refused(folder: Path) -> None:
     file = folder / "vicr.safetensors"
     save_file({key: tensor for key, tensor in load_file(file).items() if "lora" in key}, file)
-    with pytest.raises(InputError, match=r"vicr.safetensors: holds no bridge \(vcb.fc1.weight, .*; give VICR's file"):
+    with pytest.raises(
+        InputError, match=r"vicr.safetensors: holds .*, but no bridge \(vcb.fc1.weight, .*; give VICR's file"
+    ):
         settings(folder, "vicr")
 
 
@@ -330,7 +331,7 @@ def settings_of_transformer(folder: Path, preset: str | None) -> Settings:
     place = folder / FILL / "transformer"
     files = UserFiles({"transformer": find(place)}, {"transformer": place})
     name = preset or "full"
-    return IN_TOKEN.decide(Preset(name, PRESETS[name], asked=preset is not None), {}, files)
+    return IN_TOKEN.decide(Preset(name, PRESETS[name], explicit=preset is not None), {}, files)
 
 
 def test_a_flux_without_mask_channels_is_told_and_a_wrong_preset_is_not_called_that(folder: Path) -> None:

@@ -214,7 +214,7 @@ def test_shapes_decide_where_there_is_no_configuration(files: Path, caplog: pyte
     assert {name: settings.sizes["vision"][name] for name in VISION} == expected
     assert {name: settings.sizes[name] for name in SIZES} == SIZES | {"overlap_px": 4}  # an eighth, on whole patches
     said = [record.message for record in caplog.records]
-    assert len(said) == 2 and all(f"{name} " in said[0] for name in silent) and "taken are overlap_px 4" in said[1]
+    assert len(said) == 2 and all(f"{name} " in said[0] for name in silent) and "using overlap_px 4" in said[1]
 
 
 def test_what_shapes_do_not_show_is_named_with_its_options(files: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -252,16 +252,29 @@ REFUSED = {  # file and what is changed in it, what is said
     "an unknown key": (OURS, {"window": 8}, "'window' is 8, which this graph cannot do"),
     "no number": (OURS, {"heads": "three"}, "'heads' is 'three', where one like 12 belongs"),
     "another class": (OURS, {"_class_name": "SwinIR"}, "is of class SwinIR, expected is HiTokSR or DINOv3ViTModel"),
-    "two of ours": ("more/config.json", CONFIG, "config of HiTokSR: ", "config.json are two of one network; keep one"),
-    "two eyes": (OURS, {"vision": VISION}, "config of DINOv3: ", "are two of one network"),
-    "heads that do not fit": (OURS, {"heads": 5}, "5 heads do not cut a width of 48 into parts that 4 divides"),
-    "heads that turn badly": (OURS, {"heads": 8}, "8 heads do not cut a width of 48 into parts that 4 divides"),
+    "two of ours": (
+        "more/config.json",
+        CONFIG,
+        "config of HiTokSR: ",
+        "config.json describe the same network; keep one",
+    ),
+    "two eyes": (OURS, {"vision": VISION}, "config of DINOv3: ", "describe the same network"),
+    "heads that do not fit": (
+        OURS,
+        {"heads": 5},
+        "5 heads do not cut a width of 48 into equal parts of a multiple of 4",
+    ),
+    "heads that turn badly": (
+        OURS,
+        {"heads": 8},
+        "8 heads do not cut a width of 48 into equal parts of a multiple of 4",
+    ),
     "norms that do not fit": (OURS, {"stem_norm_groups": 4}, "4 do not divide the stem's channels [6, 9, 12]"),
     "too many class tokens": (OURS, {"class_layers": [1, 2, 3]}, "[1, 2, 3] are 3, the generator reads 2"),
-    "a layer that is not": (OURS, {"class_layers": [1, 4]}, "[1, 4] are not in order among DINOv3's 3"),
-    "layers in disorder": (OURS, {"class_layers": [3, 1]}, "[3, 1] are not in order among DINOv3's 3"),
-    "tiles off the grid": (OURS, {"tile_px": 42}, "tiles of 42 px that share 8 are not on patches of 4 px"),
-    "tiles that share too much": (OURS, {"overlap_px": 24}, "tiles of 40 px that share 24"),
+    "a layer that is not": (OURS, {"class_layers": [1, 4]}, "[1, 4] are not rising numbers from 1 to DINOv3's 3"),
+    "layers in disorder": (OURS, {"class_layers": [3, 1]}, "[3, 1] are not rising numbers from 1 to DINOv3's 3"),
+    "tiles off the grid": (OURS, {"tile_px": 42}, "tiles of 42 px with an overlap of 8 are no multiples of 4 px"),
+    "tiles that share too much": (OURS, {"overlap_px": 24}, "tiles of 40 px with an overlap of 24"),
 }
 
 
@@ -297,7 +310,7 @@ def test_files_of_another_network_are_told_by_what_they_hold(files: Path) -> Non
 
 def test_a_list_of_layers_is_read_from_the_command() -> None:
     assert HITOKSR.options["class_layers"].kind("3,6,9") == [3, 6, 9]
-    with pytest.raises(UsageError, match="'3;6' is no list of layers; write 3,6,9,12"):
+    with pytest.raises(UsageError, match="'3;6' is not a list of layers; write 3,6,9,12"):
         HITOKSR.options["class_layers"].kind("3;6")
 
 

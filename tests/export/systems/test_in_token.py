@@ -218,7 +218,7 @@ def usual(in_token_tiny: Path) -> np.ndarray:
 
 
 def built(tmp_path: Path, **options: Any) -> Path:
-    build(Request("in-token", "tiny", tmp_path / "b", seed=0, verify="never", asked=options))
+    build(Request("in-token", "tiny", tmp_path / "b", seed=0, verify="never", system_options=options))
     return tmp_path / "b"
 
 
@@ -308,10 +308,10 @@ def test_published_folders_are_read_as_they_lie(tmp_path: Path, in_token_tiny: P
     held = load_numpy(in_token_tiny / "constants.safetensors")
     save_file({"prompt_embeds": held["context"], "pooled_prompt_embeds": held["pooled"]}, tmp_path / "p.safetensors")
     given = {"redux": str(redux), "prompt_embeds": str(tmp_path / "p.safetensors")}
-    build(Request("in-token", "tiny", tmp_path / "b", fill, verify="never", asked=given))
+    build(Request("in-token", "tiny", tmp_path / "b", fill, verify="never", system_options=given))
     assert not list((tmp_path / "b").rglob("weights/*.safetensors"))
     assert np.array_equal(restored(tmp_path / "b", scale=1, steps=6), usual)
-    build(Request("in-token", "tiny", tmp_path / "packed", fill, verify="never", asked=given, pack=True))
+    build(Request("in-token", "tiny", tmp_path / "packed", fill, verify="never", system_options=given, pack=True))
     shutil.rmtree(fill)
     shutil.rmtree(redux)
     assert np.array_equal(restored(tmp_path / "packed", scale=1, steps=6), usual)

@@ -181,7 +181,7 @@ def test_what_dino_sees(either: Any, eager: Eager) -> None:
 @pytest.mark.parametrize("positions", ["release", "current"])
 def test_dinos_positions(usual: Any, eager: Eager, positions: str) -> None:
     settings = SYSTEM.decide(Preset("tiny", SIZES, True), {"dino_positions": positions}, UserFiles({}, {}))
-    network = SYSTEM.build_time(settings)["positions"].made()
+    network = SYSTEM.build_time(settings)["positions"].build()
     stored = eager.files["dino"]["embeddings.position_embeddings"]
     network.load_state_dict({"position_embeddings": stored}, strict=True)
     wanted = reference.dino_table(stored, SIZES.pixels["side"] // SIZES.dino["patch_size"], positions)
@@ -428,7 +428,7 @@ def test_tiles_are_joined_after_every_step(usual: Any, eager: Eager, how: dict[s
 
 def test_tiles_joined_by_their_pixels_are_images_of_their_own(usual: Any, eager: Eager, instantir_files: Path) -> None:
     how, parts = {"sampler": "ddpm", "adares": "paper"}, []
-    settings = Request("instantir", "tiny", Path("none"), instantir_files, asked={"join": "pixels"}).settings
+    settings = Request("instantir", "tiny", Path("none"), instantir_files, system_options={"join": "pixels"}).settings
     ours, made = tiled(usual, eager.ids | how, SYSTEM.program(settings))
     for tile in TILING.tiles:
         crop, asked = under(TILED, tile, 1).copy(), how | {"steps": STEPS, "guidance": 7.0}

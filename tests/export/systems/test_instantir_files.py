@@ -26,7 +26,7 @@ from tilewright.export.graph.trace import parameter_specs
 from tilewright.export.system import Preset, Settings, Tensors, UserFiles
 from tilewright.export.systems.instantir.sizes import PRESETS
 from tilewright.export.systems.instantir.system import LORA, SYSTEM
-from tilewright.export.weights.files import attach, find
+from tilewright.export.weights.files import find, reference_parameters
 from tilewright.export.weights.lora import lora_of
 from tilewright.export.weights.writing import write_tensors
 from tilewright.runtime.bundle.digests import sha256_of_file
@@ -147,14 +147,14 @@ def on_disk(shapes: Nested, folder: Path) -> dict[str, Tensors]:
 
 
 def as_read(found: dict[str, Tensors]) -> dict[str, Tensors]:
-    return {origin: SYSTEM.origins[origin].read(held) for origin, held in found.items()}
+    return {origin: SYSTEM.origins[origin].rename(held) for origin, held in found.items()}
 
 
 def decided(preset: str, found: dict[str, Tensors], **options: Any) -> Settings:
     """What a build makes of these files."""
     places = {name: held.folder / min(held.sources) for name, held in found.items()}
     lora = lora_of(LORA, found["lora"], 1.0, merged=False) if "lora" in found else None
-    return SYSTEM.decide(Preset(preset, PRESETS[preset], asked=False), options, UserFiles(found, places, lora))
+    return SYSTEM.decide(Preset(preset, PRESETS[preset], explicit=False), options, UserFiles(found, places, lora))
 
 
 def wanted(settings: Settings) -> dict[str, dict[str, tuple[int, ...]]]:
@@ -181,7 +181,7 @@ def test_every_parameter_has_its_name_and_every_name_is_used(
     assert settings.lora is not None
     lora = dataclasses.replace(settings.lora, merged=mode == "merge")
     parameters = wanted(dataclasses.replace(settings, lora=lora))
-    references = attach(parameters, found, SYSTEM)  # refuses other shapes and names without a use
+    references = reference_parameters(parameters, found, SYSTEM)  # refuses other shapes and names without a use
     assert {c: of.keys() for c, of in references.items()} == {c: of.keys() for c, of in parameters.items()}
     key_at = {(origin, r.offset): key for origin, held in found.items() for key, r in held.tensors.items()}
     meanings: dict[tuple[str, str], set[str]] = {}
@@ -224,7 +224,7 @@ def test_sizes_are_read_from_the_files(tmp_path: Path, preset: str, of: dict[str
     assert settings.branches[module] == [5, 1 / 5]
     assert {tuple(b) for name, b in settings.branches.items() if name != module} == {(8, 1 / 8)}
     assert len(settings.branches) == len(shapes["previewer"]) // 2
-    attach(wanted(settings), as_read(found), SYSTEM)
+    reference_parameters(wanted(settings), as_read(found), SYSTEM)
 
 
 def test_released_sizes_are_read_from_the_released_shapes(tmp_path: Path) -> None:
@@ -244,7 +244,7 @@ def test_alpha_in_the_file_is_honoured(tmp_path: Path) -> None:
 def attached(root: Path, folder: Path, lora_mode: str = "branch", **changed: Any) -> tuple[Weights, Nested]:
     """What a build makes of the files, without graphs: its references, and its accounts."""
     options = given(root, **changed) | {"lora_mode": lora_mode}
-    request = Request("instantir", "tiny", folder / "b", Path(options.pop("weights")), asked=options)
+    request = Request("instantir", "tiny", folder / "b", Path(options.pop("weights")), system_options=options)
     folder.mkdir()
     stage(request, sha256_of_file).work(folder)
     weights = from_json(Weights, (folder / "weights.json").read_bytes(), "weights.json")
@@ -429,7 +429,7 @@ SPOILT: dict[str, tuple[str, Callable[[Nested], Nested], str]] = {  # file, what
     ),
     "adapter without resampler": ("adapter", lambda held: held | PLAIN, "holds no image keys with a resampler"),
     "adapter with code": ("adapter", lambda held: held | {"x": Trap()}, "adapter.pt: holds more than tensors"),
-    "aggregator with text": ("aggregator", lambda held: held | TEXT, "was saved with text attention"),
+    "aggregator with text": ("aggregator", lambda held: held | TEXT, "has text attention"),
     "aggregator that is a ControlNet": ("aggregator", lambda _: CONTROL, "lacks 'controlnet_mid_block.0.mlp_shared.0"),
     "aggregator cut short": ("aggregator", lambda held: without(held, "ref_conv_in.w"), "1 tensors: ref_conv_in.w"),
     "previewer of other modules": ("previewer", lambda held: held | UNKNOWN, "does not have: down_blocks.7.conv1;"),
@@ -502,7 +502,7 @@ def test_of_two_variants_the_plain_or_the_asked_one_is_taken(mine: Path) -> None
     half = mine / FILES["unet"].replace(".safe", ".fp16.safe")
     save_file({key: tensor.half() for key, tensor in tensors()["unet"].items()}, half)
     for variant, file in ({}, mine / FILES["unet"]), ({"variant": "fp16"}, half):
-        found = Request("instantir", "tiny", mine / "b", mine, asked=variant).tensors
+        found = Request("instantir", "tiny", mine / "b", mine, system_options=variant).tensors
         assert list(found["unet"].sources.values()) == [str(file)]
         assert list(found["vae"].sources.values()) == [str(mine / FILES["vae"])]
 

@@ -140,7 +140,9 @@ class Folder:
     def __init__(self, root: Path, sizes: Sizes) -> None:
         self.root, self.sizes, self.files = root, sizes, make_files(sizes, 5)
         write_folder(root, sizes, self.files)
-        request = Request("instantir", None, root / "b", root, asked={"resampler_heads": sizes.resampler["heads"]})
+        request = Request(
+            "instantir", None, root / "b", root, system_options={"resampler_heads": sizes.resampler["heads"]}
+        )
         self.settings, self.tensors = request.settings, request.tensors
         self.engines = eager_engines(SYSTEM, self.settings, self.tensors)
         self.reference = Reference(self.files, sizes)
@@ -242,7 +244,7 @@ def test_a_whole_restoration_is_the_references(folder: Folder, sampler: str) -> 
 def test_a_bundle_of_these_files_restores_as_the_reference(folder: Folder) -> None:
     """Traced, attached and sealed, with ONNX Runtime's engines."""
     heads = {"resampler_heads": folder.sizes.resampler["heads"]}
-    build(Request("instantir", None, folder.root / "bundle", folder.root, verify="never", asked=heads))
+    build(Request("instantir", None, folder.root / "bundle", folder.root, verify="never", system_options=heads))
     with load(folder.root / "bundle", threads=1) as restorer:
         for sampler in ("ddim", "ddpm"):
             restore(folder, restorer.bundle.program, restorer.engines, restorer.constants, sampler)
@@ -314,7 +316,7 @@ def mine(published: Path, tmp_path: Path) -> Path:
 
 
 def settings(root: Path, preset: str | None = None, **options: Any) -> Settings:
-    return Request("instantir", preset, root / "b", root, asked=options).settings
+    return Request("instantir", preset, root / "b", root, system_options=options).settings
 
 
 def test_heads_and_whatever_else_no_file_tells_are_named(mine: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -329,22 +331,22 @@ def test_heads_and_whatever_else_no_file_tells_are_named(mine: Path, caplog: pyt
     tiny, request = PRESETS["tiny"], Request("instantir", None, mine / "b", mine)
     fitting = replace(tiny, unet=tiny.unet | {"norm_num_groups": 6}, vae=tiny.vae | {"norm_num_groups": 3})
     files = UserFiles(request.tensors, request.places, request.lora)
-    sizes = SYSTEM.decide(Preset("fitting", fitting, asked=False), {}, files).sizes
+    sizes = SYSTEM.decide(Preset("fitting", fitting, explicit=False), {}, files).sizes
     for name, left in GUESSED.items():
         differing = {key for key, value in sizes[name].items() if value != expected[name][key]}
         assert differing == left, name
     assert sizes["unet"]["attention_head_dim"] == [1, 3] and sizes["text"]["num_attention_heads"] == 2
     said = [record.getMessage() for record in caplog.records]
-    starts = [f"{name}: weights {mine / FILES[name]} alone does not tell all; taken are " for name in GUESSED_OF]
+    starts = [f"{name}: weights {mine / FILES[name]} alone does not tell all sizes; using " for name in GUESSED_OF]
     starts += [
-        f"dino: {mine / PROCESSOR} is not there; taken are side 28, ",
-        f"scheduler: {mine / SCHEDULER} is not there; ",
+        f"dino: {mine / PROCESSOR} is missing; using side 28, ",
+        f"scheduler: {mine / SCHEDULER} is missing; ",
     ]
     starts += ["adapter "]
     assert all(any(line.startswith(start) for line in said) for start in starts) and len(said) == len(starts)
     unet = next(line for line in said if line.startswith("unet"))
     assert "attention_head_dim [1, 3]" in unet and "block_out_channels" not in unet
-    assert "taken are 1 of width 24; set them with --resampler-heads" in said[-1]
+    assert "using 1 of width 24; set them with --resampler-heads" in said[-1]
 
 
 GUESSED_OF = ("unet", "vae", "text_encoder", "text_encoder_2", "dino")

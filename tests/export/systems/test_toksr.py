@@ -60,7 +60,11 @@ def bundles(cache, tmp_path_factory):
         kind = f"{sizes['image']} {sizes['encoder']['text']}"
         given[kind] = given.get(kind) or written(root / kind, sizes)
         if name not in made:
-            build(Request("toksr", None, root / name, verify="never", asked=given[kind] | untold(sizes) | options))
+            build(
+                Request(
+                    "toksr", None, root / name, verify="never", system_options=given[kind] | untold(sizes) | options
+                )
+            )
             made[name] = root / name
         return made[name]
 
@@ -232,7 +236,7 @@ def test_words_and_guidance_of_the_build_are_the_defaults(bundles):
 ASKED_OF_A_BUNDLE = {
     "guidance": (["--guidance", "2"], "--guidance"),
     "another tile": (["--tile", "64"], "tile=64 is not one of the sizes this bundle is made for: [32]"),
-    "another scale": (["--scale", "2"], "scale=2 is none that this bundle can enlarge by; use 4"),
+    "another scale": (["--scale", "2"], "scale=2 does not work with this bundle; use 4"),
     "no steps": (["--steps", "0"], "count=0 is no number of steps"),
 }
 

@@ -117,9 +117,9 @@ def test_heads_that_nothing_tells_are_64_wide_and_named(tmp_path, caplog):
     said = [record.message for record in caplog.records]
     assert [settings.sizes["tokenizer"]["decoder"]["heads"], settings.sizes["dit"]["heads"]] == [1, 2]
     assert [line.split(":")[0] for line in said] == ["tokenizer", "tokenizer's decoder", "denoiser"]
-    assert "taken are scale 0.7525; give --token-scale if they differ" in said[0]
-    assert "taken are heads 1; give --decoder-heads" in said[1]
-    assert f"weights {named['dit']} alone does not tell all; taken are heads 2; give --dit-heads" in said[2]
+    assert "using scale 0.7525; give --token-scale if they differ" in said[0]
+    assert "using heads 1; give --decoder-heads" in said[1]
+    assert f"weights {named['dit']} alone does not tell all sizes; using heads 2; give --dit-heads" in said[2]
 
 
 def test_a_text_tower_without_configuration_is_told_by_shapes(tmp_path, caplog):
@@ -138,7 +138,7 @@ def test_no_library_of_networks_is_loaded_for_sizes_and_tokenizers(tmp_path):
     asked = {**named, **untold(TINY)}
     code = f"""import sys, pathlib
 from tilewright.export.build.request import Request
-request = Request('toksr', None, pathlib.Path('b'), asked={asked!r})
+request = Request('toksr', None, pathlib.Path('b'), system_options={asked!r})
 request.settings
 request.components
 request.system.tokenizers(request.settings, request.options, None)

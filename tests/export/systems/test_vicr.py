@@ -164,7 +164,7 @@ def test_embeddings_stand_for_words(vicr_tiny: Path, tmp_path: Path) -> None:
 
 
 def built(tmp_path: Path, **options: Any) -> Path:
-    build(Request("vicr", "tiny", tmp_path / "b", seed=0, verify="never", asked=options))
+    build(Request("vicr", "tiny", tmp_path / "b", seed=0, verify="never", system_options=options))
     return tmp_path / "b"
 
 

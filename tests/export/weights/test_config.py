@@ -186,7 +186,7 @@ def test_another_value_of_what_a_graph_assumes_is_refused(tmp_path, name, key):
     assert text.startswith(f"{key!r} is 7, ")
     if key in BY_NAME[name].silent:
         without = {k: v for k, v in example(name).items() if k != key}
-        assert " where it is not said, this graph does only " in refusal(tmp_path, name, without)
+        assert " by default, this graph does only " in refusal(tmp_path, name, without)
 
 
 @pytest.mark.parametrize("name", BY_NAME)

@@ -21,7 +21,15 @@ from tilewright.export.networks.hitoksr import HiTokConfig, VisionPrior
 from tilewright.export.system import Origin, Rows
 from tilewright.export.systems.hitoksr.system import SYSTEM as HITOKSR
 from tilewright.export.weights import files
-from tilewright.export.weights.files import Tensors, attach, copy_tensors, find, locate, open_reference, resolve
+from tilewright.export.weights.files import (
+    Tensors,
+    copy_tensors,
+    find,
+    locate,
+    open_reference,
+    reference_parameters,
+    resolve,
+)
 from tilewright.export.weights.writing import random_weights
 from tilewright.runtime.bundle.digests import sha256_of_bytes, sha256_of_file
 from tilewright.runtime.bundle.weights import Reference
@@ -263,7 +271,7 @@ def test_every_spelling_of_the_vision_models_keys_is_found(tmp_path, wanted, spe
     own = own_keys(wanted)
     found = weights_file(tmp_path / "w.safetensors", {spell(key): shape for key, shape in own.items()})
     assert len(found.tensors) == len(own)
-    references = attach(wanted, {"hitoksr": found}, HITOKSR)
+    references = reference_parameters(wanted, {"hitoksr": found}, HITOKSR)
     for component, shapes in wanted.items():
         assert references[component].keys() == shapes.keys()
         for name, shape in shapes.items():
@@ -283,7 +291,7 @@ def test_a_file_of_the_published_names_is_found_beside_the_systems_own(tmp_path,
     assert "layer.0.attention.k_proj.bias" not in public
     weights_file(tmp_path / "dinov3" / "model.safetensors", public)
     found = weights_file(tmp_path / "own.safetensors", {k: s for k, s in own.items() if not k.startswith("vfm.")})
-    references = attach(wanted, {"hitoksr": found}, HITOKSR)
+    references = reference_parameters(wanted, {"hitoksr": found}, HITOKSR)
     assert {r.file for r in references["generate"].values()} == {"dinov3/model.safetensors", "own.safetensors"}
     assert {r.file for r in references["decode"].values()} == {"own.safetensors"}
 
@@ -294,14 +302,14 @@ def test_the_published_names_are_those_that_transformers_itself_saves_under(tmp_
     assert {"layer.0.norm1.weight", "embeddings.cls_token", "norm.bias"} <= found.tensors.keys()
     network = network_on_meta(components_of("hitoksr")["generate"]).vision
     shapes = {f"vision.{n}": tuple(p.shape) for n, p in network.named_parameters() if not n.endswith("mask_token")}
-    references = attach({"generate": shapes}, {"hitoksr": found}, HITOKSR)
+    references = reference_parameters({"generate": shapes}, {"hitoksr": found}, HITOKSR)
     assert references["generate"].keys() == shapes.keys()
 
 
 def test_what_serves_only_training_is_ignored(tmp_path, wanted):
     extra = {"encoder.embed.weight": (2, 2), "vfm.embeddings.mask_token": (1, 1, 32), "embeddings.mask_token": (1,)}
     found = weights_file(tmp_path / "w.safetensors", own_keys(wanted) | extra)
-    references = attach(wanted, {"hitoksr": found}, HITOKSR)
+    references = reference_parameters(wanted, {"hitoksr": found}, HITOKSR)
     used = {(r.file, r.offset) for component in references.values() for r in component.values()}
     assert not used & {(found.tensors[key].file, found.tensors[key].offset) for key in extra}
 
@@ -311,7 +319,7 @@ def test_missing_keys_are_counted_and_the_first_three_named(tmp_path, wanted, co
     own = own_keys(wanted)
     dropped = sorted(own)[10 : 10 + count]
     found = weights_file(tmp_path / "w.safetensors", {k: s for k, s in own.items() if k not in dropped})
-    text = refusal(attach, wanted, {"hitoksr": found}, HITOKSR)
+    text = refusal(reference_parameters, wanted, {"hitoksr": found}, HITOKSR)
     assert text.startswith(
         f"weights {tmp_path}/w.safetensors: lacks {count} tensors: {', '.join(dropped[:3])}{ending} give"
     )
@@ -321,7 +329,7 @@ def test_missing_keys_are_counted_and_the_first_three_named(tmp_path, wanted, co
 def test_unexpected_keys_are_counted_and_the_first_three_named(tmp_path, wanted, count, ending):
     extra = [f"lora.{i}" for i in range(count)]
     found = weights_file(tmp_path / "w.safetensors", own_keys(wanted) | dict.fromkeys(extra, (2,)))
-    text = refusal(attach, wanted, {"hitoksr": found}, HITOKSR)
+    text = refusal(reference_parameters, wanted, {"hitoksr": found}, HITOKSR)
     assert text.startswith(
         f"weights {tmp_path}/w.safetensors: holds unexpected {count} tensors: {', '.join(extra[:3])}{ending} give"
     )
@@ -330,13 +338,15 @@ def test_unexpected_keys_are_counted_and_the_first_three_named(tmp_path, wanted,
 def test_a_second_spelling_of_a_tensor_is_unexpected(tmp_path, wanted):
     extra = {"vfm.layer.0.norm1.weight": (32,)}
     found = weights_file(tmp_path / "w.safetensors", own_keys(wanted) | extra)
-    assert "unexpected 1 tensors: vfm.layer.0.norm1.weight;" in refusal(attach, wanted, {"hitoksr": found}, HITOKSR)
+    assert "unexpected 1 tensors: vfm.layer.0.norm1.weight;" in refusal(
+        reference_parameters, wanted, {"hitoksr": found}, HITOKSR
+    )
 
 
 @pytest.mark.parametrize("shape", [(4, 16, 3), (4, 2, 16), (16, 8), (4, 16, 2, 2)], ids=str)  # not [4, 16, 2]
 def test_a_tensor_of_another_shape_is_refused_with_both_shapes(tmp_path, wanted, shape):
     found = weights_file(tmp_path / "w.safetensors", own_keys(wanted) | {"quantizer.codebook": shape})
-    assert refusal(attach, wanted, {"hitoksr": found}, HITOKSR) == (
+    assert refusal(reference_parameters, wanted, {"hitoksr": found}, HITOKSR) == (
         f"weights {tmp_path / 'w.safetensors'}: 'quantizer.codebook' has shape {list(shape)}, the network needs"
         " [4, 16, 2]; give files of one model"
     )
@@ -345,7 +355,7 @@ def test_a_tensor_of_another_shape_is_refused_with_both_shapes(tmp_path, wanted,
 def test_the_weights_of_something_else_entirely_are_refused(tmp_path, wanted):
     saved(tmp_path / "unet.safetensors", "down_blocks.0.weight")
     lacking = len(own_keys(wanted))
-    text = refusal(attach, wanted, {"hitoksr": find(tmp_path)}, HITOKSR)
+    text = refusal(reference_parameters, wanted, {"hitoksr": find(tmp_path)}, HITOKSR)
     assert f"lacks {lacking} tensors: decoder.blocks.0." in text
     assert "; holds instead: down_blocks.0.weight; give " in text
 
@@ -353,7 +363,9 @@ def test_the_weights_of_something_else_entirely_are_refused(tmp_path, wanted):
 def test_what_a_file_holds_in_the_place_of_what_it_lacks_is_named(tmp_path, wanted):
     own = own_keys(wanted)
     renamed = {f"module.{key}" if key.startswith("decoder.") else key: shape for key, shape in own.items()}
-    text = refusal(attach, wanted, {"hitoksr": weights_file(tmp_path / "w.safetensors", renamed)}, HITOKSR)
+    text = refusal(
+        reference_parameters, wanted, {"hitoksr": weights_file(tmp_path / "w.safetensors", renamed)}, HITOKSR
+    )
     lacking = sorted(key for key in own if key.startswith("decoder."))
     assert f"lacks {len(lacking)} tensors: {', '.join(lacking[:3])}, ...; holds instead: module.{lacking[0]}, " in text
 
@@ -364,7 +376,7 @@ def test_two_components_may_read_one_tensor(tmp_path):
     plain = SimpleNamespace(
         origin_of=lambda component, name: "w", keys=lambda component, name: (name,), ignored=lambda origin, key: False
     )
-    references = attach(shapes, {"w": find(tmp_path)}, plain)
+    references = reference_parameters(shapes, {"w": find(tmp_path)}, plain)
     assert references["one"]["shared"] == references["two"]["shared"]
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tilewright.cli.export import _asked, _local
+from tilewright.cli.export import _local, _option_values
 from tilewright.export.weights.files import find
 from tilewright.export.weights.hub import local
 from tilewright.runtime.errors import InputError
@@ -83,8 +83,8 @@ def test_offline_says_how_to_fetch(hub, monkeypatch, said):
     with pytest.raises(InputError) as caught:
         local("org/model@v1.0")
     assert str(caught.value) == (
-        f"weights org/model@v1.0: no such file or folder, not in {hub} either, and HF_HUB_OFFLINE forbids to look"
-        " further; give a folder, or run hf download org/model --revision v1.0"
+        f"weights org/model@v1.0: no such file or folder, not in {hub} either, and HF_HUB_OFFLINE forbids a download"
+        "; give a folder, or run hf download org/model --revision v1.0"
     )
     with pytest.raises(InputError, match=r"hf download org/model$"):
         local("org/model")
@@ -114,7 +114,9 @@ def test_a_download_that_fails_is_one_line(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(InputError) as caught:
         local("org/model")
-    assert "not to be had (ConnectionError: no route); give a folder, or run hf download org/model" in str(caught.value)
+    assert "the download failed (ConnectionError: no route); give a folder, or run hf download org/model" in str(
+        caught.value
+    )
     assert caught.value.exit_code == 8 and str(caught.value).isprintable()
 
 
@@ -124,5 +126,5 @@ def test_options_that_name_files_may_be_repo_ids_too_and_words_may_not(hub):
     from tilewright.cli.commands import parse
 
     command = ["export", "build", "toksr", "--clip", "org/model", "--prompt", "org/model", "-o", "out"]
-    given = _asked(parse(command))
+    given = _option_values(parse(command))
     assert given == {"clip": str(snapshot), "prompt": "org/model"}

@@ -13,7 +13,7 @@ from torch import nn
 
 from support.lora import METADATA, NEEDED, PAIRS, assert_close, merged, pair, refusal, tensor_of, written
 from tilewright.export.weights.files import converted, find
-from tilewright.export.weights.lora import Adapter, read
+from tilewright.export.weights.lora import Adapter, read_adapters
 
 
 class Small(nn.Module):
@@ -66,9 +66,9 @@ def test_a_state_dict_of_peft_with_the_adapters_name_in_its_keys_is_read(tmp_pat
     save_file(live, tmp_path / "live.safetensors")
     model.save_pretrained(tmp_path / "saved")
     named, unnamed = (find(tmp_path / name) for name in ("live.safetensors", "saved"))
-    adapters = read(named)[0]
+    adapters = read_adapters(named)[0]
     assert set(adapters) == {"proj", "block.proj", "conv", "point", "line"}
-    for module, other in read(unnamed)[0].items():
+    for module, other in read_adapters(unnamed)[0].items():
         for role in ("down", "up"):
             one = tensor_of(named.folder, getattr(adapters[module], role))
             assert torch.equal(one, tensor_of(unnamed.folder, getattr(other, role)))
@@ -84,12 +84,14 @@ def test_what_peft_adds_for_dora_biases_and_embeddings_is_refused(tmp_path):
         target = r"block\.proj|proj" if name == "dora" else r"^proj$"  # a linear without bias can have none adapted
         model = peft.get_peft_model(Small(), peft.LoraConfig(r=4, target_modules=target, **config))
         model.save_pretrained(tmp_path / name)
-        text = refusal(read, find(tmp_path / name))
+        text = refusal(read_adapters, find(tmp_path / name))
         assert text.startswith(f"LoRA {tmp_path / name / 'adapter_model.safetensors'}: holds {what}")
         assert text.endswith("; not supported, train or export it without")
     words = nn.Sequential(nn.Embedding(5, 8))
     peft.get_peft_model(words, peft.LoraConfig(r=4, target_modules=["0"])).save_pretrained(tmp_path / "words")
-    assert "in a style that is not read: base_model.model.0.lora_embedding_A" in refusal(read, find(tmp_path / "words"))
+    assert "of an unknown style: base_model.model.0.lora_embedding_A" in refusal(
+        read_adapters, find(tmp_path / "words")
+    )
 
 
 TINY = {
@@ -154,7 +156,7 @@ def test_files_that_diffusers_wrote_merge_as_diffusers_fuses_them(flux, way):
 
 
 def test_notes_of_diffusers_change_the_scale_and_without_them_it_is_one(flux):
-    noted, silent = (read(find(flux / way))[0] for way in ("noted", "silent"))
+    noted, silent = (read_adapters(find(flux / way))[0] for way in ("noted", "silent"))
     assert {adapter.scale for adapter in silent.values()} == {1.0}
     assert noted["proj_out"].scale == 1 / 4
     assert noted["single_transformer_blocks.1.proj_out"].scale == 3 / 4
@@ -179,7 +181,7 @@ def test_every_spelling_is_read(tmp_path, spelling, prefix):
     spelt = {m: [f"{prefix}{m}.{role}.weight" for role in spelling.split()] for m in MODULES}
     tensors = {new: plain[m][old] for m in MODULES for new, old in zip(spelt[m], plain[m], strict=True)}
     found = find(written(tmp_path / "lora.safetensors", tensors))
-    adapters, rest = read(found)
+    adapters, rest = read_adapters(found)
     assert rest == set()
     assert adapters == {m: Adapter(found.tensors[spelt[m][0]], found.tensors[spelt[m][1]], 1.0) for m in MODULES}
     assert {(a.rank, a.shape) for a in adapters.values()} == {(4, (6, 8))}
@@ -193,19 +195,19 @@ def test_one_file_may_mix_spellings_and_prefixes_may_be_others(tmp_path):
         f"{conv}.lora_B.weight": torch.zeros(5, 4, 1, 1),
     }
     found = find(written(tmp_path / "lora.safetensors", tensors))
-    adapters, _ = read(found, ("unet.",), 1.0)
+    adapters, _ = read_adapters(found, ("unet.",), 1.0)
     assert {m: (a.scale, a.shape) for m, a in adapters.items()} == {
         "mid_block.attentions.0.to_q": (1 / 4, (6, 8)),
         "conv_in": (1 / 4, (5, 2, 3, 3)),
     }
-    assert set(read(found)[0]) == {attention, conv}
-    assert set(read(found, ("transformer.", "unet."))[0]) == set(adapters)
+    assert set(read_adapters(found)[0]) == {attention, conv}
+    assert set(read_adapters(found, ("transformer.", "unet."))[0]) == set(adapters)
 
 
 def test_other_keys_are_given_back(tmp_path):
     other = {n: torch.zeros(2) for n in ("vcb.fc1.weight", "vcb.exploration.weight", "vcb.alpha", "flora.bias")}
     found = find(written(tmp_path / "lora.safetensors", pair("transformer.a") | other))
-    adapters, rest = read(found)
+    adapters, rest = read_adapters(found)
     assert set(adapters) == {"a"}
     assert rest == set(other)
 
@@ -217,7 +219,7 @@ ALPHAS = ["m.alpha", "m.lora.alpha", "m.lora_A.alpha", "m.lora_A.default.alpha",
 @pytest.mark.parametrize("key", ALPHAS)
 def test_every_spelling_of_alpha_is_read(tmp_path, key, prefix):
     tensors = pair(f"{prefix}m") | pair("other") | {f"{prefix}{key}": torch.tensor(10.0)}
-    adapters, rest = read(find(written(tmp_path / "lora.safetensors", tensors)))
+    adapters, rest = read_adapters(find(written(tmp_path / "lora.safetensors", tensors)))
     assert rest == set()
     assert {m: a.scale for m, a in adapters.items()} == {"m": 2.5, "other": 1.0}
 
@@ -226,7 +228,7 @@ def test_every_spelling_of_alpha_is_read(tmp_path, key, prefix):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn])
 def test_alpha_may_be_of_any_float_type(tmp_path, dtype, shape):
     tensors = pair("m") | {"m.alpha": torch.full(shape, 1.5).to(dtype)}
-    assert read(find(written(tmp_path / "lora.safetensors", tensors)))[0]["m"].scale == 1.5 / 4
+    assert read_adapters(find(written(tmp_path / "lora.safetensors", tensors)))[0]["m"].scale == 1.5 / 4
 
 
 NOTE = {"lora_alpha": 6, "r": 4, "alpha_pattern": {"n": 2}}
@@ -241,13 +243,13 @@ def test_the_alphas_of_a_pickle_are_read_before_it_is_converted(tmp_path, monkey
         tensors[f"{module}.alpha"] = torch.tensor([0.0, alpha], dtype=torch.bfloat16)[1]  # not first in its storage
     torch.save(tensors, tmp_path / "lora.bin", _use_new_zipfile_serialization=not legacy)
     found = find(tmp_path / "lora.bin")
-    listed, _ = read(found)
+    listed, _ = read_adapters(found)
     assert not (tmp_path / "cache" / "converted").exists()
-    made, _ = read(converted(found))
+    made, _ = read_adapters(converted(found))
     assert {m: a.scale for m, a in listed.items()} == {m: a.scale for m, a in made.items()} == {"m": 2.0, "n": 0.5}
     (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 12}))
     torch.save(pair("m"), tmp_path / "lora.bin", _use_new_zipfile_serialization=not legacy)
-    assert read(find(tmp_path / "lora.bin"))[0]["m"].scale == 3.0
+    assert read_adapters(find(tmp_path / "lora.bin"))[0]["m"].scale == 3.0
 
 
 def test_alpha_is_the_tensors_then_the_headers_then_the_configs_then_the_default_then_the_rank(tmp_path):
@@ -255,7 +257,7 @@ def test_alpha_is_the_tensors_then_the_headers_then_the_configs_then_the_default
     alpha = {"transformer.o.alpha": torch.tensor(3.0)}
 
     def scales(name: str, default=None) -> list[float]:
-        adapters, _ = read(find(tmp_path / name), default_alpha=default)
+        adapters, _ = read_adapters(find(tmp_path / name), default_alpha=default)
         return [4 * adapters[module].scale for module in "mno"]
 
     written(tmp_path / "header" / "a.safetensors", tensors | alpha, **{METADATA: PREFIXED})
@@ -276,7 +278,7 @@ def test_alpha_is_the_tensors_then_the_headers_then_the_configs_then_the_default
 def test_a_rank_stabilised_scale_is_of_the_note_and_not_of_a_tensor(tmp_path):
     tensors = pair("m") | pair("n") | {"m.alpha": torch.tensor(6.0)}
     lora = written(tmp_path / "a.safetensors", tensors, **{METADATA: {"lora_alpha": 6, "use_rslora": True}})
-    assert {m: a.scale for m, a in read(find(lora))[0].items()} == {"m": 1.5, "n": 3.0}
+    assert {m: a.scale for m, a in read_adapters(find(lora))[0].items()} == {"m": 1.5, "n": 3.0}
 
 
 def test_the_config_is_found_beside_the_link_and_not_beside_the_blob(tmp_path):
@@ -287,7 +289,7 @@ def test_the_config_is_found_beside_the_link_and_not_beside_the_blob(tmp_path):
     (snapshot / "adapter_model.safetensors").symlink_to(blob)
     (snapshot / "adapter_config.json").write_text(json.dumps(NOTE))
     (blob.parent / "adapter_config.json").write_text(json.dumps({"lora_alpha": 50}))
-    assert read(find(snapshot))[0]["m"].scale == 1.5
+    assert read_adapters(find(snapshot))[0]["m"].scale == 1.5
 
 
 words = st.text("abcdefgh_0123", min_size=1, max_size=8).filter(lambda word: not word.startswith("lora_"))
@@ -304,7 +306,7 @@ def test_every_module_gets_its_own_pair_whatever_its_path(modules, prefix, other
     tensors = {k: t for m, spelling in modules.items() for k, t in pair(f"{prefix}{m}", spelling=spelling).items()}
     with tempfile.TemporaryDirectory() as folder:
         found = find(written(Path(folder) / "a.safetensors", tensors | {key: torch.zeros(1) for key in others}))
-        adapters, rest = read(found)
+        adapters, rest = read_adapters(found)
         assert adapters.keys() == modules.keys()
         assert rest == others
         for module, spelling in modules.items():

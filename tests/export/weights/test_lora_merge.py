@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from support.lora import DTYPES, merged, pair, refusal, written
 from tilewright.export.weights.files import find
-from tilewright.export.weights.lora import merge, read
+from tilewright.export.weights.lora import merge, read_adapters
 from tilewright.runtime.bundle.weights import Reference
 
 sizes = st.integers(1, 6)
@@ -42,7 +42,7 @@ def test_a_merge_is_rounded_once(dimensions, kernel, base_dtype, dtype, strength
         file = written(Path(name) / "lora.safetensors", lora | {"m.alpha": torch.tensor(rank / 2)})
         before = (Path(name) / "base.safetensors").read_bytes()
         found = find(file)
-        (adapter,) = read(found)[0].values()
+        (adapter,) = read_adapters(found)[0].values()
         data = merge(weights.folder, weights.tensors["m.weight"], found.folder, adapter, strength)
         assert data == exact.to(base.dtype).view(torch.uint8).numpy().tobytes()
         assert (Path(name) / "base.safetensors").read_bytes() == before
@@ -78,14 +78,14 @@ def test_a_row_slice_of_a_fused_tensor_merges_on_its_own(tmp_path):
     rows = Reference(whole.file, whole.dtype, (6, 8), whole.offset + 6 * 8 * 2, 6 * 8 * 2)
     down, up = pair("to_k").values()
     expected = (fused[6:12].float() + up @ down).bfloat16()
-    data = merge(weights.folder, rows, found.folder, read(found)[0]["to_k"], 1.0)
+    data = merge(weights.folder, rows, found.folder, read_adapters(found)[0]["to_k"], 1.0)
     assert torch.equal(torch.frombuffer(bytearray(data), dtype=torch.bfloat16).reshape(6, 8), expected)
 
 
 def merge_refusal(tmp_path: Path, base: torch.Tensor, strength: float = 1.0, scale: float = 1.0) -> str:
     weights = find(written(tmp_path / "base.safetensors", {"m.weight": base}))
     found = find(written(tmp_path / "lora.safetensors", pair("m")))
-    adapter = read(found, default_alpha=4 * scale)[0]["m"]
+    adapter = read_adapters(found, default_alpha=4 * scale)[0]["m"]
     return refusal(merge, weights.folder, weights.tensors["m.weight"], found.folder, adapter, strength)
 
 

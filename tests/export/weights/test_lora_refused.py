@@ -9,13 +9,13 @@ from safetensors.torch import save_file
 
 from support.lora import METADATA, PAIRS, pair, refusal, written
 from tilewright.export.weights.files import find
-from tilewright.export.weights.lora import read
+from tilewright.export.weights.lora import read_adapters
 
 
 def refused(tmp_path: Path, tensors: dict[str, torch.Tensor], **metadata: object) -> str:
     """What is said of a file with these tensors, less the file."""
     lora = written(tmp_path / "my lora.safetensors", tensors, **metadata)
-    text = refusal(read, find(lora))
+    text = refusal(read_adapters, find(lora))
     assert text.startswith(f"LoRA {lora}: ")
     return text.removeprefix(f"LoRA {lora}: ")
 
@@ -60,12 +60,12 @@ def test_shapes_that_are_no_pair_are_refused(tmp_path, down, up):
 def test_rank_zero_is_refused(tmp_path):
     """By the header's reader or here; what an empty shard saves."""
     lora = written(tmp_path / "lora.safetensors", pair("m", rank=0))
-    text = refusal(lambda: read(find(lora)))
+    text = refusal(lambda: read_adapters(find(lora)))
     assert str(lora) in text
     assert "[0, 8]" in text
     found = find(written(tmp_path / "other.safetensors", pair("m")))
     tensors = {key: replace(r, shape=tuple(0 if d == 4 else d for d in r.shape)) for key, r in found.tensors.items()}
-    text = refusal(read, replace(found, tensors=tensors))
+    text = refusal(read_adapters, replace(found, tensors=tensors))
     assert "'m.lora_A.weight' [0, 8] and 'm.lora_B.weight' [6, 0] are no pair" in text
     assert text.endswith(" of one rank above 0; export it again")
 
@@ -90,9 +90,9 @@ KOHYA = "lora_unet_double_blocks_0_img_attn_qkv"
 def test_other_styles_are_refused_and_those_that_are_read_are_named(tmp_path, tensors):
     text = refused(tmp_path, tensors)
     unread = [key for key in sorted(tensors) if key not in pair("m") | pair("m", spelling="lora_down lora_up")]
-    assert text.startswith(f"holds LoRA keys in a style that is not read: {', '.join(unread)[:40]}")
+    assert text.startswith(f"holds LoRA keys of an unknown style: {', '.join(unread)[:40]}")
     assert text.endswith(
-        "read are <module.path>.lora_A/.lora_B.weight, .lora.down/.lora.up.weight and .lora_down/.lora_up.weight;"
+        "known are <module.path>.lora_A/.lora_B.weight, .lora.down/.lora.up.weight and .lora_down/.lora_up.weight;"
         " load it in diffusers and save it with save_lora_weights"
     )
 
@@ -172,12 +172,12 @@ def test_broken_notes_are_refused(tmp_path, text):
     lora = written(tmp_path / "adapter_model.safetensors", pair("m"))
     config = tmp_path / "adapter_config.json"
     config.write_bytes(data)
-    said = refusal(read, find(lora))
+    said = refusal(read_adapters, find(lora))
     assert said.startswith(f"LoRA {config}: unreadable notes on alpha (")
     assert said.endswith("); export it again")
 
 
 def test_broken_notes_in_the_header_are_refused(tmp_path):
     save_file(pair("m"), tmp_path / "a.safetensors", {METADATA: "{"})
-    said = refusal(read, find(tmp_path / "a.safetensors"))
+    said = refusal(read_adapters, find(tmp_path / "a.safetensors"))
     assert said.startswith(f"LoRA {tmp_path / 'a.safetensors'}: unreadable notes on alpha (")

@@ -9,16 +9,23 @@ import pytest
 
 from tilewright.export.system import Preset, Tensors
 from tilewright.export.weights.config import Config
-from tilewright.export.weights.sizes import Said, blocks, config_beside, network_sizes, shapes_of
+from tilewright.export.weights.sizes import FileSizes, blocks, config_beside, network_sizes, shapes_of
 from tilewright.runtime.bundle.weights import Reference
 from tilewright.runtime.errors import InputError, UsageError
 
 USUAL = {"width": 8, "heads": 2, "levels": (4, 8), "act": "gelu"}
-CONFIG, WEIGHTS = Said("config c.json", {"width": 16, "heads": 4}), Said("weights w", {"width": 16, "levels": [4, 8]})
+CONFIG, WEIGHTS = (
+    FileSizes("config c.json", {"width": 16, "heads": 4}),
+    FileSizes("weights w", {"width": 16, "levels": [4, 8]}),
+)
 
 
 def sizes(
-    config: Said | None, weights: Said | None, *, named: bool = False, options: Mapping[str, Any] | None = None
+    config: FileSizes | None,
+    weights: FileSizes | None,
+    *,
+    named: bool = False,
+    options: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     asked = {name: (f"--{name}", value) for name, value in ({"heads": None} | dict(options or {})).items()}
     return network_sizes("net", Preset("tiny", USUAL, named), USUAL, config, weights, asked)
@@ -36,18 +43,18 @@ def test_what_nothing_tells_is_named_once_with_its_flags(caplog: pytest.LogCaptu
     with caplog.at_level(logging.WARNING, "tilewright"):
         sizes(None, WEIGHTS)
         sizes(CONFIG, WEIGHTS)
-        sizes(None, Said("weights w", {"width": 8}), named=True)  # who named the preset knows its sizes
+        sizes(None, FileSizes("weights w", {"width": 8}), named=True)  # who named the preset knows its sizes
         sizes(None, None)
     assert [record.message for record in caplog.records] == [
-        "net: weights w alone does not tell all; taken are heads 2, act 'gelu'; give --heads or its config.json"
+        "net: weights w alone does not tell all sizes; using heads 2, act 'gelu'; give --heads or its config.json"
         " if they differ",
-        "net: weights w alone does not tell all; taken are act 'gelu'; give its config.json if they differ",
+        "net: weights w alone does not tell all sizes; using act 'gelu'; give its config.json if they differ",
     ]
 
 
 def test_sources_that_disagree_are_named_with_their_values() -> None:
     with pytest.raises(InputError) as error:
-        sizes(Said("config c.json", {"width": 12}), WEIGHTS)
+        sizes(FileSizes("config c.json", {"width": 12}), WEIGHTS)
     assert str(error.value) == "config c.json: 'width' is 12, in weights w it is 16; give files that belong together"
     with pytest.raises(UsageError) as usage:
         sizes(CONFIG, WEIGHTS, options={"heads": 8})
@@ -78,4 +85,4 @@ def test_a_configuration_lies_in_the_folder_or_beside_the_file(tmp_path: Path) -
     (tmp_path / "config.json").write_text('{"_class_name": "Net", "width": 24}')
     (tmp_path / "w.safetensors").touch()
     for place in (tmp_path, tmp_path / "w.safetensors"):
-        assert config_beside(config, place) == Said(f"config {tmp_path / 'config.json'}", {"width": 24})
+        assert config_beside(config, place) == FileSizes(f"config {tmp_path / 'config.json'}", {"width": 24})

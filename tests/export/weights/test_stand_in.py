@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tilewright.export.build.attachment import origins_of, references
+from tilewright.export.build.attachment import find_references, origins_of
 from tilewright.export.build.request import Request
 from tilewright.export.systems import SYSTEMS, system
 from tilewright.export.weights.stand_in import stand_in
@@ -24,7 +24,7 @@ def test_a_full_build_would_find_every_weight_and_nothing_else(name: str, tmp_pa
     request = Request(name, None, tmp_path / "b", tmp_path / "files")
     assert request.stand_in
     origins = origins_of(request, request.used)
-    assert references(request, origins).keys() == request.parameters.keys()
+    assert find_references(request, origins).keys() == request.parameters.keys()
     for origin, count in (TENSORS | OF_INSTANTIR if name == "instantir" else TENSORS).items():
         if origin in origins:
             assert len(origins[origin].tensors) == count

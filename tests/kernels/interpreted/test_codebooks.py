@@ -9,7 +9,7 @@ from support.cases import CODEBOOKS, ONE_CHANNEL, grid, maker
 from support.cases import codebook_from_hidden as called_with_hidden
 from support.launched import launched
 from support.textbook import SCORES, assert_best, assert_codes, cast, lowest_best
-from tilewright.kernels.codebook_from_hidden import codebook_from_hidden, plan
+from tilewright.kernels.codebook_from_hidden import codebook_from_hidden, kernel_launches
 from tilewright.kernels.codebook_from_logits import codebook_from_logits
 from tilewright.kernels.jit import run
 from tilewright.kernels.table import KERNELS
@@ -81,7 +81,7 @@ def test_logits_without_a_greatest_give_the_first(size):
 )
 def test_codes_shared_among_programs_are_chosen_alike(shares, size, dtype):
     arguments, _ = called_with_hidden(maker(dtype), (2, 5), 2, size, 3, 40)
-    found, kernels = launched(run, *plan(*arguments, arch=80, shares=shares))
+    found, kernels = launched(run, *kernel_launches(*arguments, arch=80, shares=shares))
     assert kernels == ([HIDDEN] if shares == 1 else [HIDDEN, SHARES])
     assert_best("codebook_from_hidden", found, arguments, sums_in=torch.float32)
 
@@ -89,7 +89,7 @@ def test_codes_shared_among_programs_are_chosen_alike(shares, size, dtype):
 @pytest.mark.parametrize("shares", [1, 2, 8])
 def test_the_lowest_of_equals_is_chosen_across_shares_and_blocks_of_rows(shares):
     arguments, _ = called_with_hidden(grid(torch.float32), (70,), 2, 600, 2, 2)
-    found, _ = launched(run, *plan(*arguments, arch=80, shares=shares))
+    found, _ = launched(run, *kernel_launches(*arguments, arch=80, shares=shares))
     assert torch.equal(found[0], lowest_best(SCORES["codebook_from_hidden"](*cast(arguments, torch.float64))))
     assert_codes(found, arguments[-1])
 
@@ -99,7 +99,7 @@ def test_the_lowest_of_equals_is_chosen_across_shares_and_blocks_of_rows(shares)
 def test_a_row_that_is_no_number_takes_the_first_of_any_shares(shares):
     (hidden, *rest), _ = called_with_hidden(maker(torch.float32), (3,), 2, 130, 2)
     hidden[1] = torch.nan
-    found, _ = launched(run, *plan(hidden, *rest, arch=80, shares=shares))
+    found, _ = launched(run, *kernel_launches(hidden, *rest, arch=80, shares=shares))
     assert found[0][1].tolist() == [0, 0]
     assert_codes(found, rest[-1])
 
@@ -110,7 +110,7 @@ def test_eight_bits_with_their_scale(shares, dtype):
     (hidden, weight, _, _), _ = called_with_hidden(maker(torch.float8_e4m3fn), (2, 5), 2, 260, 3, 40)
     (_, _, bias, codebook), _ = called_with_hidden(maker(dtype, 1), (2, 5), 2, 260, 3, 40)
     arguments = hidden, weight, bias, codebook, torch.tensor(0.03)
-    found, kernels = launched(run, *plan(*arguments, arch=80, shares=shares))
+    found, kernels = launched(run, *kernel_launches(*arguments, arch=80, shares=shares))
     assert kernels == ([HIDDEN] if shares == 1 else [HIDDEN, SHARES])
     assert_best("codebook_from_hidden", found, arguments, sums_in=torch.float32)
 

@@ -48,6 +48,6 @@ OTHER_BLOCKS = {
 def test_the_blocks_of_other_gpus_give_the_same(case, arch):
     name = case[0]
     arguments, attributes = call(case, maker(torch.bfloat16))
-    found, kernels = launched(run, *KERNELS[name].plan(*arguments, **attributes, arch=arch))
+    found, kernels = launched(run, *KERNELS[name].kernel_launches(*arguments, **attributes, arch=arch))
     assert kernels[0] == f"_{name}_kernel"
     assert_right(name, found, arguments, attributes, sums_in=torch.float32)

@@ -155,11 +155,11 @@ def argument(kind: str, **fields) -> dict[str, object]:
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("gain", {"default": 2.0}, "argument 'gain' is not as program.json says it; rebuild the bundle"),
-        ("gain", {"most": None}, "argument 'gain' is not as program.json says it; rebuild the bundle"),
-        ("prompt", {"help": "else"}, "argument 'prompt' is not as program.json says it; rebuild the bundle"),
-        ("more", argument("words"), "argument 'more' is not as program.json says it; rebuild the bundle"),
-        ("look", None, "argument 'look' is not as program.json says it; rebuild the bundle"),
+        ("gain", {"default": 2.0}, "argument 'gain' differs from program.json; rebuild the bundle"),
+        ("gain", {"most": None}, "argument 'gain' differs from program.json; rebuild the bundle"),
+        ("prompt", {"help": "else"}, "argument 'prompt' differs from program.json; rebuild the bundle"),
+        ("more", argument("words"), "argument 'more' differs from program.json; rebuild the bundle"),
+        ("look", None, "argument 'look' differs from program.json; rebuild the bundle"),
         ("gain", {"kind": "colour"}, "kind 'colour' is not one of words, tensors, number, integer, choice"),
         ("gain", {"default": []}, "bundle.json.arguments.gain.default: expected"),
     ],

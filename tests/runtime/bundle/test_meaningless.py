@@ -103,7 +103,7 @@ MEANINGLESS = {
     "a text that gives nothing": (
         "vicr",
         {"texts.prompt.ids": {}},
-        "program.json.texts.prompt: a text that gives no ids is of no use",
+        "program.json.texts.prompt: a text needs at least one input for its ids",
     ),
 }
 

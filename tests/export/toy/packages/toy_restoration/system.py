@@ -42,7 +42,7 @@ SYSTEM = System(
     },
     origins={
         "toy": Origin("weights", ("toy.safetensors",), "the toy's weights"),
-        "lora": Origin("lora", (".",), "the toy's LoRA", needed=False, read=as_parameters),
+        "lora": Origin("lora", (".",), "the toy's LoRA", needed=False, rename=as_parameters),
     },
     lora=LoraFile("lora"),
     components=components,

@@ -1,70 +1,171 @@
-"""The README's commands run, its snippet runs, its links lead somewhere."""
+"""README and pages: commands and snippets run in an empty directory, what cannot run is checked otherwise."""
 
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import tomllib
 
-from tilewright.runtime.bundle.check import check_program
-from tilewright.runtime.bundle.program import Program, Signature, TensorSpec
-from tilewright.runtime.bundle.strict import from_json
+from support.pages import MARKS, OPTION, ROOT, Block, all_options, blocks, commands, options_of, page, verbs_of
 
-ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+HERE = {  # pages whose commands run here, one page after the other in one directory
+    "README": ROOT / "README.md",
+    "CONTRIBUTING": ROOT / "CONTRIBUTING.md",
+    "demo/hitoksr": ROOT / "demo" / "hitoksr" / "README.md",
+    "demo/in-token": ROOT / "demo" / "in-token" / "README.md",
+    "builds": ROOT / "docs" / "builds.md",
+    "bundle": ROOT / "docs" / "bundle.md",
+    "command-line": ROOT / "docs" / "command-line.md",
+    "install": ROOT / "docs" / "install.md",
+    "kernels": ROOT / "docs" / "kernels.md",
+    "python": ROOT / "docs" / "python.md",
+}
+ELSEWHERE = {  # pages whose commands need a system's files, and the test that runs them on tiny ones
+    "flux": "export/systems/test_docs.py",
+    "instantir": "export/systems/test_docs.py",
+    "hitoksr": "export/systems/test_hitoksr.py",
+    "toksr": "export/systems/test_toksr.py",
+}
+PAGES = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("demo/*/README.md")})
+MAKEFILE = (ROOT / "Makefile").read_text()
+TARGETS = set(re.findall(r"^([a-z-]+):", MAKEFILE, re.MULTILINE))
+PYTHON = Path(sys.executable)
+RUNS = re.compile(r"(tilewright|python -m tilewright|printf) ")
+REPO = re.compile(r"[\w-]+/[\w.-]+")
 
 
-BUILDS = (ROOT / "docs" / "builds.md").read_text()
+def name_of(file: Path) -> str:
+    """A page as the test's name shows it."""
+    return file.relative_to(ROOT).as_posix()
 
 
-def blocks(language: str, page: str = README) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", page, re.DOTALL)
+def make_target(line: str) -> str | None:
+    """The target of a `make` command."""
+    return line.split()[1] if line.startswith("make ") else None
 
 
-def commands(page: str = README) -> list[str]:
-    lines = [line for block in blocks("sh", page) for line in block.splitlines()]
-    return [line.partition("#")[0].strip() for line in lines if line.strip()]
+def run(line: str, folder: Path) -> None:
+    """Run a command as a shell does."""
+    path = f"{PYTHON.parent}{os.pathsep}{os.environ['PATH']}"
+    line = f"{PYTHON} {line.removeprefix('python ')}" if line.startswith("python ") else line
+    ended = subprocess.run(
+        ["bash", "-euc", line], cwd=folder, env=os.environ | {"PATH": path}, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, f"{line}: {ended.stderr}"
 
 
-def test_every_make_target_named_exists() -> None:
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    named = [command.split()[1] for command in commands() if command.startswith("make ")]
-    assert named and set(named) <= targets
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with the models of demo/, and nothing else."""
+    folder = tmp_path_factory.mktemp("pages")
+    (folder / "demo").symlink_to(ROOT / "demo")
+    return folder
 
 
 @pytest.mark.slow
-def test_the_commands_and_the_snippet_run_in_an_empty_directory(tmp_path: Path) -> None:
-    (tmp_path / "demo").symlink_to(ROOT / "demo")
-    (tmp_path / "scores.csv").write_text("image,liqe,musiq\nround1.png,3.1,60\nround2.png,3.3,58\n")
-    lines = [command for command in [*commands(), *commands(BUILDS)] if command.startswith("tilewright ")]
-    assert len(lines) >= 7 and all(command.startswith(("tilewright ", "make ")) for command in commands())
-    for line in lines:
-        words = [sys.executable, "-m", "tilewright.cli.main", *line.split()[1:]]
-        result = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
-        assert result.returncode == 0, f"{line}: {result.stderr}"
-    assert (tmp_path / "restored.png").exists()
-    for snippet in blocks("python"):
-        code = f"{snippet}\nassert image.shape == (256, 320, 3)"
-        subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+@pytest.mark.parametrize("name", HERE)
+def test_commands_and_snippets_run_in_an_empty_directory(name: str, folder: Path) -> None:
+    for block in blocks(HERE[name].read_text(), "sh", "python"):
+        if block.language == "python":
+            code = f"{block.text}\nassert image.dtype.name == 'uint8' and image.shape[2] == 3"
+            run(f"python -c {quoted(code)}", folder)
+            continue
+        for line in [] if block.mark else block.lines:
+            if (target := make_target(line)) is not None:
+                assert target in TARGETS, line  # what they do runs in other tests, and in CI
+            else:
+                assert RUNS.match(line), f"{line}: mark the block with one of {', '.join(MARKS)}"
+                run(line, folder)
+                for picture in re.findall(r"(\S+\.png)", line if " restore " in line else ""):
+                    assert (folder / picture).stat().st_size, line
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
-def test_every_link_leads_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
-        assert "://" in target or (page.parent / target.partition("#")[0]).exists(), target
+def quoted(code: str) -> str:
+    return "'" + code.replace("'", "'\\''") + "'"
 
 
-def test_the_program_in_the_docs_is_one_that_can_run() -> None:
-    text = (ROOT / "docs" / "program.md").read_text()
-    program = from_json(Program, re.findall(r"```json\n(.*?)```", text, re.DOTALL)[0], "docs/program.md")
-    image, latent = (TensorSpec("float32", ("batch", channels, "h", "w")) for channels in (3, 16))
-    number, prompt = TensorSpec("float32", ()), TensorSpec("float32", (1, 512, 4096))
-    scalars = dict.fromkeys(("sigma", "sigma_next", "guidance"), number)
-    components = {
-        "encode": Signature({"image": image}, {"latent": latent}),
-        "step": Signature({"z": latent, "y": latent, "prompt": prompt, **scalars}, {"z": latent}),
-        "decode": Signature({"latent": latent}, {"image": image}),
-    }
-    check_program(program, components, {"prompt": prompt})
+@pytest.mark.parametrize("file", PAGES, ids=name_of)
+def test_each_page_with_commands_is_run_by_a_test(file: Path) -> None:
+    if blocks(file.read_text(), "sh", "python") and file not in HERE.values():
+        assert file.parent == ROOT / "docs" and file.stem in ELSEWHERE, f"{name_of(file)}: no test runs its commands"
+        assert f'page("{file.stem}")' in (ROOT / "tests" / ELSEWHERE[file.stem]).read_text()
+
+
+MARKED = [(name_of(file), block) for file in PAGES for block in blocks(file.read_text(), "sh") if block.mark]
+
+
+@pytest.mark.parametrize(("name", "block"), MARKED, ids=[f"{name} {block.mark}" for name, block in MARKED])
+def test_a_command_that_cannot_run_here_is_checked_otherwise(name: str, block: Block) -> None:
+    assert block.mark in MARKS, f"{name}: {block.mark!r} is not one of {', '.join(MARKS)}"
+    for line in block.lines:
+        words = line.split()
+        if (target := make_target(line)) is not None:
+            assert target in TARGETS, line
+        elif words[0] == "tilewright":
+            assert words[2] in verbs_of(words[1]) and set(OPTION.findall(line)) <= options_of(*words[1:3]), line
+        elif words[0] == "pip":
+            assert_installable(line)
+        elif words[:2] == ["hf", "download"]:
+            assert REPO.fullmatch(words[2]), line
+            options = words[3:]  # each with one value, as the command takes them
+            assert set(options[::2]) <= {"--include", "--exclude", "--local-dir"} and len(options) % 2 == 0, line
+            folder = words[words.index("--local-dir") + 1]
+            assert any(folder.split("/")[0] in command for command in commands((ROOT / name).read_text())), line
+        else:
+            assert words[0] in ("python3", ".", "hf", "git", "cd", "docker"), f"{line}: nothing checks this"
+
+
+def assert_installable(line: str) -> None:
+    """Extras are ours, versions the tested ones, and files there."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for listed in re.findall(r"\[([\w,]+)\]", line):
+        assert set(listed.split(",")) <= extras.keys(), line
+    for package in re.findall(r"[\w-]+==[\w.]+", line):
+        assert package in (ROOT / "constraints.txt").read_text().splitlines(), line
+    for file in re.findall(r"-[cr] (\S+)", line):
+        assert (ROOT / file).is_file(), line
+
+
+@pytest.mark.parametrize("file", PAGES, ids=name_of)
+def test_commands_in_running_text_exist(file: Path) -> None:
+    for line in re.findall(r"`((?:tilewright|make) [^`]+)`", file.read_text()):
+        words = line.split()
+        if (target := make_target(line)) is not None:
+            assert target in TARGETS, line
+        elif words[1] in ("export", "runtime", "kernels") and len(words) > 2:
+            assert words[2] in verbs_of(words[1]), line
+            assert set(OPTION.findall(line)) <= options_of(*words[1:3]), line
+
+
+def slug(heading: str) -> str:
+    """The anchor of a heading, as GitHub makes it."""
+    return re.sub(r"[^\w\- ]", "", heading.lower().replace("`", "")).strip().replace(" ", "-")
+
+
+@pytest.mark.parametrize("file", PAGES, ids=name_of)
+def test_every_link_leads_somewhere(file: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", file.read_text(), flags=re.DOTALL | re.MULTILINE)
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        other = file.parent / path if path else file
+        assert other.exists(), target
+        if anchor:
+            assert anchor in map(slug, re.findall(r"^#+ (.*)$", other.read_text(), re.MULTILINE)), target
+
+
+def test_the_readme_is_short_and_names_the_command_that_ci_runs() -> None:
+    text = HERE["README"].read_text()
+    assert len(text.splitlines()) <= 120
+    named, run_by_ci = (
+        {*map(make_target, lines)} for lines in (commands(text), (ROOT / ".ci" / "run").read_text().splitlines())
+    )
+    assert (named & run_by_ci) - {None}
+
+
+def test_options_of_the_command_line_page_exist() -> None:
+    assert set(OPTION.findall(page("command-line"))) <= all_options()

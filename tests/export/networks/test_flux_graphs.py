@@ -50,8 +50,7 @@ def opened(source: ComponentSpec, folder: Path) -> Opened:
                 r.file, r.offset, r.length, ir.DataType.FLOAT, shape=ir.Shape(r.shape), name=name
             )
     ir.save(model, folder / "traced.onnx")
-    files = {"weights.safetensors": folder / "weights.safetensors"}
-    engine = open_graph(folder / "traced.onnx", files, threads=1)
+    engine = open_graph(folder / "traced.onnx", {"weights.safetensors": folder / "weights.safetensors"}, threads=1)
     return Opened(source, model, engine, network.requires_grad_(False))
 
 
@@ -69,7 +68,7 @@ BRANCHED = [
 
 
 def sources(sizes: Sizes) -> dict[str, ComponentSpec]:
-    preset, nothing = Preset("it", sizes, explicit=False), UserFiles({}, {})
+    preset, nothing = Preset("it", sizes, asked=False), UserFiles({}, {})
     one = IN_TOKEN.components(IN_TOKEN.decide(preset, {}, nothing))
     options = {"no_split_modulation": True, "mask": "1", "exact_scalars": "off"}
     whole = IN_TOKEN.components(IN_TOKEN.decide(preset, options, nothing))

@@ -320,15 +320,13 @@ def test_the_pages_commands_run_on_such_files(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "hitoksr").symlink_to(published)
     Image.fromarray(sample_photo(10, 9, 1)).save("in.png")
-    assert run_commands(page("hitoksr"), {"build": ("--verify", "never")}) == 2
+    assert run_commands(page("hitoksr"), {"build": ("--verify", "never")}) == 3
     assert Image.open("out.png").size == (40, 36)
 
 
-def test_the_page_names_options_that_exist_all_keys_and_the_tensors(
-    published: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_page_names_options_that_exist_all_keys_and_the_tensors(published: Path) -> None:
     text = page("hitoksr")
-    assert_flags_exist(text, HITOKSR.program(settings_of(published)), capsys)
+    assert_flags_exist(text, HITOKSR.program(settings_of(published)))
     assert all(f"`{key}`" in text for key in (*CONFIG, "vision", "licence"))
     parts = {name.split(".")[0] for name in load_file(published / OUR_FILE)}
     leaves = {name.split(".")[-2] for name in load_file(published / OUR_FILE)} - {"quantizer"}

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tilewright.cli.export import _asked, _local
+from tilewright.cli.export import _local, _option_values
 from tilewright.export.weights.files import find
 from tilewright.export.weights.hub import local
 from tilewright.runtime.errors import InputError
@@ -126,5 +126,5 @@ def test_options_that_name_files_may_be_repo_ids_too_and_words_may_not(hub):
     from tilewright.cli.commands import parse
 
     command = ["export", "build", "toksr", "--clip", "org/model", "--prompt", "org/model", "-o", "out"]
-    given = _asked(parse(command))
+    given = _option_values(parse(command))
     assert given == {"clip": str(snapshot), "prompt": "org/model"}

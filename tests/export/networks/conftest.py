@@ -14,7 +14,7 @@ from torch import nn
 from tilewright.export.graph.rewrites.fold import fold
 from tilewright.export.graph.trace import network_on_meta, trace
 from tilewright.export.system import ComponentSpec
-from tilewright.export.weights.files import attach, find
+from tilewright.export.weights.files import find, reference_parameters
 from tilewright.export.weights.writing import random_weights
 from tilewright.runtime.engines.ort import OrtEngine, open_graph
 
@@ -39,7 +39,7 @@ def opened() -> Callable[[ComponentSpec, Path], Opened]:
         shapes = {"it": {name: tuple(initializers[name].shape.numpy()) for name in needed}}
         random_weights(shapes["it"], 7, folder / "weights.safetensors")
         plain = SimpleNamespace(origin_of=lambda *_: "it", keys=lambda _, name: (name,), ignored=lambda *_: False)
-        references = attach(shapes, {"it": find(folder)}, plain)["it"]
+        references = reference_parameters(shapes, {"it": find(folder)}, plain)["it"]
         for name, r in references.items():
             initializers[name].const_value = ir.ExternalTensor(
                 r.file, r.offset, r.length, ir.DataType.FLOAT, shape=ir.Shape(r.shape), name=name

@@ -68,7 +68,7 @@ BRANCHED = [
 
 
 def sources(sizes: Sizes) -> dict[str, ComponentSpec]:
-    preset, nothing = Preset("it", sizes, asked=False), UserFiles({}, {})
+    preset, nothing = Preset("it", sizes, explicit=False), UserFiles({}, {})
     one = IN_TOKEN.components(IN_TOKEN.decide(preset, {}, nothing))
     options = {"no_split_modulation": True, "mask": "1", "exact_scalars": "off"}
     whole = IN_TOKEN.components(IN_TOKEN.decide(preset, options, nothing))

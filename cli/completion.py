@@ -13,7 +13,7 @@ from tilewright.cli.commands import COMPLETION, GROUPS, SHELLS, parser, within
 __all__ = ["script"]
 
 FILES, FOLDERS = "@files", "@folders"
-OF_FOLDERS = ("DIR", "BUNDLE")  # names of folders in the help
+FOLDER_METAVARS = ("DIR", "BUNDLE")  # names of folders in the help
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def _takes(action: argparse.Action) -> str:
     if action.choices:
         return " ".join(map(str, action.choices))
     if action.type is Path:
-        return FOLDERS if action.metavar in OF_FOLDERS or "dir" in action.dest else FILES
+        return FOLDERS if action.metavar in FOLDER_METAVARS or "dir" in action.dest else FILES
     return FILES if action.type is str else ""
 
 

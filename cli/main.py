@@ -118,9 +118,9 @@ def _silence(words: list[str]) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     for library in ("TRANSFORMERS", "DIFFUSERS", "HF_HUB"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
-    kept = os.dup(2)  # libraries in C write to descriptor 2, which from now on leads nowhere
+    stderr = os.dup(2)  # libraries in C write to descriptor 2, which from now on leads nowhere
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    sys.stderr = os.fdopen(kept, "w", buffering=1, encoding=sys.stderr.encoding, errors="backslashreplace")
+    sys.stderr = os.fdopen(stderr, "w", buffering=1, encoding=sys.stderr.encoding, errors="backslashreplace")
     logging.getLogger().addHandler(logging.NullHandler())
     ours, handler = logging.getLogger("tilewright"), logging.StreamHandler()
     handler.setFormatter(logging.Formatter("note: %(message)s"))

@@ -255,13 +255,15 @@ def load(
 
     # engines of one thread run on the thread that calls them, so devices of one thread can share them
     shared = OpenEngines(bundle.program.components(), open_engine)
-    own = [shared] + [shared if threads == 1 else OpenEngines(shared.names, open_engine) for _ in names[1:]]
+    engines_of_device = [shared] + [
+        shared if threads == 1 else OpenEngines(shared.names, open_engine) for _ in names[1:]
+    ]
     constants = read_tensors(bundle.path(bundle.manifest.constants)) if bundle.manifest.constants else {}
     fits = all_open(bundle, memory, available_bytes())
-    cpus = [CpuDevice(name, engines) for name, engines in zip(names, own, strict=True)]
+    cpus = [CpuDevice(name, engines) for name, engines in zip(names, engines_of_device, strict=True)]
     executor = Executor(cpus, pass_by_pass=not fits)
     if fits:
-        for engines in own:
+        for engines in engines_of_device:
             for name in engines:
                 engines[name]
     return Restorer(bundle, shared, executor, constants, memory)

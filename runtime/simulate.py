@@ -1,4 +1,4 @@
-"""What a number of devices would make of a job: the executor's queue on a virtual clock, nothing is computed."""
+"""Simulation of a job on a number of devices: the executor's queue with a virtual clock, without engines."""
 
 import math
 from collections.abc import Callable, Hashable, Sequence
@@ -9,11 +9,11 @@ from tilewright.runtime.bundle.program import state_shape
 from tilewright.runtime.execute.queue import Batch, Queue, Work
 from tilewright.runtime.plan.lower import Block, Graph
 
-__all__ = ["Cost", "Run", "Simulation", "simulate", "svg", "text"]
+__all__ = ["Cost", "Run", "Simulation", "simulate", "svg", "timeline"]
 
-LANES = 2  # as the executor: one batch runs while the next is made ready
-SHOWN = 16  # devices in the text's timeline
-WIDTH, ROW = 1000, 18  # of the picture's timeline
+LANES = 2  # as in the executor: one batch runs while the next is prepared
+SHOWN = 16  # devices in the timeline of text
+WIDTH, ROW = 1000, 18  # size of the timeline's picture, and height of a row
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Run:
-    """One batch on a device, from when its engines began to when they ended."""
+    """One batch on a device, with the times at which its engines began and ended."""
 
     device: int
     pass_name: str
@@ -39,23 +39,23 @@ class Run:
 
 @dataclass(frozen=True)
 class Simulation:
-    """When everything ran."""
+    """The runs of a simulation, and its totals."""
 
     devices: int
     runs: tuple[Run, ...]
     makespan_s: float
-    critical_path_s: float  # no number of devices can do better
+    critical_path_s: float  # a lower bound for any number of devices
     work_s: float
     peak_bytes: int  # parts of grids and states of tiles that wait to be read; no engine, no input, no result
 
     @property
     def utilisation(self) -> float:
-        """The share of the devices' time that engines ran."""
+        """The share of the devices' time in which engines ran."""
         return self.work_s / (self.devices * self.makespan_s)
 
     @property
     def bound_s(self) -> float:
-        """No order of the nodes can be faster on these devices."""
+        """A lower bound for the time of any order of the nodes on these devices."""
         return max(self.critical_path_s, self.work_s / self.devices)
 
 
@@ -160,8 +160,8 @@ class _Ledger:
         return 4 * grid.channels * (plan.tile_height // grid.px) * (plan.tile_width // grid.px)
 
 
-def text(simulation: Simulation, columns: int = 72) -> str:
-    """A line a device: a digit where a step runs (its last), a dot where nothing does."""
+def timeline(simulation: Simulation, columns: int = 72) -> str:
+    """A line for each device: the last digit of the step that runs, or a dot where none runs."""
     scale = columns / simulation.makespan_s
     lines = []
     for device in range(min(simulation.devices, SHOWN)):
@@ -175,7 +175,7 @@ def text(simulation: Simulation, columns: int = 72) -> str:
 
 
 def svg(simulation: Simulation) -> str:
-    """The timeline as a picture: a row a device, a bar a batch, its colour the step."""
+    """The timeline as a picture: a row for each device, a bar for each batch, coloured by its step."""
     rows = min(simulation.devices, 4 * SHOWN)
     scale, height = WIDTH / simulation.makespan_s, ROW * rows + 40
     last = max(run.step for run in simulation.runs) or 1

@@ -1,7 +1,7 @@
 """Where engines run: a device holds buffers, and runs one call at a time.
 
-A buffer of the CPU is a NumPy array. A buffer of another device names it as its `holder`; it stays where it was made
-until something on another device, or a join on the host, reads it.
+A buffer of the CPU is a NumPy array. A buffer of another device has that device as its `holder`. It stays on its device
+until another device reads it, or until the host joins tiles.
 """
 
 import os
@@ -44,7 +44,7 @@ class Device(Protocol):
 
 
 class OpenEngines(Mapping[str, Engine]):
-    """Engines by component, opened when they are asked for."""
+    """The engine of each component, opened on its first use."""
 
     def __init__(self, names: Iterable[str], open_engine: Callable[[str], Engine]) -> None:
         self.names, self.open_engine = sorted(names), open_engine
@@ -64,18 +64,18 @@ class OpenEngines(Mapping[str, Engine]):
         return len(self.names)
 
     def close(self, names: Iterable[str]) -> None:
-        """Give the memory of some back; asked for again, they are opened again."""
+        """Close some engines. They are opened again on their next use."""
         for name in names:
             if engine := self.opened.pop(name, None):
                 engine.close()
 
 
 class CpuDevice:
-    """Processor cores with engines of their own, opened when they are first asked for."""
+    """Processor cores that run engines."""
 
     def __init__(self, name: str, engines: Mapping[str, Engine]) -> None:
         self.name, self.engines = name, engines
-        self.slot = Lock()  # what a call reads is made ready while another runs
+        self.slot = Lock()  # one call at a time; the next call's inputs are prepared meanwhile
 
     def put(self, array: Any) -> Any:
         """The array itself."""
@@ -86,11 +86,13 @@ class CpuDevice:
         return buffer
 
     def finite(self, buffer: Any) -> bool:
-        """Whether all numbers are finite, with one look where they are."""
+        """Whether all numbers are finite. If they are, one pass over them shows it."""
         if buffer.dtype.kind != "f":
             return True
         with np.errstate(over="ignore", invalid="ignore"):
-            total = np.sum(buffer, dtype=np.float32)  # no array made: finite only where every number is
+            total = np.sum(
+                buffer, dtype=np.float32
+            )  # allocates nothing; a finite sum proves that all numbers are finite
         return bool(np.isfinite(total)) or bool(np.isfinite(buffer).all())
 
     def run(self, component: str, inputs: Mapping[str, Any], outputs: Iterable[str]) -> dict[str, Any]:
@@ -99,7 +101,7 @@ class CpuDevice:
             return self.engines[component].run(inputs, outputs)
 
     def close(self, components: Iterable[str] | None = None) -> None:
-        """Close engines; nothing that runs may need them."""
+        """Close engines. No call may be using them."""
         if isinstance(self.engines, OpenEngines):
             self.engines.close(self.engines if components is None else components)
 
@@ -110,7 +112,7 @@ def usable_cores() -> int:
 
 
 def cpu_names(names: Sequence[str]) -> list[str]:
-    """The names of CPU devices, checked: each is there, and is named once."""
+    """Check the names of CPU devices: each exists, and is named once."""
     cores = usable_cores()
     for name in names:
         kind, _, number = name.partition(":")

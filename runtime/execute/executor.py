@@ -1,7 +1,8 @@
 """Threads that run ready nodes on devices: batches, progress, cancelling, devices that fail.
 
-Each device has two threads: while one runs an engine, the other makes the next call's inputs ready. A node is pure: its
-outputs count when all of its calls have ended, so a node of a device that fails runs again on another one.
+Each device has two threads: while one runs an engine, the other prepares the inputs of the next call. A node has no
+side effects: its outputs are stored once all of its calls have ended. So it can run again on another device if one
+fails.
 """
 
 import itertools
@@ -24,17 +25,17 @@ from tilewright.runtime.plan.lower import Block, Graph
 
 __all__ = ["Executor", "Task"]
 
-LANES = 2  # threads of a device: one runs, one makes ready
+LANES = 2  # threads of a device: one runs an engine, one prepares inputs
 Node = tuple[Work, Block, int]
 
 
 @dataclass(eq=False)
 class Task:
-    """One round of a job: its nodes, what they read and write, and who is told."""
+    """One round of a job: its nodes, the data that they read and write, and the functions to call on progress."""
 
     graph: Graph
     values: Values
-    blocks: frozenset[int]  # of this round
+    blocks: frozenset[int]  # the blocks that this round runs
     keep: bool = False
     on_progress: Callable[[str, int, int], None] = lambda name, done, total: None
     on_pass: Callable[[str], None] = lambda name: None  # a pass has ended
@@ -46,7 +47,7 @@ class Task:
 
 
 class DeviceFault(Exception):
-    """A device failed at a node, which may run elsewhere."""
+    """A device failed while it ran a node. The node may run on another device."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__(str(error))
@@ -54,10 +55,10 @@ class DeviceFault(Exception):
 
 
 class Executor:
-    """Devices that share one queue of nodes; safe to use from any thread."""
+    """Devices that share one queue of nodes. Any thread may call it."""
 
     def __init__(self, devices: Sequence[Device], *, pass_by_pass: bool = False) -> None:
-        self.devices, self.frees = list(devices), pass_by_pass
+        self.devices, self.closes_engines = list(devices), pass_by_pass
         self.queue = Queue(len(self.devices), pass_by_pass=pass_by_pass)
         self.changed = Condition()
         self.closed = False
@@ -68,7 +69,7 @@ class Executor:
         self.threads: list[Thread] = []
 
     def submit(self, task: Task) -> "Future[None]":
-        """Run a round; the future ends when all its nodes have, or with the error that ended it."""
+        """Run a round. The future ends when all nodes have ended, or raises the error that stopped the round."""
         task.values.begin(task.blocks, keep=task.keep)
         work = Work(task.graph, task.blocks, partial(self._key, task), task)
         with self.changed:
@@ -90,7 +91,7 @@ class Executor:
         return task.future
 
     def cancel(self, task: Task) -> None:
-        """Take a round out of the queue; calls that run are let end, and their outputs dropped."""
+        """Take a round out of the queue. Calls that are running end, and their outputs are dropped."""
         with self.changed:
             for _, work in [(t, w) for t, w in self.tasks if t is task]:
                 self._end(work, CancelledError())
@@ -106,7 +107,7 @@ class Executor:
             thread.join()
 
     def _key(self, task: Task, block: Block, tile: int) -> Hashable:
-        """Nodes of one key may share a call: what counts no tiles must be the same for all of them."""
+        """Nodes of the same key may share a call. Inputs without an axis of tiles must be the same for all of them."""
         p = task.graph.program.passes[block.place]
         plan = task.graph.plan(block)
         alone = p.tiles is None or block.section == "shared"
@@ -124,7 +125,7 @@ class Executor:
                 self.changed.notify_all()  # a busy device may have waited until no other was idle
             assert batch is not None
             self._run(batch)
-            del batch  # or its values would live until the next one comes
+            del batch  # otherwise its values would stay in memory until the next batch
 
     def _run(self, batch: Batch) -> None:
         work = batch.nodes[0][0]
@@ -132,7 +133,7 @@ class Executor:
             outputs = self._outputs(self.devices[batch.device], batch)
         except DeviceFault as fault:
             self._device_failed(batch, fault.error)
-        except BaseException as error:  # of the job itself: no other device would do better
+        except BaseException as error:  # the job is at fault: another device would fail too
             with self.changed:
                 self.queue.put_back(batch)
                 self._end(work, error)
@@ -164,20 +165,20 @@ class Executor:
     def _keep(self, task: Task, block: Block, batch: Batch, target: str, result: Any, outputs: list[Outputs]) -> None:
         count, grids = len(batch.nodes), task.graph.program.grids
         for i, (_, _, tile) in enumerate(batch.nodes):
-            own = result if count == 1 else on_host(result)[i : i + 1]
+            array = result if count == 1 else on_host(result)[i : i + 1]
             if target in grids:
-                outputs[i].parts[target] = task.values.weighted(block, target, tile, own)
+                outputs[i].parts[target] = task.values.weighted(block, target, tile, array)
             else:
-                outputs[i].values[target] = own
+                outputs[i].values[target] = array
 
     def _input(self, device: Device, batch: Batch, source: str, outputs: list[Outputs]) -> Any:
-        """What a call reads, as one buffer of the device: rows of tiles stacked, the rest as it is."""
+        """An input of a call, as one buffer of the device. Inputs with an axis of tiles are stacked."""
         work, block, tile = batch.nodes[0]
         value, rows = work.owner.values.feed(block, tile, source, outputs[0])
         if rows and len(batch.nodes) > 1:
             values = [value]
-            for (other, its_block, its_tile), own in zip(batch.nodes[1:], outputs[1:], strict=True):
-                values.append(other.owner.values.feed(its_block, its_tile, source, own)[0])
+            for (other, its_block, its_tile), its_outputs in zip(batch.nodes[1:], outputs[1:], strict=True):
+                values.append(other.owner.values.feed(its_block, its_tile, source, its_outputs)[0])
             return device.put(np.concatenate([on_host(v) for v in values]))
         if source[0] == "#":
             key = (id(device), id(value))
@@ -191,7 +192,7 @@ class Executor:
         return device.put(np.ascontiguousarray(array) if contiguous else array)
 
     def _count(self, batch: Batch, outputs: list[Outputs]) -> None:
-        """Let a batch's outputs count, tell who listens, and end the rounds that are done."""
+        """Store the outputs of a batch, report progress, and end the round if it is done."""
         work, block, _ = batch.nodes[0]
         task: Task = work.owner
         with task.telling:
@@ -234,7 +235,7 @@ class Executor:
         task.on_progress(p.name, task.counts[block.place], total)
 
     def _drop_values(self, task: Task, work: Work, batch: Batch) -> None:
-        """Forget the values of tiles that no later pass reads."""
+        """Drop the values of tiles that no later pass reads."""
         block = batch.nodes[0][1]
         passes = task.graph.program.passes
         p = passes[block.place]
@@ -242,15 +243,15 @@ class Executor:
             return
         read = {name for later in passes[block.place + 1 :] for name in later.reads()}
         for _, _, tile in batch.nodes:
-            held = task.values.held(p.tiles, tile)
-            task.values.forget(block.place, tile, set(held) - read)
+            names = task.values.names_in_tile(p.tiles, tile)
+            task.values.forget(block.place, tile, set(names) - read)
 
     def _pass_ended(self, task: Task, work: Work, block: Block) -> None:
         p = task.graph.program.passes[block.place]
         if any(work.todo[n] for n in task.graph.of_pass[p.name]):
             return
         task.on_pass(p.name)
-        if self.frees:
+        if self.closes_engines:
             needed = {call.run for t, w in self.tasks for b in t.graph.blocks if w.todo[b.number] for call in b.calls}
             for device in self.devices:
                 device.close({call.run for *_, call in p.calls()} - needed)
@@ -259,7 +260,7 @@ class Executor:
         """Retire a device and run its nodes elsewhere; a node that fails on two devices is itself at fault."""
         with self.changed:
             self.queue.put_back(batch)
-            if batch.device in self.queue.retired:  # its other thread saw it fail
+            if batch.device in self.queue.retired:  # the other thread of the device has retired it
                 self.changed.notify_all()
                 return
             for work, block, tile in batch.nodes:

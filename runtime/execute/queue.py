@@ -1,7 +1,7 @@
-"""Which node runs next: the nodes that are ready, in the order of their longest path to the end. Pure, no threads.
+"""Which node runs next: the nodes that are ready, in the order of their longest path to the end. No threads.
 
-Jobs take turns by the work they were given so far. A tile that keeps its state to itself is finished before many others
-begin, so that memory does not grow with the image. The threads that run nodes, and the simulation, drive this.
+Jobs take turns: next is the job that has run the fewest nodes. In a pass whose tiles do not read each other, only a few
+tiles are open at a time, so that memory does not grow with the image. The executor and the simulation use this queue.
 """
 
 from collections.abc import Callable, Collection, Hashable
@@ -18,16 +18,16 @@ Entry = tuple[int, int, int]  # minus the rank, tile, block: the order within a 
 
 @dataclass(eq=False)
 class Work:
-    """A job's nodes, and how far they are."""
+    """The nodes of a job that have not ended."""
 
     graph: Graph
-    runs: frozenset[int]  # the blocks of this round
-    key: Callable[[Block, int], Hashable]  # nodes of one key may share a call
+    runs: frozenset[int]  # the blocks that this round runs
+    key: Callable[[Block, int], Hashable]  # nodes of the same key may share a call
     owner: Any = None
     left: list[list[int]] = field(default_factory=list)  # block -> tile -> nodes it waits for
     todo: list[int] = field(default_factory=list)  # block -> nodes that are not done
     ready: dict[Hashable, list[Entry]] = field(default_factory=dict)
-    held: dict[int, list[Entry]] = field(default_factory=dict)  # pass -> tiles that may not begin yet
+    postponed: dict[int, list[Entry]] = field(default_factory=dict)  # pass -> tiles that may not begin yet
     open: dict[int, int] = field(default_factory=dict)  # pass -> tiles begun and not finished
     turns: int = 0  # nodes given out so far
     running: int = 0
@@ -50,14 +50,14 @@ class Queue:
     """Ready nodes of all jobs."""
 
     def __init__(self, devices: int = 1, *, pass_by_pass: bool = False) -> None:
-        self.pass_by_pass = pass_by_pass  # no pass begins before the one before it has ended
+        self.pass_by_pass = pass_by_pass  # a pass begins only when the one before it has ended
         self.works: list[Work] = []
-        self.busy = [0] * devices  # batches that a device runs or makes ready
+        self.busy = [0] * devices  # device -> batches that it runs or prepares
         self.retired: set[int] = set()  # devices that failed
         self.waiting = 0  # nodes that are ready
 
     def add(self, work: Work) -> None:
-        """Take a job in; it begins level with the job that was given least."""
+        """Add a job. Its turns start at the lowest number of any job."""
         graph = work.graph
         work.turns = min((w.turns for w in self.works), default=0)
         work.todo = [block.size if block.number in work.runs else 0 for block in graph.blocks]
@@ -75,16 +75,17 @@ class Queue:
                     self._offer(work, block, tile)
 
     def remove(self, work: Work) -> None:
-        """Take a job out; what runs is let run."""
+        """Remove a job. Its nodes that are running end."""
         work.stopped = True
         if work in self.works:
             self.works.remove(work)
             self.waiting -= sum(map(len, work.ready.values()))
 
     def take(self, device: int) -> Batch | None:
-        """The nodes that a device runs next, as many as may share a call; none when all wait.
+        """The nodes that a device runs next, as many as may share a call; none if no node is ready.
 
-        A busy device takes a batch to make it ready only where enough is left for all others: they may soon be idle.
+        A busy device takes a batch to prepare only if enough nodes are left for the other devices, which may soon
+        be idle.
         """
         if device in self.retired or (self.busy[device] and self.waiting < len(self.busy) - len(self.retired)):
             return None
@@ -120,7 +121,7 @@ class Queue:
                         self._offer(work, work.graph.blocks[number], follower)
 
     def put_back(self, batch: Batch) -> None:
-        """Offer nodes again that did not run to their end."""
+        """Offer nodes again that did not end."""
         self.busy[batch.device] -= 1
         for work, block, tile in batch.nodes:
             work.running -= 1
@@ -130,7 +131,7 @@ class Queue:
     def _offer(self, work: Work, block: Block, tile: int) -> None:
         if block.private and self._begins(work, block):
             if work.open.get(block.place, 0) >= (4 * len(self.busy) - 2) * block.batch:
-                heappush(work.held.setdefault(block.place, []), _entry(work, block, tile))
+                heappush(work.postponed.setdefault(block.place, []), _entry(work, block, tile))
                 return
             work.open[block.place] = work.open.get(block.place, 0) + 1
         self._push(work, block, tile)
@@ -140,8 +141,8 @@ class Queue:
         if not block.private or block.section == "shared" or block.number != _last(work, block):
             return
         work.open[block.place] -= 1
-        if held := work.held.get(block.place):
-            _, tile, number = heappop(held)
+        if postponed := work.postponed.get(block.place):
+            _, tile, number = heappop(postponed)
             work.open[block.place] += 1
             self._push(work, work.graph.blocks[number], tile)
 

@@ -1,7 +1,8 @@
 """What the nodes of a job read and write: parts of grids, values of tiles, values of the job.
 
-A grid is never put together as a whole. It is the parts that tiles wrote, each with its ramps; a crop adds the parts
-that overlap it in tile order, so the bytes do not depend on who finished first. A part goes when its last reader ran.
+No grid is stored as a whole. What is stored are the parts that tiles wrote, each multiplied by its ramps. A crop adds
+the parts that overlap it, in tile order, so the bytes do not depend on which tile finished first. A part is dropped
+once its last reader has run.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -15,7 +16,7 @@ from tilewright.runtime.bundle.program import Pass, Tiles, state_shape
 from tilewright.runtime.errors import UsageError
 from tilewright.runtime.plan.lower import Beneath, Block, Graph, beneath, regions
 from tilewright.runtime.plan.noise import normal
-from tilewright.runtime.plan.passes import of_tokens
+from tilewright.runtime.plan.passes import table_for_tokens
 from tilewright.runtime.plan.tiles import Tile, TilePlan, weights
 
 __all__ = ["Floats", "Image", "Outputs", "Values", "on_host"]
@@ -43,14 +44,14 @@ class Image(Protocol):
 
 @dataclass
 class Outputs:
-    """What one node wrote, before it counts."""
+    """What one node wrote, before it is committed."""
 
     parts: dict[str, Any] = field(default_factory=dict)  # grid -> the tile's part
     values: dict[str, Any] = field(default_factory=dict)
 
 
 class Values:
-    """All that a job holds while its nodes run. Reading is safe beside `commit`, which one thread calls at a time."""
+    """The data of a job while its nodes run. Only one thread may call `commit` at a time; others may read meanwhile."""
 
     def __init__(
         self,
@@ -67,8 +68,10 @@ class Values:
         self.job: dict[str, Any] = {}
         self.tiles: dict[tuple[Tiles | str, int], dict[str, Any]] = {}
         self.parts: dict[tuple[str, int], dict[int, Any]] = {}
-        self.uses: dict[tuple[str, int], dict[int, int]] = {}  # how many nodes have yet to read a part
-        self.kept: set[tuple[str, int]] = set()  # parts that a further round may read
+        self.uses: dict[
+            tuple[str, int], dict[int, int]
+        ] = {}  # grid, block -> tile -> nodes that have yet to read its part
+        self.reusable: set[tuple[str, int]] = set()  # parts that a further round may read
         self.ramps: dict[tuple[TilePlan, int], Any] = {}
         last = graph.blocks[graph.last_writer["result"]]
         self.final = last.number
@@ -77,20 +80,20 @@ class Values:
         self.runs: Collection[int] = ()  # the blocks of this round
 
     def begin(self, runs: Collection[int], *, keep: bool) -> None:
-        """Make ready for a round of these blocks; what they write anew is dropped."""
+        """Prepare a round of these blocks: drop what they will write again."""
         self.runs = frozenset(runs)
         for number in self.runs:
             for grid in self.graph.blocks[number].writes:
                 self.parts.pop((grid, number), None)
                 self.uses.pop((grid, number), None)
-        self.kept = set(self.graph.last_writer.items()) if keep else set()
+        self.reusable = set(self.graph.last_writer.items()) if keep else set()
         if self.final not in self.runs:
-            self.kept.add(("result", self.final))  # it is told again
-        for key in list(self.parts):  # of earlier rounds
+            self.reusable.add(("result", self.final))  # its parts are reported again
+        for key in list(self.parts):  # written in earlier rounds
             readers = [over for number, over in self.graph.readers.get(key, ()) if number in self.runs]
             for tile in list(self.parts[key]):
                 self.uses[key][tile] = sum(over.count_above(tile) for over in readers)
-                if not self.uses[key][tile] and key not in self.kept:
+                if not self.uses[key][tile] and key not in self.reusable:
                     del self.uses[key][tile], self.parts[key][tile]
         plan = self.graph.plan(self.graph.blocks[self.final])
         self.waiting = (
@@ -111,8 +114,8 @@ class Values:
             return self._row(p, block, tile, name, outputs)
         if source == "image" or source in self.graph.program.grids:
             return self.crop(block, tile, source), True
-        own = self._own(p, tile)
-        for values, rows in ((outputs.values, p.tiles is not None), (own, True), (self.job, False)):
+        tile_values = self._tile_values(p, tile)
+        for values, rows in ((outputs.values, p.tiles is not None), (tile_values, True), (self.job, False)):
             if source in values:
                 return values[source], rows
         raise LookupError(f"pass {p.name!r}, {block.section}: no value {source!r}")
@@ -135,7 +138,7 @@ class Values:
         return self._gather(grid, writer, rectangle, over.below(tile))
 
     def commit(self, block: Block, tile: int, outputs: Outputs) -> list[tuple[int, int, Floats]]:
-        """Let what a node wrote count, drop what nobody reads any more; the parts of the result that are final now."""
+        """Store what a node wrote, drop what no node will read, and return the parts of the result now final."""
         p = self.graph.program.passes[block.place]
         for name, value in outputs.values.items():
             if block.section == "shared" or (p.tiles is None and name not in p.state):
@@ -147,14 +150,14 @@ class Values:
             uses = sum(over.count_above(tile) for _, over in readers)
             if grid == "result" and block.number == self.final:
                 uses += self.regions.count_above(tile)
-            if uses or (grid, block.number) in self.kept:
+            if uses or (grid, block.number) in self.reusable:
                 self.parts.setdefault((grid, block.number), {})[tile] = part
                 self.uses.setdefault((grid, block.number), {})[tile] = uses
         self._release(block, tile)
         return self._settled(tile) if block.number == self.final else []
 
     def weighted(self, block: Block, grid: str, tile: int, part: Any) -> Any:
-        """A part times its tile's ramps, as joins add it up; one that meets no other tile stays as it is."""
+        """A part times its tile's ramps, ready to be added; a part that overlaps no other tile stays as it is."""
         plan = self.graph.plan(block)
         if _alone(plan, tile):
             return part
@@ -171,7 +174,7 @@ class Values:
         for name in names & values.keys():
             del values[name]
 
-    def held(self, tiles: Tiles, tile: int) -> Collection[str]:
+    def names_in_tile(self, tiles: Tiles, tile: int) -> Collection[str]:
         """The names of a tile's values."""
         return self.tiles.get((tiles, tile), {}).keys()
 
@@ -181,7 +184,7 @@ class Values:
         whole = self._gather("result", self.final, (0, 0, plan.height, plan.width), range(len(plan.tiles)))
         return np.ascontiguousarray(on_host(whole)[0])
 
-    def _own(self, p: Pass, tile: int) -> Mapping[str, Any]:
+    def _tile_values(self, p: Pass, tile: int) -> Mapping[str, Any]:
         return self.tiles.get((p.tiles or p.name, tile), {})
 
     def _release(self, block: Block, tile: int) -> None:
@@ -194,15 +197,15 @@ class Values:
 
     def _used(self, grid: str, writer: int, part: int) -> None:
         uses = self.uses.get((grid, writer))
-        if uses is None or part not in uses:  # of an earlier round, which keeps its parts
+        if uses is None or part not in uses:  # written in an earlier round, whose parts are kept
             return
         uses[part] -= 1
-        if uses[part] <= 0 and (grid, writer) not in self.kept:
+        if uses[part] <= 0 and (grid, writer) not in self.reusable:
             del uses[part], self.parts[grid, writer][part]
 
     def _settled(self, tile: int) -> list[tuple[int, int, Floats]]:
         plan = self.graph.plan(self.graph.blocks[self.final])
-        told = []
+        final = []
         for region in self.regions.above(tile):
             self.waiting[region] -= 1
             if self.waiting[region]:
@@ -214,24 +217,24 @@ class Values:
             parts = self.regions.below(region)
             px = self.graph.program.grids["result"].px
             whole = self._gather("result", self.final, (top, left, bottom, right), parts)
-            told.append((top // px, left // px, on_host(whole)[0]))
+            final.append((top // px, left // px, on_host(whole)[0]))
             for part in parts:
                 self._used("result", self.final, part)
-        return told
+        return final
 
     def _gather(self, grid: str, writer: int, rectangle: Rectangle, parts: Sequence[int]) -> Any:
         """A rectangle of a grid [1, C, H, W]: the parts that overlap it, added in tile order."""
-        plan, there = self.graph.plan(self.graph.blocks[writer]), self.parts[grid, writer]
+        plan, written = self.graph.plan(self.graph.blocks[writer]), self.parts[grid, writer]
         px, channels = self.graph.program.grids[grid].px, self.graph.program.grids[grid].channels
         if len(parts) == 1 and _rectangle(plan.tiles[parts[0]]) == rectangle:
-            return there[parts[0]]
+            return written[parts[0]]
         top, left, bottom, right = (side // px for side in rectangle)
         whole = np.zeros((1, channels, bottom - top, right - left), np.float32)
         for i in parts:
             t, e, b, r = (side // px for side in _rectangle(plan.tiles[i]))
             rows, columns = slice(max(t, top), min(b, bottom)), slice(max(e, left), min(r, right))
             place = whole[:, :, rows.start - top : rows.stop - top, columns.start - left : columns.stop - left]
-            place += on_host(there[i])[:, :, rows.start - t : rows.stop - t, columns.start - e : columns.stop - e]
+            place += on_host(written[i])[:, :, rows.start - t : rows.stop - t, columns.start - e : columns.stop - e]
         return whole
 
     def _blank(self, grid: str, rectangle: Rectangle) -> Floats:
@@ -260,7 +263,7 @@ class Values:
         return np.full(shape, 1.0 if state.init == "ones" else 0.0, np.float32)
 
     def _noise(self, p: Pass, block: Block, tile: int, name: str, stream: int) -> Any:
-        """Global noise under the tile for a grid, the tile's own field for a state."""
+        """Global noise under the tile for a grid, the tile's tile_values field for a state."""
         here = self.graph.plan(block).tiles[tile]
         if grid := self.graph.program.grids.get(name):
             px = grid.px
@@ -275,13 +278,18 @@ class Values:
         if name in tables:
             return (tables[name] if block.section != "each" else np.asarray(tables[name][block.step])), False
         here = self.graph.plan(block).tiles[tile]
-        if table := of_tokens(p, name, here.height * here.width, self.constants):
+        if table := table_for_tokens(p, name, here.height * here.width, self.constants):
             name = table
         tiled = p.tiles is not None
-        scopes = ((outputs.values, tiled), (self._own(p, tile), True), (self.job, False), (self.constants, False))
+        scopes = (
+            (outputs.values, tiled),
+            (self._tile_values(p, tile), True),
+            (self.job, False),
+            (self.constants, False),
+        )
         whole, of_tile = next((on_host(values[name]), rows) for values, rows in scopes if name in values)
         rows, steps = whole.shape[of_tile], len(next(iter(tables.values())))
-        if rows != steps:  # rows for another number of steps are rows for other sigmas
+        if rows != steps:  # a table for another number of steps has other sigmas
             raise UsageError(f"table {name!r} has {rows} rows for {steps} steps; use --steps {rows}")
         return (whole[:, block.step] if of_tile else whole[block.step]), of_tile
 

@@ -1,4 +1,4 @@
-"""A program over one image: its nodes run once, or round after round with other inputs."""
+"""Running a program on one image, once or several times with other inputs."""
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
@@ -29,17 +29,19 @@ class Job:
 
     image: Image
     seed: int = 0
-    tile_px: int | None = None  # of every tiled pass, instead of the program's
+    tile_px: int | None = None  # for every tiled pass, instead of the program's
     overlap_px: int | None = None
-    steps: int | None = None  # of every stepped pass, instead of the program's
+    steps: int | None = None  # for every stepped pass, instead of the program's
     inputs: dict[str, Any] = field(default_factory=dict)
     on_progress: Callable[[str, int, int], None] = lambda name, done, total: None
-    on_final: Callable[[int, int, Floats], None] = lambda top, left, part: None  # a part of the result that stays
+    on_final: Callable[[int, int, Floats], None] = lambda top, left, part: (
+        None
+    )  # called with each final part of the result
     seconds: dict[str, float] = field(default_factory=dict)  # filled in: component -> time in its engine
 
 
 class Walk:
-    """A job while its passes run; run again with other inputs, it repeats only the passes they reach."""
+    """A job that can run several times. With other inputs, only the passes that depend on them run again."""
 
     def __init__(self, program: Program, executor: Executor, constants: Mapping[str, Any], job: Job) -> None:
         self.program, self.executor, self.constants, self.job = program, executor, constants, job
@@ -55,12 +57,12 @@ class Walk:
         self.told = False
 
     def run(self, inputs: Mapping[str, Any], *, keep: bool = False) -> None:
-        """Restore with these inputs, telling the final parts; `keep` what a further run may need."""
+        """Restore with these inputs, and report the final parts. `keep` the values that a further run may need."""
         self.begin(inputs, keep=keep)
         self.end()
 
     def begin(self, inputs: Mapping[str, Any], *, keep: bool = False) -> None:
-        """The same, without waiting for it."""
+        """Begin such a run, and return at once."""
         skipped = skipped_passes(self.program, inputs.keys())
         before, now = dict(self.inputs), dict(inputs)
         same = {n for n in before.keys() & now.keys() if np.array_equal(before[n], now[n])}
@@ -69,7 +71,9 @@ class Walk:
         again |= {p.name for p in self.program.passes} - self.finished - skipped
         again = with_other_writers(self.program, again)
         self._take(inputs, [p for p in self.program.passes if p.name in again])
-        self.finished = self.finished - again - skipped if keep else set()  # what may be built on, should a pass fail
+        self.finished = (
+            self.finished - again - skipped if keep else set()
+        )  # these passes stay valid even if the run fails
         self.told = False
 
         def ended(name: str) -> None:
@@ -80,7 +84,7 @@ class Walk:
         self.executor.submit(self.task)
 
     def end(self) -> None:
-        """Wait until the run has ended; an interrupt while waiting cancels it."""
+        """Wait until the run has ended. An interrupt during the wait cancels it."""
         try:
             self.task.future.result()
         except BaseException:
@@ -102,11 +106,11 @@ class Walk:
         self.job.on_final(top, left, part)
 
     def _take(self, inputs: Mapping[str, Any], passes: Sequence[Pass]) -> None:
-        """Check the caller's inputs before any work; only what the passes read must be there."""
+        """Check the caller's inputs before any work. Only the inputs that these passes read are required."""
         values = untiled_values(self.program)
         if unknown := sorted(inputs.keys() - self.program.inputs.keys() - values):
-            known = ", ".join([*self.program.inputs, *sorted(values)]) or "none"
-            raise UsageError(f"input {unknown[0]!r} is not one of {known}")
+            accepted = ", ".join([*self.program.inputs, *sorted(values)]) or "none"
+            raise UsageError(f"input {unknown[0]!r} is not one of {accepted}")
         names = {s[1:] for p in passes for *_, c in p.calls() for s in c.inputs.values() if s[0] == "$"}
         self.values.inputs |= {name: value_of(self.program, name, inputs, self.constants) for name in sorted(names)}
         self.values.job |= {name: np.asarray(inputs[name]) for name in inputs.keys() & values}

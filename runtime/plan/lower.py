@@ -1,8 +1,8 @@
 """Lower a program over an image to nodes, and what each node waits for. Pure: no arrays, and nothing runs.
 
-A node is the smallest piece of work: one pass, one moment of it, one tile. The nodes of one pass at one moment form a
-block. Two blocks are tied by a rule: a node waits for the same tile, for every tile, or for the tiles beneath its own.
-So a graph of a million nodes is a few dozen blocks.
+A node is the smallest piece of work: one moment of a pass (once, a step, or last) on one tile. The nodes of a pass at
+one moment form a block. A rule between two blocks says which nodes wait: for the same tile, for every tile, or for the
+tiles beneath their own. So a few dozen blocks describe a graph of a million nodes.
 """
 
 from bisect import bisect_left, bisect_right
@@ -119,18 +119,18 @@ class Wait:
 
 @dataclass(frozen=True)
 class Block:
-    """The nodes of one pass at one moment, one a tile."""
+    """The nodes of one pass at one moment: one node for each tile."""
 
     number: int
-    place: int  # of the pass in the program
+    place: int  # index of the pass in the program
     section: str  # shared | once | each | last
     step: int  # the row of the schedule's tables
     calls: tuple[Call, ...]
-    size: int  # nodes
+    size: int  # number of nodes
     waits: tuple[Wait, ...]
-    reads: tuple[tuple[str, int | None], ...]  # grid, and the block that wrote it; none: as it was at the start
+    reads: tuple[tuple[str, int | None], ...]  # grid, and the block that wrote it; none: its initial values
     writes: tuple[str, ...]  # grids
-    private: bool  # its tiles keep their state to themselves
+    private: bool  # its tiles do not read each other
     batch: int  # nodes that one call may take
 
 
@@ -142,8 +142,8 @@ class Graph:
     plans: Mapping[str, TilePlan]  # pass -> where its tiles lie
     steps: Mapping[str, int]  # pass -> how many steps
     blocks: tuple[Block, ...]
-    last_writer: Mapping[str, int]  # grid -> the block that writes what stays
-    of_pass: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # its blocks, in order
+    last_writer: Mapping[str, int]  # grid -> the block that writes it last
+    of_pass: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # pass -> its blocks, in order
 
     def plan(self, block: Block) -> TilePlan:
         """Where the tiles of a block lie."""
@@ -169,13 +169,13 @@ class Graph:
     @cached_property
     def readers(self) -> Mapping[tuple[str, int], tuple[tuple[int, Beneath], ...]]:
         """For what a block wrote on a grid, the blocks that read it, and how their tiles lie over it."""
-        of: dict[tuple[str, int], list[tuple[int, Beneath]]] = {}
+        readers: dict[tuple[str, int], list[tuple[int, Beneath]]] = {}
         for block in self.blocks:
             for grid, writer in block.reads:
                 if writer is not None:
                     over = beneath(self.plan(block), self.plan(self.blocks[writer]))
-                    of.setdefault((grid, writer), []).append((block.number, over))
-        return {key: tuple(blocks) for key, blocks in of.items()}
+                    readers.setdefault((grid, writer), []).append((block.number, over))
+        return {key: tuple(blocks) for key, blocks in readers.items()}
 
     def count(self) -> int:
         """How many nodes there are."""
@@ -200,7 +200,7 @@ class _Lowering:
         self.program, self.plans, self.steps = program, plans, steps
         self.blocks: list[Block] = []
         self.grid_writer: dict[str, int] = {}
-        # a value lives with the tiles of a pass, or with the whole job (key none)
+        # a value belongs to the tiles of a pass, or to the whole job (key None)
         self.value_writer: dict[tuple[Tiles | None, str], int] = {}
         self.value_readers: dict[tuple[Tiles | None, str], set[int]] = {}
 

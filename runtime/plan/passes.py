@@ -6,7 +6,7 @@ from tilewright.runtime.bundle.program import Pass, Program
 from tilewright.runtime.errors import UsageError
 from tilewright.runtime.plan.tiles import TilePlan, tile_plan
 
-__all__ = ["least_px", "of_tokens", "plan_of"]
+__all__ = ["least_px", "plan_of", "table_for_tokens"]
 
 
 def least_px(program: Program, tile: int | None) -> int:
@@ -29,7 +29,7 @@ def plan_of(program: Program, p: Pass, height: int, width: int, tile: int | None
     return tile_plan(width, height, size, fitting if overlap is None else overlap, program.multiple_px)
 
 
-def of_tokens(p: Pass, name: str, px: int, constants: Collection[str]) -> str | None:
+def table_for_tokens(p: Pass, name: str, px: int, constants: Collection[str]) -> str | None:
     """The name of the constant `name.TOKENS` for tiles of this many pixels, or none."""
     table = f"{name}.{px // p.steps.px_per_token}" if p.steps else name
     return table if table in constants else None

@@ -8,7 +8,7 @@ import pytest
 from tilewright.runtime.bundle.program import Call, Grid, Pass, Program, State, Steps, Tiles
 from tilewright.runtime.plan.lower import lower
 from tilewright.runtime.plan.tiles import tile_plan
-from tilewright.runtime.simulate import Cost, simulate, svg, text
+from tilewright.runtime.simulate import Cost, simulate, svg, timeline
 
 COST = Cost(0.9, 0.003)
 
@@ -79,7 +79,7 @@ def test_private_tiles_hold_no_more_memory_on_a_larger_image() -> None:
 
 def test_the_timeline_shows_every_device_and_every_batch() -> None:
     ran = simulate([graph(1, 4, steps=3)], 2, COST)
-    lines = text(ran).splitlines()
+    lines = timeline(ran).splitlines()
     assert [line.split()[0] for line in lines] == ["0", "1"] and all(len(line) == 77 for line in lines)
     picture = ElementTree.fromstring(svg(ran))
     bars = [bar for bar in picture.iter("{http://www.w3.org/2000/svg}rect") if bar.find("{*}title") is not None]

@@ -13,7 +13,7 @@ from tilewright.runtime.bundle.arguments import Argument, flag
 from tilewright.runtime.bundle.program import Input
 from tilewright.runtime.bundle.read import read_bundle
 from tilewright.runtime.errors import UsageError
-from tilewright.runtime.estimate import MEMORY_MODES, estimate
+from tilewright.runtime.estimate import MEMORY_MODES, bytes_of, estimate
 from tilewright.runtime.images.write import FORMATS, check_overwrite, check_writable, encode_image, write_image
 from tilewright.runtime.inputs import checked
 from tilewright.runtime.restore import Restorer, load
@@ -35,6 +35,7 @@ def add_verbs(verbs: Any) -> None:
     plan.add_argument("height", type=int)
     _bundle_arguments(plan)
     plan.add_argument("--memory", choices=MEMORY_MODES, default="fast", help="as for restore")
+    plan.add_argument("--memory-limit", metavar="SIZE", help="as for restore")
     plan.add_argument("--scale", type=int, metavar="N", help="as for restore")
 
     select = verb(verbs, "select", "the best of several restorations of one image, by scores of quality", _select)
@@ -148,6 +149,9 @@ def _engine_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--memory", choices=MEMORY_MODES, default="fast", help="speed, or weights mapped and not copied"
     )
+    parser.add_argument(
+        "--memory-limit", metavar="SIZE", help="refuse what may need more, as 2GiB or 800MB (default: what is free)"
+    )
     parser.add_argument("--threads", type=int, metavar="N", default=0, help="of an engine (default: all cores)")
     parser.add_argument(
         "--devices", default="cpu:0", metavar="NAMES", help="run tiles at once on cpu:0,cpu:1,... (default: cpu:0)"
@@ -162,6 +166,7 @@ def _open(arguments: argparse.Namespace) -> Restorer:
         threads=arguments.threads,
         devices=arguments.devices.split(","),
         weights_dir=arguments.weights_dir,
+        memory_limit=arguments.memory_limit,
     )
 
 
@@ -206,7 +211,10 @@ def _restore(arguments: argparse.Namespace) -> None:
         "tiles": restoration.tiles,
         "seconds": seconds,
         "peak_bytes": restoration.peak_bytes,
+        "notes": list(restoration.notes),
     }
+    for text in restoration.notes:
+        note(arguments, text)
     answer(arguments, value, _restored(arguments.input, value), to=sys.stderr if piped else None)
 
 
@@ -250,7 +258,10 @@ def _plan(arguments: argparse.Namespace) -> None:
         overlap=arguments.overlap,
         memory=arguments.memory,
         scale=arguments.scale,
+        memory_limit=None if arguments.memory_limit is None else bytes_of(arguments.memory_limit),
     )
+    if needs.limited:
+        needs.require()
     passes = [
         {
             "pass": p.name,

@@ -92,11 +92,8 @@ def reset_peak() -> None:
 
 def bytes_of(text: str) -> int:
     """The number of bytes in a text like `2GiB`, `1.5 GB` or `800MiB`."""
-    number, unit = re.fullmatch(r"\s*([0-9.]*)\s*([a-z]*)\s*", text.lower()).groups() if text.isascii() else ("", "")
-    try:
-        size = float(number) * UNITS[unit]
-    except (ValueError, KeyError):
-        size = 0
+    parsed = re.fullmatch(r"\s*(\d+\.?\d*)\s*([a-z]*)\s*", text.lower(), re.ASCII)
+    size = float(parsed[1]) * UNITS.get(parsed[2], 0) if parsed else 0.0
     if not 1 <= size < 2**63:
         raise UsageError(f"memory_limit={text!r} is no amount of memory; write 800MiB, 2GiB or 2GB")
     return int(size)

@@ -184,9 +184,8 @@ class Executor:
         except BaseException as error:  # the job is at fault: another device would fail too
             with self.changed:
                 if self._land(batch):
-                    work.owner.lacked_memory = isinstance(error, MemoryError)
                     self.queue.put_back(batch)
-                    self._end(work, error)
+                    self._end(work, error, isinstance(error, MemoryError))
         else:
             self._count(batch, outputs)
 
@@ -364,9 +363,8 @@ class Executor:
                         for part in task.values.commit(block, tile, output)
                     ]
                 except BaseException as error:  # too little memory to join the parts
-                    task.lacked_memory = isinstance(error, MemoryError)
                     self.queue.put_back(batch)
-                    self._end(work, error)
+                    self._end(work, error, isinstance(error, MemoryError))
                     return
                 for _, _, tile in batch.nodes:
                     self.failed_on.pop((task.number, block.number, tile), None)
@@ -449,8 +447,7 @@ class Executor:
         for work in {work: None for work, *_ in batch.nodes}:
             retired = {d for d, number in self.retired_by.items() if number == work.owner.number}
             self.queue.retired -= retired - self.hung
-            work.owner.lacked_memory = lacked_memory
-            self._end(work, error)
+            self._end(work, error, lacked_memory)
 
     def _failed_elsewhere(self, batch: Batch) -> bool:
         """Remember that these nodes failed on this device; whether one of them has failed on another, too."""
@@ -461,7 +458,7 @@ class Executor:
             elsewhere |= len(failed_on) > 1
         return elsewhere
 
-    def _end(self, work: Work, error: BaseException | None = None) -> None:
+    def _end(self, work: Work, error: BaseException | None = None, lacked_memory: bool = False) -> None:
         self.queue.remove(work)
         self.tasks = [(t, w) for t, w in self.tasks if w is not work]
         task: Task = work.owner
@@ -470,6 +467,7 @@ class Executor:
             if error is None:
                 task.future.set_result(None)
             else:
+                task.lacked_memory = lacked_memory
                 task.future.set_exception(error)
         self.changed.notify_all()
 

@@ -43,7 +43,7 @@ def cpus(count):
 
 @pytest.mark.parametrize("at", [1, 2, 9])
 def test_a_device_that_hangs_is_not_used_again_and_its_late_result_is_ignored(at):
-    good, bad = cpus(2)
+    bad, good = cpus(2)
     hanging = Hanging(bad, at)
     executor = Executor([hanging, good], deadline_s=0.3)
     walk, pixels = walk_on(executor)
@@ -127,8 +127,8 @@ def test_too_little_memory_for_a_batch_halves_it_on_that_device_alone(error):
         walk, pixels = walk_on(executor, program)
         walk.run({})
         assert pixels.tobytes() == expected(program)
-    assert [shapes[0][0] for shapes in cramped.refused][:2] == [8, 4]
-    assert len(cramped.refused) <= 4  # batches that were taken before the first refusal
+    refused = [shapes[0][0] for shapes in cramped.refused]
+    assert set(refused) == {8, 4} and len(refused) <= 4  # also batches that were taken before the first refusal
     assert executor.queue.most == {(0, "generate"): 2}
     assert executor.queue.retired == set()
     executor.close()
@@ -175,10 +175,10 @@ def test_an_output_that_does_not_fill_its_tile_is_an_error_and_never_a_picture(s
 @pytest.mark.parametrize(
     ("dims", "wrong"),
     [
-        (("batch", 3, "rows", "columns"), None),
-        (("batch", 4, "rows", "columns"), r"\[1, 3, 2, 2\], not \[1, 4, 2, 2\]"),
-        (("batch", 3, "columns", "height"), r"\[1, 3, 2, 2\], not \[1, 3, 2, 32\]"),
-        (("batch", 3, "rows"), r"\[1, 3, 2, 2\], not \[1, 3, 'rows'\]"),
+        (("batch", 32, "rows", "columns"), None),
+        (("batch", 4, "rows", "columns"), r"\[1, 32, 2, 2\], not \[1, 4, 2, 2\]"),
+        (("batch", 32, "columns", "height"), r"\[1, 32, 2, 2\], not \[1, 32, 2, 32\]"),
+        (("batch", 32, "rows"), r"\[1, 32, 2, 2\], not \[1, 32, 'rows'\]"),
     ],
 )
 def test_an_output_has_the_shape_of_its_signature_with_the_sizes_of_its_inputs(dims, wrong):

@@ -69,7 +69,7 @@ def main() -> None:
             )
             rows.append(json.loads(printed.stdout))
             print("{system} {side_px} px: {needed_bytes} / {peak_bytes} = {ratio}".format(**rows[-1]), file=sys.stderr)
-    print(json.dumps({"rows": rows, "command": " ".join(sys.argv[1:]).replace(str(Path.home()), "~")}))
+    print(json.dumps({"rows": rows, "threads": THREADS, "steps": arguments.steps}))
 
 
 if __name__ == "__main__":

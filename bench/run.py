@@ -118,6 +118,15 @@ def wheel(work: Path) -> None:
     bench("wheel", "--bundle", tiny, "--wheels", *sorted((clone / "dist").glob("*.whl")))
 
 
+def memory(work: Path) -> None:
+    systems = ("instantir", "hitoksr", "toksr", "in-token", "vicr")
+    bundles = [work / f"memory-{system}" for system in systems]
+    for system, bundle in zip(systems, bundles, strict=True):
+        words = ("--preset", "tiny", "--random-weights", 0, "--verify", "never")
+        tilewright("export", "build", system, *words, "-o", bundle)
+    bench("memory", *bundles)
+
+
 SYSTEMS = {
     "hitoksr": hitoksr,
     "flux": flux,
@@ -125,6 +134,7 @@ SYSTEMS = {
     "toksr": toksr,
     "demo": demo,
     "kernels": kernels,
+    "memory": memory,
     "wheel": wheel,
 }
 

@@ -124,17 +124,17 @@ def needed_bytes(
         called = {call.run for *_, call in p.calls()}
         calls = {name: _call_bytes(bundle, name, p, plan) for name in called}
         if memory == "low":
-            working = LOW * devices * max(calls.values())
+            working = LOW * _at_once(p, plan, devices) * max(calls.values())
         else:  # each engine keeps the memory of its largest call
             open_passes = passes[: place + 1] if all_open else [(p, plan)]
             largest, times = dict[str, float](), Counter[str]()
             for q, its_plan in open_passes:
                 for section, _, call in q.calls():
-                    largest[call.run] = max(largest.get(call.run, 0.0), _call_bytes(bundle, call.run, q, its_plan))
+                    size = _at_once(q, its_plan, devices) * _call_bytes(bundle, call.run, q, its_plan)
+                    largest[call.run] = max(largest.get(call.run, 0.0), size)
                     repeated = _steps(q, steps) if section == "each" else 1
                     times[call.run] += repeated * -(-_count(its_plan) // (q.tiles.batch if q.tiles else 1))
-            arenas = ((ONE if times[name] == 1 else ARENA) * size for name, size in largest.items())
-            working = devices * sum(arenas)
+            working = sum((ONE if times[name] == 1 else ARENA) * size for name, size in largest.items())
         opened = every if all_open else called
         engines = weights_bytes(bundle, opened, memory) + GRAPH * _graph_bytes(bundle, opened)
         peak = max(peak, held.at(place) + working + copies * engines)
@@ -161,6 +161,11 @@ def _call_bytes(bundle: Bundle, name: str, p: Pass, plan: TilePlan) -> float:
     batch, model = min(p.tiles.batch, _count(plan)) if p.tiles else 1, bundle.manifest.components[name].memory
     px = plan.tile_height * plan.tile_width
     return model.fixed + batch * (model.per_px * px + model.per_px2 * px * px)
+
+
+def _at_once(p: Pass, plan: TilePlan, devices: int) -> int:
+    """How many devices the tiles of a pass can keep busy."""
+    return min(devices, -(-_count(plan) // (p.tiles.batch if p.tiles else 1)))
 
 
 def _steps(p: Pass, steps: int | None) -> int:

@@ -121,12 +121,11 @@ class Restorer:
         if steps is not None and not any(p.steps for p in self.bundle.program.passes):
             raise UsageError(f"steps={steps}: {self.bundle.manifest.system} has no steps; leave it out")
         clock = _Clock()
-        picture = read_image(image, max_pixels=max_pixels)
-        height, width = picture.rgb.shape[:2]
+        size = partial(estimate, self.bundle, tile=tile, overlap=overlap, memory=self.memory, scale=scale)
         opened = tuple(self.engines.opened)
-        needs = estimate(
-            self.bundle, width, height, tile=tile, overlap=overlap, memory=self.memory, scale=scale, opened=opened
-        )
+        picture = read_image(image, max_pixels=max_pixels, check=lambda *sides: size(*sides, opened=opened).require())
+        height, width = picture.rgb.shape[:2]
+        needs = size(width, height, opened=opened)
         needs.require()
         clock.lap("read")
         program = self.bundle.program
@@ -148,6 +147,12 @@ class Sitting:
     clock: "_Clock"
     specs: Mapping[str, EngineSpec]
     on_part: Callable[[int, int, npt.NDArray[np.uint8]], None] = lambda top, left, pixels: None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """The height, the width and the channels of the result."""
+        channels = (1 if self.picture.grey else 3) + (self.picture.alpha is not None)
+        return self.estimate.height, self.estimate.width, channels
 
     def __call__(self, **arguments: Any) -> npt.NDArray[np.uint8]:
         """The image restored with these arguments of the bundle: `sitting(prompt="a stone bridge")`."""
@@ -182,7 +187,7 @@ class Sitting:
         self.clock.lap("passes")
         pixels = assemble(rgb, self.picture)
         self.clock.lap("assemble")
-        tiles = {p.name: len(plan.tiles) for p, plan in self.estimate.passes}
+        tiles = {p.name: plan.count for p, plan in self.estimate.passes}
         seconds = self.clock.seconds | self.walk.job.seconds
         engines = {name: spec.name for name, spec in self.specs.items()}
         devices = tuple(device.name for device in self.walk.executor.devices)

@@ -63,8 +63,11 @@ def test_the_version_is_told_by_the_script_the_module_and_python() -> None:
     ("words", "said"),
     [
         (["exprot"], "group 'exprot' is not one of export, runtime, kernels, completion; did you mean export?"),
-        (["runtime", "restroe"], "verb 'restroe' is not one of restore, plan, select, profile; did you mean restore?"),
-        (["runtime", "zzz"], "verb 'zzz' is not one of restore, plan, select, profile"),
+        (
+            ["runtime", "restroe"],
+            "verb 'restroe' is not one of restore, plan, simulate, select, profile; did you mean restore?",
+        ),
+        (["runtime", "zzz"], "verb 'zzz' is not one of restore, plan, simulate, select, profile"),
         (["export", "list", "--jsno"], "unknown argument '--jsno'; did you mean --json?; see tilewright export list"),
     ],
 )

@@ -170,6 +170,9 @@ class Manifest:
     constants: str | None = None
     tokenizers: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        check_limits(self)
+
 
 def read_manifest(text: bytes, where: str) -> Manifest:
     """The manifest from the text of bundle.json. One that this version cannot use is refused."""

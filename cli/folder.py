@@ -45,7 +45,13 @@ def restore_folder(
             message, code = (str(error), error.exit_code) if isinstance(error, TilewrightError) else ending(error)
             message = as_typed(message, arguments.options)
             row["error"] = {"code": code, "kind": type(error).__name__, "message": message}
-            faults.append((type(error) if ours else TilewrightError, code, f"{outcome.source.name}: {message}"))
+            faults.append(
+                (
+                    type(error) if ours else TilewrightError,
+                    code,
+                    message if str(outcome.source) in message else f"{outcome.source}: {message}",
+                )
+            )
         rows.append(row)
     good = len(rows) - len(faults)
     value = {"images": rows, "failed": len(faults), "seconds": seconds, "peak_bytes": peak_bytes()}

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 from tilewright.cli.terminal import answer
+from tilewright.runtime.bundle.digests import writing
 from tilewright.runtime.bundle.read import read_bundle
 from tilewright.runtime.errors import UsageError, amount
 
@@ -43,7 +44,8 @@ def simulate(arguments: argparse.Namespace) -> None:
     cost = Cost(arguments.step_ms / 1000, arguments.join_ms / 1000)
     simulation = simulated([graph] * arguments.images, arguments.devices, cost)
     if arguments.svg:
-        arguments.svg.write_text(svg(simulation))
+        with writing(arguments.svg) as temporary:
+            temporary.write_text(svg(simulation))
     value = {
         "devices": simulation.devices,
         "images": arguments.images,

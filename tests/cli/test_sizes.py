@@ -92,7 +92,11 @@ def test_a_simulation_tells_what_the_library_does(here, capsys) -> None:
     assert told["nodes"] == 2 * tiles and told["makespan_s"] == pytest.approx(-(-2 * tiles // 3) * 0.02)
     for name in ("makespan_s", "utilisation", "critical_path_s", "bound_s", "peak_bytes"):
         assert told[name] == getattr(expected, name)
-    bars = [bar for bar in ElementTree.parse("t.svg").iter("{http://www.w3.org/2000/svg}rect") if bar.find("{*}title") is not None]
+    bars = [
+        bar
+        for bar in ElementTree.parse("t.svg").iter("{http://www.w3.org/2000/svg}rect")
+        if bar.find("{*}title") is not None
+    ]
     assert len(bars) == len(expected.runs)
     assert simulated(*words) == 0
     lines = capsys.readouterr().out.splitlines()

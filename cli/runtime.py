@@ -1,4 +1,4 @@
-"""The verbs of `tilewright runtime`: restore, plan, simulate, select, profile."""
+"""The verbs of `tilewright runtime`: restore, plan, simulate, select, doctor, profile."""
 
 import argparse
 import contextlib
@@ -26,6 +26,7 @@ from tilewright.runtime.images.write import (
     write_or_keep,
 )
 from tilewright.runtime.inputs import checked
+from tilewright.runtime.profile import ran
 from tilewright.runtime.restore import Restorer, load
 
 __all__ = ["add_verbs"]
@@ -37,7 +38,7 @@ METAVARS = {"words": "WORDS", "tensors": "FILE", "number": "NUMBER", "integer": 
 
 
 def add_verbs(verbs: Any) -> None:
-    """Add the verbs restore, plan, simulate, select and profile."""
+    """Add the verbs restore, plan, simulate, select, doctor and profile."""
     _restore_arguments(verb(verbs, "restore", "restore an image, or every image of a folder", _restore))
 
     plan = verb(verbs, "plan", "tiles and memory for an image size; nothing is run", _plan)
@@ -52,6 +53,11 @@ def add_verbs(verbs: Any) -> None:
     select = verb(verbs, "select", "the best of several restorations of one image, by scores of quality", _select)
     select.add_argument("candidates", nargs="+", type=Path, metavar="IMAGE", help="in the order of their rounds")
     select.add_argument("--scores", type=Path, required=True, metavar="CSV", help="image,METRIC,...; higher is better")
+
+    doctor = verb(verbs, "doctor", "the devices here, and the engines that would run on them", _doctor)
+    doctor.add_argument("bundle", nargs="?", type=Path, metavar="BUNDLE", help="its directory (default: no engines)")
+    _engine_argument(doctor)
+    expect_argument(doctor)
 
     _profile_arguments(verb(verbs, "profile", "measure latency and memory per resolution", _profile))
 
@@ -164,6 +170,7 @@ def _engine_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--memory", choices=MEMORY_MODES, default="fast", help="speed, or weights mapped and not copied"
     )
+    _engine_argument(parser)
     parser.add_argument("--threads", type=int, metavar="N", default=0, help="of an engine (default: all cores)")
     parser.add_argument(
         "--devices", default="cpu:0", metavar="NAMES", help="run tiles at once on cpu:0,cpu:1,... (default: cpu:0)"
@@ -171,9 +178,16 @@ def _engine_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights-dir", type=Path, metavar="DIR", help="where the weights are, if they moved")
 
 
+def _engine_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--engine", metavar="WISH", help="a name, precision or backend of engines (default: the best that runs here)"
+    )
+
+
 def _open(arguments: argparse.Namespace) -> Restorer:
     return load(
         arguments.opened,
+        engine=arguments.engine,
         memory=arguments.memory,
         threads=arguments.threads,
         devices=arguments.devices.split(","),
@@ -222,6 +236,8 @@ def _restore(arguments: argparse.Namespace) -> None:
         "tiles": restoration.tiles,
         "seconds": seconds,
         "peak_bytes": restoration.peak_bytes,
+        "engines": restoration.engines,
+        "devices": restoration.devices,
     }
     answer(arguments, value, _restored(arguments.input, value), to=sys.stderr if piped else None)
 
@@ -279,7 +295,8 @@ def _restored(source: Path, value: dict[str, Any]) -> str:
     peak = mebibytes(value["peak_bytes"])
     return (
         f"{source} {value['input_width']}x{value['input_height']} px -> {value['output']} {width}x{height} px"
-        f" in {seconds['total']:.2f} s; tiles: {tiles}; peak {peak}\nseconds: {phases}"
+        f" in {seconds['total']:.2f} s; tiles: {tiles}; peak {peak}\n"
+        f"engines: {ran(value['engines'], value['devices'])}; seconds: {phases}"
     )
 
 
@@ -334,6 +351,16 @@ def _select(arguments: argparse.Namespace) -> None:
     ]
     lines = [f"{r['image']}: sum of ranks {r['rank_sum']}, normalised mean {r['mean']:.3f}" for r in rows]
     answer(arguments, {"best": str(best), "candidates": rows}, "\n".join([*lines, f"best: {best}"]))
+
+
+def _doctor(arguments: argparse.Namespace) -> None:
+    from tilewright.runtime.doctor import diagnose, summary
+
+    bundle = read_bundle(arguments.bundle, expect=arguments.expect) if arguments.bundle else None
+    if bundle is None and arguments.engine:
+        raise UsageError(f"--engine {arguments.engine} needs a bundle; name its directory")
+    report, fault = diagnose(bundle, arguments.engine)
+    answer(arguments, report, summary(report), fault=fault)
 
 
 def _profile(arguments: argparse.Namespace) -> None:

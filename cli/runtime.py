@@ -15,7 +15,7 @@ from tilewright.runtime.bundle.arguments import Argument, flag
 from tilewright.runtime.bundle.program import Input, Program
 from tilewright.runtime.bundle.read import read_bundle
 from tilewright.runtime.errors import UsageError
-from tilewright.runtime.estimate import MEMORY_MODES, estimate
+from tilewright.runtime.estimate import MEMORY_MODES, bytes_of, estimate
 from tilewright.runtime.images.write import (
     FORMATS,
     check_format,
@@ -46,6 +46,7 @@ def add_verbs(verbs: Any) -> None:
     plan.add_argument("height", type=int)
     _bundle_arguments(plan)
     plan.add_argument("--memory", choices=MEMORY_MODES, default="fast", help="as for restore")
+    plan.add_argument("--memory-limit", metavar="SIZE", help="as for restore")
     plan.add_argument("--scale", type=int, metavar="N", help="as for restore")
 
     _bundle_arguments(simulate_arguments(verb(verbs, "simulate", "time on several devices; nothing is run", simulate)))
@@ -171,6 +172,9 @@ def _engine_arguments(parser: argparse.ArgumentParser) -> None:
         "--memory", choices=MEMORY_MODES, default="fast", help="speed, or weights mapped and not copied"
     )
     _engine_argument(parser)
+    parser.add_argument(
+        "--memory-limit", metavar="SIZE", help="refuse what may need more, as 2GiB or 800MB (default: what is free)"
+    )
     parser.add_argument("--threads", type=int, metavar="N", default=0, help="of an engine (default: all cores)")
     parser.add_argument(
         "--devices", default="cpu:0", metavar="NAMES", help="run tiles at once on cpu:0,cpu:1,... (default: cpu:0)"
@@ -192,6 +196,7 @@ def _open(arguments: argparse.Namespace) -> Restorer:
         threads=arguments.threads,
         devices=arguments.devices.split(","),
         weights_dir=arguments.weights_dir,
+        memory_limit=arguments.memory_limit,
     )
 
 
@@ -238,7 +243,10 @@ def _restore(arguments: argparse.Namespace) -> None:
         "peak_bytes": restoration.peak_bytes,
         "engines": restoration.engines,
         "devices": restoration.devices,
+        "notes": list(restoration.notes),
     }
+    for text in restoration.notes:
+        note(arguments, text)
     answer(arguments, value, _restored(arguments.input, value), to=sys.stderr if piped else None)
 
 
@@ -311,7 +319,10 @@ def _plan(arguments: argparse.Namespace) -> None:
         overlap=arguments.overlap,
         memory=arguments.memory,
         scale=arguments.scale,
+        memory_limit=None if arguments.memory_limit is None else bytes_of(arguments.memory_limit),
     )
+    if needs.limited:
+        needs.require()
     passes = [
         {
             "pass": p.name,

@@ -9,6 +9,7 @@ __all__ = [
     "AccuracyError",
     "BuildError",
     "BundleError",
+    "DeviceError",
     "EnvironmentMismatch",
     "InputError",
     "ResourceError",
@@ -67,6 +68,12 @@ class AccuracyError(TilewrightError):
     """An engine that differs too much from eager PyTorch, or gives numbers that are not finite."""
 
     exit_code = 7
+
+
+class DeviceError(TilewrightError):
+    """A device that hangs."""
+
+    exit_code = 9
 
 
 class InputError(TilewrightError):

@@ -2,16 +2,18 @@
 
 import contextlib
 import math
+import re
 import sys
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
-from tilewright.runtime.bundle.program import Pass, Program
+from tilewright.runtime.bundle.program import Pass, Program, Tiles, state_shape
 from tilewright.runtime.bundle.read import Bundle
 from tilewright.runtime.errors import ResourceError, UsageError
 from tilewright.runtime.images.canvas import padded
-from tilewright.runtime.plan.passes import least_px, plan_of
+from tilewright.runtime.plan.passes import least_px, plan_of, smaller_tile
 from tilewright.runtime.plan.tiles import TilePlan
 
 __all__ = [
@@ -19,6 +21,7 @@ __all__ = [
     "Estimate",
     "all_open",
     "available_bytes",
+    "bytes_of",
     "estimate",
     "needed_bytes",
     "peak_bytes",
@@ -26,7 +29,18 @@ __all__ = [
     "weights_bytes",
 ]
 
-INTERPRETER_BYTES = 120_000_000  # Python, NumPy, Pillow and ONNX Runtime, measured
+INTERPRETER_BYTES = 90_000_000  # Python, NumPy, Pillow and ONNX Runtime, measured
+ARENA = (
+    2.0  # memory that ONNX Runtime takes for a call, and keeps, in proportion to the values alive; measured 1.5 to 2.4
+)
+LOW = 1.5  # the same without its arena
+GRAPH = 30  # bytes of an open engine for each byte of its graph's file, measured 28 to 35
+WIDTHS = {"float64": 8, "int64": 8, "float16": 2, "bfloat16": 2, "int16": 2, "int8": 1, "uint8": 1, "bool": 1}
+UNITS = {"": 1, "b": 1} | {
+    f"{prefix}{'i' if base == 1024 else ''}b": base**power
+    for base in (1000, 1024)
+    for power, prefix in enumerate("kmgt", 1)
+}
 CONTROL_GROUP = Path("/sys/fs/cgroup")
 
 
@@ -76,22 +90,55 @@ def reset_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
+def bytes_of(text: str) -> int:
+    """The number of bytes in a text like `2GiB`, `1.5 GB` or `800MiB`."""
+    parsed = re.fullmatch(r"\s*(\d+\.?\d*)\s*([a-z]*)\s*", text.lower(), re.ASCII)
+    size = float(parsed[1]) * UNITS.get(parsed[2], 0) if parsed else 0.0
+    if not 1 <= size < 2**63:
+        raise UsageError(f"memory_limit={text!r} is no amount of memory; write 800MiB, 2GiB or 2GB")
+    return int(size)
+
+
 def needed_bytes(
-    bundle: Bundle, passes: Iterable[tuple[Pass, TilePlan]], height: int, width: int, memory: str, *, all_open: bool
+    bundle: Bundle,
+    passes: Iterable[tuple[Pass, TilePlan]],
+    height: int,
+    width: int,
+    memory: str,
+    *,
+    all_open: bool,
+    steps: int | None = None,
+    devices: int = 1,
+    shared: bool = False,
 ) -> int:
-    """The peak memory of restoring a padded image of this size in output pixels."""
+    """The peak memory of restoring a padded image of this size in output pixels.
+
+    `shared`: the devices share their engines.
+    """
     passes = list(passes)
-    grids = [grid for grid in bundle.program.grids.values() if grid.init != "input"]  # the input is read crop by crop
-    cells = sum(g.channels * (height // g.px) * (width // g.px) for g in grids)
-    cells += 3 * height * width  # the joined output of the current pass, and later the picture in 8 bits
-    cells += sum(_kept_cells(bundle, p, plan) for p, plan in passes)
+    held = Held(bundle, passes, steps, devices)
+    copies = 1 if shared else devices
     every = bundle.program.components()
-    working = max(
-        _pass_bytes(bundle, p, plan)
-        + weights_bytes(bundle, every if all_open else {c.run for *_, c in p.calls()}, memory)
-        for p, plan in passes
-    )
-    return int(INTERPRETER_BYTES + 4 * cells + working)
+    peak = 0.0
+    for place, (p, plan) in enumerate(passes):
+        called = {call.run for *_, call in p.calls()}
+        calls = {name: _call_bytes(bundle, name, p, plan) for name in called}
+        if memory == "low":
+            working = LOW * devices * max(calls.values())
+        else:  # each engine keeps the memory of its largest call
+            open_passes = passes[: place + 1] if all_open else [(p, plan)]
+            largest: dict[str, float] = {}
+            for q, its_plan in open_passes:
+                for name in {call.run for *_, call in q.calls()}:
+                    largest[name] = max(largest.get(name, 0.0), _call_bytes(bundle, name, q, its_plan))
+            working = ARENA * devices * sum(largest.values())
+        opened = every if all_open else called
+        engines = weights_bytes(bundle, opened, memory) + GRAPH * _graph_bytes(bundle, opened)
+        peak = max(peak, held.at(place) + working + copies * engines)
+    picture = 3 * height * width + 3 * height * width // bundle.program.scale**2  # the result and the source, 8 bits
+    constants = bundle.manifest.constants
+    fixed = bundle.path(constants).stat().st_size if constants else 0
+    return int(INTERPRETER_BYTES + picture + fixed + peak)
 
 
 def weights_bytes(bundle: Bundle, components: Iterable[str], memory: str) -> int:
@@ -102,21 +149,116 @@ def weights_bytes(bundle: Bundle, components: Iterable[str], memory: str) -> int
     return sum(r.length + 4 * math.prod(r.shape) for r in tensors)
 
 
-def _kept_cells(bundle: Bundle, p: Pass, plan: TilePlan) -> int:
-    """How many numbers belong to the job or to the tiles of a pass, as far as their shapes are known."""
-    sizes = {"batch": plan.count, "steps": p.steps.count if p.steps else 1}
-    cells = 0
-    for *_, call in p.calls():
-        shapes = [bundle.manifest.components[call.run].outputs[name].shape for name in call.outputs]
-        fixed_shapes = [s for s in shapes if all(isinstance(d, int) or d in sizes for d in s)]
-        cells += sum(math.prod(d if isinstance(d, int) else sizes[d] for d in shape) for shape in fixed_shapes)
-    return cells
+def _graph_bytes(bundle: Bundle, components: Iterable[str]) -> int:
+    return sum(bundle.manifest.files[bundle.manifest.components[name].graph].size for name in components)
 
 
-def _pass_bytes(bundle: Bundle, p: Pass, plan: TilePlan) -> float:
-    px = plan.tile_height * plan.tile_width * (min(p.tiles.batch, plan.count) if p.tiles else 1)
-    models = [bundle.manifest.components[call.run].memory for _, _, call in p.calls()]
-    return max(m.fixed + m.per_px * px + m.per_px2 * px * px for m in models)
+def _call_bytes(bundle: Bundle, name: str, p: Pass, plan: TilePlan) -> float:
+    """The memory inside one call of a component with as many tiles as a call may take."""
+    batch, model = min(p.tiles.batch, plan.count) if p.tiles else 1, bundle.manifest.components[name].memory
+    px = plan.tile_height * plan.tile_width
+    return model.fixed + batch * (model.per_px * px + model.per_px2 * px * px)
+
+
+class Held:
+    """The bytes that a job holds between calls: parts of grids, values of tiles, values of the job."""
+
+    def __init__(
+        self, bundle: Bundle, passes: Sequence[tuple[Pass, TilePlan]], steps: int | None, devices: int
+    ) -> None:
+        self.grids, self.passes, self.devices = bundle.program.grids, passes, devices
+        self.job = 0
+        self.kept: list[tuple[int, int, int, int]] = []  # written by a pass, read last by a pass, bytes a tile, tiles
+        self.open: list[int] = []  # pass -> bytes of an open tile
+        shapes: dict[tuple[Tiles | None, str], tuple[int, ...]] = {}
+        for place, (p, plan) in enumerate(passes):
+            count = p.steps.count if p.steps and steps is None else steps or 1
+            sizes = self._pass_shapes(bundle, p, plan, count, shapes)
+            of_tile = 0
+            for name, size in sizes.items():
+                last = max((i for i, (q, _) in enumerate(passes) if name in q.reads()), default=place)
+                if p.tiles is None:
+                    self.job += size
+                elif last > place:
+                    self.kept.append((place, last, size, plan.count))
+                else:
+                    of_tile += size
+            self.open.append(of_tile)
+
+    def at(self, place: int) -> int:
+        """The most that is held while a pass runs."""
+        p, plan = self.passes[place]
+        stays, goes, comes = self.job, 0, 0
+        spans = [*self.kept, *self._parts()]
+        for first, last, size, count in spans:
+            if first < place < last:
+                stays += size * count
+            elif first < place == last:
+                goes += size * count
+            elif first == place < last:
+                comes += size * count
+        joined = bool(p.writes("each") & self.grids.keys())
+        ready = (4 * self.devices - 2) if p.each else 2 * self.devices
+        tiles = plan.count if joined else min(plan.count, ready * (p.tiles.batch if p.tiles else 1))
+        front = min(plan.count, len(plan.lefts) + 2 + 2 * self.devices)  # parts that wait for the next row of tiles
+        written = sum(self._part(name, plan) for name in p.writes() & self.grids.keys())
+        generation = plan.count * sum(self._part(name, plan) for name in p.writes("each") & self.grids.keys())
+        return stays + max(goes, comes, generation if joined else 0) + front * written + tiles * self.open[place]
+
+    def _part(self, grid: str, plan: TilePlan) -> int:
+        spec = self.grids[grid]
+        return 4 * spec.channels * (plan.tile_height // spec.px) * (plan.tile_width // spec.px)
+
+    def _parts(self) -> Iterable[tuple[int, int, int, int]]:
+        """The parts of grids: first and last pass, bytes a tile, tiles. `result` goes to the picture at once."""
+        for place, (p, plan) in enumerate(self.passes):
+            for name in p.writes() & self.grids.keys():
+                last = max((i for i, (q, _) in enumerate(self.passes) if name in q.reads()), default=place)
+                yield place, last, self._part(name, plan), plan.count
+
+    def _pass_shapes(
+        self,
+        bundle: Bundle,
+        p: Pass,
+        plan: TilePlan,
+        steps: int,
+        shapes: dict[tuple[Tiles | None, str], tuple[int, ...]],
+    ) -> dict[str, int]:
+        """The bytes of each value that a pass writes for one tile, or for the job; `shapes` gets their shapes."""
+        tile = plan.tile_height, plan.tile_width
+        sizes = {}
+        for name, state in p.state.items():
+            shapes[p.tiles, name] = (1, *state_shape(state, *tile))
+            sizes[name] = 4 * math.prod(shapes[p.tiles, name])
+        for *_, call in p.calls():
+            component = bundle.manifest.components[call.run]
+            named = {"batch": 1, "steps": steps}
+            for input_name, source in call.inputs.items():
+                shape = self._source_shape(source.lstrip("~"), p, tile, shapes)
+                spec = component.inputs[input_name].shape
+                named = {d: n for d, n in zip(spec, shape, strict=False) if isinstance(d, str)} | named
+            for output, target in call.outputs.items():
+                if target in self.grids:
+                    continue
+                spec_of = component.outputs[output]
+                shapes[p.tiles, target] = tuple(_size(d, named) for d in spec_of.shape)
+                sizes[target] = WIDTHS.get(spec_of.dtype, 4) * math.prod(shapes[p.tiles, target])
+        return sizes
+
+    def _source_shape(
+        self, source: str, p: Pass, tile: tuple[int, int], shapes: Mapping[tuple[Tiles | None, str], tuple[int, ...]]
+    ) -> tuple[int, ...]:
+        if grid := self.grids.get(source):
+            return (1, grid.channels, tile[0] // grid.px, tile[1] // grid.px)
+        return shapes.get((p.tiles, source), shapes.get((None, source), ()))
+
+
+def _size(dim: int | str, named: Mapping[str, int]) -> int:
+    """A size of a shape; `h/2` is half of `h`. One that no input has counts as 1."""
+    if isinstance(dim, int):
+        return dim
+    whole, _, part = dim.partition("/")
+    return named.get(dim, named.get(whole, 1) // int(part or 1))
 
 
 MEMORY_MODES = ("fast", "low")  # re-packed weights, mapped weights
@@ -135,14 +277,21 @@ class Estimate:
     passes: list[tuple[Pass, TilePlan]]
     needed_bytes: int
     available_bytes: int | None
+    limited: bool = False  # what is available is what the caller allows
+    least: "Callable[[], tuple[int, str]]" = field(
+        default=lambda: (0, ""), compare=False
+    )  # bytes, and with what options
 
     def require(self) -> None:
         """Refuse a restoration that does not fit in memory."""
-        if self.available_bytes is not None and self.needed_bytes > self.available_bytes:
-            raise ResourceError(
-                f"{self.width}x{self.height} px needs about {self.needed_bytes / 2**30:.1f} GiB of memory,"
-                f" {self.available_bytes / 2**30:.1f} GiB are free; use a smaller --tile or --memory low"
-            )
+        if self.available_bytes is None or self.needed_bytes <= self.available_bytes:
+            return
+        there = f"{_gib(self.available_bytes)} are {'allowed' if self.limited else 'free'}"
+        least, options = self.least()
+        advice = f"the least is {_gib(least)}, with {options}" if options else "use a smaller image"
+        raise ResourceError(
+            f"{self.width}x{self.height} px needs about {_gib(self.needed_bytes)} of memory, {there}; {advice}"
+        )
 
 
 def estimate(
@@ -155,19 +304,45 @@ def estimate(
     memory: str = "fast",
     scale: int | None = None,
     opened: Collection[str] = (),
+    steps: int | None = None,
+    devices: int = 1,
+    shared: bool = False,
+    memory_limit: int | None = None,
 ) -> Estimate:
-    """The estimate for an input image of this size; nothing is run. Memory of `opened` engines counts as free."""
+    """The estimate for an input image of this size; nothing is run. Memory of `opened` engines counts as free.
+
+    `shared`: the devices share their engines. `memory_limit`: bytes that all of the process may take.
+    """
     program = bundle.program
     if width < 1 or height < 1:
         raise UsageError(f"{width}x{height} is no image size; use 1x1 or more")
     scale = _scale(program, scale)
-    least = least_px(program, tile)
-    wide, high = (padded(side * scale, program.multiple_px, least) for side in (width, height))
+    shortest = least_px(program, tile)
+    wide, high = (padded(side * scale, program.multiple_px, shortest) for side in (width, height))
     passes = [(p, plan_of(program, p, high, wide, tile, overlap)) for p in program.passes]
     available = available_bytes()
     available = None if available is None else available + weights_bytes(bundle, opened, memory)
-    needed = needed_bytes(bundle, passes, high, wide, memory, all_open=all_open(bundle, memory, available))
-    return Estimate(width * scale, height * scale, scale, passes, needed, available)
+    limited = memory_limit is not None and (available is None or memory_limit < available)
+    available = memory_limit if limited else available
+    needs = partial(needed_bytes, bundle, steps=steps, devices=devices, shared=shared)
+    needed = needs(passes, high, wide, memory, all_open=all_open(bundle, memory, available))
+
+    def least() -> tuple[int, str]:
+        """The bytes in low memory with the smallest tiles, and the options that ask for both."""
+        size, plans, sides = tile, passes, (high, wide)
+        while (smaller := smaller_tile(program, plans, overlap)) is not None:
+            size = smaller
+            side = least_px(program, size)
+            sides = tuple(padded(n * scale, program.multiple_px, side) for n in (height, width))  # type: ignore[assignment]
+            plans = [(p, plan_of(program, p, *sides, size, overlap)) for p in program.passes]
+        options = [f"--tile {size}"] * (size != tile) + ["--memory low"] * (memory != "low")
+        return needs(plans, *sides, "low", all_open=False), " and ".join(options)
+
+    return Estimate(width * scale, height * scale, scale, passes, needed, available, limited, least)
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"
 
 
 def _scale(program: Program, scale: int | None) -> int:

@@ -4,7 +4,7 @@ import asyncio
 import os
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from threading import Lock
 from types import TracebackType
@@ -20,8 +20,16 @@ from tilewright.runtime.bundle.weights import checked_folder
 from tilewright.runtime.engines import Engine, backend
 from tilewright.runtime.engines.choose import choose_all, require
 from tilewright.runtime.engines.machine import this_machine, usable_cores
-from tilewright.runtime.errors import UsageError
-from tilewright.runtime.estimate import MEMORY_MODES, Estimate, all_open, available_bytes, estimate, peak_bytes
+from tilewright.runtime.errors import ResourceError, UsageError
+from tilewright.runtime.estimate import (
+    MEMORY_MODES,
+    Estimate,
+    all_open,
+    available_bytes,
+    bytes_of,
+    estimate,
+    peak_bytes,
+)
 from tilewright.runtime.execute.devices import CpuDevice, OpenEngines, cpu_names
 from tilewright.runtime.execute.executor import Executor
 from tilewright.runtime.execute.walk import Job, Walk
@@ -47,6 +55,7 @@ class Restoration:
     peak_bytes: int
     engines: dict[str, str]  # component -> the name of its engine
     devices: tuple[str, ...]  # where the engines ran
+    notes: tuple[str, ...] = ()  # devices that failed, batches and tiles that had to be smaller
 
 
 @dataclass
@@ -59,6 +68,8 @@ class Restorer:
     specs: Mapping[str, EngineSpec]  # component -> the engine that was chosen
     constants: Mapping[str, Any] = field(default_factory=dict)
     memory: str = "fast"
+    memory_limit: int | None = None
+    shares_engines: bool = False
 
     def __enter__(self) -> "Restorer":
         return self
@@ -112,7 +123,8 @@ class Restorer:
         `arguments` are the bundle's, see `Restorer.arguments`: `prompt="a stone bridge"`. A round may choose others.
         `on_progress` gets the name of a pass, how many of its tiles are done, and how many it has. `on_part` gets each
         part of the picture (RGB) as soon as it is final. Both are called on threads of the devices, one call at a time.
-        An exception that they raise ends the job.
+        An exception that they raise ends the job. If the memory does not suffice for a tile, the image begins anew with
+        smaller tiles, and all parts come again.
         """
         check_names(self.bundle, arguments)
         seed = whole("seed", seed, 0, WORD_MAX)
@@ -121,11 +133,10 @@ class Restorer:
         if steps is not None and not any(p.steps for p in self.bundle.program.passes):
             raise UsageError(f"steps={steps}: {self.bundle.manifest.system} has no steps; leave it out")
         clock = _Clock()
-        size = partial(estimate, self.bundle, tile=tile, overlap=overlap, memory=self.memory, scale=scale)
-        opened = tuple(self.engines.opened)
-        picture = read_image(image, max_pixels=max_pixels, check=lambda *sides: size(*sides, opened=opened).require())
+        size = partial(self.estimate, tile=tile, overlap=overlap, scale=scale, steps=steps)
+        picture = read_image(image, max_pixels=max_pixels, check=lambda *sides: size(*sides).require())
         height, width = picture.rgb.shape[:2]
-        needs = size(width, height, opened=opened)
+        needs = size(width, height)
         needs.require()
         clock.lap("read")
         program = self.bundle.program
@@ -133,6 +144,20 @@ class Restorer:
         job = Job(enlarged, seed, tile, overlap, steps, on_progress=on_progress)
         walk = Walk(program, self.executor, self.constants, job)
         return Sitting(self.bundle, picture, needs, walk, arguments, clock, self.specs, on_part)
+
+    def estimate(self, width: int, height: int, **options: Any) -> Estimate:
+        """What an image of this size would need here; options as for `estimate`."""
+        return estimate(
+            self.bundle,
+            width,
+            height,
+            memory=self.memory,
+            opened=tuple(self.engines.opened),
+            devices=len(self.executor.devices),
+            shared=self.shares_engines,
+            memory_limit=self.memory_limit,
+            **options,
+        )
 
 
 @dataclass
@@ -170,11 +195,27 @@ class Sitting:
         """Begin a round, and return at once. The next round may begin when this one has its result."""
         job = self.walk.job
         job.seconds.clear()
+        job.notes.clear()
         self.clock.last = time.perf_counter()  # the caller's time between rounds does not count
         rgb = np.empty((self.estimate.height, self.estimate.width, 3), np.uint8)
         job.on_final = partial(self._part, rgb)
-        self.walk.begin(gather(self.bundle, {**self.arguments, **arguments}), keep=keep)
-        return Ticket(self, rgb)
+        inputs = gather(self.bundle, {**self.arguments, **arguments})
+        self.walk.begin(inputs, keep=keep)
+        return Ticket(self, rgb, partial(self._begin_smaller, inputs, keep=keep))
+
+    def _begin_smaller(self, inputs: Mapping[str, Any], *, keep: bool) -> bool:
+        """Begin anew with smaller tiles, if the memory did not suffice for one tile. Whether it has begun."""
+        walk = self.walk
+        if (tile := walk.smaller_tile()) is None:
+            return False
+        program = self.bundle.program
+        enlarged = Enlarged(self.picture.rgb, self.estimate.scale, program.multiple_px, least_px(program, tile))
+        job = replace(walk.job, image=enlarged, tile_px=tile)
+        self.walk = Walk(program, walk.executor, walk.constants, job)
+        self.estimate = replace(self.estimate, passes=[(p, self.walk.graph.plans[p.name]) for p in program.passes])
+        job.notes.append(f"too little memory: the image began anew with --tile {tile}")
+        self.walk.begin(inputs, keep=keep)
+        return True
 
     def _part(self, rgb: npt.NDArray[np.uint8], top: int, left: int, part: npt.NDArray[np.float32]) -> None:
         fill(rgb, top, left, part)
@@ -191,32 +232,47 @@ class Sitting:
         seconds = self.clock.seconds | self.walk.job.seconds
         engines = {name: spec.name for name, spec in self.specs.items()}
         devices = tuple(device.name for device in self.walk.executor.devices)
+        notes = tuple(dict.fromkeys(self.walk.job.notes))
         scale, icc = self.estimate.scale, self.picture.icc
-        return Restoration(pixels, scale, icc, seconds, tiles, peak_bytes(), engines, devices)
+        return Restoration(pixels, scale, icc, seconds, tiles, peak_bytes(), engines, devices, notes)
 
 
 class Ticket:
     """A restoration that runs: wait for its `result`, `await` it, or `cancel` it."""
 
-    def __init__(self, sitting: Sitting, rgb: npt.NDArray[np.uint8]) -> None:
-        self.sitting, self.rgb = sitting, rgb
+    def __init__(self, sitting: Sitting, rgb: npt.NDArray[np.uint8], begin_smaller: Callable[[], bool]) -> None:
+        self.sitting, self.rgb, self.begin_smaller = sitting, rgb, begin_smaller
         self.lock = Lock()
+        self.cancelled = False
         self.restoration: Restoration | None = None
 
     def result(self) -> Restoration:
         """Wait for the restoration, and return it. An interrupt during the wait cancels it."""
         with self.lock:
-            if self.restoration is None:
-                self.sitting.walk.end()
-                self.restoration = self.sitting.finish(self.rgb)
+            while self.restoration is None:
+                try:
+                    self.sitting.walk.end()
+                except (MemoryError, ResourceError):
+                    if self.cancelled or not self.begin_smaller():
+                        raise
+                else:
+                    self.restoration = self.sitting.finish(self.rgb)
             return self.restoration
 
     def done(self) -> bool:
         """Whether `result` would return at once."""
-        return self.sitting.walk.ended()
+        if not self.lock.acquire(blocking=False):
+            return False  # a thread waits for the result
+        try:
+            if self.restoration is not None:
+                return True
+            return self.sitting.walk.ended() and (self.cancelled or not self.begin_smaller())
+        finally:
+            self.lock.release()
 
     def cancel(self) -> None:
         """Stop within one call of an engine. `result` then raises CancelledError, unless it had a result already."""
+        self.cancelled = True
         self.sitting.walk.cancel()
 
     def __await__(self) -> Generator[Any, None, Restoration]:
@@ -247,18 +303,25 @@ def load(
     weights_dir: str | os.PathLike[str] | None = None,
     expect: str | None = None,
     fresh: bool = False,
+    memory_limit: int | str | None = None,
+    deadline_s: float | None = None,
 ) -> Restorer:
     """Check a bundle, choose an engine for every component that its program calls, and open it on every device.
 
     `path`: a folder, or the result of `read_bundle`, for which `expect` and `fresh` have no effect.
     `expect` and `fresh` as for `read_bundle`. `engine`: the name, precision or backend of the engines; without it the
     best that fit the machine are chosen. `devices`: `cpu:0`, `cpu:1`, ... run tiles at the same time, each with
-    `threads` threads. With 0 threads the devices share the cores.
+    `threads` threads. With 0 threads the devices share the cores. `memory_limit`: bytes, or a text like "2GiB", that a
+    restoration may need with all that the process holds. `deadline_s`: a call of an engine that takes longer hangs, and
+    its device is not used again; by default 20 times the slowest call of its kind, and a minute at least.
     """
     if memory not in MEMORY_MODES:
         raise UsageError(f"memory={memory!r} is not one of {', '.join(MEMORY_MODES)}")
     if threads < 0:
         raise UsageError(f"threads={threads} must be at least 0")
+    if deadline_s is not None and not 0 < deadline_s < float("inf"):
+        raise UsageError(f"deadline_s={deadline_s} is no time; use seconds above 0")
+    limit = bytes_of(memory_limit) if isinstance(memory_limit, str) else memory_limit
     names = cpu_names(devices)
     if len(names) > 1 and not threads:
         threads = max(1, usable_cores() // len(names))
@@ -283,11 +346,12 @@ def load(
         shared if threads == 1 else OpenEngines(shared.names, open_engine) for _ in names[1:]
     ]
     constants = read_tensors(bundle.path(bundle.manifest.constants)) if bundle.manifest.constants else {}
-    fits = all_open(bundle, memory, available_bytes())
+    free = available_bytes()
+    fits = all_open(bundle, memory, limit if free is None or (limit is not None and limit < free) else free)
     cpus = [CpuDevice(name, engines) for name, engines in zip(names, engines_of_device, strict=True)]
-    executor = Executor(cpus, pass_by_pass=not fits)
+    executor = Executor(cpus, pass_by_pass=not fits, signatures=bundle.manifest.components, deadline_s=deadline_s)
     if fits:
         for engines in engines_of_device:
             for name in engines:
                 engines[name]
-    return Restorer(bundle, shared, executor, specs, constants, memory)
+    return Restorer(bundle, shared, executor, specs, constants, memory, limit, threads == 1)

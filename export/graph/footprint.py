@@ -10,6 +10,7 @@ import ast
 import math
 import operator
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import numpy as np
 import onnx_ir as ir
@@ -19,6 +20,7 @@ from tilewright.runtime.bundle.manifest import Memory
 
 __all__ = ["footprint", "peak_alive"]
 
+BLOCK = 16  # channels that a convolution computes at once
 OPERATORS: dict[type, Callable[..., float]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -55,14 +57,23 @@ def peak_alive(model: ir.Model, sizes: Mapping[str, int]) -> int:
     nodes = list(model.graph)
     last_use = {value: i for i, node in enumerate(nodes) for value in node.inputs if value is not None}
     outputs = set(model.graph.outputs)
+    held = partial(_held, sizes=sizes)
     alive = sum(_bytes(value, sizes) for value in model.graph.inputs)
     peak = alive
     for i, node in enumerate(nodes):
-        alive += sum(_bytes(value, sizes) for value in node.outputs)
+        alive += sum(map(held, node.outputs))
         peak = max(peak, alive + _inside(node, sizes))
         ended = {v for v in (*node.inputs, *node.outputs) if v is not None and last_use.get(v, i) == i} - outputs
-        alive -= sum(_bytes(value, sizes) for value in ended if value.producer() is not None)
+        alive -= sum(held(value) for value in ended if value.producer() is not None)
     return peak
+
+
+def _held(value: ir.Value, sizes: Mapping[str, int]) -> int:
+    """Bytes of a value. ONNX Runtime pads the channels that a convolution writes, to fill the CPU's registers."""
+    producer, size = value.producer(), _bytes(value, sizes)
+    if producer is None or producer.op_type != "Conv" or len(shape := _shape(value, sizes)) != 4 or not shape[1]:
+        return size
+    return size // shape[1] * (-(-shape[1] // BLOCK) * BLOCK)
 
 
 def _inside(node: ir.Node, sizes: Mapping[str, int]) -> int:

@@ -1,7 +1,7 @@
 """Where engines run: a device holds buffers, and runs one call at a time.
 
-A buffer of the CPU is a NumPy array. A buffer of another device has that device as its `holder`. It stays on its device
-until another device reads it, or until the host joins tiles.
+A buffer of the CPU is a NumPy array. A buffer of another device has a `shape`, and that device as its `holder`. It
+stays on its device until another device reads it, or until the host joins tiles.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -35,7 +35,10 @@ class Device(Protocol):
         ...
 
     def run(self, component: str, inputs: Mapping[str, Any], outputs: Iterable[str]) -> dict[str, Any]:
-        """The outputs of a component for buffers of this device; they belong to the caller."""
+        """The outputs of a component for buffers of this device; they belong to the caller. One call runs at a time.
+
+        An error is a fault of the device. MemoryError and ResourceError mean too little memory for so large a call.
+        """
         ...
 
     def close(self, components: Iterable[str] | None = None) -> None:
@@ -75,7 +78,6 @@ class CpuDevice:
 
     def __init__(self, name: str, engines: Mapping[str, Engine]) -> None:
         self.name, self.engines = name, engines
-        self.slot = Lock()  # one call at a time; the next call's inputs are prepared meanwhile
 
     def put(self, array: Any) -> Any:
         """The array itself."""
@@ -97,8 +99,7 @@ class CpuDevice:
 
     def run(self, component: str, inputs: Mapping[str, Any], outputs: Iterable[str]) -> dict[str, Any]:
         """Run the component's engine."""
-        with self.slot:
-            return self.engines[component].run(inputs, outputs)
+        return self.engines[component].run(inputs, outputs)
 
     def close(self, components: Iterable[str] | None = None) -> None:
         """Close engines. No call may be using them."""

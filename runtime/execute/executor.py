@@ -2,22 +2,24 @@
 
 Each device has two threads: while one runs an engine, the other prepares the inputs of the next call. A node has no
 side effects: its outputs are stored once all of its calls have ended. So it can run again on another device if one
-fails.
+fails. A further thread watches for calls that take far too long. A thread that hangs in a call cannot be ended; it is
+left alone, and what it may still return is ignored.
 """
 
 import itertools
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
 from functools import partial
-from threading import Condition, Lock, Thread
+from threading import Condition, Lock, RLock, Thread
 from typing import Any
 
 import numpy as np
 
 from tilewright.runtime.bundle.program import Call
-from tilewright.runtime.errors import AccuracyError
+from tilewright.runtime.bundle.strict import one_line
+from tilewright.runtime.errors import AccuracyError, BundleError, DeviceError, ResourceError
 from tilewright.runtime.execute.devices import Device
 from tilewright.runtime.execute.queue import Batch, Queue, Work
 from tilewright.runtime.execute.values import Outputs, Values, on_host
@@ -26,6 +28,9 @@ from tilewright.runtime.plan.lower import Block, Graph
 __all__ = ["Executor", "Task"]
 
 LANES = 2  # threads of a device: one runs an engine, one prepares inputs
+FIRST_DEADLINE_S = 3600.0  # for a call that has not been timed yet; it may open its engine
+LEAST_DEADLINE_S = 60.0
+SLOWER = 20  # a call hangs if it takes so many times as long as the slowest of its kind so far
 Node = tuple[Work, Block, int]
 
 
@@ -40,6 +45,8 @@ class Task:
     on_progress: Callable[[str, int, int], None] = lambda name, done, total: None
     on_pass: Callable[[str], None] = lambda name: None  # a pass has ended
     seconds: dict[str, float] = field(default_factory=dict)  # component -> time in its engine
+    notes: list[str] = field(default_factory=list)  # faults that the round has survived
+    lacked_memory: bool = False  # it ended because a call of a single tile found too little memory
     future: "Future[None]" = field(default_factory=Future)
     counts: dict[int, int] = field(default_factory=dict)  # pass -> nodes that are done
     telling: Lock = field(default_factory=Lock)
@@ -49,19 +56,50 @@ class Task:
 class DeviceFault(Exception):
     """A device failed while it ran a node. The node may run on another device."""
 
-    def __init__(self, error: Exception) -> None:
+    def __init__(self, error: Exception, component: str) -> None:
         super().__init__(str(error))
-        self.error = error
+        self.error, self.component = error, component
+
+
+@dataclass(eq=False)
+class Running:
+    """A call that a device runs now."""
+
+    batch: Batch
+    component: str
+    start: float
+    ends: float  # after this time it hangs
 
 
 class Executor:
-    """Devices that share one queue of nodes. Any thread may call it."""
+    """Devices that share one queue of nodes. Any thread may call it.
 
-    def __init__(self, devices: Sequence[Device], *, pass_by_pass: bool = False) -> None:
+    `signatures`: component -> its inputs and outputs; outputs of another shape are a fault. `deadline_s`: a call that
+    takes longer hangs; without it, the deadline follows from the calls that were timed.
+    """
+
+    def __init__(
+        self,
+        devices: Sequence[Device],
+        *,
+        pass_by_pass: bool = False,
+        signatures: Mapping[str, Any] | None = None,
+        deadline_s: float | None = None,
+    ) -> None:
         self.devices, self.closes_engines = list(devices), pass_by_pass
+        self.signatures, self.deadline_s = signatures or {}, deadline_s
         self.queue = Queue(len(self.devices), pass_by_pass=pass_by_pass)
-        self.changed = Condition()
+        lock = RLock()
+        self.changed = Condition(lock)
+        self.free = [Condition(lock) for _ in self.devices]  # the call that a device ran has ended
+        self.watched = Condition(lock)  # there is something to watch
+        self.watcher_sleeps = False
         self.closed = False
+        self.flying: dict[int, Batch] = {}  # id of a batch that a device has -> the batch
+        self.calls: dict[int, Running] = {}  # device -> the call that it runs
+        self.slowest: dict[Hashable, float] = {}  # kind of call -> seconds
+        self.hung: set[int] = set()  # devices that will not be used again
+        self.lanes = [0 for _ in self.devices]  # threads that have not ended
         self.failed_on: dict[tuple[int, int, int], set[int]] = {}  # node -> devices
         self.retired_by: dict[int, int] = {}  # device -> the task whose node it failed at
         self.uploads: dict[tuple[int, int], tuple[Any, Any]] = {}  # (device, constant) -> the constant, its buffer
@@ -75,6 +113,8 @@ class Executor:
         with self.changed:
             if self.closed:
                 raise RuntimeError("the executor is closed")
+            if len(self.hung) == len(self.devices):
+                raise DeviceError(f"{', '.join(d.name for d in self.devices)}: no device answers; start anew")
             self.queue.add(work)
             self.tasks.append((task, work))
             if work.done():
@@ -85,6 +125,8 @@ class Executor:
                     for place, device in enumerate(self.devices)
                     for lane in range(LANES)
                 ]
+                self.lanes = [LANES for _ in self.devices]
+                self.threads.append(Thread(target=self._watch, name="watcher", daemon=True))
                 for thread in self.threads:
                     thread.start()
             self.changed.notify_all()
@@ -97,14 +139,17 @@ class Executor:
                 self._end(work, CancelledError())
 
     def close(self) -> None:
-        """End all threads; rounds that have not ended are cancelled. Engines stay open."""
+        """End all threads but those that hang; rounds that have not ended are cancelled. Engines stay open."""
         with self.changed:
             self.closed = True
             for _, work in list(self.tasks):
                 self._end(work, CancelledError())
             self.changed.notify_all()
-        for thread in self.threads:
-            thread.join()
+            self.changed.wait_for(lambda: all(not n or device in self.hung for device, n in enumerate(self.lanes)))
+            self.watched.notify_all()
+        for place, thread in enumerate(self.threads):
+            if place // LANES not in self.hung:
+                thread.join()
 
     def _key(self, task: Task, block: Block, tile: int) -> Hashable:
         """Nodes of the same key may share a call. Inputs without an axis of tiles must be the same for all of them."""
@@ -121,9 +166,12 @@ class Executor:
                 while not self.closed and (batch := self.queue.take(device)) is None:
                     self.changed.wait()
                 if self.closed:
+                    self.lanes[device] -= 1
+                    self.changed.notify_all()
                     return
+                assert batch is not None
+                self.flying[id(batch)] = batch
                 self.changed.notify_all()  # a busy device may have waited until no other was idle
-            assert batch is not None
             self._run(batch)
             del batch  # otherwise its values would stay in memory until the next batch
 
@@ -132,11 +180,12 @@ class Executor:
         try:
             outputs = self._outputs(self.devices[batch.device], batch)
         except DeviceFault as fault:
-            self._device_failed(batch, fault.error)
+            self._device_failed(batch, fault)
         except BaseException as error:  # the job is at fault: another device would fail too
             with self.changed:
-                self.queue.put_back(batch)
-                self._end(work, error)
+                if self._land(batch):
+                    self.queue.put_back(batch)
+                    self._end(work, error, isinstance(error, MemoryError))
         else:
             self._count(batch, outputs)
 
@@ -147,20 +196,125 @@ class Executor:
         outputs = [Outputs(values=task.values.begun(block, tile)) for _, _, tile in batch.nodes]
         for call in block.calls:
             feed = {name: self._input(device, batch, source, outputs) for name, source in call.inputs.items()}
-            start = time.perf_counter()
-            try:
-                results = device.run(call.run, feed, call.outputs)
-            except Exception as error:
-                raise DeviceFault(error) from error
-            seconds = time.perf_counter() - start
-            with self.changed:
-                task.seconds[call.run] = task.seconds.get(call.run, 0.0) + seconds
+            results = self._call(device, batch, call, feed)
+            if wrong := self._wrong_shape(batch, call, feed, results):
+                raise DeviceFault(wrong, call.run)
             for name in call.outputs:
                 if not device.finite(results[name]):
-                    raise DeviceFault(_not_finite(task, block, call, name, device.get(results[name])))
+                    raise DeviceFault(_not_finite(task, block, call, name, device.get(results[name])), call.run)
             for name, target in call.outputs.items():
                 self._keep(task, block, batch, target, results[name], outputs)
         return outputs
+
+    def _call(self, device: Device, batch: Batch, call: Call, feed: Mapping[str, Any]) -> dict[str, Any]:
+        """Run a component as soon as the device is free."""
+        work, block, _ = batch.nodes[0]
+        plan = work.graph.plan(block)
+        kind = (device.name.partition(":")[0], call.run, plan.tile_height, plan.tile_width, len(batch.nodes))
+        with self.changed:
+            while batch.device in self.calls and id(batch) in self.flying:
+                self.free[batch.device].wait()
+            if work.stopped or id(batch) not in self.flying:
+                raise CancelledError
+            start = time.perf_counter()
+            running = Running(batch, call.run, start, start + self._deadline(kind))
+            self.calls[batch.device] = running
+            if self.watcher_sleeps:
+                self.watched.notify()
+        try:
+            results = device.run(call.run, feed, call.outputs)
+        except Exception as error:
+            raise DeviceFault(error, call.run) from error
+        finally:
+            with self.changed:
+                if self.calls.get(batch.device) is running:
+                    del self.calls[batch.device]
+                    self.free[batch.device].notify()
+                    seconds = time.perf_counter() - start
+                    self.slowest[kind] = max(seconds, self.slowest.get(kind, 0.0))
+                    work.owner.seconds[call.run] = work.owner.seconds.get(call.run, 0.0) + seconds
+        return results
+
+    def _deadline(self, kind: Hashable) -> float:
+        if self.deadline_s is not None:
+            return self.deadline_s
+        return max(LEAST_DEADLINE_S, SLOWER * self.slowest[kind]) if kind in self.slowest else FIRST_DEADLINE_S
+
+    def _watch(self) -> None:
+        """Retire devices whose call is over its deadline. Nothing wakes this thread while no device runs a call."""
+        shortest = LEAST_DEADLINE_S if self.deadline_s is None else self.deadline_s
+        with self.changed:
+            while not self.closed or any(n for device, n in enumerate(self.lanes) if device not in self.hung):
+                now = time.perf_counter()
+                for device, running in list(self.calls.items()):
+                    if running.ends <= now:
+                        self._hangs(device, running)
+                # a call that begins meanwhile ends no sooner than after the shortest deadline
+                waits = [min(running.ends - now, shortest) for running in self.calls.values()]
+                self.watcher_sleeps = not waits
+                self.watched.wait(min(waits, default=None))
+
+    def _hangs(self, device: int, running: Running) -> None:
+        """Retire a device for good, and give its nodes to others."""
+        spent = time.perf_counter() - running.start
+        error = DeviceError(
+            f"{self.devices[device].name}: {running.component} has not ended after {spent:.0f} s; start anew, and if"
+            " the call is only slow, allow it more time with deadline_s"
+        )
+        self.hung.add(device)
+        self.queue.retired.add(device)
+        del self.calls[device]
+        for batch in [b for b in self.flying.values() if b.device == device]:
+            del self.flying[id(batch)]
+            self.queue.put_back(batch)
+        self._note(running.batch, f"{self.devices[device].name} hangs in {running.component}; its tiles run elsewhere")
+        if self._failed_elsewhere(running.batch):
+            self._end_all(running.batch, error)
+        if len(self.hung) == len(self.devices):
+            for _, work in list(self.tasks):
+                self._end(work, error)
+        elif len(self.queue.retired) == len(self.devices):
+            self.queue.retired = set(self.hung)  # the others have only failed: they are tried again
+        self.free[device].notify_all()
+        self.changed.notify_all()
+
+    def _land(self, batch: Batch) -> bool:
+        """Take a batch off its device. False if another device has its nodes now, because this one hung."""
+        return self.flying.pop(id(batch), None) is batch
+
+    def _note(self, batch: Batch, text: str) -> None:
+        for task in {work.owner: None for work, *_ in batch.nodes}:
+            task.notes.append(text)
+
+    def _wrong_shape(
+        self, batch: Batch, call: Call, feed: Mapping[str, Any], results: Mapping[str, Any]
+    ) -> BundleError | None:
+        """An error if an output has another shape than its grid or its signature says."""
+        work, block, _ = batch.nodes[0]
+        grids, plan, signature = work.graph.program.grids, work.graph.plan(block), self.signatures.get(call.run)
+        sizes: dict[str, int] = {}
+        if signature:
+            for name, array in feed.items():
+                named = zip(signature.inputs[name].shape, array.shape, strict=False)
+                sizes |= {dim: size for dim, size in named if isinstance(dim, str)}
+        for name, target in call.outputs.items():
+            shape = tuple(results[name].shape)
+            right: tuple[Any, ...] = shape
+            if grid := grids.get(target):
+                cells = (plan.tile_height // grid.px, plan.tile_width // grid.px)
+                right = (len(batch.nodes), grid.channels, *cells)
+            elif signature:
+                dims = signature.outputs[name].shape
+                right = tuple(sizes.get(dim, dim) if isinstance(dim, str) else dim for dim in dims)
+                if len(right) == len(shape):  # a size that no input has is as the first output says
+                    sizes |= {dim: size for dim, size in zip(right, shape, strict=True) if isinstance(dim, str)}
+                    right = tuple(size if isinstance(dim, str) else dim for dim, size in zip(right, shape, strict=True))
+            if shape != right:
+                return BundleError(
+                    f"{_when(work.owner, block)}: {call.run}.{name} has shape {list(shape)}, not {list(right)}; verify"
+                    " the bundle with 'tilewright export verify'"
+                )
+        return None
 
     def _keep(self, task: Task, block: Block, batch: Batch, target: str, result: Any, outputs: list[Outputs]) -> None:
         count, grids = len(batch.nodes), task.graph.program.grids
@@ -197,14 +351,21 @@ class Executor:
         task: Task = work.owner
         with task.telling:
             with self.changed:
+                if not self._land(batch):
+                    return
                 if work.stopped:
                     self.queue.complete(batch)
                     return
-                final = [
-                    part
-                    for (_, _, tile), output in zip(batch.nodes, outputs, strict=True)
-                    for part in task.values.commit(block, tile, output)
-                ]
+                try:
+                    final = [
+                        part
+                        for (_, _, tile), output in zip(batch.nodes, outputs, strict=True)
+                        for part in task.values.commit(block, tile, output)
+                    ]
+                except BaseException as error:  # too little memory to join the parts
+                    self.queue.put_back(batch)
+                    self._end(work, error, isinstance(error, MemoryError))
+                    return
                 for _, _, tile in batch.nodes:
                     self.failed_on.pop((task.number, block.number, tile), None)
                 self._drop_values(task, work, batch)
@@ -256,44 +417,73 @@ class Executor:
             for device in self.devices:
                 device.close({call.run for *_, call in p.calls()} - needed)
 
-    def _device_failed(self, batch: Batch, error: Exception) -> None:
-        """Retire a device and run its nodes elsewhere; a node that fails on two devices is itself at fault."""
+    def _device_failed(self, batch: Batch, fault: DeviceFault) -> None:
+        """Retire a device and run its nodes elsewhere; a node that fails on two devices is itself at fault.
+
+        A device with too little memory for a batch stays, and takes half as many nodes from then on.
+        """
+        name, error, count = self.devices[batch.device].name, fault.error, len(batch.nodes)
+        lacks_memory = isinstance(error, (MemoryError, ResourceError))
         with self.changed:
-            self.queue.put_back(batch)
-            if batch.device in self.queue.retired:  # the other thread of the device has retired it
-                self.changed.notify_all()
+            if not self._land(batch):
                 return
-            for work, block, tile in batch.nodes:
-                failed_on = self.failed_on.setdefault((work.owner.number, block.number, tile), set())
-                failed_on.add(batch.device)
-                if len(failed_on) > 1 or len(self.queue.retired) == len(self.devices) - 1:
-                    self.queue.retired -= {d for d, number in self.retired_by.items() if number == work.owner.number}
-                    self._end(work, error)
-                    return
+            self.queue.put_back(batch)
+            self.changed.notify_all()
+            if lacks_memory and count > 1:
+                self.queue.most[batch.device, fault.component] = count // 2
+                self._note(batch, f"{name} has too little memory for {count} tiles at once; it takes {count // 2} now")
+                return
+            if batch.device in self.queue.retired:  # the other thread of the device has retired it
+                return
+            if self._failed_elsewhere(batch) or len(self.queue.retired) == len(self.devices) - 1:
+                self._end_all(batch, error, lacks_memory)
+                return
             self.queue.retired.add(batch.device)
             self.retired_by[batch.device] = batch.nodes[0][0].owner.number
-            self.changed.notify_all()
+            self._note(batch, f"{name} failed ({one_line(str(error))}); its tiles run elsewhere")
 
-    def _end(self, work: Work, error: BaseException | None = None) -> None:
+    def _end_all(self, batch: Batch, error: Exception, lacked_memory: bool = False) -> None:
+        """End the rounds of these nodes. Devices that failed at their nodes are used again, for other rounds."""
+        for work in {work: None for work, *_ in batch.nodes}:
+            retired = {d for d, number in self.retired_by.items() if number == work.owner.number}
+            self.queue.retired -= retired - self.hung
+            self._end(work, error, lacked_memory)
+
+    def _failed_elsewhere(self, batch: Batch) -> bool:
+        """Remember that these nodes failed on this device; whether one of them has failed on another, too."""
+        elsewhere = False
+        for work, block, tile in batch.nodes:
+            failed_on = self.failed_on.setdefault((work.owner.number, block.number, tile), set())
+            failed_on.add(batch.device)
+            elsewhere |= len(failed_on) > 1
+        return elsewhere
+
+    def _end(self, work: Work, error: BaseException | None = None, lacked_memory: bool = False) -> None:
         self.queue.remove(work)
         self.tasks = [(t, w) for t, w in self.tasks if w is not work]
         task: Task = work.owner
+        self.failed_on = {node: devices for node, devices in self.failed_on.items() if node[0] != task.number}
         if not task.future.done():
             if error is None:
                 task.future.set_result(None)
             else:
+                task.lacked_memory = lacked_memory
                 task.future.set_exception(error)
         self.changed.notify_all()
 
 
 def _not_finite(task: Task, block: Block, call: Call, name: str, output: Any) -> AccuracyError:
+    finite = np.isfinite(output)
+    return AccuracyError(
+        f"{_when(task, block)}: {call.run}.{name} holds {output[~finite].flat[0]},"
+        f" {output.size - np.count_nonzero(finite)} of {output.size} numbers are not finite; check the weights, and the"
+        " bundle with 'tilewright export verify'"
+    )
+
+
+def _when(task: Task, block: Block) -> str:
     p = task.graph.program.passes[block.place]
     when = (
         f"step {block.step + 1}" if block.section == "each" else "once" if block.section == "shared" else block.section
     )
-    finite = np.isfinite(output)
-    return AccuracyError(
-        f"pass {p.name!r}, {when}: {call.run}.{name} holds {output[~finite].flat[0]},"
-        f" {output.size - np.count_nonzero(finite)} of {output.size} numbers are not finite; check the weights, and the"
-        " bundle with 'tilewright export verify'"
-    )
+    return f"pass {p.name!r}, {when}"

@@ -54,6 +54,7 @@ class Queue:
         self.works: list[Work] = []
         self.busy = [0] * devices  # device -> batches that it runs or prepares
         self.retired: set[int] = set()  # devices that failed
+        self.most: dict[tuple[int, str], int] = {}  # device, component -> nodes that its memory has room for in a call
         self.waiting = 0  # nodes that are ready
 
     def add(self, work: Work) -> None:
@@ -94,13 +95,16 @@ class Queue:
                 continue
             key = min(allowed, key=lambda key: work.ready[key][0])
             first = self._pop(work, key)
-            nodes, most = [first], first[1].batch
+            nodes, most = [first], self._most(device, first[1])
             for other in [work, *(w for w in sorted(self.works, key=lambda w: w.turns) if w is not work)]:
                 while len(nodes) < most and key in other.ready:
                     nodes.append(self._pop(other, key))
             self.busy[device] += 1
             return Batch(tuple(nodes), device)
         return None
+
+    def _most(self, device: int, block: Block) -> int:
+        return min([block.batch, *(self.most.get((device, call.run), block.batch) for call in block.calls)])
 
     def complete(self, batch: Batch) -> None:
         """Count nodes as done, and offer those that waited for them."""

@@ -15,7 +15,7 @@ from tilewright.runtime.execute.executor import Executor, Task
 from tilewright.runtime.execute.values import Floats, Image, Values
 from tilewright.runtime.inputs import value_of
 from tilewright.runtime.plan.lower import Graph, lower
-from tilewright.runtime.plan.passes import plan_of
+from tilewright.runtime.plan.passes import plan_of, smaller_tile
 from tilewright.runtime.plan.rounds import reached, skipped_passes, with_other_writers
 from tilewright.runtime.plan.schedules import SCHEDULES
 from tilewright.runtime.plan.tiles import TilePlan
@@ -38,6 +38,7 @@ class Job:
         None
     )  # called with each final part of the result
     seconds: dict[str, float] = field(default_factory=dict)  # filled in: component -> time in its engine
+    notes: list[str] = field(default_factory=list)  # filled in: what went otherwise than planned
 
 
 class Walk:
@@ -80,7 +81,8 @@ class Walk:
             self.finished |= {name} if keep else set()
 
         blocks = frozenset(number for name in again for number in self.graph.of_pass[name])
-        self.task = Task(self.graph, self.values, blocks, keep, self.job.on_progress, ended, self.job.seconds)
+        job = self.job
+        self.task = Task(self.graph, self.values, blocks, keep, job.on_progress, ended, job.seconds, job.notes)
         self.executor.submit(self.task)
 
     def end(self) -> None:
@@ -100,6 +102,11 @@ class Walk:
     def cancel(self) -> None:
         """Stop the run within one call."""
         self.executor.cancel(self.task)
+
+    def smaller_tile(self) -> int | None:
+        """The side of the next smaller tiles, if the last run found too little memory for a single tile."""
+        plans = [(p, self.graph.plans[p.name]) for p in self.program.passes]
+        return smaller_tile(self.program, plans, self.job.overlap_px) if self.task.lacked_memory else None
 
     def _final(self, top: int, left: int, part: Floats) -> None:
         self.told = True

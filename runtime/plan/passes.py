@@ -1,12 +1,12 @@
 """The tile plan of a pass over an image."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 from tilewright.runtime.bundle.program import Pass, Program
 from tilewright.runtime.errors import UsageError
 from tilewright.runtime.plan.tiles import TilePlan, tile_plan
 
-__all__ = ["least_px", "plan_of", "table_for_tokens"]
+__all__ = ["least_px", "plan_of", "smaller_tile", "table_for_tokens"]
 
 
 def least_px(program: Program, tile: int | None) -> int:
@@ -27,6 +27,23 @@ def plan_of(program: Program, p: Pass, height: int, width: int, tile: int | None
         raise UsageError(f"tile={size} is not one of the sizes this bundle is made for: {list(p.tiles.fixed_px)}")
     fitting = min(p.tiles.overlap_px, size // 2) // program.multiple_px * program.multiple_px
     return tile_plan(width, height, size, fitting if overlap is None else overlap, program.multiple_px)
+
+
+def smaller_tile(program: Program, passes: Iterable[tuple[Pass, TilePlan]], overlap: int | None) -> int | None:
+    """The side of the next smaller tiles for all passes: a fixed side, or half, with room for both overlaps.
+
+    None if there is no smaller side.
+    """
+    tiled = [(p.tiles, plan) for p, plan in passes if p.tiles]
+    side = max((max(plan.tile_height, plan.tile_width) for _, plan in tiled), default=0)
+    least = max([2 * (tiles.overlap_px if overlap is None else overlap) for tiles, _ in tiled], default=0)
+    fixed = [set(tiles.fixed_px) for tiles, _ in tiled if tiles.fixed_px]
+    if fixed:
+        return max((px for px in set.intersection(*fixed) if least <= px < side), default=None)
+    least = -(-max(least, 1) // program.multiple_px) * program.multiple_px
+    half = min([side // 2, *(tiles.px for tiles, _ in tiled if tiles.px < side)])  # of an image that was taken whole
+    smaller = max(least, half // program.multiple_px * program.multiple_px)
+    return smaller if smaller < side else None
 
 
 def table_for_tokens(p: Pass, name: str, px: int, constants: Collection[str]) -> str | None:

@@ -1,21 +1,21 @@
-"""Devices for tests: one that counts transfers, and one that fails as it is told."""
+"""Devices for tests: one counts transfers, one fails at random, one hangs, one has little memory."""
 
 import random
 import time
-from threading import Lock
+from threading import Event, Lock
 
 import numpy as np
 
 from tilewright.runtime.errors import ResourceError
 
-__all__ = ["Apart", "Failing", "Lodged"]
+__all__ = ["Apart", "Cramped", "Failing", "Hanging", "Lodged"]
 
 
 class Lodged:
     """An array that only its device may read."""
 
     def __init__(self, holder, array):
-        self.holder, self._array = holder, array
+        self.holder, self._array, self.shape = holder, array, array.shape
 
 
 class Apart:
@@ -48,14 +48,53 @@ class Apart:
         pass
 
 
-class Failing:
+class Over:
+    """A device over another one."""
+
+    def __init__(self, device):
+        self.device, self.name = device, device.name
+        self.put, self.get, self.finite, self.close = device.put, device.get, device.finite, device.close
+
+
+class Hanging(Over):
+    """Hangs in its call number `at`, until `released`; then it goes on as if nothing had been."""
+
+    def __init__(self, device, at=1):
+        super().__init__(device)
+        self.calls, self.at, self.hangs, self.released, self.late = 0, at, Event(), Event(), Event()
+
+    def run(self, component, inputs, wanted):
+        self.calls += 1
+        if self.calls != self.at:
+            return self.device.run(component, inputs, wanted)
+        self.hangs.set()
+        self.released.wait(60)
+        outputs = self.device.run(component, inputs, wanted)
+        self.late.set()
+        return outputs
+
+
+class Cramped(Over):
+    """Has memory for so many pixels of images in a call."""
+
+    def __init__(self, device, room_px, error=MemoryError):
+        super().__init__(device)
+        self.room_px, self.error, self.refused = room_px, error, []
+
+    def run(self, component, inputs, wanted):
+        shapes = [np.shape(a) for a in inputs.values() if np.ndim(a) == 4]
+        if any(batch * height * width > self.room_px for batch, _, height, width in shapes):
+            self.refused.append(shapes)
+            raise self.error(f"{self.name}: no room")
+        return self.device.run(component, inputs, wanted)
+
+
+class Failing(Over):
     """A CPU device that raises, hangs, gives NaN or has no memory, at random calls."""
 
     def __init__(self, device, seed, faults, chance=0.05, hang_s=0.5):
-        self.device, self.random, self.faults = device, random.Random(seed), faults
-        self.chance, self.hang_s = chance, hang_s
-        self.name = device.name
-        self.put, self.get, self.finite, self.close = device.put, device.get, device.finite, device.close
+        super().__init__(device)
+        self.random, self.faults, self.chance, self.hang_s = random.Random(seed), faults, chance, hang_s
 
     def run(self, component, inputs, wanted):
         fault = self.random.choice(self.faults) if self.random.random() < self.chance else None

@@ -29,6 +29,7 @@ __all__ = [
     "field",
     "flow",
     "grown",
+    "in_batches",
     "joined",
     "mean_of",
     "program_of",
@@ -52,6 +53,12 @@ def program_of(system):
 
 def with_pass(program, name, **changes):
     return replace(program, passes=tuple(replace(p, **changes) if p.name == name else p for p in program.passes))
+
+
+def in_batches(program, size):
+    """The same program with so many tiles in a call."""
+    tiles = {p.tiles: replace(p.tiles, batch=size) for p in program.passes if p.tiles}
+    return replace(program, passes=tuple(replace(p, tiles=tiles[p.tiles]) if p.tiles else p for p in program.passes))
 
 
 class Canvas(np.ndarray):

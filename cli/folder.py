@@ -11,6 +11,7 @@ from tilewright.cli.terminal import Progress, answer, mebibytes, note
 from tilewright.runtime.errors import TilewrightError, UsageError
 from tilewright.runtime.estimate import peak_bytes
 from tilewright.runtime.folder import Outcome, images_of, restore_images
+from tilewright.runtime.profile import engines_text
 from tilewright.runtime.restore import Restorer
 
 __all__ = ["restore_folder"]
@@ -29,15 +30,17 @@ def restore_folder(
     with Progress(arguments) as progress:
         progress.doing("opening the engines")
         with open_restorer() as restorer:
+            ran = restorer.ran
             progress.doing(f"reading {arguments.input}")
             outcomes = restore_images(restorer, pairs, force=arguments.force, on_progress=progress.images, **options)
     seconds = time.perf_counter() - start
     rows = [_row(outcome, arguments.options) for outcome in outcomes]
     faults = [row["error"] for row in rows if "error" in row]
     peak = peak_bytes()
-    value = {"images": rows, "failed": len(faults), "seconds": seconds, "peak_bytes": peak}
+    value = {"images": rows, "failed": len(faults), "seconds": seconds, "peak_bytes": peak} | ran
     good = f"{len(rows) - len(faults)} of {len(rows)} images in {seconds:.2f} s; peak {mebibytes(peak)}"
-    lines = [f"{arguments.input} -> {arguments.output}: {good}", *(f"failed: {fault['message']}" for fault in faults)]
+    lines = [f"{arguments.input} -> {arguments.output}: {good}", f"engines: {engines_text(**ran)}"]
+    lines += [f"failed: {fault['message']}" for fault in faults]
     fault = None
     if faults:
         first = next(outcome.error for outcome in outcomes if outcome.error)

@@ -26,7 +26,7 @@ from tilewright.runtime.images.write import (
     write_or_keep,
 )
 from tilewright.runtime.inputs import checked
-from tilewright.runtime.profile import ran
+from tilewright.runtime.profile import engines_text
 from tilewright.runtime.restore import Restorer, load
 
 __all__ = ["add_verbs"]
@@ -304,7 +304,7 @@ def _restored(source: Path, value: dict[str, Any]) -> str:
     return (
         f"{source} {value['input_width']}x{value['input_height']} px -> {value['output']} {width}x{height} px"
         f" in {seconds['total']:.2f} s; tiles: {tiles}; peak {peak}\n"
-        f"engines: {ran(value['engines'], value['devices'])}; seconds: {phases}"
+        f"engines: {engines_text(value['engines'], value['devices'])}; seconds: {phases}"
     )
 
 

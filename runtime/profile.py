@@ -14,7 +14,7 @@ from tilewright.runtime.errors import UsageError
 from tilewright.runtime.estimate import peak_bytes, reset_peak
 from tilewright.runtime.restore import Restorer
 
-__all__ = ["hardware", "profile", "ran", "resolutions", "table"]
+__all__ = ["engines_text", "hardware", "profile", "resolutions", "table"]
 
 
 def resolutions(text: str) -> list[tuple[int, int]]:
@@ -73,8 +73,7 @@ def profile(
         "system": bundle.manifest.system,
         "preset": bundle.manifest.preset,
         "engine": ", ".join(backend(name).version() for name in backends),
-        "engines": {name: spec.name for name, spec in restorer.specs.items()},
-        "devices": [device.name for device in restorer.executor.devices],
+        **restorer.ran,
         "memory": restorer.memory,
         "hardware": hardware(),
         "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -103,7 +102,7 @@ def _row(seconds: list[dict[str, float]], shape: tuple[int, ...], tiles: dict[st
     }
 
 
-def ran(engines: Mapping[str, str], devices: Sequence[str]) -> str:
+def engines_text(engines: Mapping[str, str], devices: Sequence[str]) -> str:
     """The engines and devices of a measurement or a restoration, as text."""
     return f"{', '.join(sorted(set(engines.values())))} on {', '.join(devices)}"
 
@@ -112,7 +111,7 @@ def table(measured: dict[str, Any]) -> str:
     """A measurement as text."""
     machine = measured["hardware"]
     lines = [
-        f"{measured['system']} {measured['preset']}, {ran(measured['engines'], measured['devices'])},"
+        f"{measured['system']} {measured['preset']}, {engines_text(measured['engines'], measured['devices'])},"
         f" {measured['engine']}, memory {measured['memory']},"
         f" {machine['cpu']} x{machine['cores']}, {measured['runs']} runs",
         f"{'resolution':>12} {'tiles':>6} {'p50 s':>8} {'p90 s':>8} {'p99 s':>8}"

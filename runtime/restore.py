@@ -84,6 +84,12 @@ class Restorer:
             device.close()
 
     @property
+    def ran(self) -> dict[str, Any]:
+        """The name of each component's engine, and the devices, for reports."""
+        engines = {name: spec.name for name, spec in self.specs.items()}
+        return {"engines": engines, "devices": [device.name for device in self.executor.devices]}
+
+    @property
     def arguments(self) -> dict[str, Argument]:
         """The bundle's arguments by name: kind, default, choices, range, one line of help."""
         return self.bundle.arguments

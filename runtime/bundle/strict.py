@@ -69,6 +69,8 @@ def check_limits(value: Any) -> None:
             raise ValueError(f"{shown} must lie in {least}..{most}")
         if least is not None and not content >= least:
             raise ValueError(f"{shown} must be at least {least}")
+        if most is not None and not content <= most:
+            raise ValueError(f"{shown} must be at most {most}")
 
 
 def to_json(value: Any) -> str:

@@ -38,8 +38,9 @@ def test_a_folder_is_restored_and_the_failure_is_listed_with_its_code(folder, ca
     (folder / "in" / "notes.txt").write_text("none")
     assert restore() == 8
     said = capsys.readouterr()
-    first, second = said.out.splitlines()
+    first, engines, second = said.out.splitlines()
     assert first.startswith("in -> out: 3 of 4 images in ")
+    assert engines == "engines: ort-float32 on cpu:0"
     assert second.startswith("failed: in/c.png is damaged or not an image")
     *notes, error = said.err.splitlines()
     assert notes[0].startswith("note: 1 other file(s) of in are left out")
@@ -55,6 +56,7 @@ def test_json_has_a_row_an_image_with_its_fault(folder, capsys) -> None:
     assert restore("--json", "--format", "webp", "--max-pixels", "220", "-q") == 8
     told = json.loads(capsys.readouterr().out)
     assert told["failed"] == 2 and told["error"]["code"] == 8
+    assert (set(told["engines"].values()), told["devices"]) == ({"ort-float32"}, ["cpu:0"])
     a, b, c, d = told["images"]
     assert (a["input"], a["output"], a["width"], a["height"]) == ("in/a.png", "out/a.webp", 32, 24)
     assert (b["input_width"], b["input_height"], b["tiles"]) == (16, 13, {"restore": 1})

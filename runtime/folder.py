@@ -108,7 +108,7 @@ class _Job:
         self.stopped = False
         self.pixels = {source: _pixels(source) for source, _ in pairs}
         self.done = 0  # pixels of the images that have ended
-        self.nodes: dict[Path, int] = {}  # image -> nodes of all its passes
+        self.nodes: dict[Path, int] = {}  # image in work -> nodes of all its passes
         self.ran: dict[Path, dict[str, int]] = {}  # image -> pass -> nodes that are done
 
     def stop(self) -> None:
@@ -145,6 +145,7 @@ class _Job:
                 self.tickets.pop(source, None)
                 self.ended += 1
                 self.done += self.pixels[source]
+                self.nodes.pop(source, None)
                 self.ran.pop(source, None)
                 self.changed.notify_all()
                 self._tell()
@@ -186,8 +187,9 @@ class _Job:
 
     def _ran(self, source: Path, name: str, done: int, total: int) -> None:
         with self.changed:
-            self.ran.setdefault(source, {})[name] = done
-            self._tell()
+            if source in self.nodes:  # a call of a job that failed may end later
+                self.ran.setdefault(source, {})[name] = done
+                self._tell()
 
     def _tell(self) -> None:
         """Report the share of the work that is done. An image's work is counted by its pixels."""

@@ -34,7 +34,7 @@ PAGES = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("demo/*/
 MAKEFILE = (ROOT / "Makefile").read_text()
 TARGETS = set(re.findall(r"^([a-z-]+):", MAKEFILE, re.MULTILINE))
 PYTHON = Path(sys.executable)
-RUNS = re.compile(r"(tilewright|python -m tilewright|printf) ")
+RUNS = re.compile(r"(tilewright|python -m tilewright|printf|mkdir) ")
 REPO = re.compile(r"[\w-]+/[\w.-]+")
 
 

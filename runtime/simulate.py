@@ -17,7 +17,7 @@ __all__ = ["Cost", "Run", "Simulation", "graph_of", "simulate", "svg", "timeline
 LANES = 2  # as in the executor: one batch runs while the next is prepared
 SHOWN = 16  # devices in the timeline of text
 MOST_NODES = 5_000_000
-WIDTH, ROW = 1000, 18  # size of the timeline's picture, and height of a row
+WIDTH, LEFT, ROW = 1000, 60, 18  # of the timeline's picture: its bars, the names of devices, the height of a row
 
 
 @dataclass(frozen=True)
@@ -230,22 +230,40 @@ def timeline(simulation: Simulation, columns: int = 72) -> str:
 def svg(simulation: Simulation) -> str:
     """The timeline as a picture: a row for each device, a bar for each batch, coloured by its step."""
     rows = min(simulation.devices, 4 * SHOWN)
-    scale, height = WIDTH / simulation.makespan_s, ROW * rows + 40
-    last = max(run.step for run in simulation.runs) or 1
+    scale, below = WIDTH / simulation.makespan_s, ROW * rows + 6
+    last = max(run.step for run in simulation.runs)
+    stepped = {run.pass_name for run in simulation.runs if run.step}
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH + 80} {height}" font-family="sans-serif"'
-        ' font-size="11"><rect width="100%" height="100%" fill="white"/>'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {LEFT + WIDTH + 30} {below + 62}"'
+        ' font-family="sans-serif" font-size="11"><rect width="100%" height="100%" fill="white"/>'
     ]
     for device in range(rows):
-        parts.append(f'<text x="4" y="{ROW * device + 13}">{device}</text>')
+        parts.append(f'<text x="4" y="{ROW * device + 13}">device {device}</text>')
     for run in (run for run in simulation.runs if run.device < rows):
-        colour = f"hsl({240 - 200 * run.step / last:.0f} 65% {60 - 12 * (run.image % 3)}%)"
         what = f"{run.pass_name}, step {run.step + 1}, tiles {', '.join(map(str, run.tiles))}, image {run.image + 1}"
+        colour = _colour(run.step / max(1, last) if run.pass_name in stepped else None, run.image)
+        x, width = LEFT + run.start_s * scale, max(0.2, (run.end_s - run.start_s) * scale - 0.6)
         parts.append(
-            f'<rect x="{40 + run.start_s * scale:.2f}" y="{ROW * run.device + 2}" height="{ROW - 4}"'
-            f' width="{max(0.2, (run.end_s - run.start_s) * scale - 0.3):.2f}"'
+            f'<rect x="{x:.2f}" y="{ROW * run.device + 2}" height="{ROW - 4}" width="{width:.2f}"'
             f' fill="{colour}"><title>{what}</title></rect>'
         )
-    below = f"{simulation.makespan_s:.1f} s, utilisation {simulation.utilisation:.1%}"
-    parts.append(f'<text x="40" y="{ROW * rows + 22}">{below}; blue: the first step, yellow: the last</text></svg>')
-    return "\n".join(parts) + "\n"
+    for tenth in range(0, 11, 2):
+        x = LEFT + WIDTH * tenth / 10
+        parts.append(f'<line x1="{x}" x2="{x}" y1="{below - 4}" y2="{below}" stroke="black"/>')
+        parts.append(f'<text x="{x}" y="{below + 12}" text-anchor="middle">{simulation.makespan_s * tenth / 10:.1f}')
+        parts.append(" s</text>")
+    for place in range(40):  # the scale of colours
+        parts.append(f'<rect x="{LEFT + 60 + 3 * place}" y="{below + 28}" height="12" width="3"')
+        parts.append(f' fill="{_colour(place / 39, 0)}"/>')
+    parts.append(f'<text x="{LEFT}" y="{below + 38}">first step</text>')
+    parts.append(f'<text x="{LEFT + 186}" y="{below + 38}">last step</text>')
+    parts.append(f'<rect x="{LEFT + 260}" y="{below + 28}" height="12" width="12" fill="{_colour(None, 0)}"/>')
+    parts.append(f'<text x="{LEFT + 278}" y="{below + 38}">a pass without steps</text>')
+    parts.append(f'<text x="{LEFT + 440}" y="{below + 38}">engines ran {simulation.utilisation:.1%} of the time</text>')
+    return "".join(f"{part}\n" if part.endswith(">") else part for part in [*parts, "</svg>"])
+
+
+def _colour(progress: float | None, image: int) -> str:
+    """Blue for the first step, orange for the last, grey without steps; darker for some of several images."""
+    light = 60 - 12 * (image % 3)
+    return f"hsl(0 0% {light}%)" if progress is None else f"hsl({240 - 205 * progress:.0f} 65% {light}%)"

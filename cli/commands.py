@@ -20,7 +20,7 @@ SHELLS = ("bash", "zsh", "fish")
 
 EXIT_CODES = """exit codes: 0 ok, 1 internal error, 2 usage, 3 bundle invalid, 4 missing dependency or environment
 mismatch, 5 not enough memory or disk, 6 build failed, 7 accuracy gate, 8 bad input image or weights,
-130 interrupted, 143 terminated"""
+9 a device hangs, 130 interrupted, 143 terminated"""
 
 
 class _Parser(argparse.ArgumentParser):

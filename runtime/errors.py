@@ -71,7 +71,7 @@ class AccuracyError(TilewrightError):
 
 
 class DeviceError(TilewrightError):
-    """A device that hangs."""
+    """A device that hangs, while no other device is left."""
 
     exit_code = 9
 

@@ -4,6 +4,7 @@ import contextlib
 import math
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,10 +31,9 @@ __all__ = [
 ]
 
 INTERPRETER_BYTES = 90_000_000  # Python, NumPy, Pillow and ONNX Runtime, measured
-ARENA = (
-    2.0  # memory that ONNX Runtime takes for a call, and keeps, in proportion to the values alive; measured 1.5 to 2.4
-)
-LOW = 1.5  # the same without its arena
+# memory that ONNX Runtime takes for calls, in proportion to the values alive, measured: it keeps it after one call, or
+# after several; with `low` it gives it back
+ONE, ARENA, LOW = 1.4, 2.0, 1.5
 GRAPH = 30  # bytes of an open engine for each byte of its graph's file, measured 28 to 35
 WIDTHS = {"float64": 8, "int64": 8, "float16": 2, "bfloat16": 2, "int16": 2, "int8": 1, "uint8": 1, "bool": 1}
 UNITS = {"": 1, "b": 1} | {
@@ -127,11 +127,14 @@ def needed_bytes(
             working = LOW * devices * max(calls.values())
         else:  # each engine keeps the memory of its largest call
             open_passes = passes[: place + 1] if all_open else [(p, plan)]
-            largest: dict[str, float] = {}
+            largest, times = dict[str, float](), Counter[str]()
             for q, its_plan in open_passes:
-                for name in {call.run for *_, call in q.calls()}:
-                    largest[name] = max(largest.get(name, 0.0), _call_bytes(bundle, name, q, its_plan))
-            working = ARENA * devices * sum(largest.values())
+                for section, _, call in q.calls():
+                    largest[call.run] = max(largest.get(call.run, 0.0), _call_bytes(bundle, call.run, q, its_plan))
+                    repeated = _steps(q, steps) if section == "each" else 1
+                    times[call.run] += repeated * -(-its_plan.count // (q.tiles.batch if q.tiles else 1))
+            arenas = ((ONE if times[name] == 1 else ARENA) * size for name, size in largest.items())
+            working = devices * sum(arenas)
         opened = every if all_open else called
         engines = weights_bytes(bundle, opened, memory) + GRAPH * _graph_bytes(bundle, opened)
         peak = max(peak, held.at(place) + working + copies * engines)
@@ -160,6 +163,10 @@ def _call_bytes(bundle: Bundle, name: str, p: Pass, plan: TilePlan) -> float:
     return model.fixed + batch * (model.per_px * px + model.per_px2 * px * px)
 
 
+def _steps(p: Pass, steps: int | None) -> int:
+    return 1 if p.steps is None else p.steps.count if steps is None else steps
+
+
 class Held:
     """The bytes that a job holds between calls: parts of grids, values of tiles, values of the job."""
 
@@ -172,8 +179,7 @@ class Held:
         self.open: list[int] = []  # pass -> bytes of an open tile
         shapes: dict[tuple[Tiles | None, str], tuple[int, ...]] = {}
         for place, (p, plan) in enumerate(passes):
-            count = p.steps.count if p.steps and steps is None else steps or 1
-            sizes = self._pass_shapes(bundle, p, plan, count, shapes)
+            sizes = self._pass_shapes(bundle, p, plan, _steps(p, steps), shapes)
             of_tile = 0
             for name, size in sizes.items():
                 last = max((i for i, (q, _) in enumerate(passes) if name in q.reads()), default=place)

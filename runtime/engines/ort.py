@@ -7,6 +7,7 @@ contains all files, because ONNX Runtime maps no file behind a link.
 
 import importlib.util
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,12 @@ from tilewright.runtime.bundle.external_data import external_data, relocated
 from tilewright.runtime.bundle.manifest import EngineSpec
 from tilewright.runtime.bundle.read import Bundle
 from tilewright.runtime.bundle.strict import one_line
-from tilewright.runtime.errors import BundleError, EnvironmentMismatch, ResourceError
+from tilewright.runtime.errors import (
+    BundleError,
+    EnvironmentMismatch,
+    ResourceError,
+    TilewrightError,
+)
 
 __all__ = ["PACKAGES", "OrtEngine", "missing", "native_library", "open_engine", "open_graph", "version"]
 
@@ -45,6 +51,37 @@ def native_library() -> Path | None:
     return Path(path) if path and (Path(path).is_file() or "TILEWRIGHT_NATIVE" in os.environ) else None
 
 
+# words of ONNX Runtime's messages, the error that they mean, and what to do
+REASONS: tuple[tuple[str, type[TilewrightError], str], ...] = (
+    ("allocate memory|bad_alloc|out of memory", ResourceError, "use a smaller --tile or --memory low"),
+    (
+        "invalid dimensions for input|invalid rank for input|unexpected input data type",
+        BundleError,
+        "the graph is made for other sizes: use the bundle's own --tile, or rebuild the bundle for this one",
+    ),
+    (
+        "shape mismatch|broadcast|reshape|dimension",
+        BundleError,
+        "the graph does not take this size: use the bundle's own --tile, or rebuild the bundle for this one",
+    ),
+    (
+        "unsupported model ir version|opset .* (is under development|not supported)|could not find an implementation",
+        EnvironmentMismatch,
+        "this version of ONNX Runtime is too old: pip install -U onnxruntime",
+    ),
+    (
+        "not a registered function/op|no op registered|fatal error: tilewright",
+        EnvironmentMismatch,
+        "the graph needs our kernels: run make native in a clone, or install Tilewright's wheel",
+    ),
+    (
+        "protobuf parsing failed|external data|failed to load model|no such file|out of bounds",
+        BundleError,
+        "a file is damaged or has moved: name the folder with --weights-dir, or rebuild the bundle",
+    ),
+)
+
+
 class OrtEngine:
     """One graph in one session."""
 
@@ -57,10 +94,7 @@ class OrtEngine:
         try:
             return dict(zip(names, self.session.run(names, dict(inputs)), strict=True))
         except Exception as error:  # ONNX Runtime's exceptions share no base class
-            reason = one_line(str(error))
-            if "allocate memory" in reason:
-                raise ResourceError(f"{self.graph}: {reason}; use a smaller --tile or --memory low") from error
-            raise BundleError(f"{self.graph}: {version()} failed ({reason}); verify the bundle") from error
+            raise _explained(self.graph, "failed", error) from error
 
     def close(self) -> None:
         """Free the memory."""
@@ -115,9 +149,20 @@ def open_graph(
     try:
         session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled)
     except Exception as error:  # ONNX Runtime's exceptions share no base class
-        reason = one_line(str(error))
-        raise BundleError(f"{graph}: {version()} refuses the graph ({reason}); rebuild the bundle") from error
+        raise _explained(graph, "refuses the graph", error) from error
     return OrtEngine(session, graph)
+
+
+def _explained(graph: Path, what: str, error: Exception) -> TilewrightError:
+    """An error of ONNX Runtime with what to do about it."""
+    reason = one_line(str(error))
+    for words, kind, advice in REASONS:
+        if re.search(words, reason, re.IGNORECASE):
+            return kind(f"{graph}: {version()} {what} ({reason}); {advice}")
+    return BundleError(
+        f"{graph}: {version()} {what} ({reason}); verify the bundle with 'tilewright export verify';"
+        " if it finds no fault, rebuild the bundle or install another version of onnxruntime"
+    )
 
 
 def _with_places(graph: Path, files: Mapping[str, Path]) -> tuple[bytes, Path]:

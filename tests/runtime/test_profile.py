@@ -1,0 +1,50 @@
+"""The percentiles of a profile, against their definition; the table and the JSON agree."""
+
+import numpy as np
+import pytest
+
+from tilewright.runtime import load
+from tilewright.runtime.errors import UsageError
+from tilewright.runtime.profile import _row, profile, table
+
+
+def measured(runs):
+    seconds = np.random.default_rng(0).permutation(np.arange(1, runs + 1) / 100)
+    return _row([{"total": float(s), "read": 0.5} for s in seconds], (20, 30, 3), {"restore": 1})["seconds"]
+
+
+@pytest.mark.parametrize(
+    ("runs", "names"),
+    [
+        (5, ["p50", "max"]),
+        (19, ["p50", "max"]),
+        (20, ["p50", "p90", "max"]),
+        (199, ["p50", "p90", "max"]),
+        (200, ["p50", "p90", "p99", "max"]),
+    ],
+)
+def test_a_percentile_is_told_only_where_runs_lie_beyond_it(runs, names):
+    seconds = measured(runs)
+    assert list(seconds) == names
+    assert seconds["max"] == runs / 100
+    for name in names[:-1]:
+        below = np.count_nonzero(np.arange(1, runs + 1) / 100 <= seconds[name] + 1e-9)
+        assert below == pytest.approx(runs * int(name[1:]) / 100, abs=1)
+
+
+def test_the_table_shows_what_the_profile_holds(bundle):
+    with load(bundle, devices=["cpu:0", "cpu:1"], threads=1) as restorer:
+        told = profile(restorer, [(64, 64), (96, 48)], runs=20)
+        with pytest.raises(UsageError, match="--runs 4 is too few for a median; use 5 or more"):
+            profile(restorer, [(64, 64)], runs=4)
+    assert told["devices"] == ["cpu:0", "cpu:1"]
+    assert told["engine"].startswith("onnxruntime ") and told["engine"].endswith(", float32")
+    first, heads, *rows = table(told).splitlines()
+    assert f"{told['engine']} on cpu:0, cpu:1, memory fast" in first and "20 runs" in first
+    columns = heads.split("phases")[0].replace(" s", "").replace("peak MiB", "peak").split()
+    assert columns == ["resolution", "tiles", "p50", "p90", "max", "Mpx/s", "peak"]
+    for line, row in zip(rows, told["resolutions"], strict=True):
+        cells = dict(zip(columns, line.split(), strict=False))
+        assert cells["resolution"] == f"{row['width']}x{row['height']}"
+        for name in ("p50", "p90", "max"):
+            assert cells[name] == f"{row['seconds'][name]:.3f}"

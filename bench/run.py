@@ -125,6 +125,7 @@ def memory(work: Path) -> None:
         words = ("--preset", "tiny", "--random-weights", 0, "--verify", "never")
         tilewright("export", "build", system, *words, "-o", bundle)
     bench("memory", *bundles)
+    bench("memory", work / "memory-hitoksr", "--sides", "1024,2048", stored="memory_large")
 
 
 SYSTEMS = {

@@ -133,7 +133,7 @@ def needed_bytes(
                     size = _at_once(q, its_plan, devices) * _call_bytes(bundle, call.run, q, its_plan)
                     largest[call.run] = max(largest.get(call.run, 0.0), size)
                     repeated = _steps(q, steps) if section == "each" else 1
-                    times[call.run] += repeated * -(-_count(its_plan) // (q.tiles.batch if q.tiles else 1))
+                    times[call.run] += repeated * -(-its_plan.count // (q.tiles.batch if q.tiles else 1))
             working = sum((ONE if times[name] == 1 else ARENA) * size for name, size in largest.items())
         opened = every if all_open else called
         engines = weights_bytes(bundle, opened, memory) + GRAPH * _graph_bytes(bundle, opened)
@@ -158,22 +158,18 @@ def _graph_bytes(bundle: Bundle, components: Iterable[str]) -> int:
 
 def _call_bytes(bundle: Bundle, name: str, p: Pass, plan: TilePlan) -> float:
     """The memory inside one call of a component with as many tiles as a call may take."""
-    batch, model = min(p.tiles.batch, _count(plan)) if p.tiles else 1, bundle.manifest.components[name].memory
+    batch, model = min(p.tiles.batch, plan.count) if p.tiles else 1, bundle.manifest.components[name].memory
     px = plan.tile_height * plan.tile_width
     return model.fixed + batch * (model.per_px * px + model.per_px2 * px * px)
 
 
 def _at_once(p: Pass, plan: TilePlan, devices: int) -> int:
     """How many devices the tiles of a pass can keep busy."""
-    return min(devices, -(-_count(plan) // (p.tiles.batch if p.tiles else 1)))
+    return min(devices, -(-plan.count // (p.tiles.batch if p.tiles else 1)))
 
 
 def _steps(p: Pass, steps: int | None) -> int:
     return 1 if p.steps is None else p.steps.count if steps is None else steps
-
-
-def _count(plan: TilePlan) -> int:
-    return len(plan.tops) * len(plan.lefts)
 
 
 class Held:
@@ -195,7 +191,7 @@ class Held:
                 if p.tiles is None:
                     self.job += size
                 elif last > place:
-                    self.kept.append((place, last, size, _count(plan)))
+                    self.kept.append((place, last, size, plan.count))
                 else:
                     of_tile += size
             self.open.append(of_tile)
@@ -214,10 +210,10 @@ class Held:
                 comes += size * count
         joined = bool(p.writes("each") & self.grids.keys())
         ready = (4 * self.devices - 2) if p.each else 2 * self.devices
-        tiles = _count(plan) if joined else min(_count(plan), ready * (p.tiles.batch if p.tiles else 1))
-        front = min(_count(plan), len(plan.lefts) + 2 + 2 * self.devices)  # parts that wait for the next row of tiles
+        tiles = plan.count if joined else min(plan.count, ready * (p.tiles.batch if p.tiles else 1))
+        front = min(plan.count, len(plan.lefts) + 2 + 2 * self.devices)  # parts that wait for the next row of tiles
         written = sum(self._part(name, plan) for name in p.writes() & self.grids.keys())
-        generation = _count(plan) * sum(self._part(name, plan) for name in p.writes("each") & self.grids.keys())
+        generation = plan.count * sum(self._part(name, plan) for name in p.writes("each") & self.grids.keys())
         return stays + max(goes, comes, generation if joined else 0) + front * written + tiles * self.open[place]
 
     def _part(self, grid: str, plan: TilePlan) -> int:
@@ -229,7 +225,7 @@ class Held:
         for place, (p, plan) in enumerate(self.passes):
             for name in p.writes() & self.grids.keys():
                 last = max((i for i, (q, _) in enumerate(self.passes) if name in q.reads()), default=place)
-                yield place, last, self._part(name, plan), _count(plan)
+                yield place, last, self._part(name, plan), plan.count
 
     def _pass_shapes(
         self,

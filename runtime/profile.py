@@ -5,7 +5,7 @@ A percentile needs runs beyond it: median and maximum are always told, p90 from 
 
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,9 @@ from tilewright.runtime.errors import UsageError
 from tilewright.runtime.estimate import peak_bytes, reset_peak
 from tilewright.runtime.restore import Restorer
 
-PERCENTILES = {"p50": 1, "p90": 20, "p99": 200}  # and how many runs each needs
+__all__ = ["engines_text", "hardware", "profile", "resolutions", "table"]
 
-__all__ = ["hardware", "profile", "resolutions", "table"]
+PERCENTILES = {"p50": 1, "p90": 20, "p99": 200}  # and how many runs each needs
 
 
 def resolutions(text: str) -> list[tuple[int, int]]:
@@ -72,14 +72,13 @@ def profile(
             on_progress(name, i + 1, runs + 1)
         rows.append(_row([m.seconds for m in measured[1:]], restoration.image.shape, restoration.tiles))
     bundle = restorer.bundle
-    specs = [component.engines[0] for component in bundle.manifest.components.values()]
-    engines = sorted({f"{backend(spec.backend).version()}, {spec.precision}" for spec in specs})
+    backends = sorted({spec.backend for spec in restorer.specs.values()})
     return {
         "bundle": bundle.digest,
         "system": bundle.manifest.system,
         "preset": bundle.manifest.preset,
-        "engine": "; ".join(engines),
-        "devices": [device.name for device in restorer.executor.devices],
+        "engine": ", ".join(backend(name).version() for name in backends),
+        **restorer.ran,
         "memory": restorer.memory,
         "hardware": hardware(),
         "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -110,12 +109,18 @@ def _row(seconds: list[dict[str, float]], shape: tuple[int, ...], tiles: dict[st
     }
 
 
+def engines_text(engines: Mapping[str, str], devices: Sequence[str]) -> str:
+    """The engines and devices of a measurement or a restoration, as text."""
+    return f"{', '.join(sorted(set(engines.values())))} on {', '.join(devices)}"
+
+
 def table(measured: dict[str, Any]) -> str:
     """A measurement as text."""
     machine = measured["hardware"]
-    names, devices = list(measured["resolutions"][0]["seconds"]), ", ".join(measured["devices"])
+    names = list(measured["resolutions"][0]["seconds"])
     lines = [
-        f"{measured['system']} {measured['preset']}, {measured['engine']} on {devices}, memory {measured['memory']},"
+        f"{measured['system']} {measured['preset']}, {engines_text(measured['engines'], measured['devices'])},"
+        f" {measured['engine']}, memory {measured['memory']},"
         f" {machine['cpu']} x{machine['cores']}, {measured['runs']} runs",
         f"{'resolution':>12} {'tiles':>6} {' '.join(f'{name} s'.rjust(8) for name in names)}"
         f" {'Mpx/s':>7} {'peak MiB':>9}  phases (s)",

@@ -14,9 +14,12 @@ import numpy as np
 import numpy.typing as npt
 
 from tilewright.runtime.bundle.arguments import Argument
+from tilewright.runtime.bundle.manifest import EngineSpec
 from tilewright.runtime.bundle.read import Bundle, read_bundle
 from tilewright.runtime.bundle.weights import checked_folder
 from tilewright.runtime.engines import Engine, backend
+from tilewright.runtime.engines.choose import choose_all, require
+from tilewright.runtime.engines.machine import this_machine, usable_cores
 from tilewright.runtime.errors import ResourceError, UsageError
 from tilewright.runtime.estimate import (
     MEMORY_MODES,
@@ -27,7 +30,7 @@ from tilewright.runtime.estimate import (
     estimate,
     peak_bytes,
 )
-from tilewright.runtime.execute.devices import CpuDevice, OpenEngines, cpu_names, usable_cores
+from tilewright.runtime.execute.devices import CpuDevice, OpenEngines, cpu_names
 from tilewright.runtime.execute.executor import Executor
 from tilewright.runtime.execute.walk import Job, Walk
 from tilewright.runtime.images.canvas import Enlarged, fill
@@ -50,6 +53,8 @@ class Restoration:
     seconds: dict[str, float]  # phase -> time; the phase of an engine has its component's name
     tiles: dict[str, int]  # pass -> tiles
     peak_bytes: int
+    engines: dict[str, str]  # component -> the name of its engine
+    devices: tuple[str, ...]  # where the engines ran
     notes: tuple[str, ...] = ()  # devices that failed, batches and tiles that had to be smaller
 
 
@@ -60,6 +65,7 @@ class Restorer:
     bundle: Bundle
     engines: OpenEngines  # of the first device
     executor: Executor
+    specs: Mapping[str, EngineSpec]  # component -> the engine that was chosen
     constants: Mapping[str, Any] = field(default_factory=dict)
     memory: str = "fast"
     memory_limit: int | None = None
@@ -76,6 +82,12 @@ class Restorer:
         self.executor.close()
         for device in self.executor.devices:
             device.close()
+
+    @property
+    def ran(self) -> dict[str, Any]:
+        """The name of each component's engine, and the devices, for reports."""
+        engines = {name: spec.name for name, spec in self.specs.items()}
+        return {"engines": engines, "devices": [device.name for device in self.executor.devices]}
 
     @property
     def arguments(self) -> dict[str, Argument]:
@@ -127,16 +139,17 @@ class Restorer:
         if steps is not None and not any(p.steps for p in self.bundle.program.passes):
             raise UsageError(f"steps={steps}: {self.bundle.manifest.system} has no steps; leave it out")
         clock = _Clock()
-        picture = read_image(image, max_pixels=max_pixels)
+        size = partial(self.estimate, tile=tile, overlap=overlap, scale=scale, steps=steps)
+        picture = read_image(image, max_pixels=max_pixels, check=lambda *sides: size(*sides).require())
         height, width = picture.rgb.shape[:2]
-        needs = self.estimate(width, height, tile=tile, overlap=overlap, scale=scale, steps=steps)
+        needs = size(width, height)
         needs.require()
         clock.lap("read")
         program = self.bundle.program
         enlarged = Enlarged(picture.rgb, needs.scale, program.multiple_px, least_px(program, tile))
         job = Job(enlarged, seed, tile, overlap, steps, on_progress=on_progress)
         walk = Walk(program, self.executor, self.constants, job)
-        return Sitting(self.bundle, picture, needs, walk, arguments, clock, on_part)
+        return Sitting(self.bundle, picture, needs, walk, arguments, clock, self.specs, on_part)
 
     def estimate(self, width: int, height: int, **options: Any) -> Estimate:
         """What an image of this size would need here; options as for `estimate`."""
@@ -163,7 +176,14 @@ class Sitting:
     walk: Walk
     arguments: Mapping[str, Any]
     clock: "_Clock"
+    specs: Mapping[str, EngineSpec]
     on_part: Callable[[int, int, npt.NDArray[np.uint8]], None] = lambda top, left, pixels: None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """The height, the width and the channels of the result."""
+        channels = (1 if self.picture.grey else 3) + (self.picture.alpha is not None)
+        return self.estimate.height, self.estimate.width, channels
 
     def __call__(self, **arguments: Any) -> npt.NDArray[np.uint8]:
         """The image restored with these arguments of the bundle: `sitting(prompt="a stone bridge")`."""
@@ -214,10 +234,13 @@ class Sitting:
         self.clock.lap("passes")
         pixels = assemble(rgb, self.picture)
         self.clock.lap("assemble")
-        tiles = {p.name: len(plan.tiles) for p, plan in self.estimate.passes}
+        tiles = {p.name: plan.count for p, plan in self.estimate.passes}
         seconds = self.clock.seconds | self.walk.job.seconds
+        engines = {name: spec.name for name, spec in self.specs.items()}
+        devices = tuple(device.name for device in self.walk.executor.devices)
         notes = tuple(dict.fromkeys(self.walk.job.notes))
-        return Restoration(pixels, self.estimate.scale, self.picture.icc, seconds, tiles, peak_bytes(), notes)
+        scale, icc = self.estimate.scale, self.picture.icc
+        return Restoration(pixels, scale, icc, seconds, tiles, peak_bytes(), engines, devices, notes)
 
 
 class Ticket:
@@ -279,6 +302,7 @@ class _Clock:
 def load(
     path: str | os.PathLike[str] | Bundle,
     *,
+    engine: str | None = None,
     memory: str = "fast",
     devices: Sequence[str] = ("cpu:0",),
     threads: int = 0,
@@ -288,10 +312,11 @@ def load(
     memory_limit: int | str | None = None,
     deadline_s: float | None = None,
 ) -> Restorer:
-    """Check a bundle, and open an engine on every device for every component that its program calls.
+    """Check a bundle, choose an engine for every component that its program calls, and open it on every device.
 
     `path`: a folder, or the result of `read_bundle`, for which `expect` and `fresh` have no effect.
-    `expect` and `fresh` as for `read_bundle`. `devices`: `cpu:0`, `cpu:1`, ... run tiles at the same time, each with
+    `expect` and `fresh` as for `read_bundle`. `engine`: the name, precision or backend of the engines; without it the
+    best that fit the machine are chosen. `devices`: `cpu:0`, `cpu:1`, ... run tiles at the same time, each with
     `threads` threads. With 0 threads the devices share the cores. `memory_limit`: bytes, or a text like "2GiB", that a
     restoration may need with all that the process holds. `deadline_s`: a call of an engine that takes longer hangs, and
     its device is not used again; by default 20 times the slowest call of its kind, and a minute at least.
@@ -309,10 +334,17 @@ def load(
     bundle = path if isinstance(path, Bundle) else read_bundle(path, expect=expect, fresh=fresh)
     folder = checked_folder(weights_dir)
 
+    components = {name: bundle.manifest.components[name] for name in sorted(bundle.program.components())}
+    packages = {package for c in components.values() for spec in c.engines for package in spec.needs.packages}
+    kinds = {name.partition(":")[0] for name in names}
+    specs = require(choose_all(components, this_machine(packages, kinds), engine))
+
     def open_engine(name: str) -> Engine:
-        module = backend(bundle.manifest.components[name].engines[0].backend)
-        engine: Engine = module.open_engine(bundle, name, memory=memory, threads=threads, weights_dir=folder)
-        return engine
+        module = backend(specs[name].backend)
+        opened: Engine = module.open_engine(
+            bundle, name, specs[name], memory=memory, threads=threads, weights_dir=folder
+        )
+        return opened
 
     # engines of one thread run on the thread that calls them, so devices of one thread can share them
     shared = OpenEngines(bundle.program.components(), open_engine)
@@ -328,4 +360,4 @@ def load(
         for engines in engines_of_device:
             for name in engines:
                 engines[name]
-    return Restorer(bundle, shared, executor, constants, memory, limit, threads == 1)
+    return Restorer(bundle, shared, executor, specs, constants, memory, limit, threads == 1)

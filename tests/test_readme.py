@@ -22,6 +22,7 @@ HERE = {  # pages whose commands run here, one page after the other in one direc
     "install": ROOT / "docs" / "install.md",
     "kernels": ROOT / "docs" / "kernels.md",
     "python": ROOT / "docs" / "python.md",
+    "runtime": ROOT / "docs" / "runtime.md",
 }
 ELSEWHERE = {  # pages whose commands need a system's files, and the test that runs them on tiny ones
     "flux": "export/systems/test_docs.py",
@@ -33,7 +34,7 @@ PAGES = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("demo/*/
 MAKEFILE = (ROOT / "Makefile").read_text()
 TARGETS = set(re.findall(r"^([a-z-]+):", MAKEFILE, re.MULTILINE))
 PYTHON = Path(sys.executable)
-RUNS = re.compile(r"(tilewright|python -m tilewright|printf) ")
+RUNS = re.compile(r"(tilewright|python -m tilewright|printf|mkdir) ")
 REPO = re.compile(r"[\w-]+/[\w.-]+")
 
 

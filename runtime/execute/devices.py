@@ -4,7 +4,6 @@ A buffer of the CPU is a NumPy array. A buffer of another device has a `shape`, 
 stays on its device until another device reads it, or until the host joins tiles.
 """
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from threading import Lock
 from typing import Any, Protocol
@@ -12,9 +11,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from tilewright.runtime.engines import Engine
+from tilewright.runtime.engines.machine import usable_cores
 from tilewright.runtime.errors import UsageError
 
-__all__ = ["CpuDevice", "Device", "OpenEngines", "cpu_names", "usable_cores"]
+__all__ = ["CpuDevice", "Device", "OpenEngines", "cpu_names"]
 
 
 class Device(Protocol):
@@ -107,17 +107,12 @@ class CpuDevice:
             self.engines.close(self.engines if components is None else components)
 
 
-def usable_cores() -> int:
-    """The cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def cpu_names(names: Sequence[str]) -> list[str]:
     """Check the names of CPU devices: each exists, and is named once."""
     cores = usable_cores()
     for name in names:
         kind, _, number = name.partition(":")
-        if kind != "cpu" or not number.isdecimal():
+        if kind != "cpu" or not number.isdecimal() or number != str(int(number)):
             raise UsageError(f"device {name!r} is unknown; there are cpu:0 to cpu:{cores - 1}")
         if int(number) >= cores:
             raise UsageError(f"device {name!r}: there are {cores} cores; use cpu:0 to cpu:{cores - 1}")

@@ -81,7 +81,7 @@ def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("export/targets/ort.py", "optimise"),
         ("export/build/stages/optimise.py", "optimise"),
         ("export/verify/seams.py", "verify"),
-        ("runtime/scheduler.py", "verify"),
+        ("runtime/execute/executor.py", "verify"),
         ("runtime/engines/ort.py", "verify"),
         ("runtime/text.py", "verify"),
         ("runtime/inputs.py", "verify"),
@@ -101,7 +101,7 @@ def test_editing_a_file_that_does_not_matter_keeps_the_graphs(house: Path, tmp_p
     plan = keys(tmp_path)
     for file in (
         "export/verify/seams.py",
-        "runtime/scheduler.py",
+        "runtime/execute/executor.py",
         "export/systems/toksr/system.py",
         "export/inspect.py",
     ):

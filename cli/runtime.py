@@ -101,6 +101,21 @@ def _profile_arguments(profile: argparse.ArgumentParser) -> None:
     profile.set_defaults(more_arguments=_arguments_of_bundle)
 
 
+class _Once(argparse.Action):
+    """An argument of the bundle, which may be given once."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        if hasattr(namespace, self.dest):
+            raise UsageError(f"{option_string} is given twice; give it once")
+        setattr(namespace, self.dest, values)
+
+
 def _arguments_of_bundle(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
     """Read the bundle that the command names, and add its arguments to the parser."""
     reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False)

@@ -173,7 +173,7 @@ def test_a_prompt_that_is_too_long_is_refused(
     sample = Path(__file__).parents[3] / "docs" / "sample.png"
     restore = ("runtime", "restore", str(sample), str(tmp_path / "o.png"), "--bundle", str(vicr_tiny))
     assert "has 401 tokens, the network takes 64" in said(capsys, 2, *restore, "--prompt", LONG)
-    assert "'--prompt' is given twice" in said(capsys, 2, *restore, "--prompt", "a", "--prompt", "b")
+    assert "--prompt is given twice" in said(capsys, 2, *restore, "--prompt", "a", "--prompt", "b")
     assert "No such file" in said(capsys, 8, *restore, "--prompt-embeds", str(tmp_path / "none"))
     assert not (tmp_path / "o.png").exists()
 

@@ -179,6 +179,9 @@ class Sitting:
     specs: Mapping[str, EngineSpec]
     on_part: Callable[[int, int, npt.NDArray[np.uint8]], None] = lambda top, left, pixels: None
 
+    def __post_init__(self) -> None:
+        self.at_first = (self.walk, self.estimate)
+
     @property
     def shape(self) -> tuple[int, int, int]:
         """The height, the width and the channels of the result."""
@@ -260,6 +263,7 @@ class Ticket:
                     self.sitting.walk.end()
                 except (MemoryError, ResourceError):
                     if self.cancelled or not self.begin_smaller():
+                        self.sitting.walk, self.sitting.estimate = self.sitting.at_first  # for a further round
                         raise
                 else:
                     self.restoration = self.sitting.finish(self.rgb)

@@ -15,7 +15,20 @@ __all__ = ["RESERVED", "Argument", "argument_of", "arguments_of", "check_argumen
 KINDS = ("words", "tensors", "number", "integer", "choice")
 NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
 OPTIONS = (  # options of `tilewright runtime restore` and `profile`
-    *("bundle", "expect", "explain", "force", "format", "help", "json", "max_pixels", "memory", "overlap", "quiet"),
+    *(
+        "bundle",
+        "expect",
+        "explain",
+        "force",
+        "format",
+        "help",
+        "json",
+        "max_pixels",
+        "memory",
+        "memory_limit",
+        "overlap",
+        "quiet",
+    ),
     *("resolutions", "runs", "scale", "seed", "steps", "threads", "tile", "verbose", "version", "weights_dir"),
     *("devices", "engine"),
 )

@@ -124,7 +124,7 @@ def test_an_empty_folder_is_filled_and_any_other_place_is_refused(bundle, tmp_pa
     onnx_folder(bundle, tmp_path / "empty")
     (tmp_path / "file").write_text("mine")
     for place in ("empty", "file"):
-        with pytest.raises(UsageError, match=r"is there and not an empty folder; choose another$"):
+        with pytest.raises(UsageError, match=r"is not an empty folder; choose another$"):
             onnx_folder(bundle, tmp_path / place)
     assert (tmp_path / "file").read_text() == "mine"
 

@@ -33,7 +33,9 @@ def test_a_system_that_tells_nothing_is_no_fault_and_the_answer_says_unknown(mon
     assert memory.peak_bytes() == 0
     assert memory.available_bytes() is None
     told = {"input_width": 1, "input_height": 1, "output": "o", "width": 1, "height": 1, "tiles": {"a": 1}}
-    assert "; peak unknown\n" in _restored(Path("i"), told | {"seconds": {"total": 1.0}, "peak_bytes": 0})
+    assert "; peak unknown\n" in _restored(
+        Path("i"), told | {"seconds": {"total": 1.0}, "peak_bytes": 0, "engines": {"a": "e"}, "devices": ["cpu:0"]}
+    )
 
 
 def test_the_runtime_loads_where_there_is_no_resource() -> None:

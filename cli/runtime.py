@@ -130,6 +130,7 @@ def _arguments_of_bundle(parser: argparse.ArgumentParser, words: Sequence[str]) 
     for name, argument in bundle.arguments.items():
         group.add_argument(
             flag(name),
+            action=_Once,
             dest=f"${name}",  # so that it cannot be one of ours
             type=_converter(name, bundle.program.inputs.get(name)),
             metavar=METAVARS.get(argument.kind) or f"{{{','.join(argument.choices)}}}",

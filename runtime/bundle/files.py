@@ -5,9 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from tilewright.runtime.bundle.digests import sha256_of_file
-from tilewright.runtime.bundle.manifest import (
-    File,
-)
+from tilewright.runtime.bundle.manifest import File, OlderSchema
 from tilewright.runtime.bundle.strict import one_line
 from tilewright.runtime.errors import BundleError
 
@@ -19,6 +17,8 @@ def refusals_in_one_line() -> Iterator[None]:
     """Shorten a refusal to one printable line, whatever text of a document it contains."""
     try:
         yield
+    except OlderSchema:
+        raise
     except BundleError as error:
         raise BundleError(one_line(str(error))) from None
 

@@ -26,6 +26,7 @@ __all__ = [
     "Measured",
     "Memory",
     "Needs",
+    "OlderSchema",
     "Profile",
     "Range",
     "named_files",
@@ -33,11 +34,16 @@ __all__ = [
 ]
 
 SCHEMA_VERSION = 2
+LONGEST_COMMAND = 4000
 DEVICES = ("cpu", "cuda")
 PRECISIONS = ("float32", "bfloat16", "float16", "fp8", "int8")  # the most accurate first
 NAME = "[a-z0-9]+([-_.][a-z0-9]+)*"
 MOST_BYTES = 2**63 - 1
 VERSION = re.compile(r"\d+(\.\d+)*")
+
+
+class OlderSchema(BundleError):
+    """A bundle of an older schema. The line ends with a command, and stays whole."""
 
 
 @dataclass(frozen=True)
@@ -183,8 +189,8 @@ def read_manifest(text: bytes, where: str) -> Manifest:
     if type(version) is int and version > SCHEMA_VERSION:
         raise BundleError(f"{where}: schema {version}, this version reads up to {SCHEMA_VERSION}; upgrade tilewright")
     if type(version) is int and version < SCHEMA_VERSION:
-        command = one_line(_command(document, Path(where).parent))
-        raise BundleError(f"{where}: schema {version} is too old, this version reads {SCHEMA_VERSION}; run {command}")
+        command = one_line(_command(document, Path(where).parent), LONGEST_COMMAND)
+        raise OlderSchema(f"{where}: schema {version} is too old, this version reads {SCHEMA_VERSION}; run {command}")
     manifest = from_json(Manifest, text, where)
     if not manifest.components:
         raise BundleError(f"{where}: holds no component; rebuild the bundle")

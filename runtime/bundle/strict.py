@@ -44,11 +44,11 @@ def from_json(cls: type[T], text: bytes | str, where: str) -> T:
         raise BundleError(f"{where}: not valid JSON ({str(error).splitlines()[0]}); rebuild the bundle") from None
 
 
-def one_line(complaint: str) -> str:
+def one_line(complaint: str, longest: int = LONGEST_COMPLAINT) -> str:
     """A complaint with text from a document, as one printable line; the middle of a long line is cut out."""
     text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in complaint)
-    half = LONGEST_COMPLAINT // 2
-    return text if len(text) <= LONGEST_COMPLAINT else f"{text[: half - 5]} ... {text[-half:]}"
+    half = longest // 2
+    return text if len(text) <= longest else f"{text[: half - 5]} ... {text[-half:]}"
 
 
 def check_limits(value: Any) -> None:

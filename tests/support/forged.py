@@ -35,7 +35,7 @@ ABSENT = object()
 TICKS = itertools.count(10**18, 10**9)  # modification times: no two writes of this module look alike
 
 
-def refusal(act, *arguments, longest: int = 500) -> str:
+def refusal(act, *arguments, longest: int = 600) -> str:
     """The line in which a bundle is refused."""
     with pytest.raises(BundleError) as caught:
         act(*arguments)

@@ -166,7 +166,7 @@ def test_what_passes_with_the_same_tiles_hand_on_is_given_back_when_the_last_rea
     functions = VICR | {name: watched(name, VICR[name], kind) for name, kind in made.items()}
     job = Job(canvas(64, 1024), tile_px=64, overlap_px=16, steps=2, inputs=VICR_INPUTS)
     run(program_of("vicr"), toys(functions, Forgetful), {}, job)
-    assert counts["step"][0]["y"] == 21  # all tiles are looked at before any is sampled
+    assert counts["step"][0]["y"] >= 20  # all tiles are encoded before any is sampled; the last may just be
     assert counts["step"][-1]["y"] <= 3  # and the last tiles' alone is held for its last step
     first = counts["decode"][0]
     assert first["y"] <= 1 and first["z"] <= 22 and first["result"] == 1  # one more where two threads take turns

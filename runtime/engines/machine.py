@@ -65,10 +65,11 @@ def _compute_capability() -> tuple[int, int] | None:
     """The least compute capability of the GPUs, by their driver; none without a GPU."""
     try:
         driver = ctypes.CDLL(CUDA)
-    except OSError:
+        begin = driver.cuInit
+    except (OSError, AttributeError):  # no library of this name, or one that is no driver
         return None
     count = ctypes.c_int()
-    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
+    if begin(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
         return None
     capabilities = []
     for number in range(count.value):

@@ -23,7 +23,7 @@ def filled_once(folder: Path, fill: Callable[[Path], object]) -> Path:
     folder.parent.mkdir(exist_ok=True)
     with folder.with_name(f".{folder.name}.lock").open("a+") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if lock.tell() == 0:  # nobody has written that it is filled
+        if not os.fstat(lock.fileno()).st_size:  # nobody has written, while we waited, that it is filled
             fill(folder)
             lock.write("filled")
     return folder

@@ -14,7 +14,7 @@ from tilewright.runtime.bundle.program import Pass, Program, Tiles, state_shape
 from tilewright.runtime.bundle.read import Bundle
 from tilewright.runtime.errors import ResourceError, UsageError
 from tilewright.runtime.images.canvas import padded
-from tilewright.runtime.plan.passes import least_px, plan_of, smaller_tile
+from tilewright.runtime.plan.passes import least_px, part_bytes, plan_of, smaller_tile
 from tilewright.runtime.plan.tiles import TilePlan
 
 __all__ = [
@@ -30,6 +30,8 @@ __all__ = [
     "weights_bytes",
 ]
 
+MEMORY_MODES = ("fast", "low")  # re-packed weights, mapped weights
+OPEN_SHARE = 0.7  # share of the free memory for all engines together; the rest is for work
 INTERPRETER_BYTES = 90_000_000  # Python, NumPy, Pillow and ONNX Runtime, measured
 # memory that ONNX Runtime takes for calls, in proportion to the values alive, measured: it keeps it after one call, or
 # after several; with `low` it gives it back
@@ -212,20 +214,17 @@ class Held:
         ready = (4 * self.devices - 2) if p.each else 2 * self.devices
         tiles = plan.count if joined else min(plan.count, ready * (p.tiles.batch if p.tiles else 1))
         front = min(plan.count, len(plan.lefts) + 2 + 2 * self.devices)  # parts that wait for the next row of tiles
-        written = sum(self._part(name, plan) for name in p.writes() & self.grids.keys())
-        generation = plan.count * sum(self._part(name, plan) for name in p.writes("each") & self.grids.keys())
+        parts = {name: part_bytes(self.grids[name], plan) for name in p.writes() & self.grids.keys()}
+        written = sum(parts.values())
+        generation = plan.count * sum(size for name, size in parts.items() if name in p.writes("each"))
         return stays + max(goes, comes, generation if joined else 0) + front * written + tiles * self.open[place]
-
-    def _part(self, grid: str, plan: TilePlan) -> int:
-        spec = self.grids[grid]
-        return 4 * spec.channels * (plan.tile_height // spec.px) * (plan.tile_width // spec.px)
 
     def _parts(self) -> Iterable[tuple[int, int, int, int]]:
         """The parts of grids: first and last pass, bytes a tile, tiles. `result` goes to the picture at once."""
         for place, (p, plan) in enumerate(self.passes):
             for name in p.writes() & self.grids.keys():
                 last = max((i for i, (q, _) in enumerate(self.passes) if name in q.reads()), default=place)
-                yield place, last, self._part(name, plan), plan.count
+                yield place, last, part_bytes(self.grids[name], plan), plan.count
 
     def _pass_shapes(
         self,
@@ -272,12 +271,6 @@ def _size(dim: int | str, named: Mapping[str, int]) -> int:
     return named.get(dim, named.get(whole, 1) // int(part or 1))
 
 
-MEMORY_MODES = ("fast", "low")  # re-packed weights, mapped weights
-
-
-OPEN_SHARE = 0.7  # share of the free memory for all engines together; the rest is for work
-
-
 @dataclass(frozen=True)
 class Estimate:
     """The size, tile plans and memory of a restoration."""
@@ -289,9 +282,8 @@ class Estimate:
     needed_bytes: int
     available_bytes: int | None
     limited: bool = False  # what is available is what the caller allows
-    least: "Callable[[], tuple[int, str]]" = field(
-        default=lambda: (0, ""), compare=False
-    )  # bytes, and with what options
+    # the least bytes, and the options with which so few suffice
+    least: "Callable[[], tuple[int, str]]" = field(default=lambda: (0, ""), compare=False)
 
     def require(self) -> None:
         """Refuse a restoration that does not fit in memory."""

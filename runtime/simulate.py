@@ -7,14 +7,13 @@ from heapq import heappop, heappush
 
 from tilewright.runtime.bundle.program import Program, state_shape
 from tilewright.runtime.errors import UsageError
-from tilewright.runtime.execute.queue import Batch, Queue, Work
+from tilewright.runtime.execute.queue import LANES, Batch, Queue, Work
 from tilewright.runtime.images.canvas import padded
 from tilewright.runtime.plan.lower import Block, Graph, lower
-from tilewright.runtime.plan.passes import least_px, plan_of
+from tilewright.runtime.plan.passes import least_px, part_bytes, plan_of
 
 __all__ = ["Cost", "Run", "Simulation", "graph_of", "simulate", "svg", "timeline"]
 
-LANES = 2  # as in the executor: one batch runs while the next is prepared
 SHOWN = 16  # devices in the timeline of text
 MOST_NODES = 5_000_000
 WIDTH, LEFT, ROW = 1000, 60, 18  # of the timeline's picture: its bars, the names of devices, the height of a row
@@ -160,8 +159,11 @@ class _Ledger:
     """The bytes that a job's values hold while its nodes run."""
 
     def __init__(self, graph: Graph) -> None:
+        grids = graph.program.grids
         sizes = {
-            (grid, block.number): _part_bytes(graph, grid, block) for block in graph.blocks for grid in block.writes
+            (grid, block.number): part_bytes(grids[grid], graph.plan(block))
+            for block in graph.blocks
+            for grid in block.writes
         }
         # grid, block -> tile -> nodes that have yet to read the part
         unread = {(grid, number): [0] * graph.blocks[number].size for grid, number in sizes}
@@ -198,18 +200,12 @@ class _Ledger:
         return added
 
 
-def _part_bytes(graph: Graph, name: str, block: Block) -> int:
-    grid, plan = graph.program.grids[name], graph.plan(block)
-    return 4 * grid.channels * (plan.tile_height // grid.px) * (plan.tile_width // grid.px)
-
-
 def _state_bytes(graph: Graph, block: Block) -> int:
     """The bytes of a tile's states, added by the first node of the tile and taken away by the last."""
     p = graph.program.passes[block.place]
     if not p.state or block.section == "shared":
         return 0
-    blocks = [n for n in graph.of_pass[p.name] if graph.blocks[n].section != "shared"]
-    plan = graph.plan(block)
+    blocks, plan = graph.tile_blocks[block.place], graph.plan(block)
     shapes = [state_shape(state, plan.tile_height, plan.tile_width) for state in p.state.values()]
     return 4 * sum(map(math.prod, shapes)) * ((block.number == blocks[0]) - (block.number == blocks[-1]))
 

@@ -11,7 +11,9 @@ from typing import Any
 
 from tilewright.runtime.plan.lower import Block, Graph
 
-__all__ = ["Batch", "Queue", "Work"]
+__all__ = ["LANES", "Batch", "Queue", "Work"]
+
+LANES = 2  # batches that a device has at once: one runs while the next is prepared
 
 Entry = tuple[int, int, int]  # minus the rank, tile, block: the order within a job
 
@@ -30,7 +32,6 @@ class Work:
     postponed: dict[int, list[Entry]] = field(default_factory=dict)  # pass -> tiles that may not begin yet
     open: dict[int, int] = field(default_factory=dict)  # pass -> tiles begun and not finished
     turns: int = 0  # nodes given out so far
-    running: int = 0
     stopped: bool = False
 
     def done(self) -> bool:
@@ -94,11 +95,10 @@ class Queue:
             if not (allowed := [key for key in work.ready if self._allowed(work, key)]):
                 continue
             key = min(allowed, key=lambda key: work.ready[key][0])
-            first = self._pop(work, key)
-            nodes, most = [first], self._most(device, first[1])
-            for other in [work, *(w for w in sorted(self.works, key=lambda w: w.turns) if w is not work)]:
-                while len(nodes) < most and key in other.ready:
-                    nodes.append(self._pop(other, key))
+            nodes = [self._pop(work, key)]
+            most = self._most(device, nodes[0][1])
+            while len(nodes) < most and key in work.ready:
+                nodes.append(self._pop(work, key))
             self.busy[device] += 1
             return Batch(tuple(nodes), device)
         return None
@@ -110,7 +110,6 @@ class Queue:
         """Count nodes as done, and offer those that waited for them."""
         self.busy[batch.device] -= 1
         for work, block, tile in batch.nodes:
-            work.running -= 1
             if work.stopped:
                 continue
             work.todo[block.number] -= 1
@@ -128,12 +127,11 @@ class Queue:
         """Offer nodes again that did not end."""
         self.busy[batch.device] -= 1
         for work, block, tile in batch.nodes:
-            work.running -= 1
             if not work.stopped:
                 self._push(work, block, tile)
 
     def _offer(self, work: Work, block: Block, tile: int) -> None:
-        if block.private and self._begins(work, block):
+        if block.private and block.number == work.graph.tile_blocks[block.place][0]:
             if work.open.get(block.place, 0) >= (4 * len(self.busy) - 2) * block.batch:
                 heappush(work.postponed.setdefault(block.place, []), _entry(work, block, tile))
                 return
@@ -142,19 +140,13 @@ class Queue:
 
     def _finish(self, work: Work, block: Block) -> None:
         """Let the next tile of a private pass begin where one has ended."""
-        if not block.private or block.section == "shared" or block.number != _last(work, block):
+        if not block.private or block.number != work.graph.tile_blocks[block.place][-1]:
             return
         work.open[block.place] -= 1
         if postponed := work.postponed.get(block.place):
             _, tile, number = heappop(postponed)
             work.open[block.place] += 1
             self._push(work, work.graph.blocks[number], tile)
-
-    def _begins(self, work: Work, block: Block) -> bool:
-        blocks = work.graph.of_pass[work.graph.program.passes[block.place].name]
-        return block.section != "shared" and block.number == next(
-            n for n in blocks if work.graph.blocks[n].section != "shared"
-        )
 
     def _allowed(self, work: Work, key: Hashable) -> bool:
         if not self.pass_by_pass:
@@ -171,17 +163,12 @@ class Queue:
         if not work.ready[key]:
             del work.ready[key]
         self.waiting -= 1
-        work.running += 1
         work.turns += 1
         return work, work.graph.blocks[number], tile
 
 
 def _entry(work: Work, block: Block, tile: int) -> Entry:
     return -work.graph.ranks[block.number], tile, block.number
-
-
-def _last(work: Work, block: Block) -> int:
-    return work.graph.of_pass[work.graph.program.passes[block.place].name][-1]
 
 
 def _count(graph: Graph, block: int, under: Any, rule: str, tile: int) -> int:

@@ -68,9 +68,8 @@ class Values:
         self.job: dict[str, Any] = {}
         self.tiles: dict[tuple[Tiles | str, int], dict[str, Any]] = {}
         self.parts: dict[tuple[str, int], dict[int, Any]] = {}
-        self.uses: dict[
-            tuple[str, int], dict[int, int]
-        ] = {}  # grid, block -> tile -> nodes that have yet to read its part
+        # grid, block -> tile -> nodes that have yet to read its part
+        self.uses: dict[tuple[str, int], dict[int, int]] = {}
         self.reusable: set[tuple[str, int]] = set()  # parts that a further round may read
         self.ramps: dict[tuple[TilePlan, int], Any] = {}
         last = graph.blocks[graph.last_writer["result"]]
@@ -90,15 +89,12 @@ class Values:
         if self.final not in self.runs:
             self.reusable.add(("result", self.final))  # its parts are reported again
         for key in list(self.parts):  # written in earlier rounds
-            readers = [over for number, over in self.graph.readers.get(key, ()) if number in self.runs]
             for tile in list(self.parts[key]):
-                self.uses[key][tile] = sum(over.count_above(tile) for over in readers)
+                self.uses[key][tile] = self._readers(key, tile)
                 if not self.uses[key][tile] and key not in self.reusable:
                     del self.uses[key][tile], self.parts[key][tile]
-        plan = self.graph.plan(self.graph.blocks[self.final])
-        self.waiting = (
-            {i: self.regions.count_below(i) for i in range(len(plan.tiles))} if self.final in self.runs else {}
-        )
+        regions = range(self.graph.blocks[self.final].size) if self.final in self.runs else ()
+        self.waiting = {i: self.regions.count_below(i) for i in regions}
 
     def feed(self, block: Block, tile: int, source: str, outputs: Outputs) -> tuple[Any, bool]:
         """The array behind a source, as `program` spells them, and whether its first axis counts tiles."""
@@ -146,8 +142,7 @@ class Values:
             else:
                 self.tiles.setdefault((p.tiles or p.name, tile), {})[name] = value
         for grid, part in outputs.parts.items():
-            readers = [(n, over) for n, over in self.graph.readers.get((grid, block.number), ()) if n in self.runs]
-            uses = sum(over.count_above(tile) for _, over in readers)
+            uses = self._readers((grid, block.number), tile)
             if grid == "result" and block.number == self.final:
                 uses += self.regions.count_above(tile)
             if uses or (grid, block.number) in self.reusable:
@@ -183,6 +178,10 @@ class Values:
         plan = self.graph.plan(self.graph.blocks[self.final])
         whole = self._gather("result", self.final, (0, 0, plan.height, plan.width), range(len(plan.tiles)))
         return np.ascontiguousarray(on_host(whole)[0])
+
+    def _readers(self, key: tuple[str, int], tile: int) -> int:
+        """How many nodes of this round read the part of a tile."""
+        return sum(over.count_above(tile) for number, over in self.graph.readers.get(key, ()) if number in self.runs)
 
     def _tile_values(self, p: Pass, tile: int) -> Mapping[str, Any]:
         return self.tiles.get((p.tiles or p.name, tile), {})
@@ -263,7 +262,7 @@ class Values:
         return np.full(shape, 1.0 if state.init == "ones" else 0.0, np.float32)
 
     def _noise(self, p: Pass, block: Block, tile: int, name: str, stream: int) -> Any:
-        """Global noise under the tile for a grid, the tile's tile_values field for a state."""
+        """For a grid the noise of the whole image under the tile; for a state a field of the tile's own."""
         here = self.graph.plan(block).tiles[tile]
         if grid := self.graph.program.grids.get(name):
             px = grid.px

@@ -150,6 +150,12 @@ class Graph:
         return self.plans[self.program.passes[block.place].name]
 
     @cached_property
+    def tile_blocks(self) -> tuple[tuple[int, ...], ...]:
+        """For each pass its blocks with a node for each tile: all but that of the shared calls."""
+        numbers = (self.of_pass[p.name] for p in self.program.passes)
+        return tuple(tuple(n for n in blocks if self.blocks[n].section != "shared") for blocks in numbers)
+
+    @cached_property
     def followers(self) -> tuple[tuple[tuple[int, Wait], ...], ...]:
         """For each block the later ones that wait for it, and how."""
         later: list[list[tuple[int, Wait]]] = [[] for _ in self.blocks]
@@ -214,7 +220,7 @@ class _Lowering:
 
     def _lower_pass(self, place: int, p: Pass) -> None:
         grids = self.program.grids.keys()
-        joined = bool(p.writes("each") & grids)
+        joined, first = bool(p.writes("each") & grids), len(self.blocks)
         shared = self._shared_calls(p) if p.tiles else ()
         if shared:
             self._add(place, p, "shared", 0, shared, {}, None)
@@ -228,9 +234,8 @@ class _Lowering:
             if joined:
                 self.grid_writer |= dict.fromkeys(self.blocks[previous].writes, previous)
         if not joined:
-            for number in range(len(self.blocks)):
-                if self.blocks[number].place == place:
-                    self.grid_writer |= dict.fromkeys(self.blocks[number].writes, number)
+            for block in self.blocks[first:]:
+                self.grid_writer |= dict.fromkeys(block.writes, block.number)
 
     def _shared_calls(self, p: Pass) -> tuple[Call, ...]:
         """The calls of `once` that read nothing of a tile: one run serves all tiles."""
@@ -269,15 +274,14 @@ class _Lowering:
         scopes = (None,) if alone or p.tiles is None else (p.tiles, None)
         for name in (names | targets) - grids.keys():
             for scope in scopes:
-                key = (scope, name)
-                if (writer := self.value_writer.get(key)) is not None and self.blocks[writer].place != place:
+                if (writer := self.value_writer.get((scope, name))) is None:
+                    continue
+                if self.blocks[writer].place != place or self.blocks[writer].section == "shared":
                     self._wait(waits, writer, "same" if scope else "every")
-                if (writer := self.value_writer.get(key)) is not None and self.blocks[writer].section == "shared":
-                    self._wait(waits, writer, "every")
-                if key in self.value_writer and name in names:
-                    self.value_readers.setdefault(key, set()).add(number)
+                if name in names:
+                    self.value_readers.setdefault((scope, name), set()).add(number)
                     break
-        home = None if alone or p.tiles is None else p.tiles
+        home = scopes[0]
         for name in (targets | (p.state.keys() if section == "once" else set())) - grids.keys():
             for reader in self.value_readers.pop((home, name), set()) - {number}:  # they read what is written over now
                 if self.blocks[reader].place != place:

@@ -2,11 +2,11 @@
 
 from collections.abc import Collection, Iterable
 
-from tilewright.runtime.bundle.program import Pass, Program
+from tilewright.runtime.bundle.program import Grid, Pass, Program
 from tilewright.runtime.errors import UsageError
 from tilewright.runtime.plan.tiles import TilePlan, tile_plan
 
-__all__ = ["least_px", "plan_of", "smaller_tile", "table_for_tokens"]
+__all__ = ["least_px", "part_bytes", "plan_of", "smaller_tile", "table_for_tokens"]
 
 
 def least_px(program: Program, tile: int | None) -> int:
@@ -44,6 +44,11 @@ def smaller_tile(program: Program, passes: Iterable[tuple[Pass, TilePlan]], over
     half = min([side // 2, *(tiles.px for tiles, _ in tiled if tiles.px < side)])  # of an image that was taken whole
     smaller = max(least, half // program.multiple_px * program.multiple_px)
     return smaller if smaller < side else None
+
+
+def part_bytes(grid: Grid, plan: TilePlan) -> int:
+    """The bytes of the float32 part of a grid that one tile writes."""
+    return 4 * grid.channels * (plan.tile_height // grid.px) * (plan.tile_width // grid.px)
 
 
 def table_for_tokens(p: Pass, name: str, px: int, constants: Collection[str]) -> str | None:

@@ -19,19 +19,18 @@ import numpy as np
 
 from tilewright.runtime.bundle.program import Call
 from tilewright.runtime.bundle.strict import one_line
-from tilewright.runtime.errors import AccuracyError, BundleError, DeviceError, ResourceError
+from tilewright.runtime.errors import DeviceError, ResourceError
+from tilewright.runtime.execute.checks import not_finite, wrong_shape
 from tilewright.runtime.execute.devices import Device
-from tilewright.runtime.execute.queue import Batch, Queue, Work
+from tilewright.runtime.execute.queue import LANES, Batch, Queue, Work
 from tilewright.runtime.execute.values import Outputs, Values, on_host
 from tilewright.runtime.plan.lower import Block, Graph
 
 __all__ = ["Executor", "Task"]
 
-LANES = 2  # threads of a device: one runs an engine, one prepares inputs
 FIRST_DEADLINE_S = 3600.0  # for a call that has not been timed yet; it may open its engine
 LEAST_DEADLINE_S = 60.0
 SLOWER = 20  # a call hangs if it takes so many times as long as the slowest of its kind so far
-Node = tuple[Work, Block, int]
 
 
 @dataclass(eq=False)
@@ -197,11 +196,9 @@ class Executor:
         for call in block.calls:
             feed = {name: self._input(device, batch, source, outputs) for name, source in call.inputs.items()}
             results = self._call(device, batch, call, feed)
-            if wrong := self._wrong_shape(batch, call, feed, results):
-                raise DeviceFault(wrong, call.run)
-            for name in call.outputs:
-                if not device.finite(results[name]):
-                    raise DeviceFault(_not_finite(task, block, call, name, device.get(results[name])), call.run)
+            wrong = wrong_shape(batch, call, feed, results, self.signatures.get(call.run))
+            if error := wrong or not_finite(device, work.graph, block, call, results):
+                raise DeviceFault(error, call.run)
             for name, target in call.outputs.items():
                 self._keep(task, block, batch, target, results[name], outputs)
         return outputs
@@ -286,36 +283,6 @@ class Executor:
         for task in {work.owner: None for work, *_ in batch.nodes}:
             task.notes.append(text)
 
-    def _wrong_shape(
-        self, batch: Batch, call: Call, feed: Mapping[str, Any], results: Mapping[str, Any]
-    ) -> BundleError | None:
-        """An error if an output has another shape than its grid or its signature says."""
-        work, block, _ = batch.nodes[0]
-        grids, plan, signature = work.graph.program.grids, work.graph.plan(block), self.signatures.get(call.run)
-        sizes: dict[str, int] = {}
-        if signature:
-            for name, array in feed.items():
-                named = zip(signature.inputs[name].shape, array.shape, strict=False)
-                sizes |= {dim: size for dim, size in named if isinstance(dim, str)}
-        for name, target in call.outputs.items():
-            shape = tuple(results[name].shape)
-            right: tuple[Any, ...] = shape
-            if grid := grids.get(target):
-                cells = (plan.tile_height // grid.px, plan.tile_width // grid.px)
-                right = (len(batch.nodes), grid.channels, *cells)
-            elif signature:
-                dims = signature.outputs[name].shape
-                right = tuple(sizes.get(dim, dim) if isinstance(dim, str) else dim for dim in dims)
-                if len(right) == len(shape):  # a size that no input has is as the first output says
-                    sizes |= {dim: size for dim, size in zip(right, shape, strict=True) if isinstance(dim, str)}
-                    right = tuple(size if isinstance(dim, str) else dim for dim, size in zip(right, shape, strict=True))
-            if shape != right:
-                return BundleError(
-                    f"{_when(work.owner, block)}: {call.run}.{name} has shape {list(shape)}, not {list(right)}; verify"
-                    " the bundle with 'tilewright export verify'"
-                )
-        return None
-
     def _keep(self, task: Task, block: Block, batch: Batch, target: str, result: Any, outputs: list[Outputs]) -> None:
         count, grids = len(batch.nodes), task.graph.program.grids
         for i, (_, _, tile) in enumerate(batch.nodes):
@@ -368,7 +335,7 @@ class Executor:
                     return
                 for _, _, tile in batch.nodes:
                     self.failed_on.pop((task.number, block.number, tile), None)
-                self._drop_values(task, work, batch)
+                self._drop_values(task, batch)
             try:
                 for part in final:
                     task.values.on_final(*part)
@@ -390,12 +357,11 @@ class Executor:
         p = task.graph.program.passes[block.place]
         if block.section == "shared":
             return
-        blocks = [task.graph.blocks[n] for n in task.graph.of_pass[p.name]]
-        total = sum(b.size for b in blocks if b.section != "shared")
+        total = sum(task.graph.blocks[n].size for n in task.graph.tile_blocks[block.place])
         task.counts[block.place] = task.counts.get(block.place, 0) + nodes
         task.on_progress(p.name, task.counts[block.place], total)
 
-    def _drop_values(self, task: Task, work: Work, batch: Batch) -> None:
+    def _drop_values(self, task: Task, batch: Batch) -> None:
         """Drop the values of tiles that no later pass reads."""
         block = batch.nodes[0][1]
         passes = task.graph.program.passes
@@ -470,20 +436,3 @@ class Executor:
                 task.lacked_memory = lacked_memory
                 task.future.set_exception(error)
         self.changed.notify_all()
-
-
-def _not_finite(task: Task, block: Block, call: Call, name: str, output: Any) -> AccuracyError:
-    finite = np.isfinite(output)
-    return AccuracyError(
-        f"{_when(task, block)}: {call.run}.{name} holds {output[~finite].flat[0]},"
-        f" {output.size - np.count_nonzero(finite)} of {output.size} numbers are not finite; check the weights, and the"
-        " bundle with 'tilewright export verify'"
-    )
-
-
-def _when(task: Task, block: Block) -> str:
-    p = task.graph.program.passes[block.place]
-    when = (
-        f"step {block.step + 1}" if block.section == "each" else "once" if block.section == "shared" else block.section
-    )
-    return f"pass {p.name!r}, {when}"

@@ -238,7 +238,7 @@ def _restore(arguments: argparse.Namespace) -> None:
                 check_format("the image", f".{arguments.format or 'png'}", sitting.shape)
             else:
                 check_room(arguments.output, sitting.shape)
-            restoration = sitting.begin({}, keep=False).result()
+            restoration = sitting.round({}, keep=False)
         progress.doing("writing the image" if piped else f"writing {arguments.output}")
         before = time.perf_counter()
         if piped:

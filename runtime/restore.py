@@ -149,7 +149,7 @@ class Restorer:
         enlarged = Enlarged(picture.rgb, needs.scale, program.multiple_px, least_px(program, tile))
         job = Job(enlarged, seed, tile, overlap, steps, on_progress=on_progress)
         walk = Walk(program, self.executor, self.constants, job)
-        return Sitting(self.bundle, picture, needs, walk, arguments, clock, self.specs, on_part)
+        return Sitting(self.bundle, picture, needs, walk, arguments, clock, self.ran, on_part)
 
     def estimate(self, width: int, height: int, **options: Any) -> Estimate:
         """What an image of this size would need here; options as for `estimate`."""
@@ -176,7 +176,7 @@ class Sitting:
     walk: Walk
     arguments: Mapping[str, Any]
     clock: "_Clock"
-    specs: Mapping[str, EngineSpec]
+    ran: Mapping[str, Any]  # the engines and the devices, as `Restorer.ran`
     on_part: Callable[[int, int, npt.NDArray[np.uint8]], None] = lambda top, left, pixels: None
 
     def __post_init__(self) -> None:
@@ -239,10 +239,9 @@ class Sitting:
         self.clock.lap("assemble")
         tiles = {p.name: plan.count for p, plan in self.estimate.passes}
         seconds = self.clock.seconds | self.walk.job.seconds
-        engines = {name: spec.name for name, spec in self.specs.items()}
-        devices = tuple(device.name for device in self.walk.executor.devices)
         notes = tuple(dict.fromkeys(self.walk.job.notes))
         scale, icc = self.estimate.scale, self.picture.icc
+        engines, devices = self.ran["engines"], tuple(self.ran["devices"])
         return Restoration(pixels, scale, icc, seconds, tiles, peak_bytes(), engines, devices, notes)
 
 

@@ -46,20 +46,10 @@ class _Writer:
 
 
 _PNG = _Writer("PNG", {})
-
-
 _JPEG = _Writer("JPEG", {"quality": 95, "subsampling": 0}, alpha=False, max_side=65500)  # libjpeg's, short of 65535
-
-
 _WEBP = _Writer("WEBP", {"lossless": True, "exact": True}, grey=False, max_side=16383)
-
-
 _TIFF = _Writer("TIFF", {}, max_bytes=2**32 - 2**20)  # offsets have 32 bits; the rest is for headers and a profile
-
-
 _BMP = _Writer("BMP", {}, alpha=False, max_bytes=2**32 - 2**20)
-
-
 _WRITERS = {
     ".png": _PNG,
     ".jpg": _JPEG,
@@ -69,8 +59,6 @@ _WRITERS = {
     ".tiff": _TIFF,
     ".bmp": _BMP,
 }
-
-
 FORMATS = tuple(suffix[1:] for suffix in _WRITERS)
 
 

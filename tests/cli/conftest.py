@@ -3,8 +3,6 @@
 from support.bundles import (
     build,
     bundle,
-    kernels,
-    packed_bundle,
     staged,
     tint,
     tinted,
@@ -17,8 +15,6 @@ from support.bundles import (
 __all__ = [
     "build",
     "bundle",
-    "kernels",
-    "packed_bundle",
     "staged",
     "tint",
     "tinted",

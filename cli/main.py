@@ -9,6 +9,7 @@ __all__ = ["ending", "main"]
 
 ENDINGS = {signal.SIGINT: ("interrupted", 130), signal.SIGTERM: ("terminated", 143)}
 RETRY_S = 0.05
+UNBROKEN = {"_locked", "staging", "writing"}  # they make and remove temporary files
 _stopped_by: list[int] = []  # the signals that came; a library may catch the exception that a signal raised
 
 
@@ -49,19 +50,22 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 
 def _again(number: int, frame: FrameType | None) -> None:
-    if hasattr(signal, "setitimer") and _imports(
-        frame
-    ):  # stopping in the middle of an import may crash a library, so wait
+    if hasattr(signal, "setitimer") and _must_end(frame):
         signal.setitimer(signal.ITIMER_REAL, RETRY_S)
         return
     raise KeyboardInterrupt
 
 
-def _imports(frame: FrameType | None) -> bool:
-    """Whether a module is being imported."""
+def _must_end(frame: FrameType | None) -> bool:
+    """Whether stopping now may crash a library that is being imported, or leave a temporary file."""
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
             return True
+        if frame.f_globals.get("__name__", "").startswith("tilewright."):
+            if frame.f_code.co_name == "_wait_for":  # another build holds the lock, for minutes perhaps
+                return False
+            if frame.f_code.co_name in UNBROKEN:
+                return True
         frame = frame.f_back
     return False
 

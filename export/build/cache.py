@@ -80,7 +80,7 @@ def staging(target: Path) -> Iterator[Path]:
 def sweep(parent: Path, pattern: str) -> None:
     """Remove folders that killed builds left behind. Folders of running builds are locked and stay."""
     for leftover in parent.glob(pattern):
-        if (lock := _take(leftover, wait=False)) is not None:
+        if (lock := _take(leftover)) is not None:
             shutil.rmtree(leftover, ignore_errors=True)
             os.close(lock)
 
@@ -89,7 +89,7 @@ def _new_folder(target: Path) -> tuple[Path, int]:
     """A new folder, and the lock on it."""
     while True:
         folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
-        if (lock := _take(folder, wait=True)) is not None:  # none if another build has just removed it as a leftover
+        if (lock := _take(folder)) is not None:  # none if another build has just removed it as a leftover
             folder.chmod(0o777 & ~_umask())  # mkdtemp makes folders that only their owner can read
             return folder, lock
 
@@ -103,13 +103,14 @@ def _umask() -> int:
 @contextlib.contextmanager
 def _locked(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
     """Hold a lock file, which is removed at the end."""
-    waits, lock = False, None
-    while lock is None:
-        path.touch()
-        lock = _take(path, wait=waits)
-        if lock is None and not waits:
+    waits = False
+    path.touch()
+    while (lock := _take(path)) is None:
+        if not waits:
             on_wait()
             waits = True
+        _wait_for(path)
+        path.touch()
     try:
         yield
     finally:
@@ -117,7 +118,14 @@ def _locked(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
         os.close(lock)
 
 
-def _take(path: Path, *, wait: bool) -> int | None:
+def _wait_for(path: Path) -> None:
+    """Wait until no process holds the lock of a file."""
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX)
+
+
+def _take(path: Path) -> int | None:
     """The descriptor that holds the lock of a file or folder. None if another process holds it, or if it is gone."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
@@ -125,13 +133,10 @@ def _take(path: Path, *, wait: bool) -> int | None:
         return None
     try:
         if fcntl is not None:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.path.samestat(os.fstat(descriptor), path.stat()):
             return descriptor
     except (BlockingIOError, FileNotFoundError):
         pass
-    except BaseException:
-        os.close(descriptor)
-        raise
     os.close(descriptor)
     return None

@@ -108,7 +108,7 @@ def next_data(descriptor: int, at: int, end: int) -> int:
 def writing(path: Path) -> Iterator[Path]:
     """A temporary file beside `path`, which replaces `path` on success and is removed on failure."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")  # a name that no other thread uses
+    temporary = path.with_name(f".{secrets.token_hex(8)}.part")  # a name that no other thread uses, and short
     try:
         yield temporary
         with temporary.open("rb+") as file:

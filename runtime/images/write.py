@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from tilewright.runtime.bundle.digests import writing
 from tilewright.runtime.errors import ResourceError, UsageError, amount
 from tilewright.runtime.images.read import Picture, Pixels, fitting_profile, reason
 
@@ -205,12 +206,5 @@ class _File(io.BufferedRandom):
 
 
 def _replace(target: Path, image: Image.Image, writer: _Writer, icc: bytes | None, stopped: Callable[[], bool]) -> None:
-    temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
-    try:
-        with _File(temporary, stopped) as file:
-            image.save(file, writer.format, icc_profile=icc, **writer.options)
-            file.flush()
-            os.fsync(file.raw.fileno())
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with writing(target) as temporary, _File(temporary, stopped) as file:
+        image.save(file, writer.format, icc_profile=icc, **writer.options)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import FrameType
 
 import pytest
 
@@ -155,3 +156,56 @@ def test_a_live_builds_folder_stays_and_a_killed_ones_goes(tmp_path: Path) -> No
             assert live.is_dir() and mine != live
         assert live.is_dir()
     assert left_over(tmp_path) == []
+
+
+@pytest.mark.slow
+def test_a_signal_before_any_instruction_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tilewright.cli import main
+    from tilewright.runtime.bundle.digests import writing
+
+    def fill() -> None:
+        with filling(tmp_path / "stage" / "key") as folder:
+            assert folder is not None
+            with writing(folder / "file") as temporary:
+                temporary.write_text("text")
+
+    monkeypatch.setattr(main, "_stopped_by", [])
+    monkeypatch.setattr(main, "RETRY_S", 1e-4)
+    codes = {filling.__wrapped__.__code__, staging.__wrapped__.__code__, writing.__wrapped__.__code__, fill.__code__}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGALRM)}
+    signal.signal(signal.SIGTERM, main._stop)
+    signal.signal(signal.SIGALRM, main._again)
+    stopped = finished = 0
+    try:
+        for moment in range(100_000):
+            countdown = moment
+
+            def trace(frame: FrameType, event: str, argument: object) -> object:
+                nonlocal countdown
+                if frame.f_code not in codes and Path(frame.f_code.co_filename).name not in ("cache.py", "pathlib.py"):
+                    return None
+                frame.f_trace_opcodes = True
+                if event == "opcode":
+                    countdown -= 1
+                    if countdown == -1:
+                        signal.raise_signal(signal.SIGTERM)
+                return trace
+
+            sys.settrace(trace)
+            try:
+                fill()
+                sys.settrace(None)
+                finished += countdown >= 0
+            except KeyboardInterrupt:
+                stopped += 1
+            finally:
+                sys.settrace(None)
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            assert left_over(tmp_path) == [], moment
+            shutil.rmtree(tmp_path / "stage", ignore_errors=True)
+            if finished:
+                break
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert stopped > 500

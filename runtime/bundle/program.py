@@ -11,7 +11,9 @@ that read nothing of a tile. The source of a call's input is written as
     $name    an input of the program, set by the caller or by its default
     ~name    noise with the shape of the grid or state `name`, new in every step
 
-Tensors of a tile or a grid have a leading batch axis, all others have none.
+Every tensor has a leading axis of tiles. A tensor of a tile or a grid has a row for each tile of a call: its axis is
+named `batch`. All others have one row, and an input that reads them has the axis `batch_or_1`: one row for all tiles of
+a call, or a row for each where a call holds tiles of other steps or images. A single number is one row.
 """
 
 import re
@@ -19,6 +21,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
 __all__ = [
+    "ANY",
     "Call",
     "Grid",
     "Input",
@@ -35,6 +38,7 @@ __all__ = [
 ]
 
 Dim = int | str
+ANY = "batch_or_1"  # name of the leading axis of an input that all tiles of a call may share
 SCHEDULE_TABLES = {
     "flow_shift": ("sigma", "sigma_next"),
     "ddim": ("t", "alpha", "beta", "alpha_next", "beta_next"),
@@ -118,7 +122,7 @@ class Input:
     """A value that the caller may set; `choices` gives names to numbers."""
 
     dtype: str
-    shape: tuple[int, ...] = ()
+    shape: tuple[int, ...] = ()  # a single number, or one row [1, ...]
     default: int | float | str | None = None  # a number, or "#name" of a constant; none: the caller must set it
     choices: dict[str, int] = field(default_factory=dict)
     help: str = ""  # one line for the caller
@@ -128,6 +132,11 @@ class Input:
     def __post_init__(self) -> None:
         if any(d < 1 for d in self.shape):
             raise ValueError(f"shape {list(self.shape)} holds a size below 1")
+
+    @property
+    def spec(self) -> TensorSpec:
+        """The tensor that components read; a single number is one row."""
+        return TensorSpec(self.dtype, self.shape or (1,))
 
 
 @dataclass(frozen=True)

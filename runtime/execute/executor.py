@@ -107,13 +107,14 @@ class Executor:
             thread.join()
 
     def _key(self, task: Task, block: Block, tile: int) -> Hashable:
-        """Nodes of the same key may share a call. Inputs without an axis of tiles must be the same for all of them."""
-        p = task.graph.program.passes[block.place]
-        plan = task.graph.plan(block)
-        alone = p.tiles is None or block.section == "shared"
-        stepped = any(source[0] == "@" for call in block.calls for source in call.inputs.values())
-        step = block.step if stepped or block.section != "each" else -1
-        return block.place, block.section, step, plan.tile_height, plan.tile_width, task.number, tile if alone else None
+        """Nodes of the same key may share a call: their tiles have the same size, of any step and any image."""
+        program = task.graph.program
+        p, plan = program.passes[block.place], task.graph.plan(block)
+        if p.tiles is None or block.section == "shared":
+            return task.number, block.number
+        bundle = (id(program), id(task.values.constants))
+        steps = task.graph.steps.get(p.name)  # the rows of tables outside of `each`
+        return *bundle, block.place, block.section, steps, plan.tile_height, plan.tile_width
 
     def _serve(self, device: int) -> None:
         while True:
@@ -132,19 +133,35 @@ class Executor:
         try:
             outputs = self._outputs(self.devices[batch.device], batch)
         except DeviceFault as fault:
-            self._device_failed(batch, fault.error)
+            if not self._run_apart(batch):
+                self._device_failed(batch, fault.error)
         except BaseException as error:  # the job is at fault: another device would fail too
-            with self.changed:
-                self.queue.put_back(batch)
-                self._end(work, error)
+            if not self._run_apart(batch):
+                with self.changed:
+                    self.queue.put_back(batch)
+                    self._end(work, error)
         else:
-            self._count(batch, outputs)
+            with self.changed:
+                batches = self.queue.split(batch)
+            each_output = iter(outputs)
+            for of_job in batches:
+                self._count(of_job, [next(each_output) for _ in of_job.nodes])
+
+    def _run_apart(self, batch: Batch) -> bool:
+        """Run the nodes of each job by themselves, if there are several jobs: the fault may be that of one."""
+        if len(batch.of_works()) == 1:
+            return False
+        with self.changed:
+            batches = self.queue.split(batch)
+        for of_job in batches:
+            self._run(of_job)
+        return True
 
     def _outputs(self, device: Device, batch: Batch) -> list[Outputs]:
         """Run the calls of a batch one after another."""
         work, block, _ = batch.nodes[0]
         task: Task = work.owner
-        outputs = [Outputs(values=task.values.begun(block, tile)) for _, _, tile in batch.nodes]
+        outputs = [Outputs(values=w.owner.values.begun(b, tile)) for w, b, tile in batch.nodes]
         for call in block.calls:
             feed = {name: self._input(device, batch, source, outputs) for name, source in call.inputs.items()}
             start = time.perf_counter()
@@ -152,34 +169,33 @@ class Executor:
                 results = device.run(call.run, feed, call.outputs)
             except Exception as error:
                 raise DeviceFault(error) from error
-            seconds = time.perf_counter() - start
+            seconds = (time.perf_counter() - start) / len(batch.nodes)
             with self.changed:
-                task.seconds[call.run] = task.seconds.get(call.run, 0.0) + seconds
+                for node in batch.nodes:
+                    spent = node[0].owner.seconds
+                    spent[call.run] = spent.get(call.run, 0.0) + seconds
             for name in call.outputs:
                 if not device.finite(results[name]):
                     raise DeviceFault(_not_finite(task, block, call, name, device.get(results[name])))
             for name, target in call.outputs.items():
-                self._keep(task, block, batch, target, results[name], outputs)
+                self._keep(batch, target, results[name], outputs)
         return outputs
 
-    def _keep(self, task: Task, block: Block, batch: Batch, target: str, result: Any, outputs: list[Outputs]) -> None:
-        count, grids = len(batch.nodes), task.graph.program.grids
-        for i, (_, _, tile) in enumerate(batch.nodes):
-            array = result if count == 1 else on_host(result)[i : i + 1]
-            if target in grids:
-                outputs[i].parts[target] = task.values.weighted(block, target, tile, array)
+    def _keep(self, batch: Batch, target: str, result: Any, outputs: list[Outputs]) -> None:
+        for i, (work, block, tile) in enumerate(batch.nodes):
+            array = result if len(batch.nodes) == 1 else on_host(result)[i : i + 1]
+            if target in work.graph.program.grids:
+                outputs[i].parts[target] = work.owner.values.weighted(block, target, tile, array)
             else:
                 outputs[i].values[target] = array
 
     def _input(self, device: Device, batch: Batch, source: str, outputs: list[Outputs]) -> Any:
-        """An input of a call, as one buffer of the device. Inputs with an axis of tiles are stacked."""
-        work, block, tile = batch.nodes[0]
-        value, rows = work.owner.values.feed(block, tile, source, outputs[0])
-        if rows and len(batch.nodes) > 1:
-            values = [value]
-            for (other, its_block, its_tile), its_outputs in zip(batch.nodes[1:], outputs[1:], strict=True):
-                values.append(other.owner.values.feed(its_block, its_tile, source, its_outputs)[0])
-            return device.put(np.concatenate([on_host(v) for v in values]))
+        """An input of a call, as one buffer of the device: a row for each node, or one that all nodes share."""
+        nodes = zip(batch.nodes, outputs, strict=True)
+        fed = [work.owner.values.feed(block, tile, source, its) for (work, block, tile), its in nodes]
+        (value, of_tile), others = fed[0], [row for row, _ in fed[1:]]
+        if others and (of_tile or not all(_same(value, row) for row in others)):
+            return device.put(np.concatenate([on_host(row) for row in (value, *others)]))
         if source[0] == "#":
             key = (id(device), id(value))
             if key not in self.uploads:
@@ -188,8 +204,8 @@ class Executor:
         if getattr(value, "holder", None) is device:
             return value
         array = on_host(value)
-        contiguous = isinstance(array, np.ndarray) and rows and not array.flags.c_contiguous
-        return device.put(np.ascontiguousarray(array) if contiguous else array)
+        contiguous = not isinstance(array, np.ndarray) or array.flags.c_contiguous
+        return device.put(array if contiguous else np.ascontiguousarray(array))
 
     def _count(self, batch: Batch, outputs: list[Outputs]) -> None:
         """Store the outputs of a batch, report progress, and end the round if it is done."""
@@ -202,11 +218,11 @@ class Executor:
                     return
                 final = [
                     part
-                    for (_, _, tile), output in zip(batch.nodes, outputs, strict=True)
-                    for part in task.values.commit(block, tile, output)
+                    for (_, its_block, tile), output in zip(batch.nodes, outputs, strict=True)
+                    for part in task.values.commit(its_block, tile, output)
                 ]
-                for _, _, tile in batch.nodes:
-                    self.failed_on.pop((task.number, block.number, tile), None)
+                for _, its_block, tile in batch.nodes:
+                    self.failed_on.pop((task.number, its_block.number, tile), None)
                 self._drop_values(task, work, batch)
             try:
                 for part in final:
@@ -239,10 +255,11 @@ class Executor:
         block = batch.nodes[0][1]
         passes = task.graph.program.passes
         p = passes[block.place]
-        if task.keep or p.tiles is None or block.number != task.graph.of_pass[p.name][-1]:
+        if task.keep or p.tiles is None:
             return
         read = {name for later in passes[block.place + 1 :] for name in later.reads()}
-        for _, _, tile in batch.nodes:
+        ended = [tile for _, each, tile in batch.nodes if each.number == task.graph.of_pass[p.name][-1]]
+        for tile in ended:
             names = task.values.names_in_tile(p.tiles, tile)
             task.values.forget(block.place, tile, set(names) - read)
 
@@ -284,6 +301,16 @@ class Executor:
             else:
                 task.future.set_exception(error)
         self.changed.notify_all()
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two rows are equal. Rows on a device are compared by identity, as a look at their values would cost more."""
+    if one is other or not (isinstance(one, np.ndarray) and isinstance(other, np.ndarray)):
+        return one is other
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    place = one.__array_interface__["data"], one.strides
+    return place == (other.__array_interface__["data"], other.strides) or np.array_equal(one, other)
 
 
 def _not_finite(task: Task, block: Block, call: Call, name: str, output: Any) -> AccuracyError:

@@ -45,6 +45,11 @@ class Batch:
     nodes: tuple[tuple[Work, Block, int], ...]
     device: int
 
+    def of_works(self) -> "list[Batch]":
+        """Its nodes in a batch for each job."""
+        works = {id(work): work for work, *_ in self.nodes}.values()
+        return [Batch(tuple(node for node in self.nodes if node[0] is work), self.device) for work in works]
+
 
 class Queue:
     """Ready nodes of all jobs."""
@@ -96,11 +101,17 @@ class Queue:
             first = self._pop(work, key)
             nodes, most = [first], first[1].batch
             for other in [work, *(w for w in sorted(self.works, key=lambda w: w.turns) if w is not work)]:
-                while len(nodes) < most and key in other.ready:
+                while len(nodes) < most and key in other.ready and self._allowed(other, key):
                     nodes.append(self._pop(other, key))
             self.busy[device] += 1
             return Batch(tuple(nodes), device)
         return None
+
+    def split(self, batch: Batch) -> list[Batch]:
+        """Its nodes in a batch for each job, each to be completed or put back by itself."""
+        batches = batch.of_works()
+        self.busy[batch.device] += len(batches) - 1
+        return batches
 
     def complete(self, batch: Batch) -> None:
         """Count nodes as done, and offer those that waited for them."""

@@ -75,16 +75,16 @@ def test_every_step_reads_its_row_of_the_schedules_tables_and_of_what_all_tiles_
     engines = toys(IN_TOKEN)
     run(program_of("in-token"), engines, IN_TOKEN_CONSTANTS, Job(canvas(48, 2576), SEED))
     sigma, sigma_next = flow(28, 48 * 1024 // 256)  # tokens of a tile, not of the image
-    rows = in_token_modulate(IN_TOKEN_CONSTANTS["pooled"], np.float32(30), sigma)["modulation"]
+    rows = in_token_modulate(IN_TOKEN_CONSTANTS["pooled"], np.float32([30]), sigma[None])["modulation"]
     feeds = engines["step"].feeds
     assert len(feeds) == 28 * 4
     assert Counter(feed["sigma"].item() for feed in feeds) == dict.fromkeys(sigma.tolist(), 4)
     for feed in feeds:
         (step,) = np.flatnonzero(sigma == feed["sigma"])
         assert feed["sigma"].dtype == feed["sigma_next"].dtype == np.float32
-        assert feed["sigma"].shape == feed["sigma_next"].shape == ()
+        assert feed["sigma"].shape == feed["sigma_next"].shape == (1,)
         assert (feed["sigma"], feed["sigma_next"]) == (sigma[step], sigma_next[step])
-        np.testing.assert_array_equal(feed["modulation"], rows[step])
+        np.testing.assert_array_equal(feed["modulation"], rows[:, step])
         assert feed["context"] is IN_TOKEN_CONSTANTS["context"]
 
 
@@ -121,7 +121,7 @@ def test_outside_each_a_table_comes_whole():
     run(program_of("vicr"), engines, {}, Job(canvas(48, 1808), inputs=VICR_INPUTS))
     assert len(engines["modulate"].feeds) == 3
     for feed in engines["modulate"].feeds:
-        np.testing.assert_array_equal(feed["sigmas"], flow(30, 48 * 1024 // 128)[0])
+        np.testing.assert_array_equal(feed["sigmas"][0], flow(30, 48 * 1024 // 128)[0])
 
 
 # The steered program: a start from noise, joined latents beside private values, three calls a step, fresh noise, inputs

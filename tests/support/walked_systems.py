@@ -67,7 +67,7 @@ def in_token_step(z, y, context, seen, modulation, sigma, sigma_next):
     return {"z_next": z + per_tile(sigma_next - sigma) * (0.6 * blurred(z) + 0.3 * y + seen + shift)}
 
 
-IN_TOKEN_CONSTANTS = {"context": np.float32([[0.1, -0.2]]), "pooled": np.float32([[0.3, 0.4, -0.1]])}
+IN_TOKEN_CONSTANTS = {"context": np.float32([[0.1, -0.2, 0.3, -0.3]]), "pooled": np.float32([[0.3, 0.4, -0.1]])}
 IN_TOKEN = {
     "modulate": in_token_modulate,
     "encode": lambda image: {"latent": blurred(shrunk(image, 8, 16))},

@@ -59,7 +59,7 @@ lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --cache-dir .mypy_cache/strict --strict -p tilewright.runtime
-	$(BIN)/mypy --cache-dir .mypy_cache/usual -p tilewright.export -p tilewright.kernels -p tilewright.calib
+	$(BIN)/mypy --cache-dir .mypy_cache/usual -p tilewright.cli -p tilewright.export -p tilewright.kernels -p tilewright.calib
 	MYPYPATH=tools:typings $(BIN)/mypy --cache-dir .mypy_cache/train -p train
 
 bench: .venv/ready

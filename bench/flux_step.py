@@ -36,7 +36,9 @@ def engine(memory: str) -> Callable[[Path, int], Callable[[], Any]]:
         from tilewright.runtime.bundle.read import read_bundle
         from tilewright.runtime.engines.ort import open_engine
 
-        step = open_engine(read_bundle(bundle), "step", memory=memory, threads=THREADS)
+        opened = read_bundle(bundle)
+        spec = opened.manifest.components["step"].engines[0]
+        step = open_engine(opened, "step", spec, memory=memory, threads=THREADS)
         feed = inputs(bundle, side)
         return lambda: step.run(feed, ["z_next"])["z_next"]
 

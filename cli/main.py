@@ -5,7 +5,7 @@ import signal
 import sys
 from types import FrameType
 
-__all__ = ["main"]
+__all__ = ["ending", "main"]
 
 ENDINGS = {signal.SIGINT: ("interrupted", 130), signal.SIGTERM: ("terminated", 143)}
 RETRY_S = 0.05
@@ -94,7 +94,7 @@ def _run(words: list[str]) -> int:
         if isinstance(error, TilewrightError):
             message, code = as_typed(str(error), getattr(arguments, "options", {})), error.exit_code
         else:
-            message, code = _ending(error)
+            message, code = ending(error)
         picture_goes_there = str(getattr(arguments, "output", "")) == "-"
         to = None if "--json" not in words else sys.stderr if picture_goes_there else sys.stdout
         say_error(message, code, type(error).__name__, getattr(error, "report", None), to=to)
@@ -128,7 +128,7 @@ def _silence(words: list[str]) -> None:
     ours.setLevel(logging.ERROR if {"-q", "--quiet"} & set(words) else logging.WARNING)
 
 
-def _ending(error: Exception) -> tuple[str, int]:
+def ending(error: Exception) -> tuple[str, int]:
     """The line and the exit code for an error that is not ours."""
     import errno
 

@@ -1,21 +1,32 @@
-"""The verbs of `tilewright runtime`: restore, plan, select, profile."""
+"""The verbs of `tilewright runtime`: restore, plan, simulate, select, doctor, profile."""
 
 import argparse
 import contextlib
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from tilewright.cli.terminal import Progress, answer, expect_argument, note, send_image, verb
+from tilewright.cli.simulate import simulate, simulate_arguments
+from tilewright.cli.terminal import Progress, answer, expect_argument, mebibytes, note, send_image, verb
 from tilewright.runtime.bundle.arguments import Argument, flag
-from tilewright.runtime.bundle.program import Input
+from tilewright.runtime.bundle.program import Input, Program
 from tilewright.runtime.bundle.read import read_bundle
 from tilewright.runtime.errors import UsageError
 from tilewright.runtime.estimate import MEMORY_MODES, estimate
-from tilewright.runtime.images.write import FORMATS, check_overwrite, check_writable, encode_image, write_image
+from tilewright.runtime.images.write import (
+    FORMATS,
+    check_format,
+    check_overwrite,
+    check_room,
+    check_writable,
+    encode_image,
+    write_or_keep,
+)
 from tilewright.runtime.inputs import checked
+from tilewright.runtime.profile import ran
 from tilewright.runtime.restore import Restorer, load
 
 __all__ = ["add_verbs"]
@@ -27,8 +38,8 @@ METAVARS = {"words": "WORDS", "tensors": "FILE", "number": "NUMBER", "integer": 
 
 
 def add_verbs(verbs: Any) -> None:
-    """Add the verbs restore, plan, select and profile."""
-    _restore_arguments(verb(verbs, "restore", "restore an image", _restore))
+    """Add the verbs restore, plan, simulate, select, doctor and profile."""
+    _restore_arguments(verb(verbs, "restore", "restore an image, or every image of a folder", _restore))
 
     plan = verb(verbs, "plan", "tiles and memory for an image size; nothing is run", _plan)
     plan.add_argument("width", type=int, help="of the input image")
@@ -37,17 +48,28 @@ def add_verbs(verbs: Any) -> None:
     plan.add_argument("--memory", choices=MEMORY_MODES, default="fast", help="as for restore")
     plan.add_argument("--scale", type=int, metavar="N", help="as for restore")
 
+    _bundle_arguments(simulate_arguments(verb(verbs, "simulate", "time on several devices; nothing is run", simulate)))
+
     select = verb(verbs, "select", "the best of several restorations of one image, by scores of quality", _select)
     select.add_argument("candidates", nargs="+", type=Path, metavar="IMAGE", help="in the order of their rounds")
     select.add_argument("--scores", type=Path, required=True, metavar="CSV", help="image,METRIC,...; higher is better")
+
+    doctor = verb(verbs, "doctor", "the devices here, and the engines that would run on them", _doctor)
+    doctor.add_argument("bundle", nargs="?", type=Path, metavar="BUNDLE", help="its directory (default: no engines)")
+    _engine_argument(doctor)
+    expect_argument(doctor)
 
     _profile_arguments(verb(verbs, "profile", "measure latency and memory per resolution", _profile))
 
 
 def _restore_arguments(restore: argparse.ArgumentParser) -> None:
-    restore.add_argument("input", type=Path, metavar="IN", help="an image, or - for standard input")
-    restore.add_argument("output", type=Path, metavar="OUT", help="its suffix chooses the format; - is standard output")
-    restore.add_argument("--format", choices=FORMATS, help="of the image on standard output (default: png)")
+    restore.add_argument("input", type=Path, metavar="IN", help="an image, a folder, or - for standard input")
+    restore.add_argument(
+        "output", type=Path, metavar="OUT", help="its suffix chooses the format; a folder; or - for standard output"
+    )
+    restore.add_argument(
+        "--format", choices=FORMATS, help="of the images in a folder, or on standard output (default: png)"
+    )
     restore.add_argument("--force", action="store_true", help="replace the input itself, or a read-only file")
     _bundle_arguments(restore)
     _engine_arguments(restore)
@@ -148,6 +170,7 @@ def _engine_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--memory", choices=MEMORY_MODES, default="fast", help="speed, or weights mapped and not copied"
     )
+    _engine_argument(parser)
     parser.add_argument("--threads", type=int, metavar="N", default=0, help="of an engine (default: all cores)")
     parser.add_argument(
         "--devices", default="cpu:0", metavar="NAMES", help="run tiles at once on cpu:0,cpu:1,... (default: cpu:0)"
@@ -155,9 +178,16 @@ def _engine_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights-dir", type=Path, metavar="DIR", help="where the weights are, if they moved")
 
 
+def _engine_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--engine", metavar="WISH", help="a name, precision or backend of engines (default: the best that runs here)"
+    )
+
+
 def _open(arguments: argparse.Namespace) -> Restorer:
     return load(
         arguments.opened,
+        engine=arguments.engine,
         memory=arguments.memory,
         threads=arguments.threads,
         devices=arguments.devices.split(","),
@@ -166,36 +196,36 @@ def _open(arguments: argparse.Namespace) -> Restorer:
 
 
 def _restore(arguments: argparse.Namespace) -> None:
+    if str(arguments.input) != STREAM and arguments.input.is_dir():
+        values = _bundle_values(arguments)
+        _notes(arguments)
+        from tilewright.cli.folder import restore_folder
+
+        restore_folder(arguments, partial(_open, arguments), _sizes(arguments) | values)
+        return
     source, piped = _streams(arguments)
     values = _bundle_values(arguments)
-    weights = arguments.opened.manifest.options.get("weights", "")
-    if weights.startswith(("random", "stand-in")):
-        kind = weights.partition(",")[0]
-        note(arguments, f"this bundle holds {kind} weights; the picture proves plumbing, not restoration")
+    _notes(arguments)
     start = time.perf_counter()
     with Progress(arguments, [p.name for p in arguments.opened.program.passes]) as progress:
         progress.doing("opening the engines")
         with _open(arguments) as restorer:
             opened = time.perf_counter() - start
             progress.doing("reading the image")
-            restoration = restorer.restore(
-                source,
-                tile=arguments.tile,
-                overlap=arguments.overlap,
-                seed=arguments.seed,
-                steps=arguments.steps,
-                scale=arguments.scale,
-                max_pixels=arguments.max_pixels,
-                on_progress=progress.tiles,
-                **values,
-            )
-        progress.doing("writing the image")
+            sitting = restorer.sitting(source, on_progress=progress.tiles, **_sizes(arguments), **values)
+            if piped:
+                check_format("the image", f".{arguments.format or 'png'}", sitting.shape)
+            else:
+                check_room(arguments.output, sitting.shape)
+            restoration = sitting.begin({}, keep=False).result()
+        progress.doing("writing the image" if piped else f"writing {arguments.output}")
         before = time.perf_counter()
         if piped:
             send_image(encode_image(restoration.image, arguments.format or "png", icc=restoration.icc))
         else:
-            write_image(arguments.output, restoration.image, icc=restoration.icc)
-    seconds = restoration.seconds | {"open": opened, "write": time.perf_counter() - before}
+            write_or_keep(arguments.output, restoration.image, icc=restoration.icc)
+    now = time.perf_counter()
+    seconds = restoration.seconds | {"open": opened, "write": now - before, "total": now - start}
     height, width = restoration.image.shape[:2]
     value = {
         "input_width": width // restoration.scale,
@@ -206,8 +236,35 @@ def _restore(arguments: argparse.Namespace) -> None:
         "tiles": restoration.tiles,
         "seconds": seconds,
         "peak_bytes": restoration.peak_bytes,
+        "engines": restoration.engines,
+        "devices": restoration.devices,
     }
     answer(arguments, value, _restored(arguments.input, value), to=sys.stderr if piped else None)
+
+
+def _sizes(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options of a restoration that are not the bundle's."""
+    return {name: getattr(arguments, name) for name in ("tile", "overlap", "seed", "steps", "scale", "max_pixels")}
+
+
+def _notes(arguments: argparse.Namespace) -> None:
+    """Notes on a restoration that may not be what the user expects."""
+    weights = arguments.opened.manifest.options.get("weights", "")
+    if weights.startswith(("random", "stand-in")):
+        kind = weights.partition(",")[0]
+        note(arguments, f"this bundle holds {kind} weights; the picture proves plumbing, not restoration")
+    _note_large_tile(arguments, arguments.opened.program)
+
+
+def _note_large_tile(arguments: argparse.Namespace, program: Program) -> None:
+    tiles = [p.tiles for p in program.passes if p.tiles and not p.tiles.fixed_px]
+    least = min((max(t.px, *(t.whole_up_to_px or (0,))) for t in tiles), default=None)
+    if least is not None and arguments.tile is not None and arguments.tile > least:
+        note(
+            arguments,
+            f"--tile {arguments.tile} is larger than the {least} px this bundle is made for; it may take much longer"
+            " and draw a pattern over the picture",
+        )
 
 
 def _streams(arguments: argparse.Namespace) -> tuple[Path | BinaryIO, bool]:
@@ -218,7 +275,9 @@ def _streams(arguments: argparse.Namespace) -> tuple[Path | BinaryIO, bool]:
             raise UsageError("standard output is no place for an image here; name a file, or write > FILE after it")
     else:
         if arguments.format:
-            raise UsageError(f"--format is for standard output; the suffix of {arguments.output} chooses its format")
+            raise UsageError(
+                f"--format is for standard output and folders; the suffix of {arguments.output} chooses its format"
+            )
         check_writable(arguments.output)
         if not arguments.force:
             check_overwrite(arguments.output, arguments.input)
@@ -233,15 +292,17 @@ def _restored(source: Path, value: dict[str, Any]) -> str:
     width, height, seconds = value["width"], value["height"], value["seconds"]
     tiles = ", ".join(f"{name} {count}" for name, count in value["tiles"].items())
     phases = ", ".join(f"{name} {spent:.2f}" for name, spent in seconds.items() if name != "total")
-    peak = f"{value['peak_bytes'] / 2**20:.0f} MiB" if value["peak_bytes"] else "unknown"
+    peak = mebibytes(value["peak_bytes"])
     return (
         f"{source} {value['input_width']}x{value['input_height']} px -> {value['output']} {width}x{height} px"
-        f" in {seconds['total']:.2f} s; tiles: {tiles}; peak {peak}\nseconds: {phases}"
+        f" in {seconds['total']:.2f} s; tiles: {tiles}; peak {peak}\n"
+        f"engines: {ran(value['engines'], value['devices'])}; seconds: {phases}"
     )
 
 
 def _plan(arguments: argparse.Namespace) -> None:
     bundle = read_bundle(arguments.bundle, expect=arguments.expect)
+    _note_large_tile(arguments, bundle.program)
     needs = estimate(
         bundle,
         arguments.width,
@@ -254,7 +315,7 @@ def _plan(arguments: argparse.Namespace) -> None:
     passes = [
         {
             "pass": p.name,
-            "tiles": len(plan.tiles),
+            "tiles": plan.count,
             "columns": len(plan.lefts),
             "rows": len(plan.tops),
             "tile": [plan.tile_width, plan.tile_height],
@@ -292,10 +353,21 @@ def _select(arguments: argparse.Namespace) -> None:
     answer(arguments, {"best": str(best), "candidates": rows}, "\n".join([*lines, f"best: {best}"]))
 
 
+def _doctor(arguments: argparse.Namespace) -> None:
+    from tilewright.runtime.doctor import diagnose, summary
+
+    bundle = read_bundle(arguments.bundle, expect=arguments.expect) if arguments.bundle else None
+    if bundle is None and arguments.engine:
+        raise UsageError(f"--engine {arguments.engine} needs a bundle; name its directory")
+    report, fault = diagnose(bundle, arguments.engine)
+    answer(arguments, report, summary(report), fault=fault)
+
+
 def _profile(arguments: argparse.Namespace) -> None:
     from tilewright.runtime.profile import profile, resolutions, table
 
     sizes, values = resolutions(arguments.resolutions), _bundle_values(arguments)
+    _note_large_tile(arguments, arguments.opened.program)
     parts = [f"{width}x{height}" for width, height in sizes]
     with _open(arguments) as restorer, Progress(arguments, parts) as progress:
         measured = profile(

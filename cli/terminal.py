@@ -14,7 +14,7 @@ from typing import Any, TextIO
 
 from tilewright.runtime.errors import ResourceError, TilewrightError, amount
 
-__all__ = ["Progress", "answer", "expect_argument", "note", "say_error", "send_image", "table", "verb"]
+__all__ = ["Progress", "answer", "expect_argument", "mebibytes", "note", "say_error", "send_image", "table", "verb"]
 
 EVERY_S = 5.0  # between two lines of progress if there is no terminal
 
@@ -67,6 +67,11 @@ def send_image(data: bytes) -> None:
     with _writing("the image", sys.stdout):
         sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
+
+
+def mebibytes(size: int) -> str:
+    """A number of bytes, or that it is not known."""
+    return f"{size / 2**20:.0f} MiB" if size else "unknown"
 
 
 def _print(text: str, to: TextIO) -> None:
@@ -151,6 +156,10 @@ class Progress:
     def tiles(self, name: str, done: int, total: int) -> None:
         """Report finished tiles of a pass, or other countable work."""
         self._counted(name, done, total, f"{done}/{total}")
+
+    def images(self, done: int, total: int, share: float) -> None:
+        """Report finished images of a job, and the share of the whole job's work that is done."""
+        self._counted("images", int(1000 * share), 1000, f"{done}/{total}")
 
     def bytes(self, name: str, done: int, total: int) -> None:
         """Report bytes of a file that are read or written."""

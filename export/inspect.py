@@ -31,7 +31,7 @@ def inspect(root: Path, weights_dir: Path | None = None, expect: str | None = No
         components[name] = {
             "inputs": {k: f"{s.dtype} {list(s.shape)}" for k, s in component.inputs.items()},
             "outputs": {k: f"{s.dtype} {list(s.shape)}" for k, s in component.outputs.items()},
-            "engines": [f"{e.backend} {e.precision} {e.file}" for e in component.engines],
+            "engines": [encode(e) for e in component.engines],
             "nodes": model.graph.num_nodes(),
             "referenced_bytes": outside,
             "materialised_bytes": inside,
@@ -43,7 +43,6 @@ def inspect(root: Path, weights_dir: Path | None = None, expect: str | None = No
         "digest": bundle.digest,
         "system": manifest.system,
         "preset": manifest.preset,
-        "precision": manifest.precision,
         "licence": manifest.licence,
         "options": manifest.options,
         "made_with": manifest.made_with,
@@ -108,13 +107,13 @@ def summary(report: dict[str, Any]) -> str:
     """The description as text."""
     sizes = report["bytes"]
     lines = [
-        f"{report['bundle']}: {report['system']} {report['preset']}, {report['precision']}, {report['digest'][:12]}",
+        f"{report['bundle']}: {report['system']} {report['preset']}, {report['digest'][:12]}",
         f"licence of the weights: {report['licence']}",
         *(f"pass {p}" for p in report["passes"]),
         *(_argument(name, Argument(**fields)) for name, fields in report["arguments"].items()),
     ]
     for name, c in report["components"].items():
-        lines.append(f"{name}: {c['nodes']} nodes; {', '.join(c['engines'])}")
+        lines.append(f"{name}: {c['nodes']} nodes; engines {', '.join(e['name'] for e in c['engines'])}")
         lines.append(f"    in  {', '.join(f'{k} {v}' for k, v in c['inputs'].items())}")
         lines.append(f"    out {', '.join(f'{k} {v}' for k, v in c['outputs'].items())}")
         if c["weights"]:

@@ -104,7 +104,7 @@ def weights_bytes(bundle: Bundle, components: Iterable[str], memory: str) -> int
 
 def _kept_cells(bundle: Bundle, p: Pass, plan: TilePlan) -> int:
     """How many numbers belong to the job or to the tiles of a pass, as far as their shapes are known."""
-    sizes = {"batch": len(plan.tiles), "steps": p.steps.count if p.steps else 1}
+    sizes = {"batch": plan.count, "steps": p.steps.count if p.steps else 1}
     cells = 0
     for *_, call in p.calls():
         shapes = [bundle.manifest.components[call.run].outputs[name].shape for name in call.outputs]
@@ -114,7 +114,7 @@ def _kept_cells(bundle: Bundle, p: Pass, plan: TilePlan) -> int:
 
 
 def _pass_bytes(bundle: Bundle, p: Pass, plan: TilePlan) -> float:
-    px = plan.tile_height * plan.tile_width * (min(p.tiles.batch, len(plan.tiles)) if p.tiles else 1)
+    px = plan.tile_height * plan.tile_width * (min(p.tiles.batch, plan.count) if p.tiles else 1)
     models = [bundle.manifest.components[call.run].memory for _, _, call in p.calls()]
     return max(m.fixed + m.per_px * px + m.per_px2 * px * px for m in models)
 

@@ -2,7 +2,7 @@
 
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from tilewright.runtime.errors import UsageError
 from tilewright.runtime.estimate import peak_bytes, reset_peak
 from tilewright.runtime.restore import Restorer
 
-__all__ = ["hardware", "profile", "resolutions", "table"]
+__all__ = ["hardware", "profile", "ran", "resolutions", "table"]
 
 
 def resolutions(text: str) -> list[tuple[int, int]]:
@@ -67,12 +67,14 @@ def profile(
             on_progress(name, i + 1, runs + 1)
         rows.append(_row([m.seconds for m in measured[1:]], restoration.image.shape, restoration.tiles))
     bundle = restorer.bundle
-    engine = backend(next(iter(bundle.manifest.components.values())).engines[0].backend).version()
+    backends = sorted({spec.backend for spec in restorer.specs.values()})
     return {
         "bundle": bundle.digest,
         "system": bundle.manifest.system,
         "preset": bundle.manifest.preset,
-        "engine": engine,
+        "engine": ", ".join(backend(name).version() for name in backends),
+        "engines": {name: spec.name for name, spec in restorer.specs.items()},
+        "devices": [device.name for device in restorer.executor.devices],
         "memory": restorer.memory,
         "hardware": hardware(),
         "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -101,11 +103,17 @@ def _row(seconds: list[dict[str, float]], shape: tuple[int, ...], tiles: dict[st
     }
 
 
+def ran(engines: Mapping[str, str], devices: Sequence[str]) -> str:
+    """The engines and devices of a measurement or a restoration, as text."""
+    return f"{', '.join(sorted(set(engines.values())))} on {', '.join(devices)}"
+
+
 def table(measured: dict[str, Any]) -> str:
     """A measurement as text."""
     machine = measured["hardware"]
     lines = [
-        f"{measured['system']} {measured['preset']}, {measured['engine']}, memory {measured['memory']},"
+        f"{measured['system']} {measured['preset']}, {ran(measured['engines'], measured['devices'])},"
+        f" {measured['engine']}, memory {measured['memory']},"
         f" {machine['cpu']} x{machine['cores']}, {measured['runs']} runs",
         f"{'resolution':>12} {'tiles':>6} {'p50 s':>8} {'p90 s':>8} {'p99 s':>8}"
         f" {'Mpx/s':>7} {'peak MiB':>9}  phases (s)",

@@ -14,12 +14,15 @@ import numpy as np
 import numpy.typing as npt
 
 from tilewright.runtime.bundle.arguments import Argument
+from tilewright.runtime.bundle.manifest import EngineSpec
 from tilewright.runtime.bundle.read import Bundle, read_bundle
 from tilewright.runtime.bundle.weights import checked_folder
 from tilewright.runtime.engines import Engine, backend
+from tilewright.runtime.engines.choose import choose_all, require
+from tilewright.runtime.engines.machine import this_machine, usable_cores
 from tilewright.runtime.errors import UsageError
 from tilewright.runtime.estimate import MEMORY_MODES, Estimate, all_open, available_bytes, estimate, peak_bytes
-from tilewright.runtime.execute.devices import CpuDevice, OpenEngines, cpu_names, usable_cores
+from tilewright.runtime.execute.devices import CpuDevice, OpenEngines, cpu_names
 from tilewright.runtime.execute.executor import Executor
 from tilewright.runtime.execute.walk import Job, Walk
 from tilewright.runtime.images.canvas import Enlarged, fill
@@ -42,6 +45,8 @@ class Restoration:
     seconds: dict[str, float]  # phase -> time; the phase of an engine has its component's name
     tiles: dict[str, int]  # pass -> tiles
     peak_bytes: int
+    engines: dict[str, str]  # component -> the name of its engine
+    devices: tuple[str, ...]  # where the engines ran
 
 
 @dataclass
@@ -51,6 +56,7 @@ class Restorer:
     bundle: Bundle
     engines: OpenEngines  # of the first device
     executor: Executor
+    specs: Mapping[str, EngineSpec]  # component -> the engine that was chosen
     constants: Mapping[str, Any] = field(default_factory=dict)
     memory: str = "fast"
 
@@ -115,19 +121,18 @@ class Restorer:
         if steps is not None and not any(p.steps for p in self.bundle.program.passes):
             raise UsageError(f"steps={steps}: {self.bundle.manifest.system} has no steps; leave it out")
         clock = _Clock()
-        picture = read_image(image, max_pixels=max_pixels)
-        height, width = picture.rgb.shape[:2]
+        size = partial(estimate, self.bundle, tile=tile, overlap=overlap, memory=self.memory, scale=scale)
         opened = tuple(self.engines.opened)
-        needs = estimate(
-            self.bundle, width, height, tile=tile, overlap=overlap, memory=self.memory, scale=scale, opened=opened
-        )
+        picture = read_image(image, max_pixels=max_pixels, check=lambda *sides: size(*sides, opened=opened).require())
+        height, width = picture.rgb.shape[:2]
+        needs = size(width, height, opened=opened)
         needs.require()
         clock.lap("read")
         program = self.bundle.program
         enlarged = Enlarged(picture.rgb, needs.scale, program.multiple_px, least_px(program, tile))
         job = Job(enlarged, seed, tile, overlap, steps, on_progress=on_progress)
         walk = Walk(program, self.executor, self.constants, job)
-        return Sitting(self.bundle, picture, needs, walk, arguments, clock, on_part)
+        return Sitting(self.bundle, picture, needs, walk, arguments, clock, self.specs, on_part)
 
 
 @dataclass
@@ -140,7 +145,14 @@ class Sitting:
     walk: Walk
     arguments: Mapping[str, Any]
     clock: "_Clock"
+    specs: Mapping[str, EngineSpec]
     on_part: Callable[[int, int, npt.NDArray[np.uint8]], None] = lambda top, left, pixels: None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """The height, the width and the channels of the result."""
+        channels = (1 if self.picture.grey else 3) + (self.picture.alpha is not None)
+        return self.estimate.height, self.estimate.width, channels
 
     def __call__(self, **arguments: Any) -> npt.NDArray[np.uint8]:
         """The image restored with these arguments of the bundle: `sitting(prompt="a stone bridge")`."""
@@ -175,9 +187,12 @@ class Sitting:
         self.clock.lap("passes")
         pixels = assemble(rgb, self.picture)
         self.clock.lap("assemble")
-        tiles = {p.name: len(plan.tiles) for p, plan in self.estimate.passes}
+        tiles = {p.name: plan.count for p, plan in self.estimate.passes}
         seconds = self.clock.seconds | self.walk.job.seconds
-        return Restoration(pixels, self.estimate.scale, self.picture.icc, seconds, tiles, peak_bytes())
+        engines = {name: spec.name for name, spec in self.specs.items()}
+        devices = tuple(device.name for device in self.walk.executor.devices)
+        scale, icc = self.estimate.scale, self.picture.icc
+        return Restoration(pixels, scale, icc, seconds, tiles, peak_bytes(), engines, devices)
 
 
 class Ticket:
@@ -225,6 +240,7 @@ class _Clock:
 def load(
     path: str | os.PathLike[str] | Bundle,
     *,
+    engine: str | None = None,
     memory: str = "fast",
     devices: Sequence[str] = ("cpu:0",),
     threads: int = 0,
@@ -232,10 +248,11 @@ def load(
     expect: str | None = None,
     fresh: bool = False,
 ) -> Restorer:
-    """Check a bundle, and open an engine on every device for every component that its program calls.
+    """Check a bundle, choose an engine for every component that its program calls, and open it on every device.
 
     `path`: a folder, or the result of `read_bundle`, for which `expect` and `fresh` have no effect.
-    `expect` and `fresh` as for `read_bundle`. `devices`: `cpu:0`, `cpu:1`, ... run tiles at the same time, each with
+    `expect` and `fresh` as for `read_bundle`. `engine`: the name, precision or backend of the engines; without it the
+    best that fit the machine are chosen. `devices`: `cpu:0`, `cpu:1`, ... run tiles at the same time, each with
     `threads` threads. With 0 threads the devices share the cores.
     """
     if memory not in MEMORY_MODES:
@@ -248,10 +265,17 @@ def load(
     bundle = path if isinstance(path, Bundle) else read_bundle(path, expect=expect, fresh=fresh)
     folder = checked_folder(weights_dir)
 
+    components = {name: bundle.manifest.components[name] for name in sorted(bundle.program.components())}
+    packages = {package for c in components.values() for spec in c.engines for package in spec.needs.packages}
+    kinds = {name.partition(":")[0] for name in names}
+    specs = require(choose_all(components, this_machine(packages, kinds), engine))
+
     def open_engine(name: str) -> Engine:
-        module = backend(bundle.manifest.components[name].engines[0].backend)
-        engine: Engine = module.open_engine(bundle, name, memory=memory, threads=threads, weights_dir=folder)
-        return engine
+        module = backend(specs[name].backend)
+        opened: Engine = module.open_engine(
+            bundle, name, specs[name], memory=memory, threads=threads, weights_dir=folder
+        )
+        return opened
 
     # engines of one thread run on the thread that calls them, so devices of one thread can share them
     shared = OpenEngines(bundle.program.components(), open_engine)
@@ -266,4 +290,4 @@ def load(
         for engines in engines_of_device:
             for name in engines:
                 engines[name]
-    return Restorer(bundle, shared, executor, constants, memory)
+    return Restorer(bundle, shared, executor, specs, constants, memory)

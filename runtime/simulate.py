@@ -3,16 +3,20 @@
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from heapq import heapify, heappop, heappush
+from heapq import heappop, heappush
 
-from tilewright.runtime.bundle.program import state_shape
+from tilewright.runtime.bundle.program import Program, state_shape
+from tilewright.runtime.errors import UsageError
 from tilewright.runtime.execute.queue import Batch, Queue, Work
-from tilewright.runtime.plan.lower import Block, Graph
+from tilewright.runtime.images.canvas import padded
+from tilewright.runtime.plan.lower import Block, Graph, lower
+from tilewright.runtime.plan.passes import least_px, plan_of
 
-__all__ = ["Cost", "Run", "Simulation", "simulate", "svg", "timeline"]
+__all__ = ["Cost", "Run", "Simulation", "graph_of", "simulate", "svg", "timeline"]
 
 LANES = 2  # as in the executor: one batch runs while the next is prepared
 SHOWN = 16  # devices in the timeline of text
+MOST_NODES = 5_000_000
 WIDTH, ROW = 1000, 18  # size of the timeline's picture, and height of a row
 
 
@@ -59,6 +63,34 @@ class Simulation:
         return max(self.critical_path_s, self.work_s / self.devices)
 
 
+def graph_of(
+    program: Program,
+    width: int,
+    height: int,
+    *,
+    tile: int | None = None,
+    overlap: int | None = None,
+    steps: int | None = None,
+    images: int = 1,
+) -> Graph:
+    """The nodes of an image whose result has this size. More than can be simulated, for so many images, are refused."""
+    least = least_px(program, tile)
+    wide, high = (padded(side, program.multiple_px, least) for side in (width, height))
+    plans = {p.name: plan_of(program, p, high, wide, tile, overlap) for p in program.passes}
+    counts = {p.name: steps or p.steps.count for p in program.passes if p.steps}
+    if steps is not None and not counts:
+        raise UsageError(f"steps={steps}: this bundle has no steps; leave it out")
+    if steps is not None and steps < 1:
+        raise UsageError(f"steps={steps} must be at least 1")
+    nodes = images * sum(plans[p.name].count * counts.get(p.name, 1) for p in program.passes)
+    if nodes > MOST_NODES:
+        raise UsageError(
+            f"{width}x{height} px, {images} image(s): {nodes} nodes are too many to simulate, at most {MOST_NODES} can"
+            " be; use a larger tile, fewer steps or fewer images"
+        )
+    return lower(program, plans, counts)
+
+
 def simulate(graphs: Sequence[Graph], devices: int, cost: Cost) -> Simulation:
     """Run the nodes of these images on so many devices, all submitted at once."""
     queue = Queue(devices)
@@ -66,16 +98,22 @@ def simulate(graphs: Sequence[Graph], devices: int, cost: Cost) -> Simulation:
     for work in works:
         queue.add(work)
     free = [0.0] * devices  # when a device's last batch ends
-    lanes = [(0, device) for device in range(devices)]  # the least busy first
+    idle = [(0, device) for device in range(devices)]  # the least busy first; an entry may be out of date
     ends: list[tuple[float, int, Batch]] = []
     runs: list[Run] = []
     now, ledgers = 0.0, [_Ledger(graph) for graph in graphs]
-    peak = 0
+    held = peak = 0
     while True:
-        while lanes and (batch := queue.take(lanes[0][1])):
-            load, device = heappop(lanes)
+        while idle:
+            load, device = idle[0]
+            if load != queue.busy[device]:
+                heappop(idle)
+                continue
+            if (batch := queue.take(device)) is None:
+                break
+            heappop(idle)
             if load + 1 < LANES:
-                heappush(lanes, (load + 1, device))
+                heappush(idle, (load + 1, device))
             start = max(now + _join_s(batch.nodes[0][1], cost), free[device])
             free[device] = start + _seconds(batch.nodes[0][1], cost)
             runs.append(_run(batch, start, free[device]))
@@ -84,13 +122,9 @@ def simulate(graphs: Sequence[Graph], devices: int, cost: Cost) -> Simulation:
             break
         now, _, batch = heappop(ends)
         queue.complete(batch)
-        for work, block, tile in batch.nodes:
-            ledgers[work.owner].ran(block, tile)
-        peak = max(peak, sum(ledger.bytes for ledger in ledgers))
-        load = queue.busy[batch.device]
-        lanes = [(n, d) for n, d in lanes if d != batch.device]
-        lanes.append((load, batch.device))
-        heapify(lanes)
+        held += sum(ledgers[work.owner].ran(block.number, tile) for work, block, tile in batch.nodes)
+        peak = max(peak, held)
+        heappush(idle, (queue.busy[batch.device], batch.device))
     critical = max(_critical_path(graph, cost) for graph in graphs)
     work_s = sum(run.end_s - run.start_s for run in runs)
     return Simulation(devices, tuple(runs), now, critical, work_s, peak)
@@ -126,38 +160,58 @@ class _Ledger:
     """The bytes that a job's values hold while its nodes run."""
 
     def __init__(self, graph: Graph) -> None:
-        self.graph, self.bytes = graph, 0
-        self.unread: dict[tuple[str, int, int], int] = {}  # grid, block, tile -> nodes that have yet to read the part
+        sizes = {
+            (grid, block.number): _part_bytes(graph, grid, block) for block in graph.blocks for grid in block.writes
+        }
+        # grid, block -> tile -> nodes that have yet to read the part
+        unread = {(grid, number): [0] * graph.blocks[number].size for grid, number in sizes}
+        over = {(key, number): lies for key, readers in graph.readers.items() for number, lies in readers}
+        self.reads = [
+            [
+                (over[(grid, writer), block.number].below, unread[grid, writer], sizes[grid, writer])
+                for grid, writer in block.reads
+                if writer is not None
+            ]
+            for block in graph.blocks
+        ]
+        self.writes = [
+            [
+                ([lies for _, lies in graph.readers.get((grid, block.number), ())], unread[grid, block.number], size)
+                for grid in block.writes
+                for size in [sizes[grid, block.number]]
+            ]
+            for block in graph.blocks
+        ]
+        self.states = [_state_bytes(graph, block) for block in graph.blocks]
 
-    def ran(self, block: Block, tile: int) -> None:
-        """Count what a node wrote, and drop what it was the last to read."""
-        for grid, writer in block.reads:
-            if writer is not None:
-                over = next(over for number, over in self.graph.readers[grid, writer] if number == block.number)
-                for part in over.below(tile):
-                    self._read(grid, writer, part)
-        for grid in block.writes:
-            readers = self.graph.readers.get((grid, block.number), ())
-            if count := sum(over.count_above(tile) for _, over in readers):
-                self.unread[grid, block.number, tile] = count
-                self.bytes += self._part_bytes(grid, block)
-        p = self.graph.program.passes[block.place]
-        if p.state and block.section != "shared":
-            blocks = [n for n in self.graph.of_pass[p.name] if self.graph.blocks[n].section != "shared"]
-            here = self.graph.plan(block).tiles[tile]
-            shapes = [state_shape(state, here.height, here.width) for state in p.state.values()]
-            state_bytes = 4 * sum(math.prod(shape) for shape in shapes)
-            self.bytes += state_bytes * ((block.number == blocks[0]) - (block.number == blocks[-1]))
+    def ran(self, block: int, tile: int) -> int:
+        """The bytes that a node adds: its outputs, less what it was the last to read."""
+        added = self.states[block]
+        for below, unread, size in self.reads[block]:
+            for part in below(tile):
+                unread[part] -= 1
+                if not unread[part]:
+                    added -= size
+        for readers, unread, size in self.writes[block]:
+            unread[tile] = sum(lies.count_above(tile) for lies in readers)
+            added += size if unread[tile] else 0
+        return added
 
-    def _read(self, grid: str, writer: int, part: int) -> None:
-        self.unread[grid, writer, part] -= 1
-        if not self.unread[grid, writer, part]:
-            del self.unread[grid, writer, part]
-            self.bytes -= self._part_bytes(grid, self.graph.blocks[writer])
 
-    def _part_bytes(self, name: str, block: Block) -> int:
-        grid, plan = self.graph.program.grids[name], self.graph.plan(block)
-        return 4 * grid.channels * (plan.tile_height // grid.px) * (plan.tile_width // grid.px)
+def _part_bytes(graph: Graph, name: str, block: Block) -> int:
+    grid, plan = graph.program.grids[name], graph.plan(block)
+    return 4 * grid.channels * (plan.tile_height // grid.px) * (plan.tile_width // grid.px)
+
+
+def _state_bytes(graph: Graph, block: Block) -> int:
+    """The bytes of a tile's states, added by the first node of the tile and taken away by the last."""
+    p = graph.program.passes[block.place]
+    if not p.state or block.section == "shared":
+        return 0
+    blocks = [n for n in graph.of_pass[p.name] if graph.blocks[n].section != "shared"]
+    plan = graph.plan(block)
+    shapes = [state_shape(state, plan.tile_height, plan.tile_width) for state in p.state.values()]
+    return 4 * sum(map(math.prod, shapes)) * ((block.number == blocks[0]) - (block.number == blocks[-1]))
 
 
 def timeline(simulation: Simulation, columns: int = 72) -> str:

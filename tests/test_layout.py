@@ -35,7 +35,7 @@ RUNTIME = (
     {"inputs.py", "select.py"},
     {"execute", "estimate.py"},
     {"restore.py", "simulate.py"},
-    {"profile.py"},
+    {"profile.py", "doctor.py", "folder.py"},
 )
 HEAVY = {"torch", "diffusers", "transformers", "onnx", "onnx_ir", "onnxruntime"}
 LAYERS = {"export": EXPORT, "runtime": RUNTIME}

@@ -111,7 +111,7 @@ def test_the_page_of_programs_names_every_key(kind: type) -> None:
 
 def test_the_page_of_bundles_names_what_a_manifest_says() -> None:
     text = page("bundle")
-    for key in ("system", "preset", "precision", "licence", "options", "made_with", "files", "schema_version"):
+    for key in ("system", "preset", "licence", "options", "made_with", "files", "schema_version"):
         assert key in {field.name for field in dataclasses.fields(Manifest)} and f"`{key}`" in text
 
 

@@ -1,5 +1,6 @@
 """Assembling a bundle from the results of stages: everything but packed weights, reports and the seal."""
 
+import importlib
 import json
 import shutil
 from dataclasses import dataclass
@@ -50,7 +51,7 @@ class Assembly:
                 f"{name}.onnx",
                 spec.inputs,
                 spec.outputs,
-                tuple(EngineSpec(target, "float32", _engine_file(root, name, target)) for target in TARGETS),
+                tuple(_engine(root, name, target) for target in TARGETS),
                 Memory(**memory[name]),
             )
             for name, spec in request.components.items()
@@ -59,7 +60,6 @@ class Assembly:
             SCHEMA_VERSION,
             request.name,
             request.preset or "files",
-            "float32",
             request.licence,
             components,
             {},
@@ -82,7 +82,10 @@ class Assembly:
         }
 
 
-def _engine_file(root: Path, component: str, target: str) -> str:
-    """The graph of a target, or the portable graph if the target changed nothing."""
-    graph = f"{engine_folder(component, target, 'float32')}/model.onnx"
-    return graph if (root / graph).is_file() else f"{component}.onnx"
+def _engine(root: Path, component: str, target: str) -> EngineSpec:
+    """The engine of a target. It shares the portable graph if the target changed nothing."""
+    graph = f"{engine_folder(component, target)}/model.onnx"
+    spec: EngineSpec = importlib.import_module(TARGETS[target]).spec(
+        target, graph if (root / graph).is_file() else f"{component}.onnx"
+    )
+    return spec

@@ -32,7 +32,7 @@ def card(request: Request, manifest: Manifest, report: Mapping[str, Any] | None)
             f"{request.system.title}.",
             "",
             f"- weights: {manifest.options['weights']}; licence: {manifest.licence}",
-            f"- precision: {manifest.precision}",
+            f"- engines: {', '.join(sorted({e.name for c in manifest.components.values() for e in c.engines}))}",
             f"- made with {', '.join(f'{k} {v}' for k, v in sorted(manifest.made_with.items()))}",
             "",
             "## Restore a picture",

@@ -25,9 +25,9 @@ from tilewright.export.weights.files import mapped_tensor
 from tilewright.runtime.bundle.program import Program
 from tilewright.runtime.bundle.read import Bundle, read_bundle
 from tilewright.runtime.engines import Engine, backend
+from tilewright.runtime.engines.machine import usable_cores
 from tilewright.runtime.errors import AccuracyError, ResourceError, UsageError
 from tilewright.runtime.estimate import available_bytes
-from tilewright.runtime.execute.devices import usable_cores
 from tilewright.runtime.execute.walk import Job, run
 from tilewright.runtime.images.canvas import Enlarged
 from tilewright.runtime.inputs import gather
@@ -87,10 +87,10 @@ def verify(
         few = _few_steps(restorer, SMALL_SEAM_STEPS if small else SEAM_STEPS)
         pictures = (PICTURES | {"photo": _photo}).items()
         seams = {name: _seam(restorer, told[f"seams, {name}"], few, make) for name, make in pictures}
-    first = bundle.manifest.components[next(iter(eager))].engines[0]
+    ran = sorted({f"{backend(spec.backend).version()}, {spec.precision}" for spec in restorer.specs.values()})
     return {
         "bundle": bundle.digest,
-        "engine": f"{backend(first.backend).version()}, {first.precision}",
+        "engine": "; ".join(ran),
         "reference": f"torch {torch.__version__} eager, float32",
         "image": f"{job.image.shape[2]}x{job.image.shape[1]} px in tiles of {job.tile_px or 'the program'}",
         "steps": job.steps or max(p.steps.count if p.steps else 1 for p in program.passes),

@@ -4,9 +4,10 @@ import json
 import keyword
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tilewright.runtime.bundle.program import Input, Program
+from tilewright.runtime.bundle.strict import check_limits
 from tilewright.runtime.errors import BundleError
 
 __all__ = ["RESERVED", "Argument", "argument_of", "arguments_of", "check_arguments", "flag"]
@@ -16,7 +17,7 @@ NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
 OPTIONS = (  # options of `tilewright runtime restore` and `profile`
     *("bundle", "expect", "explain", "force", "format", "help", "json", "max_pixels", "memory", "overlap", "quiet"),
     *("resolutions", "runs", "scale", "seed", "steps", "threads", "tile", "verbose", "version", "weights_dir"),
-    "devices",
+    *("devices", "engine"),
 )
 PARAMETERS = ("self", "image", "restorer", "sizes", "on_progress", "on_part")  # parameters of the Python functions
 RESERVED = (*OPTIONS, *PARAMETERS)
@@ -26,7 +27,7 @@ RESERVED = (*OPTIONS, *PARAMETERS)
 class Argument:
     """An argument that a caller may set: a number, an integer, a choice, words, or a safetensors file of tensors."""
 
-    kind: str
+    kind: str = field(metadata={"enum": KINDS})
     help: str = ""
     default: int | float | str | None = None
     choices: tuple[str, ...] = ()
@@ -35,8 +36,7 @@ class Argument:
     needed: bool = False  # it has no default; a file of tensors may replace words
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"kind {self.kind!r} is not one of {', '.join(KINDS)}")
+        check_limits(self)
 
     @property
     def takes(self) -> str:

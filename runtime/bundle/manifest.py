@@ -2,49 +2,137 @@
 
 import contextlib
 import json
-from collections.abc import Iterable
+import os
+import re
+import shlex
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from tilewright.runtime.bundle.arguments import Argument
 from tilewright.runtime.bundle.program import TensorSpec
-from tilewright.runtime.bundle.strict import from_json
+from tilewright.runtime.bundle.strict import check_limits, from_json, one_line
 from tilewright.runtime.errors import BundleError
 
-__all__ = ["SCHEMA_VERSION", "Component", "EngineSpec", "File", "Manifest", "Memory", "named_files", "read_manifest"]
+__all__ = [
+    "DEVICES",
+    "PRECISIONS",
+    "SCHEMA_VERSION",
+    "Component",
+    "EngineSpec",
+    "File",
+    "Manifest",
+    "Measured",
+    "Memory",
+    "Needs",
+    "Profile",
+    "Range",
+    "named_files",
+    "read_manifest",
+]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+DEVICES = ("cpu", "cuda")
+PRECISIONS = ("float32", "bfloat16", "float16", "fp8", "int8")  # the most accurate first
+NAME = "[a-z0-9]+([-_.][a-z0-9]+)*"
+MOST_BYTES = 2**63 - 1
+VERSION = re.compile(r"\d+(\.\d+)*")
 
 
 @dataclass(frozen=True)
 class File:
     """The size and digest of a sealed file."""
 
-    size: int
+    size: int = field(metadata={"minimum": 0})
     sha256: str
+
+    def __post_init__(self) -> None:
+        check_limits(self)
 
 
 @dataclass(frozen=True)
 class Memory:
     """Working memory of a component, in bytes: fixed + per_px * p + per_px2 * p * p for p output pixels."""
 
-    fixed: float
-    per_px: float
-    per_px2: float
+    fixed: float = field(metadata={"minimum": 0, "maximum": MOST_BYTES})
+    per_px: float = field(metadata={"minimum": 0, "maximum": MOST_BYTES})
+    per_px2: float = field(metadata={"minimum": 0, "maximum": MOST_BYTES})
 
     def __post_init__(self) -> None:
-        if not all(0 <= value < 2**63 for value in (self.fixed, self.per_px, self.per_px2)):
-            raise ValueError(f"memory {self.fixed}, {self.per_px}, {self.per_px2} must lie between 0 and 2**63")
+        check_limits(self)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """The parts that a machine must have to run an engine."""
+
+    instructions: tuple[str, ...] = ()  # of the CPU, by the names in /proc/cpuinfo: "avx512_vnni"
+    compute_capability: tuple[int, int] | None = None  # of the GPU, at least
+    packages: dict[str, str] = field(default_factory=dict)  # package -> least version
+
+    def __post_init__(self) -> None:
+        for package, version in self.packages.items():
+            if not VERSION.fullmatch(version):
+                raise ValueError(f"least version {version!r} of {package!r} is not like 1.22")
+
+
+@dataclass(frozen=True)
+class Range:
+    """The least, the usual and the most of a size."""
+
+    least: int = field(metadata={"minimum": 1})
+    usual: int = field(metadata={"minimum": 1})
+    most: int = field(metadata={"minimum": 1})
+
+    def __post_init__(self) -> None:
+        check_limits(self)
+        if not self.least <= self.usual <= self.most:
+            raise ValueError(f"least {self.least}, usual {self.usual}, most {self.most} must ascend")
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The sizes that an engine was made for."""
+
+    batch: Range = Range(1, 1, 32)  # tiles in one call
+    side_px: Range = Range(16, 512, 8192)  # side of a tile, in output pixels
+
+
+@dataclass(frozen=True)
+class Measured:
+    """An engine's accuracy and speed on one machine."""
+
+    relative_l2: float = field(metadata={"minimum": 0})  # error against float32
+    seconds_per_megapixel: float = field(metadata={"minimum": 0})  # of output
+    where: str  # processor or GPU
+
+    def __post_init__(self) -> None:
+        check_limits(self)
 
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """A description of one engine: backend, precision, file and shape profile."""
+    """A description of one engine of a component."""
 
-    backend: str  # ort | tensorrt | aoti
-    precision: str
-    file: str
-    batch: tuple[int, int] = (1, 32)  # the shape profile: smallest and largest batch
-    side_px: tuple[int, int] = (16, 8192)  # and smallest and largest side, in output pixels
+    name: str = field(metadata={"pattern": f"^{NAME}$"})  # "ort-float32"; unique in its component
+    backend: str = field(metadata={"pattern": f"^{NAME}$"})  # ort | openvino | cuda | tensorrt | aoti, and later ones
+    device: str = field(metadata={"enum": DEVICES})
+    precision: str = field(metadata={"enum": PRECISIONS})
+    files: tuple[str, ...] = field(metadata={"minItems": 1})  # the first is the graph
+    needs: Needs = field(default_factory=Needs)
+    profile: Profile = field(default_factory=Profile)
+    memory: Memory | None = None  # none: the component's
+    weights: str | None = None  # the table of weights.json, for an engine that has its own; none: the component's
+    measured: Measured | None = None
+
+    def __post_init__(self) -> None:
+        check_limits(self)
+
+    @property
+    def graph(self) -> str:
+        """The file of the graph."""
+        return self.files[0]
 
 
 @dataclass(frozen=True)
@@ -54,18 +142,23 @@ class Component:
     graph: str
     inputs: dict[str, TensorSpec]
     outputs: dict[str, TensorSpec]
-    engines: tuple[EngineSpec, ...]
+    engines: tuple[EngineSpec, ...] = field(metadata={"minItems": 1})
     memory: Memory
+
+    def __post_init__(self) -> None:
+        check_limits(self)
+        names = [engine.name for engine in self.engines]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"engine {twice[0]!r} is listed twice")
 
 
 @dataclass(frozen=True)
 class Manifest:
     """The content of bundle.json."""
 
-    schema_version: int
+    schema_version: int = field(metadata={"enum": (SCHEMA_VERSION,)})
     system: str
     preset: str
-    precision: str
     licence: str  # licence of the base weights
     components: dict[str, Component]
     files: dict[str, File]
@@ -80,30 +173,56 @@ class Manifest:
 
 def read_manifest(text: bytes, where: str) -> Manifest:
     """The manifest from the text of bundle.json. One that this version cannot use is refused."""
-    with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
-        version = json.loads(text)["schema_version"]
-        if isinstance(version, int) and version > SCHEMA_VERSION:
-            raise BundleError(
-                f"{where}: schema {version}, this version reads up to {SCHEMA_VERSION}; upgrade tilewright"
-            )
+    document: Any = None
+    with contextlib.suppress(ValueError, RecursionError):
+        document = json.loads(text)
+    version = document.get("schema_version") if isinstance(document, dict) else None
+    if type(version) is int and version > SCHEMA_VERSION:
+        raise BundleError(f"{where}: schema {version}, this version reads up to {SCHEMA_VERSION}; upgrade tilewright")
+    if type(version) is int and version < SCHEMA_VERSION:
+        command = one_line(_command(document, Path(where).parent))
+        raise BundleError(f"{where}: schema {version} is too old, this version reads {SCHEMA_VERSION}; run {command}")
     manifest = from_json(Manifest, text, where)
-    if manifest.schema_version != SCHEMA_VERSION:
-        raise BundleError(
-            f"{where}: schema {manifest.schema_version} is unknown, not {SCHEMA_VERSION}; rebuild the bundle"
-        )
     if not manifest.components:
         raise BundleError(f"{where}: holds no component; rebuild the bundle")
-    for name, component in manifest.components.items():
-        if not component.engines:
-            raise BundleError(f"{where}: component {name!r} has no engine; rebuild the bundle")
     return manifest
+
+
+def _command(document: Mapping[str, Any], root: Path) -> str:
+    """The command that builds a bundle of an older schema again, as far as its documents tell."""
+    system, preset = str(document.get("system", "SYSTEM")), str(document.get("preset", "files"))
+    options = document.get("options")
+    options = {k: str(v) for k, v in options.items()} if isinstance(options, dict) else {}
+    words = ["tilewright", "export", "build", system, *([] if preset == "files" else ["--preset", preset])]
+    random = re.match(r"random, seed (\d+)(, but for)?", options.get("weights", ""))
+    if not random or random[2]:
+        words += ["--weights", _weights_folder(root / str(document.get("weights", "weights.json")))]
+    if random:
+        words += ["--random-weights", random[1]]
+    elif options.get("packed") == "yes":
+        words.append("--pack")
+    if options.get("ops") == "standard":
+        words += ["--ops", "standard"]
+    return shlex.join([*words, "-o", str(root)])
+
+
+def _weights_folder(file: Path) -> str:
+    """The folder that a weights.json read from, or DIR if it does not tell."""
+    with contextlib.suppress(OSError, ValueError, RecursionError, TypeError, KeyError, AttributeError):
+        paths = {folder["path"] for folder in json.loads(file.read_bytes())["folders"].values()} - {None}
+        if len(paths) == 1:
+            return str(*paths)
+        if paths and (parent := os.path.commonpath(paths)) != "/":
+            return parent
+    return "DIR"
 
 
 def named_files(manifest: Manifest) -> Iterable[str]:
     """Every file that a manifest refers to."""
     for component in manifest.components.values():
         yield component.graph
-        yield from (engine.file for engine in component.engines)
+        for engine in component.engines:
+            yield from engine.files
     yield from (manifest.program, manifest.weights)
     if manifest.constants is not None:
         yield manifest.constants

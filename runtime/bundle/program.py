@@ -20,6 +20,8 @@ import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
+from tilewright.runtime.bundle.strict import check_limits
+
 __all__ = [
     "ANY",
     "Call",
@@ -67,12 +69,11 @@ STATE_DIM = re.compile(r"([hw])/([1-9]\d{0,3})")
 class TensorSpec:
     """The element type and shape of a tensor; a name in the shape is a size that may vary."""
 
-    dtype: str
+    dtype: str = field(metadata={"enum": DTYPES})
     shape: tuple[Dim, ...]
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
+        check_limits(self)
         if any(isinstance(d, int) and d < 1 for d in self.shape):
             raise ValueError(f"shape {list(self.shape)} holds a size below 1")
 
@@ -89,15 +90,12 @@ class Signature:
 class Grid:
     """A float32 array over the padded image."""
 
-    px: int  # output pixels of a cell, along each axis
-    channels: int
-    init: str = "none"  # input | noise | zeros | none (a pass writes it first)
+    px: int = field(metadata={"minimum": 1})  # output pixels of a cell, along each axis
+    channels: int = field(metadata={"minimum": 1})
+    init: str = field(default="none", metadata={"enum": ("input", "noise", "zeros", "none")})  # none: a pass writes it
 
     def __post_init__(self) -> None:
-        if self.init not in ("input", "noise", "zeros", "none"):
-            raise ValueError(f"init {self.init!r} is not one of input, noise, zeros, none")
-        if self.px < 1 or self.channels < 1:
-            raise ValueError(f"px {self.px} and channels {self.channels} must be at least 1")
+        check_limits(self)
 
 
 @dataclass(frozen=True)
@@ -105,11 +103,10 @@ class State:
     """A float32 tensor that belongs to one tile, from `once` to `last`."""
 
     shape: tuple[Dim, ...]  # without the batch; "h/8" is the tile's height in output pixels divided by 8
-    init: str = "zeros"  # zeros | ones | noise
+    init: str = field(default="zeros", metadata={"enum": ("zeros", "ones", "noise")})
 
     def __post_init__(self) -> None:
-        if self.init not in ("zeros", "ones", "noise"):
-            raise ValueError(f"init {self.init!r} is not one of zeros, ones, noise")
+        check_limits(self)
         if self.init == "noise" and len(self.shape) != 3:
             raise ValueError(f"noise needs a shape of channels, rows, columns, not {list(self.shape)}")
         for dim in self.shape:
@@ -143,7 +140,7 @@ class Input:
 class Text:
     """A text of the caller. Tokenizers turn it into the ids of inputs."""
 
-    ids: dict[str, str]  # input -> file of its tokenizer in the bundle
+    ids: dict[str, str]  # input -> file of its tokenizer in the bundle; at least one
     default: str | None = None  # none: the caller must give words, or the values that are computed from them
     help: str = ""  # one line for the caller
 
@@ -164,20 +161,17 @@ class TensorFile:
 class Tiles:
     """How a pass cuts the image, in output pixels."""
 
-    px: int
-    overlap_px: int
+    px: int = field(metadata={"minimum": 1})
+    overlap_px: int = field(metadata={"minimum": 0})
     whole_up_to_px: tuple[int, int] | None = None  # images up to this size, also rotated, are one tile
-    batch: int = 1  # most tiles in one call
+    batch: int = field(default=1, metadata={"minimum": 1})  # most tiles in one call
     fixed_px: tuple[int, ...] = ()  # the only sides that tiles may have, if not empty; smaller images are padded
 
     def __post_init__(self) -> None:
+        check_limits(self)
         if self.fixed_px and (self.px not in self.fixed_px or self.whole_up_to_px):
             raise ValueError(f"px {self.px} must be among fixed_px {list(self.fixed_px)}, and no image be taken whole")
-        if self.batch < 1:
-            raise ValueError(f"batch {self.batch} must be at least 1")
-        if self.px < 1:
-            raise ValueError(f"px {self.px} must be at least 1")
-        if self.overlap_px < 0 or 2 * self.overlap_px > self.px:
+        if 2 * self.overlap_px > self.px:
             raise ValueError(f"overlap_px {self.overlap_px} must lie between 0 and half of px {self.px}")
 
 
@@ -185,14 +179,13 @@ class Tiles:
 class Steps:
     """A named schedule. Its tables depend on the number of tokens in a tile."""
 
-    schedule: str
-    count: int
-    px_per_token: int = 256  # output pixels in the area of one token
+    schedule: str = field(metadata={"enum": tuple(SCHEDULE_TABLES)})
+    count: int = field(metadata={"minimum": 1, "maximum": 1000})
+    px_per_token: int = field(default=256, metadata={"minimum": 1})  # output pixels in the area of one token
     options: dict[str, int | float | str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.schedule not in SCHEDULE_TABLES:
-            raise ValueError(f"schedule {self.schedule!r} is not one of {', '.join(SCHEDULE_TABLES)}")
+        check_limits(self)
         kinds = SCHEDULE_OPTIONS[self.schedule]
         if unknown := sorted(self.options.keys() - kinds.keys()):
             raise ValueError(f"schedule {self.schedule!r} has no option {unknown[0]!r}")
@@ -201,8 +194,6 @@ class Steps:
         for name, value in self.options.items():
             if type(value) not in ((int, float) if kinds[name] is float else (kinds[name],)):
                 raise ValueError(f"schedule {self.schedule!r}: option {name!r} is no {kinds[name].__name__}: {value!r}")
-        if not 1 <= self.count <= 1000 or self.px_per_token < 1:
-            raise ValueError(f"count {self.count} must lie in 1..1000 and px_per_token {self.px_per_token} be positive")
 
 
 @dataclass(frozen=True)
@@ -250,8 +241,8 @@ class Pass:
 class Program:
     """The steps that restore an image: `image` is the input grid, `result` the output grid."""
 
-    scale: int
-    multiple_px: int  # the padded image's sides are multiples of this
+    scale: int = field(metadata={"minimum": 1, "maximum": 16})
+    multiple_px: int = field(metadata={"minimum": 1, "maximum": 4096})  # the padded image's sides are multiples of this
     grids: dict[str, Grid]
     passes: tuple[Pass, ...]
     inputs: dict[str, Input] = field(default_factory=dict)
@@ -260,8 +251,7 @@ class Program:
     any_scale: bool = False  # `scale` is only the default: images may be enlarged by any other factor
 
     def __post_init__(self) -> None:
-        if not 1 <= self.scale <= 16 or not 1 <= self.multiple_px <= 4096:
-            raise ValueError(f"scale {self.scale} must lie in 1..16 and multiple_px {self.multiple_px} in 1..4096")
+        check_limits(self)
 
     def components(self) -> set[str]:
         """The names of the components that the passes call."""

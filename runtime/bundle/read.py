@@ -84,10 +84,10 @@ class Bundle:
             " pass --weights-dir, or rebuild with --pack"
         )
 
-    def files_of(self, component: str, weights_dir: Path | None = None) -> dict[str, Path]:
-        """Location in a component's graphs -> the current path of the file of weights."""
-        references = self.weights.tensors.get(component, {}).values()
-        folders = {name: self.folder(name, weights_dir) for name in self.weights.folders_of(component)}
+    def files_of(self, table: str, weights_dir: Path | None = None) -> dict[str, Path]:
+        """Location in the graphs that read a table of weights -> the current path of the file."""
+        references = self.weights.tensors.get(table, {}).values()
+        folders = {name: self.folder(name, weights_dir) for name in self.weights.folders_of(table)}
         return {location(r): folders[r.folder] / r.file for r in references}
 
 

@@ -1,11 +1,14 @@
 """Converting JSON to frozen dataclasses and back. Everything that the dataclasses do not define is refused.
 
 The same dataclasses define the reader, the writer and the published JSON Schema. Fields may be bool, int, float, str,
-tuples, dicts with string keys, unions of these, and nested dataclasses.
+tuples, dicts with string keys, unions of these, and nested dataclasses. The metadata of a field are limits, in the
+words of JSON Schema: `px: int = field(metadata={"minimum": 1})`. A class with limits calls `check_limits` when it is
+made.
 """
 
 import dataclasses
 import json
+import re
 import sys
 import types
 import typing
@@ -15,7 +18,7 @@ from typing import Any, TypeVar
 
 from tilewright.runtime.errors import BundleError
 
-__all__ = ["encode", "from_json", "one_line", "schema", "to_json"]
+__all__ = ["check_limits", "encode", "from_json", "one_line", "schema", "to_json"]
 
 T = TypeVar("T")
 JSON_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", type(None): "null"}
@@ -46,6 +49,26 @@ def one_line(complaint: str) -> str:
     text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in complaint)
     half = LONGEST_COMPLAINT // 2
     return text if len(text) <= LONGEST_COMPLAINT else f"{text[: half - 5]} ... {text[-half:]}"
+
+
+def check_limits(value: Any) -> None:
+    """Refuse a dataclass with a field outside its limits: enum, minimum, maximum, minItems, pattern."""
+    for field in dataclasses.fields(value):
+        limits, content = field.metadata, getattr(value, field.name)
+        if content is None:
+            continue
+        shown = f"{field.name} {content!r}"
+        if "enum" in limits and content not in limits["enum"]:
+            raise ValueError(f"{shown} is not one of {', '.join(map(str, limits['enum']))}")
+        if "pattern" in limits and not re.fullmatch(limits["pattern"], content):
+            raise ValueError(f"{shown} does not match {limits['pattern']}")
+        if "minItems" in limits and len(content) < limits["minItems"]:
+            raise ValueError(f"{field.name} must have at least {limits['minItems']}")
+        least, most = limits.get("minimum"), limits.get("maximum")
+        if least is not None and most is not None and not least <= content <= most:
+            raise ValueError(f"{shown} must lie in {least}..{most}")
+        if least is not None and not content >= least:
+            raise ValueError(f"{shown} must be at least {least}")
 
 
 def to_json(value: Any) -> str:
@@ -167,7 +190,9 @@ def _schema_of_fields(cls: type, definitions: dict[str, Any]) -> dict[str, Any]:
     return {
         "type": "object",
         "description": (cls.__doc__ or "").splitlines()[0],
-        "properties": {f.name: _schema(types_of[f.name], definitions) | _schema_default(f) for f in fields},
+        "properties": {
+            f.name: _schema(types_of[f.name], definitions) | encode(f.metadata) | _schema_default(f) for f in fields
+        },
         "required": [f.name for f in fields if _default(f) is dataclasses.MISSING],
         "additionalProperties": False,
     }

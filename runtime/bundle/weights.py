@@ -1,16 +1,18 @@
 """weights.json: the place of every initializer's bytes, which may be outside of the bundle."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from tilewright.runtime.bundle.external_data import External, external_data
 from tilewright.runtime.bundle.files import bytes_of, check_inside
 from tilewright.runtime.bundle.manifest import File, Manifest
-from tilewright.runtime.bundle.strict import one_line
+from tilewright.runtime.bundle.strict import check_limits, one_line
 from tilewright.runtime.errors import BundleError, UsageError
 
 __all__ = ["Folder", "Reference", "Weights", "check_graphs", "check_weights", "checked_folder", "location"]
+
+OTHER_FORMATS = ("aoti", "tensorrt")  # backends whose graphs are not ONNX
 
 
 @dataclass(frozen=True)
@@ -20,9 +22,12 @@ class Reference:
     file: str  # inside its folder
     dtype: str
     shape: tuple[int, ...]
-    offset: int
-    length: int
+    offset: int = field(metadata={"minimum": 0})
+    length: int = field(metadata={"minimum": 0})
     folder: str = ""  # the name of a folder in weights.json
+
+    def __post_init__(self) -> None:
+        check_limits(self)
 
 
 @dataclass(frozen=True)
@@ -38,11 +43,11 @@ class Weights:
     """The content of weights.json: all initializers that are read from files."""
 
     folders: dict[str, Folder]
-    tensors: dict[str, dict[str, Reference]]  # component -> initializer -> its bytes
+    tensors: dict[str, dict[str, Reference]]  # component, or an engine's own table -> initializer -> its bytes
 
-    def folders_of(self, component: str) -> list[str]:
-        """The names of the folders that hold a component's weights."""
-        return sorted({reference.folder for reference in self.tensors.get(component, {}).values()})
+    def folders_of(self, table: str) -> list[str]:
+        """The names of the folders that hold a table's weights."""
+        return sorted({reference.folder for reference in self.tensors.get(table, {}).values()})
 
 
 def location(reference: Reference) -> str:
@@ -62,15 +67,18 @@ def checked_folder(weights_dir: str | os.PathLike[str] | None) -> Path | None:
 def check_weights(weights: Weights, manifest: Manifest, root: Path) -> None:
     """Refuse a weights.json that contradicts the manifest or itself."""
     where = str(root / manifest.weights)
+    tables = {engine.weights for c in manifest.components.values() for engine in c.engines if engine.weights}
+    if missing := sorted(tables - weights.tensors.keys()):
+        raise BundleError(f"{root / 'bundle.json'}: {manifest.weights} has no table {missing[0]!r}; rebuild the bundle")
     for component, references in weights.tensors.items():
-        if component not in manifest.components:
+        if component not in manifest.components and component not in tables:
             raise BundleError(f"{where}: weights of {component!r}, which is no component; rebuild the bundle")
         for name, reference in references.items():
             folder = weights.folders.get(reference.folder)
             file = folder.files.get(reference.file) if folder else None
             if file is None:
                 raise BundleError(f"{where}: {component}.{name} lies in {reference.file!r}, which is not listed")
-            if min(reference.offset, reference.length) < 0 or reference.offset + reference.length > file.size:
+            if reference.offset + reference.length > file.size:
                 raise BundleError(f"{where}: {component}.{name} reaches past the end of {reference.file!r}")
     for name, folder in weights.folders.items():
         if folder.path is not None and not PurePosixPath(folder.path).is_absolute():
@@ -82,8 +90,9 @@ def check_weights(weights: Weights, manifest: Manifest, root: Path) -> None:
 def check_graphs(weights: Weights, manifest: Manifest, root: Path) -> None:
     """Refuse graphs that read other bytes than weights.json says. It may list more, as folding removes some."""
     for component, c in manifest.components.items():
-        listed = weights.tensors.get(component, {})
-        for file in sorted({c.graph, *(engine.file for engine in c.engines if engine.backend == "ort")}):
+        graphs = {(e.graph, e.weights or component) for e in c.engines if e.backend not in OTHER_FORMATS}
+        for file, table in sorted({(c.graph, component), *graphs}):
+            listed = weights.tensors.get(table, {})
             for name, external in external_data(bytes_of(root / file), str(root / file)).items():
                 if name not in listed or external != _external(listed[name]):
                     place = f"{external.length} bytes at {external.offset} of {external.location!r}"

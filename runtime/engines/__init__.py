@@ -1,8 +1,9 @@
-"""Backends that run a component's graph. Each is one file with the same three functions.
+"""Backends that run a component's graph. Each is one file with a tuple of names and three functions.
 
-missing() -> str | None                        the reason why the backend cannot run here, and what to install
-version() -> str                               name and version of the backend, for reports
-open_engine(bundle, component, ...) -> Engine  the component, ready to run
+PACKAGES                                             the packages that it runs on
+missing() -> str | None                              what the backend needs and lacks here, and how to install it
+version() -> str                                     name and version of the backend, for reports
+open_engine(bundle, component, spec, ...) -> Engine  the component, ready to run
 """
 
 import importlib
@@ -39,5 +40,5 @@ def backend(name: str) -> ModuleType:
         raise EnvironmentMismatch(f"engine backend {name!r} is not one of {', '.join(BACKENDS)}; upgrade tilewright")
     module = importlib.import_module(BACKENDS[name])
     if reason := module.missing():
-        raise EnvironmentMismatch(reason)
+        raise EnvironmentMismatch(f"engine backend {name!r} {reason}")
     return module

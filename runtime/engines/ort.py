@@ -12,20 +12,23 @@ from pathlib import Path
 from typing import Any
 
 from tilewright.runtime.bundle.external_data import external_data, relocated
+from tilewright.runtime.bundle.manifest import EngineSpec
 from tilewright.runtime.bundle.read import Bundle
 from tilewright.runtime.bundle.strict import one_line
 from tilewright.runtime.errors import BundleError, EnvironmentMismatch, ResourceError
 
-__all__ = ["OrtEngine", "missing", "native_library", "open_engine", "open_graph", "version"]
+__all__ = ["PACKAGES", "OrtEngine", "missing", "native_library", "open_engine", "open_graph", "version"]
+
+PACKAGES = ("onnxruntime",)
 
 # where `make native` puts our kernels in a clone, and where they lie in a platform wheel
 NATIVE = Path(__file__).parents[2] / "kernels" / "native" / "lib" / "libtilewright_cpu.so"
 
 
 def missing() -> str | None:
-    """The reason why ONNX Runtime cannot run here, or none."""
+    """What is needed to run ONNX Runtime here, or none."""
     if importlib.util.find_spec("onnxruntime") is None:
-        return "engine backend 'ort' needs ONNX Runtime: pip install 'tilewright[cpu]'"
+        return "needs ONNX Runtime: pip install 'tilewright[cpu]'"
     return None
 
 
@@ -65,13 +68,18 @@ class OrtEngine:
 
 
 def open_engine(
-    bundle: Bundle, component: str, *, memory: str = "fast", threads: int = 0, weights_dir: Path | None = None
+    bundle: Bundle,
+    component: str,
+    spec: EngineSpec,
+    *,
+    memory: str = "fast",
+    threads: int = 0,
+    weights_dir: Path | None = None,
 ) -> OrtEngine:
-    """Open a component of a bundle. Weights are read from their own files."""
-    engine = next(e for e in bundle.manifest.components[component].engines if e.backend == "ort")
-    files = bundle.files_of(component, weights_dir)
-    native = engine.precision == "float32"  # our kernels compute in float32 only
-    return open_graph(bundle.path(engine.file), files, memory=memory, threads=threads, native=native)
+    """Open an engine of a component. Weights are read from their own files."""
+    files = bundle.files_of(spec.weights or component, weights_dir)
+    native = spec.precision == "float32"  # our kernels compute in float32 only
+    return open_graph(bundle.path(spec.graph), files, memory=memory, threads=threads, native=native)
 
 
 def open_graph(

@@ -4,7 +4,6 @@ A buffer of the CPU is a NumPy array. A buffer of another device has that device
 until another device reads it, or until the host joins tiles.
 """
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from threading import Lock
 from typing import Any, Protocol
@@ -12,9 +11,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from tilewright.runtime.engines import Engine
+from tilewright.runtime.engines.machine import usable_cores
 from tilewright.runtime.errors import UsageError
 
-__all__ = ["CpuDevice", "Device", "OpenEngines", "cpu_names", "usable_cores"]
+__all__ = ["CpuDevice", "Device", "OpenEngines", "cpu_names"]
 
 
 class Device(Protocol):
@@ -104,11 +104,6 @@ class CpuDevice:
         """Close engines. No call may be using them."""
         if isinstance(self.engines, OpenEngines):
             self.engines.close(self.engines if components is None else components)
-
-
-def usable_cores() -> int:
-    """The cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cpu_names(names: Sequence[str]) -> list[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
@@ -23,7 +23,7 @@ from PIL import ExifTags, Image
 
 from tilewright.runtime.errors import InputError
 
-__all__ = ["Picture", "Pixels", "read_image"]
+__all__ = ["SUFFIXES", "Picture", "Pixels", "image_size", "read_image"]
 
 Pixels = npt.NDArray[np.uint8]
 Source: TypeAlias = (
@@ -33,6 +33,15 @@ Source: TypeAlias = (
 
 # The first five need no further plugins, and AVIF is last because a Pillow without it fails on reaching the name.
 _FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM", "WEBP", "TIFF", "JPEG2000", "TGA", "AVIF")
+
+
+# of files in these formats; a folder's other files are no images
+# fmt: off
+SUFFIXES = (
+    ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".dib", ".gif", ".pbm", ".pgm", ".ppm",
+    ".pnm", ".webp", ".tif", ".tiff", ".jp2", ".j2k", ".jpx", ".j2c", ".tga", ".avif", ".avifs",
+)
+# fmt: on
 
 
 _GREY_MODES = ("1", "L", "LA", "La")
@@ -68,10 +77,13 @@ class Picture:
     icc: bytes | None  # only a profile that describes these pixels: a CMYK one is dropped
 
 
-def read_image(source: Source, *, max_pixels: int = 100_000_000) -> Picture:
+def read_image(
+    source: Source, *, max_pixels: int = 100_000_000, check: Callable[[int, int], None] = lambda width, height: None
+) -> Picture:
     """Read an image upright and in 8 bits. An animated file gives its first frame.
 
-    `source` is a path, the bytes of a file, a binary file (a pipe too), a Pillow image or a uint8 array.
+    `source` is a path, the bytes of a file, a binary file (a pipe too), a Pillow image or a uint8 array. `check` gets
+    the size of a file's picture, as it is stored, before the file is decoded; what it raises ends the read.
     """
     if isinstance(source, np.ndarray):
         return _from_array(source, max_pixels)
@@ -79,11 +91,12 @@ def read_image(source: Source, *, max_pixels: int = 100_000_000) -> Picture:
         _check_size("the image", source.size, max_pixels)
         return _from_image(source, "the image")
     if isinstance(source, (str, os.PathLike)):
-        return _from_file(Path(source), max_pixels)
+        return _from_file(Path(source), max_pixels, check)
     if isinstance(source, (bytes, bytearray, memoryview)):
-        return _from_bytes(BytesIO(source), "the image", max_pixels)
+        return _from_bytes(BytesIO(source), "the image", max_pixels, check)
     if callable(getattr(source, "read", None)):
-        return _from_bytes(BytesIO(_read_all(source)), str(getattr(source, "name", "the image")), max_pixels)
+        name = str(getattr(source, "name", "the image"))
+        return _from_bytes(BytesIO(_read_all(source)), name, max_pixels, check)
     takes = "a path, bytes, a binary file, a Pillow image or an array"
     raise InputError(f"cannot read an image from a {type(source).__name__}: pass {takes}")
 
@@ -98,15 +111,22 @@ def _from_array(array: npt.NDArray[Any], max_pixels: int) -> Picture:
     return _split(array, None)
 
 
-def _from_file(path: Path, max_pixels: int) -> Picture:
+def image_size(path: Path) -> tuple[int, int]:
+    """The width and the height of an image file, from its header."""
+    with _bomb_check_off(), _opened(path) as file, _identified(file, str(path)) as image:
+        return image.size
+
+
+def _from_file(path: Path, max_pixels: int, check: Callable[[int, int], None]) -> Picture:
     # Not by its name: Pillow would map the file, and so scramble an uncompressed TIFF that is stored on its side.
     with _opened(path) as file:
-        return _from_bytes(file, str(path), max_pixels)
+        return _from_bytes(file, str(path), max_pixels, check)
 
 
-def _from_bytes(file: BinaryIO, name: str, max_pixels: int) -> Picture:
+def _from_bytes(file: BinaryIO, name: str, max_pixels: int, check: Callable[[int, int], None]) -> Picture:
     with _bomb_check_off(), _identified(file, name) as image:
         _check_size(name, image.size, max_pixels)
+        check(*image.size)
         return _from_image(image, name)
 
 

@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+import io
+import math
 import os
 import secrets
-from collections.abc import Mapping
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import CancelledError
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from tilewright.runtime.errors import ResourceError, UsageError
+from tilewright.runtime.errors import ResourceError, UsageError, amount
 from tilewright.runtime.images.read import Picture, Pixels, fitting_profile, reason
 
-__all__ = ["FORMATS", "assemble", "check_overwrite", "check_writable", "encode_image", "write_image"]
+__all__ = [
+    "FORMATS",
+    "assemble",
+    "check_format",
+    "check_overwrite",
+    "check_room",
+    "check_writable",
+    "encode_image",
+    "write_image",
+    "write_or_keep",
+]
 
 
 @dataclass(frozen=True)
@@ -96,12 +110,65 @@ def check_overwrite(path: str | os.PathLike[str], source: str | os.PathLike[str]
         raise UsageError(f"{path} is read-only: name another file, or replace it with --force")
 
 
-def write_image(path: str | os.PathLike[str], pixels: Pixels, *, icc: bytes | None = None) -> None:
-    """Write [H, W], [H, W, 2], [H, W, 3] or [H, W, 4], completely or not at all. JPEG and BMP drop alpha."""
+def check_format(name: str, suffix: str, shape: Sequence[int]) -> int:
+    """Refuse pixels of this shape if the format of the suffix cannot hold them; their size in bytes."""
+    writer = _WRITERS[suffix.lower()]
+    height, width, *channels = shape
+    held = [height, width, *(n - (n in (2, 4) and not writer.alpha) for n in channels)]
+    if max(height, width) > writer.max_side:
+        limit = f"{writer.max_side} pixels a side"
+    elif math.prod(held) > writer.max_bytes:
+        limit = f"{writer.max_bytes} bytes"
+    else:
+        return math.prod(held)
+    raise UsageError(f"{name} would be {width}x{height}, over {writer.format}'s limit of {limit}: use .png")
+
+
+def check_room(path: str | os.PathLike[str], shape: Sequence[int]) -> None:
+    """Refuse a picture that its format or its disk cannot hold, before any work. The disk must hold it uncompressed."""
+    size = check_format(str(path), Path(path).suffix, shape)
+    free = shutil.disk_usage(Path(path).resolve().parent).free
+    if size > free:
+        raise ResourceError(
+            f"{path} takes up to {amount(size)}, and {amount(free)} are free there; free space, or choose another place"
+        )
+
+
+def write_or_keep(
+    path: str | os.PathLike[str],
+    pixels: Pixels,
+    *,
+    icc: bytes | None = None,
+    stopped: Callable[[], bool] = lambda: False,
+) -> None:
+    """Write an image as `write_image` does. If that fails, keep it in the temporary folder; the error says where."""
+    try:
+        write_image(path, pixels, icc=icc, stopped=stopped)
+    except (ResourceError, UsageError) as error:
+        try:
+            name = f"{Path(path).stem}-{secrets.token_hex(4)}{Path(path).suffix}"
+            kept = Path(tempfile.gettempdir()) / name
+            write_image(kept, pixels, icc=icc, stopped=stopped)
+        except (ResourceError, UsageError, OSError):
+            raise error from None
+        raise ResourceError(f"{error}; the picture is kept as {kept}") from error
+
+
+def write_image(
+    path: str | os.PathLike[str],
+    pixels: Pixels,
+    *,
+    icc: bytes | None = None,
+    stopped: Callable[[], bool] = lambda: False,
+) -> None:
+    """Write [H, W], [H, W, 2], [H, W, 3] or [H, W, 4], completely or not at all. JPEG and BMP drop alpha.
+
+    The write ends with CancelledError soon after `stopped` is true.
+    """
     check_writable(path)
     image, writer, profile = _prepared(str(path), Path(path).suffix.lower(), pixels, icc)
     try:
-        _replace(Path(path).resolve(), image, writer, profile)
+        _replace(Path(path).resolve(), image, writer, profile, stopped)
     except OSError as error:
         advice = "free space there or choose another path"
         raise ResourceError(f"{path} cannot be written ({reason(error)}): {advice}") from error
@@ -113,7 +180,7 @@ def encode_image(pixels: Pixels, suffix: str = ".png", *, icc: bytes | None = No
     if suffix not in _WRITERS:
         raise UsageError(f"no writer knows the suffix {suffix!r}: use one of {', '.join(_WRITERS)}")
     image, writer, profile = _prepared("the image", suffix, pixels, icc)
-    file = BytesIO()
+    file = io.BytesIO()
     image.save(file, writer.format, icc_profile=profile, **writer.options)
     return file.getvalue()
 
@@ -121,8 +188,8 @@ def encode_image(pixels: Pixels, suffix: str = ".png", *, icc: bytes | None = No
 def _prepared(name: str, suffix: str, pixels: Pixels, icc: bytes | None) -> tuple[Image.Image, _Writer, bytes | None]:
     """The encoder for a suffix, and the parts of an image that its format can hold."""
     writer = _WRITERS[suffix]
+    check_format(name, suffix, pixels.shape)
     pixels = pixels if writer.alpha else _without_alpha(pixels)
-    _check_fits(name, pixels, writer)
     grey = writer.grey and (pixels.ndim == 2 or pixels.shape[2] == 2)
     return Image.fromarray(pixels), writer, fitting_profile(icc, grey)
 
@@ -133,24 +200,29 @@ def _without_alpha(pixels: Pixels) -> Pixels:
     return pixels[:, :, 0] if pixels.shape[2] == 2 else pixels[:, :, :3]
 
 
-def _check_fits(name: str, pixels: Pixels, writer: _Writer) -> None:
-    height, width = pixels.shape[:2]
-    if max(height, width) > writer.max_side:
-        limit = f"{writer.max_side} pixels a side"
-    elif pixels.nbytes > writer.max_bytes:
-        limit = f"{writer.max_bytes} bytes"
-    else:
-        return
-    raise UsageError(f"{name} would be {width}x{height}, over {writer.format}'s limit of {limit}: use .png")
+class _File(io.BufferedRandom):
+    """A new file whose writes can be stopped. Without `fileno` Pillow hands every block to `write`."""
+
+    def __init__(self, path: Path, stopped: Callable[[], bool]) -> None:
+        super().__init__(io.FileIO(path, "x+b"))
+        self.stopped = stopped
+
+    def write(self, data: Any) -> int:
+        if self.stopped():
+            raise CancelledError
+        return super().write(data)
+
+    def fileno(self) -> int:
+        raise io.UnsupportedOperation
 
 
-def _replace(target: Path, image: Image.Image, writer: _Writer, icc: bytes | None) -> None:
+def _replace(target: Path, image: Image.Image, writer: _Writer, icc: bytes | None, stopped: Callable[[], bool]) -> None:
     temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
-        with temporary.open("x+b") as file:
+        with _File(temporary, stopped) as file:
             image.save(file, writer.format, icc_profile=icc, **writer.options)
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(file.raw.fileno())
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)

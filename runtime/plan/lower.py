@@ -283,7 +283,7 @@ class _Lowering:
                 if self.blocks[reader].place != place:
                     self._wait(waits, reader, "same" if home else "every")
             self.value_writer[home, name] = number
-        size = 1 if alone else len(self.plans[p.name].tiles)
+        size = 1 if alone else self.plans[p.name].count
         private = bool(p.tiles) and not (p.writes("each") & grids.keys()) and bool(p.each)
         block = Block(
             number,

@@ -16,6 +16,7 @@ from tilewright.runtime.errors import UsageError
 
 __all__ = ["Tile", "TilePlan", "starts", "tile_plan", "weights"]
 
+MOST_STARTS = 100_000  # tiles in a row or a column: a plan lists their starts
 Weights = list[npt.NDArray[np.float32]]
 
 
@@ -42,6 +43,11 @@ class TilePlan:
     tops: tuple[int, ...]  # one for each row of tiles
     lefts: tuple[int, ...]  # one for each column of tiles
 
+    @property
+    def count(self) -> int:
+        """How many tiles there are; it does not list them."""
+        return len(self.tops) * len(self.lefts)
+
     @cached_property
     def tiles(self) -> tuple[Tile, ...]:
         """All tiles in row-major order."""
@@ -53,9 +59,12 @@ def starts(length: int, tile: int, overlap: int) -> tuple[int, ...]:
     """Return the places where the tiles of one axis start."""
     if length <= tile:
         return (0,)
-    stride = tile - overlap
-    count = -(-(length - overlap) // stride)
-    return (*(i * stride for i in range(count - 1)), length - tile)
+    count = _count(length, tile, overlap)
+    return (*(i * (tile - overlap) for i in range(count - 1)), length - tile)
+
+
+def _count(length: int, tile: int, overlap: int) -> int:
+    return max(1, -(-(length - overlap) // (tile - overlap)))
 
 
 def tile_plan(width: int, height: int, tile: int, overlap: int, multiple: int) -> TilePlan:
@@ -68,6 +77,11 @@ def tile_plan(width: int, height: int, tile: int, overlap: int, multiple: int) -
     if not 0 <= 2 * overlap <= tile or overlap % multiple:
         most = tile // 2 // multiple * multiple
         raise UsageError(f"overlap={overlap} does not fit tile={tile}; use a multiple of {multiple} from 0 to {most}")
+    if _count(max(width, height), tile, overlap) > MOST_STARTS:
+        raise UsageError(
+            f"a side of {max(width, height)} px is more than {MOST_STARTS} tiles of {tile} px; use a larger tile"
+            " or a smaller image"
+        )
     tops, lefts = starts(height, tile, overlap), starts(width, tile, overlap)
     return TilePlan(height, width, min(tile, height), min(tile, width), overlap, tops, lefts)
 

@@ -63,8 +63,11 @@ def test_the_version_is_told_by_the_script_the_module_and_python() -> None:
     ("words", "said"),
     [
         (["exprot"], "group 'exprot' is not one of export, runtime, kernels, completion; did you mean export?"),
-        (["runtime", "restroe"], "verb 'restroe' is not one of restore, plan, select, profile; did you mean restore?"),
-        (["runtime", "zzz"], "verb 'zzz' is not one of restore, plan, select, profile"),
+        (
+            ["runtime", "restroe"],
+            "verb 'restroe' is not one of restore, plan, simulate, select, doctor, profile; did you mean restore?",
+        ),
+        (["runtime", "zzz"], "verb 'zzz' is not one of restore, plan, simulate, select, doctor, profile"),
         (["export", "list", "--jsno"], "unknown argument '--jsno'; did you mean --json?; see tilewright export list"),
     ],
 )
@@ -221,7 +224,7 @@ def test_colour_is_for_terminals_and_no_color_takes_it_away(tmp_path: Path) -> N
 
 def test_a_terminal_sees_a_bar_that_is_gone_at_the_end(restoring: Path) -> None:
     said = on_terminal(*RESTORE, "in.png", "out.png", "--bundle", "b", "--tile", "8", "--overlap", "0")
-    assert "\ropening the engines\x1b[K" in said and "\rwriting the image\x1b[K" in said
+    assert "\ropening the engines\x1b[K" in said and "\rwriting out.png\x1b[K" in said
     assert "\r\x1b[Kin.png 16x12 px -> out.png" in said
     assert "\x1b[K" not in on_terminal(*RESTORE, "in.png", "out.png", "--bundle", "b", "-q")
 

@@ -15,7 +15,7 @@ from onnx import TensorProto, helper
 
 from tilewright.runtime import load
 from tilewright.runtime.bundle.digests import sha256_of_file
-from tilewright.runtime.bundle.read import read_bundle
+from tilewright.runtime.bundle.read import Bundle, read_bundle
 from tilewright.runtime.engines import BACKENDS, backend, ort
 from tilewright.runtime.errors import BundleError, EnvironmentMismatch, ResourceError
 
@@ -46,9 +46,15 @@ def refusal(act, *arguments, **options) -> str:
     return text
 
 
+def opened(whole: Bundle, component: str, **options) -> ort.OrtEngine:
+    """The only engine of a component."""
+    (spec,) = whole.manifest.components[component].engines
+    return ort.open_engine(whole, component, spec, **options)
+
+
 @pytest.fixture
 def engine(bundle):
-    engine = ort.open_engine(read_bundle(bundle), "sharpen")
+    engine = opened(read_bundle(bundle), "sharpen")
     yield engine
     engine.close()
 
@@ -57,7 +63,7 @@ def engine(bundle):
 @pytest.mark.parametrize("memory", ["fast", "low"])
 @pytest.mark.parametrize("shape", [(1, 3, 8, 8), (2, 3, 8, 24)])
 def test_the_answer_is_that_of_a_convolution_in_loops(build, kernels, packed, memory, shape):
-    engine = ort.open_engine(read_bundle(build(packed=packed)), "sharpen", memory=memory)
+    engine = opened(read_bundle(build(packed=packed)), "sharpen", memory=memory)
     image = noise(*shape)
     outputs = engine.run({"image": image}, ["sharp"])
     assert list(outputs) == ["sharp"]
@@ -66,7 +72,7 @@ def test_the_answer_is_that_of_a_convolution_in_loops(build, kernels, packed, me
 
 
 def test_low_and_fast_memory_give_equal_answers(bundle):
-    low, fast = (ort.open_engine(read_bundle(bundle), "sharpen", memory=memory) for memory in ("low", "fast"))
+    low, fast = (opened(read_bundle(bundle), "sharpen", memory=memory) for memory in ("low", "fast"))
     image = noise(3, 3, 40, 56)
     one, other = (engine.run({"image": image}, ["sharp"])["sharp"] for engine in (low, fast))
     np.testing.assert_allclose(one, other, atol=1e-6)
@@ -124,7 +130,7 @@ print(held() - before)
 
 def test_low_memory_turns_off_what_copies_the_weights(bundle):
     low, fast = (
-        ort.open_engine(read_bundle(bundle), "sharpen", memory=memory).session.get_session_options()
+        opened(read_bundle(bundle), "sharpen", memory=memory).session.get_session_options()
         for memory in ("low", "fast")
     )
     assert low.get_session_config_entry("session.disable_prepacking") == "1"
@@ -133,17 +139,17 @@ def test_low_memory_turns_off_what_copies_the_weights(bundle):
 
 @pytest.mark.parametrize("threads", [0, 1, 2])
 def test_the_number_of_threads_is_the_one_asked_for(bundle, threads):
-    engine = ort.open_engine(read_bundle(bundle), "sharpen", threads=threads)
+    engine = opened(read_bundle(bundle), "sharpen", threads=threads)
     assert engine.session.get_session_options().intra_op_num_threads == threads
 
 
 def test_weights_are_read_where_they_lie(bundle, weights_dir, kernels, tmp_path):
     given = tmp_path / "given"
     weights_dir.rename(given)
-    assert "are in none of" in refusal(ort.open_engine, read_bundle(bundle), "sharpen")
+    assert "are in none of" in refusal(opened, read_bundle(bundle), "sharpen")
     image = noise(1, 3, 8, 8)
     for place in (given, given / ".." / "given", tmp_path / "models" / ".." / "given"):
-        engine = ort.open_engine(read_bundle(bundle), "sharpen", weights_dir=place)
+        engine = opened(read_bundle(bundle), "sharpen", weights_dir=place)
         np.testing.assert_allclose(
             engine.run({"image": image}, ["sharp"])["sharp"], filtered(image, kernels), atol=1e-6
         )
@@ -152,13 +158,13 @@ def test_weights_are_read_where_they_lie(bundle, weights_dir, kernels, tmp_path)
 def test_a_bundle_and_weights_given_by_relative_paths_run(bundle, weights_dir, tmp_path, monkeypatch):
     weights_dir.rename(tmp_path / "given")
     monkeypatch.chdir(tmp_path)
-    engine = ort.open_engine(read_bundle(bundle.name), "sharpen", weights_dir=Path("given"))
+    engine = opened(read_bundle(bundle.name), "sharpen", weights_dir=Path("given"))
     assert engine.run({"image": noise(1, 3, 8, 8)}, ["sharp"])["sharp"].shape == (1, 3, 8, 8)
 
 
 def test_packed_weights_of_a_bundle_given_by_a_relative_path_run(packed_bundle, monkeypatch):
     monkeypatch.chdir(packed_bundle.parent)
-    engine = ort.open_engine(read_bundle(packed_bundle.name), "sharpen")
+    engine = opened(read_bundle(packed_bundle.name), "sharpen")
     assert engine.run({"image": noise(1, 3, 8, 8)}, ["sharp"])["sharp"].shape == (1, 3, 8, 8)
 
 
@@ -195,7 +201,7 @@ def test_weights_of_two_folders_and_three_types_meet_in_one_session(two_folder_b
         **dict.fromkeys(two_folders["extra"], "extra"),
     }
     assert {r.dtype for r in references.values()} == {"float32", "float16", "bfloat16"}
-    engine = ort.open_engine(whole, "add", memory=memory)
+    engine = opened(whole, "add", memory=memory)
     for image in (noise(1, 3, 8, 8), noise(2, 3, 16, 8)):
         np.testing.assert_allclose(engine.run({"image": image}, ["sum"])["sum"], added(image, two_folders), atol=1e-6)
     engine.close()
@@ -234,20 +240,20 @@ def test_two_folders_that_moved_are_found_under_the_one_that_is_given(two_folder
     for old, place in zip(("models/base", "other/extra"), places, strict=True):
         (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / old).rename(tmp_path / place)
-    assert "weights weights.safetensors of 'base' are in none of" in refusal(ort.open_engine, read_bundle(root), "add")
+    assert "weights weights.safetensors of 'base' are in none of" in refusal(opened, read_bundle(root), "add")
     image = noise(1, 3, 8, 8)
-    engine = ort.open_engine(read_bundle(root), "add", weights_dir=tmp_path / "given")
+    engine = opened(read_bundle(root), "add", weights_dir=tmp_path / "given")
     np.testing.assert_allclose(engine.run({"image": image}, ["sum"])["sum"], added(image, two_folders), atol=1e-6)
 
 
 def test_one_folder_that_moved_is_found_and_the_other_where_it_was(two_folder_bundle, two_folders, tmp_path):
     root = two_folder_bundle()
     (tmp_path / "other" / "extra").rename(tmp_path / "moved")
-    assert "of 'extra' are in none of" in refusal(ort.open_engine, read_bundle(root), "add")
+    assert "of 'extra' are in none of" in refusal(opened, read_bundle(root), "add")
     (tmp_path / "given").mkdir()
     (tmp_path / "moved").rename(tmp_path / "given" / "extra")
     image = noise(1, 3, 8, 8)
-    engine = ort.open_engine(read_bundle(root), "add", weights_dir=tmp_path / "given")
+    engine = opened(read_bundle(root), "add", weights_dir=tmp_path / "given")
     np.testing.assert_allclose(engine.run({"image": image}, ["sum"])["sum"], added(image, two_folders), atol=1e-6)
 
 
@@ -264,7 +270,7 @@ def test_weights_in_a_hugging_face_cache_run_linked_or_copied(build, weights_dir
     else:
         weights_dir.symlink_to(snapshot)
     for place in (snapshot, tmp_path / "copied", *([] if moved else [None])):
-        engine = ort.open_engine(read_bundle(root), "sharpen", memory=memory, weights_dir=place)
+        engine = opened(read_bundle(root), "sharpen", memory=memory, weights_dir=place)
         answer = engine.run({"image": image}, ["sharp"])["sharp"]
         np.testing.assert_allclose(answer, filtered(image, kernels), atol=1e-6)
 
@@ -276,7 +282,7 @@ def test_one_folder_of_links_and_one_of_files_meet_in_one_session(two_folder_bun
         snapshot = hugging_face(tmp_path / folder, tmp_path / "hub" / folder)
         shutil.rmtree(tmp_path / folder)
         (tmp_path / folder).symlink_to(snapshot)
-        engine = ort.open_engine(read_bundle(root), "add", memory=memory)
+        engine = opened(read_bundle(root), "add", memory=memory)
         image = noise(1, 3, 8, 8)
         answer = engine.run({"image": image}, ["sum"])["sum"]
         np.testing.assert_allclose(answer, added(image, two_folders), atol=1e-6)
@@ -287,7 +293,7 @@ def test_a_link_to_other_bytes_is_refused(bundle, weights_dir, tmp_path):
     blob = (snapshot / "sharpen.safetensors").resolve()
     blob.write_bytes(blob.read_bytes()[:-1] + b"x")
     shutil.rmtree(weights_dir)
-    text = refusal(ort.open_engine, read_bundle(bundle), "sharpen", weights_dir=snapshot)
+    text = refusal(opened, read_bundle(bundle), "sharpen", weights_dir=snapshot)
     assert text.startswith(f"{snapshot / 'sharpen.safetensors'}: SHA-256 differs")
 
 
@@ -296,7 +302,7 @@ def test_changed_weights_of_either_folder_are_refused(two_folder_bundle, tmp_pat
     root, path = two_folder_bundle(), tmp_path / folder / "weights.safetensors"
     data = path.read_bytes()
     path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    assert refusal(ort.open_engine, read_bundle(root), "add").startswith(f"{path}: SHA-256 differs from the sealed ")
+    assert refusal(opened, read_bundle(root), "add").startswith(f"{path}: SHA-256 differs from the sealed ")
 
 
 @pytest.mark.parametrize("data", [b"", b"\0" * 100, b"not a graph", b"\x08\x0a:\xff\xff", bytes(range(256))])

@@ -6,9 +6,9 @@ import pytest
 from support.scenes import noise
 from tilewright.runtime import TilewrightError, load
 from tilewright.runtime.bundle.read import read_bundle
+from tilewright.runtime.engines.machine import usable_cores
 from tilewright.runtime.errors import InputError, UsageError
 from tilewright.runtime.estimate import estimate
-from tilewright.runtime.execute.devices import usable_cores
 
 CORES = usable_cores()
 

@@ -185,7 +185,7 @@ def test_devices_work_at_once(bundle):
             return {"sharp": inputs["image"]}
 
     executor = Executor([CpuDevice(f"cpu:{i}", {"sharpen": Engine()}) for i in range(2)])
-    restorer = Restorer(read_bundle(bundle), OpenEngines([], None), executor)
+    restorer = Restorer(read_bundle(bundle), OpenEngines([], None), executor, {})
     assert restorer(noise(32, 88, 3)).shape == (64, 176, 3)  # four tiles: two meetings
 
 

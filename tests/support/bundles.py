@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import save_file
 
 from tilewright.runtime.bundle.digests import sha256_of_bytes
-from tilewright.runtime.bundle.manifest import Component, EngineSpec, File, Manifest, Memory
+from tilewright.runtime.bundle.manifest import SCHEMA_VERSION, Component, EngineSpec, File, Manifest, Memory
 from tilewright.runtime.bundle.program import ANY, Call, Grid, Input, Pass, Program, TensorFile, TensorSpec, Text, Tiles
 from tilewright.runtime.bundle.safetensors import safetensors_header
 from tilewright.runtime.bundle.strict import to_json
@@ -37,6 +37,11 @@ PROGRAM = Program(
     grids={"image": Grid(1, 3, "input"), "result": Grid(1, 3)},
     passes=(Pass("restore", Tiles(64, 16), once=(SHARPEN,)),),
 )
+
+
+def engine(*files: str, name: str = "ort-float32") -> EngineSpec:
+    """A float32 engine of ONNX Runtime."""
+    return EngineSpec(name, "ort", "cpu", "float32", files)
 
 
 @pytest.fixture
@@ -158,7 +163,7 @@ def tint(tmp_path) -> Callable[..., Path]:
         for component, (inputs, outputs, model) in _tint_components().items():
             file = f"{component}.onnx"
             onnx.save(model, staging / file)
-            engines = (EngineSpec("ort", "float32", file),)
+            engines = (engine(file),)
             components[component] = Component(file, inputs, outputs, engines, Memory(1_000_000, 24, 0))
         (staging / "weights.json").write_text(to_json(Weights({}, {})))
         (staging / "program.json").write_text(to_json(program))
@@ -275,7 +280,7 @@ def two_folder_bundle(tmp_path, two_folders) -> Callable[..., Path]:
                 references[tensor] = Reference("weights.safetensors", spec.dtype, shape, offset, length, folder)
         (staging / "weights.json").write_text(to_json(Weights(folders, {"add": references})))
         onnx.save(_adding(references), staging / "add.onnx")
-        engines = (EngineSpec("ort", "float32", "add.onnx"),)
+        engines = (engine("add.onnx"),)
         components = {"add": Component("add.onnx", {"image": IMAGE}, {"sum": IMAGE}, engines, Memory(1_000_000, 24, 0))}
         once = (Call("add", {"image": "image"}, {"sum": "result"}),)
         program = replace(PROGRAM, scale=1, passes=(Pass("add", Tiles(64, 16), once=once),))
@@ -330,23 +335,22 @@ def _model(
 
 
 MANIFEST = Manifest(
-    schema_version=1,
+    schema_version=SCHEMA_VERSION,
     system="sharpen",
     preset="standard",
-    precision="float32",
     licence="CC0-1.0",
     components={
         "sharpen": Component(
             "sharpen.onnx",
             {"image": IMAGE},
             {"sharp": IMAGE},
-            (EngineSpec("ort", "float32", "sharpen.onnx"),),
+            (engine("sharpen.onnx"),),
             Memory(1_000_000, 24, 0),
         )
     },
     files={},
     made_with={"tilewright": "0.1.0", "numpy": "2.0.0"},
-    options={"precision": "float32"},
+    options={"weights": "given"},
     constants="constants.safetensors",
 )
 

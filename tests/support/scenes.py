@@ -6,7 +6,7 @@ from PIL import Image
 
 from tilewright.runtime import load
 from tilewright.runtime.bundle.program import Call, Grid, Pass, Program, Tiles
-from tilewright.runtime.execute.devices import usable_cores
+from tilewright.runtime.engines.machine import usable_cores
 
 __all__ = [
     "CPUS",

@@ -52,7 +52,7 @@ def _work(request: Request, traced: Path, attached: Path, directory: Path) -> No
         for target, module in TARGETS.items():
             copy = model.clone()
             if importlib.import_module(module).prepare(copy):
-                engine = directory / engine_folder(name, target, "float32") / "model.onnx"
+                engine = directory / engine_folder(name, target) / "model.onnx"
                 engine.parent.mkdir(parents=True)
                 ir.save(copy, engine)
         forget_shapes(model)

@@ -372,7 +372,8 @@ def test_an_adapter_without_adaptive_norms_is_plain_and_says_so(
 
     def run(component: str, **inputs: Any) -> dict[str, Any]:
         arrays = {name: np.asarray(array) for name, array in inputs.items()}
-        made = open_engine(opened, component, threads=1).run(arrays, opened.manifest.components[component].outputs)
+        signature = opened.manifest.components[component]
+        made = open_engine(opened, component, signature.engines[0], threads=1).run(arrays, signature.outputs)
         return {name: torch.from_numpy(array) for name, array in made.items()}
 
     fixed = run("words", context=context[1:], negative_context=context[:1]) | {"t": np.float32(301), "z": z}

@@ -75,25 +75,43 @@ def test_an_unknown_key_is_refused(bundle, name, keys):
 
 
 MEMORY = ("components", "sharpen", "memory")
+PROFILE = ("components", "sharpen", "engines", 0, "profile")
+NEEDS = ("components", "sharpen", "engines", 0, "needs")
 WEIGHT = ("tensors", "sharpen", "weight")
 
 
 @pytest.mark.parametrize(
     ("name", "keys", "value", "words"),
     [
-        ("bundle.json", ("schema_version",), 2, "schema 2, this version reads up to 1; upgrade tilewright"),
-        ("bundle.json", ("schema_version",), 10**30, "this version reads up to 1; upgrade tilewright"),
-        ("bundle.json", ("schema_version",), 0, "schema 0 is unknown, not 1; rebuild"),
-        ("bundle.json", ("schema_version",), -1, "schema -1 is unknown, not 1; rebuild"),
+        ("bundle.json", ("schema_version",), 3, "schema 3, this version reads up to 2; upgrade tilewright"),
+        ("bundle.json", ("schema_version",), 10**30, "this version reads up to 2; upgrade tilewright"),
+        ("bundle.json", ("schema_version",), 0, "schema 0 is too old, this version reads 2; run tilewright"),
+        ("bundle.json", ("schema_version",), -1, "schema -1 is too old, this version reads 2; run tilewright"),
         ("bundle.json", ("schema_version",), True, "schema_version: expected integer, found true"),
-        ("bundle.json", ("schema_version",), 1.0, "schema_version: expected integer, found 1.0"),
-        ("bundle.json", ("schema_version",), "1", 'schema_version: expected integer, found "1"'),
+        ("bundle.json", ("schema_version",), 2.0, "schema_version: expected integer, found 2.0"),
+        ("bundle.json", ("schema_version",), "2", 'schema_version: expected integer, found "2"'),
         ("bundle.json", ("components",), {}, "holds no component; rebuild"),
-        ("bundle.json", ("components", "sharpen", "engines"), [], "component 'sharpen' has no engine; rebuild"),
+        ("bundle.json", ("components", "sharpen", "engines"), [], "sharpen: engines must have at least 1"),
         ("bundle.json", ("components", "sharpen", "engines"), {}, "engines: expected a list, found {}"),
-        ("bundle.json", ("components", "sharpen", "engines", 0, "batch"), [1], "batch: expected a list of 2"),
+        ("bundle.json", ("components", "sharpen", "engines", 0, "files"), [], "engines[0]: files must have at least 1"),
+        ("bundle.json", ("components", "sharpen", "engines", 0, "device"), "tpu", "'tpu' is not one of cpu, cuda"),
+        ("bundle.json", ("components", "sharpen", "engines", 0, "name"), "a/b", "name 'a/b' does not match "),
+        (
+            "bundle.json",
+            ("components", "sharpen", "engines", 0, "weights"),
+            "a",
+            "weights.json has no table 'a'; rebuild",
+        ),
+        ("bundle.json", (*PROFILE, "batch", "most"), 0, "profile.batch: most 0 must be at least 1"),
+        ("bundle.json", (*PROFILE, "batch", "usual"), 33, "least 1, usual 33, most 32 must ascend"),
+        ("bundle.json", (*NEEDS, "packages"), {"a": "new"}, "needs: least version 'new' of 'a' is not like 1.22"),
         ("bundle.json", ("components", "sharpen", "graph"), "sharpen/a.onnx", "'sharpen/a.onnx' is used but not"),
-        ("bundle.json", ("components", "sharpen", "engines", 0, "file"), "a.plan", "'a.plan' is used but not listed"),
+        (
+            "bundle.json",
+            ("components", "sharpen", "engines", 0, "files"),
+            ["a.plan"],
+            "'a.plan' is used but not listed",
+        ),
         ("bundle.json", ("program",), "a.json", "'a.json' is used but not listed under files; rebuild"),
         ("bundle.json", ("weights",), "a.json", "'a.json' is used but not listed under files; rebuild"),
         ("bundle.json", ("constants",), "a.safetensors", "'a.safetensors' is used but not listed"),
@@ -103,8 +121,8 @@ WEIGHT = ("tensors", "sharpen", "weight")
         ("bundle.json", ("components", "sharpen", "inputs", "image", "shape"), [1.5], "or string, found 1.5"),
         ("bundle.json", (*MEMORY, "fixed"), float("nan"), "fixed: expected a finite number, found NaN"),
         ("bundle.json", (*MEMORY, "fixed"), 10**400, "fixed: expected a finite number, found 1000"),
-        ("bundle.json", (*MEMORY, "per_px"), -1, "memory 1000000.0, -1.0, 0.0 must lie between 0 and 2**63"),
-        ("bundle.json", (*MEMORY, "per_px2"), 1e300, "memory 1000000.0, 24.0, 1e+300 must lie between 0 and 2**63"),
+        ("bundle.json", (*MEMORY, "per_px"), -1, "memory: per_px -1.0 must lie in 0..9223372036854775807"),
+        ("bundle.json", (*MEMORY, "per_px2"), 1e300, "memory: per_px2 1e+300 must lie in 0..9223372036854775807"),
         ("bundle.json", ("files", "program.json", "size"), "518", 'size: expected integer, found "518"'),
         ("program.json", ("scale",), 0, "scale 0 must lie in 1..16"),
         ("program.json", ("grids", "result"), ABSENT, "grid 'result' must be there"),
@@ -115,8 +133,8 @@ WEIGHT = ("tensors", "sharpen", "weight")
         ("program.json", ("passes", 0, "tiles", "overlap_px"), 40, "overlap_px 40 must lie between 0 and half"),
         ("weights.json", (*WEIGHT, "length"), 109, "sharpen.weight reaches past the end of 'sharpen.safetensors'"),
         ("weights.json", (*WEIGHT, "offset"), 185, "sharpen.weight reaches past the end of 'sharpen.safetensors'"),
-        ("weights.json", (*WEIGHT, "offset"), -1, "sharpen.weight reaches past the end of 'sharpen.safetensors'"),
-        ("weights.json", (*WEIGHT, "length"), -1, "sharpen.weight reaches past the end of 'sharpen.safetensors'"),
+        ("weights.json", (*WEIGHT, "offset"), -1, "sharpen.weight: offset -1 must be at least 0"),
+        ("weights.json", (*WEIGHT, "length"), -1, "sharpen.weight: length -1 must be at least 0"),
         ("weights.json", (*WEIGHT, "file"), "a.safetensors", "lies in 'a.safetensors', which is not listed"),
         ("weights.json", (*WEIGHT, "folder"), "a", "lies in 'sharpen.safetensors', which is not listed"),
         ("weights.json", (*WEIGHT, "folder"), ABSENT, "lies in 'sharpen.safetensors', which is not listed"),
@@ -136,7 +154,7 @@ def test_a_value_that_cannot_be_meant_is_refused(bundle, name, keys, value, word
     "keys",
     [
         ("components", "sharpen", "graph"),
-        ("components", "sharpen", "engines", 0, "file"),
+        ("components", "sharpen", "engines", 0, "files"),
         ("program",),
         ("weights",),
         ("constants",),
@@ -147,6 +165,8 @@ def test_a_value_that_cannot_be_meant_is_refused(bundle, name, keys, value, word
 def test_a_path_that_is_not_plain_relative_and_posix_is_refused(bundle, keys, path):
     if keys == ("files",):
         put(bundle, "bundle.json", ("files", path), {"size": 0, "sha256": ""})
+    elif keys[-1] == "files":
+        put(bundle, "bundle.json", keys, [path])
     else:
         put(bundle, "bundle.json", keys, path)
     assert f"{bundle / 'bundle.json'}: path {path!r} is not a plain relative POSIX path" in refusal(read_bundle, bundle)

@@ -49,7 +49,7 @@ MEANINGLESS = {
     ),
     "no step": ("in-token", {f"{STEPS}.count": 0}, "count 0 must lie in 1..1000"),
     "too many steps": ("in-token", {f"{STEPS}.count": 1001}, "count 1001 must lie in 1..1000"),
-    "a token of no pixel": ("in-token", {f"{STEPS}.px_per_token": 0}, "px_per_token 0 be positive"),
+    "a token of no pixel": ("in-token", {f"{STEPS}.px_per_token": 0}, "px_per_token 0 must be at least 1"),
     "tiles of no pixel": (
         "in-token",
         {TILES: {"px": 0, "overlap_px": 0}},
@@ -63,7 +63,7 @@ MEANINGLESS = {
     "a negative overlap": (
         "in-token",
         {f"{TILES}.overlap_px": -16},
-        "overlap_px -16 must lie between 0 and half of px 1024",
+        "overlap_px -16 must be at least 0",
     ),
     "a batch of none": ("private", {"passes.1.tiles.batch": 0}, "batch 0 must be at least 1"),
     "an unknown start of a grid": (
@@ -71,8 +71,12 @@ MEANINGLESS = {
         {"grids.z.init": "ones"},
         "program.json.grids.z: init 'ones' is not one of input, noise, zeros, none",
     ),
-    "a grid of no pixel": ("in-token", {"grids.z.px": 0}, "px 0 and channels 16 must be at least 1"),
-    "a grid of no channel": ("in-token", {"grids.z.channels": 0}, "px 8 and channels 0 must be at least 1"),
+    "a grid of no pixel": ("in-token", {"grids.z.px": 0}, "program.json.grids.z: px 0 must be at least 1"),
+    "a grid of no channel": (
+        "in-token",
+        {"grids.z.channels": 0},
+        "program.json.grids.z: channels 0 must be at least 1",
+    ),
     "an unknown start of a state": (
         "private",
         {"passes.1.state.tokens.init": "input"},
@@ -89,7 +93,7 @@ MEANINGLESS = {
     "an input of no size": ("vicr", {"inputs.t5_ids.shape": [1, 0]}, "shape [1, 0] holds a size below 1"),
     "no scale": ("hitoksr", {"scale": 0}, "program.json: scale 0 must lie in 1..16"),
     "a scale beyond reason": ("hitoksr", {"scale": 17}, "scale 17 must lie in 1..16"),
-    "no multiple": ("hitoksr", {"multiple_px": 0}, "multiple_px 0 in 1..4096"),
+    "no multiple": ("hitoksr", {"multiple_px": 0}, "multiple_px 0 must lie in 1..4096"),
     "fixed sides without the usual one": (
         "in-token-fixed",
         {"passes.2.tiles.fixed_px": [512, 256]},

@@ -49,4 +49,8 @@ def test_the_published_schemas_say_the_default_of_all_that_may_be_left_out():
                 if "default" in value:
                     whole = {**value, "$defs": schema["$defs"]}
                     jsonschema.Draft202012Validator(whole).validate(value["default"])
-    assert json_schema()["program.json"]["$defs"]["Tiles"]["properties"]["batch"] == {"type": "integer", "default": 1}
+    assert json_schema()["program.json"]["$defs"]["Tiles"]["properties"]["batch"] == {
+        "type": "integer",
+        "minimum": 1,
+        "default": 1,
+    }

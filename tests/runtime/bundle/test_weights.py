@@ -175,7 +175,7 @@ def test_an_engines_own_graph_is_checked_as_the_portable_one(staged, tmp_path):
     (staging / file).parent.mkdir(parents=True)
     shutil.copy(staging / "sharpen.onnx", staging / file)
     component = manifest.components["sharpen"]
-    engines = (dataclasses.replace(component.engines[0], file=file),)
+    engines = (dataclasses.replace(component.engines[0], files=(file,)),)
     components = {"sharpen": dataclasses.replace(component, engines=engines)}
     seal(staging, dataclasses.replace(manifest, components=components), tmp_path / "b")
     change_graph(tmp_path / "b", says("location", "secret.bin"), file)

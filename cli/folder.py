@@ -1,0 +1,62 @@
+"""Restoring the images of a folder: one bar, a summary, the failures."""
+
+import argparse
+import time
+from collections.abc import Callable
+from typing import Any
+
+from tilewright.cli.commands import as_typed
+from tilewright.cli.main import ending
+from tilewright.cli.terminal import Progress, answer, mebibytes, note
+from tilewright.runtime.errors import TilewrightError, UsageError
+from tilewright.runtime.estimate import peak_bytes
+from tilewright.runtime.folder import images_of, restore_images
+from tilewright.runtime.restore import Restorer
+
+__all__ = ["restore_folder"]
+
+
+def restore_folder(
+    arguments: argparse.Namespace, open_restorer: Callable[[], Restorer], options: dict[str, Any]
+) -> None:
+    """Restore the images of a folder, and report each."""
+    if str(arguments.output) == "-":
+        raise UsageError(f"{arguments.input} is a folder; name a folder for the results, not standard output")
+    pairs, others = images_of(arguments.input, arguments.output, arguments.format or "png")
+    if others:
+        note(arguments, f"{others} other file(s) of {arguments.input} are left out; their suffixes are of no image")
+    start = time.perf_counter()
+    with Progress(arguments) as progress:
+        progress.doing("opening the engines")
+        with open_restorer() as restorer:
+            progress.doing(f"reading {arguments.input}")
+            outcomes = restore_images(restorer, pairs, force=arguments.force, on_progress=progress.images, **options)
+    seconds = time.perf_counter() - start
+    rows: list[dict[str, Any]] = []
+    faults = []
+    for outcome in outcomes:
+        row: dict[str, Any] = {"input": str(outcome.source), "output": str(outcome.target)}
+        if outcome.error is None:
+            (row["input_width"], row["input_height"]), (row["width"], row["height"]) = outcome.input_size, outcome.size
+            row |= {"tiles": outcome.tiles, "seconds": outcome.seconds}
+        else:
+            error = outcome.error
+            ours = isinstance(error, TilewrightError)
+            message, code = (str(error), error.exit_code) if isinstance(error, TilewrightError) else ending(error)
+            message = as_typed(message, arguments.options)
+            row["error"] = {"code": code, "kind": type(error).__name__, "message": message}
+            faults.append((type(error) if ours else TilewrightError, code, f"{outcome.source.name}: {message}"))
+        rows.append(row)
+    good = len(rows) - len(faults)
+    value = {"images": rows, "failed": len(faults), "seconds": seconds, "peak_bytes": peak_bytes()}
+    lines = [
+        f"{arguments.input} -> {arguments.output}: {good} of {len(rows)} images in {seconds:.2f} s; peak"
+        f" {mebibytes(value['peak_bytes'])}"
+    ]
+    lines += [f"failed: {message}" for _, _, message in faults]
+    fault = None
+    if faults:
+        kind, code, message = faults[0]
+        fault = kind(f"{len(faults)} of {len(rows)} images failed, the first is {message}")
+        fault.exit_code = code
+    answer(arguments, value, "\n".join(lines), fault=fault)

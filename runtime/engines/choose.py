@@ -1,0 +1,143 @@
+"""Choosing the engine of a component: the best one that fits the machine, and for every other one the reason why not.
+
+Nothing is opened or imported here. The order of engines that fit is fixed:
+
+1. float32 before every other precision, because accuracy comes first
+2. engines that were measured before engines that were not, the fastest first
+3. the most accurate precision, then the order of BACKENDS, then the order of names
+
+A caller's wish leaves only the engines with that name, precision or backend.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from tilewright.runtime.bundle.manifest import PRECISIONS, Component, EngineSpec
+from tilewright.runtime.errors import EnvironmentMismatch, UsageError
+
+__all__ = ["Choice", "Machine", "choose", "choose_all", "require"]
+
+BACKENDS = ("tensorrt", "cuda", "aoti", "openvino", "ort")  # those that are made for the least hardware come first
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The parts of a machine that decide which engines run on it."""
+
+    cores: int
+    devices: tuple[str, ...] = ("cpu",)  # kinds of devices
+    instructions: tuple[str, ...] = ()  # of the CPU, by the names in /proc/cpuinfo
+    compute_capability: tuple[int, int] | None = None  # of the GPU
+    backends: tuple[str, ...] = ()  # those that can run
+    missing: Mapping[str, str] = field(default_factory=dict)  # other backends -> what they need, and how to install it
+    packages: Mapping[str, str] = field(default_factory=dict)  # installed package -> version
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The engine that was chosen for a component, and the reasons against all others."""
+
+    spec: EngineSpec | None  # none: no engine fits
+    misfits: dict[str, str]  # engine that cannot run here -> why
+    others: dict[str, str]  # engine that would run here -> why it was not chosen
+
+
+def choose(specs: Sequence[EngineSpec], machine: Machine, wish: str | None = None) -> Choice:
+    """Choose among the engines of a component."""
+    wished = _wished(specs, wish)
+    misfits = {spec.name: reason for spec in specs if (reason := _misfit(spec, machine))}
+    fitting = sorted((spec for spec in specs if spec.name not in misfits), key=_rank)
+    best = next((spec for spec in fitting if spec.name in wished), None)
+    others = {
+        spec.name: _why(best, spec) if best and spec.name in wished else f"--engine {wish} asks for another"
+        for spec in fitting
+        if spec is not best
+    }
+    return Choice(best, misfits, others)
+
+
+def choose_all(components: Mapping[str, Component], machine: Machine, wish: str | None = None) -> dict[str, Choice]:
+    """Choose the engine of each component. A wish holds for those components that can fulfil it."""
+    _wished([spec for component in components.values() for spec in component.engines], wish)
+    return {
+        name: choose(c.engines, machine, wish if any(_meets(spec, wish) for spec in c.engines) else None)
+        for name, c in components.items()
+    }
+
+
+def require(choices: Mapping[str, Choice]) -> dict[str, EngineSpec]:
+    """The engine of each component. Components without one are refused with all reasons."""
+    lacking = sorted(name for name, choice in choices.items() if choice.spec is None)
+    if lacking:
+        reasons = sorted({f"{engine} {why}" for name in lacking for engine, why in choices[name].misfits.items()})
+        raise EnvironmentMismatch(f"no engine of {', '.join(lacking)} can run here: {'; '.join(reasons)}")
+    return {name: choice.spec for name, choice in choices.items() if choice.spec}
+
+
+def _wished(specs: Sequence[EngineSpec], wish: str | None) -> set[str]:
+    """The names of the engines that a wish leaves. A wish that leaves none is refused."""
+    names = {spec.name for spec in specs if _meets(spec, wish)}
+    if not names:
+        raise UsageError(
+            f"engine={wish!r} is none of this bundle's engines: {_listed(s.name for s in specs)}; their precisions:"
+            f" {_listed(s.precision for s in specs)}; their backends: {_listed(s.backend for s in specs)}"
+        )
+    return names
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted(set(names)))
+
+
+def _meets(spec: EngineSpec, wish: str | None) -> bool:
+    return wish is None or wish in (spec.name, spec.precision, spec.backend)
+
+
+def _misfit(spec: EngineSpec, machine: Machine) -> str | None:
+    """The reason why an engine cannot run on a machine."""
+    needs, has = spec.needs, machine.compute_capability
+    if spec.device not in machine.devices:
+        return f"runs on {spec.device}, and here is {' and '.join(machine.devices)} only"
+    if spec.backend not in machine.backends:
+        return machine.missing.get(spec.backend) or f"has a backend that is not known here, {spec.backend!r}"
+    if lacking := [name for name in needs.instructions if name not in machine.instructions]:
+        return f"needs {', '.join(lacking)}, which this CPU lacks"
+    if needs.compute_capability and (has or (0, 0)) < needs.compute_capability:
+        there = "this GPU's is {}.{}".format(*has) if has else "this GPU's is unknown"
+        return f"needs compute capability {needs.compute_capability[0]}.{needs.compute_capability[1]}, {there}"
+    for package, least in sorted(needs.packages.items()):
+        version = machine.packages.get(package)
+        if version is None or _release(version) < _release(least):
+            there = f"{version} is installed" if version else "it is not installed"
+            return f"needs {package} {least} or later, {there}: pip install '{package}>={least}'"
+    return None
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """The numbers of a version without the zeros at its end: 1.20.0rc1 is (1, 20)."""
+    numbers = re.match(r"\d+(\.\d+)*", version)
+    parts = [int(part) for part in numbers[0].split(".")] if numbers else []
+    while parts and not parts[-1]:
+        parts.pop()
+    return tuple(parts)
+
+
+def _rank(spec: EngineSpec) -> tuple[bool, float, int, int, str]:
+    """The place of an engine in the order."""
+    seconds = spec.measured.seconds_per_megapixel if spec.measured else math.inf
+    backend = BACKENDS.index(spec.backend) if spec.backend in BACKENDS else len(BACKENDS)
+    return spec.precision != "float32", seconds, PRECISIONS.index(spec.precision), backend, spec.name
+
+
+def _why(best: EngineSpec, spec: EngineSpec) -> str:
+    """The reason why an engine comes after the best one."""
+    if best.precision == "float32" != spec.precision:
+        return f"{best.name} is more accurate; --engine {spec.name} asks for this one"
+    if best.measured and spec.measured and best.measured.seconds_per_megapixel < spec.measured.seconds_per_megapixel:
+        one, other = (f"{m.seconds_per_megapixel:.3g}" for m in (best.measured, spec.measured))
+        return f"{best.name} is faster: {one} s a megapixel, this one {other}"
+    if best.measured and not spec.measured:
+        return f"{best.name} was measured, this one was not"
+    return f"{best.name} comes first in the fixed order"

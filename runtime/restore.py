@@ -4,7 +4,7 @@ import asyncio
 import os
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from threading import Lock
 from types import TracebackType
@@ -244,6 +244,7 @@ def load(
     memory: str = "fast",
     devices: Sequence[str] = ("cpu:0",),
     threads: int = 0,
+    batch: int | None = None,
     weights_dir: str | os.PathLike[str] | None = None,
     expect: str | None = None,
     fresh: bool = False,
@@ -253,7 +254,8 @@ def load(
     `path`: a folder, or the result of `read_bundle`, for which `expect` and `fresh` have no effect.
     `expect` and `fresh` as for `read_bundle`. `engine`: the name, precision or backend of the engines; without it the
     best that fit the machine are chosen. `devices`: `cpu:0`, `cpu:1`, ... run tiles at the same time, each with
-    `threads` threads. With 0 threads the devices share the cores.
+    `threads` threads. With 0 threads the devices share the cores. `batch`: most tiles in a call of an engine, of any
+    steps and any images, instead of the bundle's.
     """
     if memory not in MEMORY_MODES:
         raise UsageError(f"memory={memory!r} is not one of {', '.join(MEMORY_MODES)}")
@@ -269,6 +271,9 @@ def load(
     packages = {package for c in components.values() for spec in c.engines for package in spec.needs.packages}
     kinds = {name.partition(":")[0] for name in names}
     specs = require(choose_all(components, this_machine(packages, kinds), engine))
+    if batch is not None:
+        most = min(spec.profile.batch.most for spec in specs.values())
+        bundle = replace(bundle, program=bundle.program.batched(whole("batch", batch, 1, most)))
 
     def open_engine(name: str) -> Engine:
         module = backend(specs[name].backend)

@@ -245,6 +245,8 @@ def _free_rows(model: ir.Model) -> None:
     The trace takes every batch as the same size. Runtimes take sizes of the same name as equal, and share memory.
     """
     whole = next((v for v in model.graph.inputs if v.shape and v.shape[0] == "batch"), None)
+    if whole is None:
+        return
     rows: dict[ir.Value, str | None] = {}  # value that may have one row -> the name of its axis, if it is known
     for value in model.graph.inputs:
         if value.shape and value.shape[0] == ANY:

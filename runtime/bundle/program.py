@@ -18,7 +18,7 @@ a call, or a row for each where a call holds tiles of other steps or images. A s
 
 import re
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tilewright.runtime.bundle.strict import check_limits
 
@@ -252,6 +252,11 @@ class Program:
 
     def __post_init__(self) -> None:
         check_limits(self)
+
+    def batched(self, batch: int) -> "Program":
+        """The same program with up to so many tiles in a call."""
+        tiles = {p.tiles: replace(p.tiles, batch=batch) for p in self.passes if p.tiles}
+        return replace(self, passes=tuple(replace(p, tiles=tiles[p.tiles]) if p.tiles else p for p in self.passes))
 
     def components(self) -> set[str]:
         """The names of the components that the passes call."""

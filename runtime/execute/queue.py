@@ -90,7 +90,7 @@ class Queue:
         """The nodes that a device runs next, as many as may share a call; none if no node is ready.
 
         A busy device takes a batch to prepare only if enough nodes are left for the other devices, which may soon
-        be idle.
+        be idle, and if the batch is full: the call that runs now may make more nodes ready for it.
         """
         if device in self.retired or (self.busy[device] and self.waiting < len(self.busy) - len(self.retired)):
             return None
@@ -98,11 +98,15 @@ class Queue:
             if not (allowed := [key for key in work.ready if self._allowed(work, key)]):
                 continue
             key = min(allowed, key=lambda key: work.ready[key][0])
-            first = self._pop(work, key)
-            nodes, most = [first], first[1].batch
-            for other in [work, *(w for w in sorted(self.works, key=lambda w: w.turns) if w is not work)]:
-                while len(nodes) < most and key in other.ready and self._allowed(other, key):
-                    nodes.append(self._pop(other, key))
+            others = sorted((w for w in self.works if w is not work and key in w.ready), key=lambda w: w.turns)
+            sharing = [work, *(w for w in others if self._allowed(w, key))]
+            most = work.graph.blocks[work.ready[key][0][2]].batch
+            if self.busy[device] and sum(len(w.ready[key]) for w in sharing) < most:
+                return None
+            nodes: list[tuple[Work, Block, int]] = []
+            for each in sharing:
+                while len(nodes) < most and key in each.ready:
+                    nodes.append(self._pop(each, key))
             self.busy[device] += 1
             return Batch(tuple(nodes), device)
         return None

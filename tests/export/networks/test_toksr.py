@@ -34,7 +34,7 @@ OTHER = {"text_mode": "all77", "prediction": "x0", "output_projection": False, "
 STEPS: dict[str, dict[str, Any]] = {"default": SMALL | DEFAULT}
 STEPS |= {f"other but {kept}": SMALL | OTHER | {kept: DEFAULT[kept]} for kept in DEFAULT}
 SHAPES: dict[str, tuple[int | str, ...]] = dict.fromkeys(("tokens", "condition", "tokens_next"), ("batch", 6, 1, 4))
-SHAPES |= {"ids": (ANY, 8), "words": (ANY, 8, 16), "pooled": (ANY, 16), "image": ("batch", 3, 32, 32)}
+SHAPES |= {"ids": ("batch", 8), "words": (ANY, 8, 16), "pooled": (ANY, 16), "image": ("batch", 3, 32, 32)}
 # of no schedule, but so that the denoiser's answer counts
 SCALARS = {"guidance": 3.5, "t": 999.0, "alpha": 0.6, "beta": 0.8, "alpha_next": 0.96, "beta_next": 0.28}
 

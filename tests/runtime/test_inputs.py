@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from tilewright.runtime.bundle.program import Input, TensorFile
+from tilewright.runtime.bundle.program import Input
 from tilewright.runtime.bundle.read import read_bundle
 from tilewright.runtime.errors import BundleError, InputError, UsageError
 from tilewright.runtime.inputs import gather, read_tensors, tensors_of, value_of

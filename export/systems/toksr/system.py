@@ -12,7 +12,19 @@ from typing import Any
 
 from tilewright.export.system import ComponentSpec, Option, Origin, Preset, Settings, System, UserFiles, finite
 from tilewright.export.systems.toksr.sizes import PRESETS, PUBLISHED_CLIP, SIZE_OPTIONS, sizes_of
-from tilewright.runtime.bundle.program import ANY, Call, Grid, Input, Pass, Program, State, Steps, TensorSpec, Text, Tiles
+from tilewright.runtime.bundle.program import (
+    ANY,
+    Call,
+    Grid,
+    Input,
+    Pass,
+    Program,
+    State,
+    Steps,
+    TensorSpec,
+    Text,
+    Tiles,
+)
 from tilewright.runtime.errors import UsageError
 
 __all__ = ["SYSTEM"]

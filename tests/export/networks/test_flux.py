@@ -233,7 +233,8 @@ def test_each_condition_counts(plain):
     ):
         assert distance(stepped(plain, kind, t._replace(**changed), 0), stepped(plain, kind, t, 0)) > 1e-3
     zero, one, half = (
-        plain.step(kind)(t.z, t.y, t.context, SIGMAS[:1], SIGMAS[1:2], None, random(1, *TABLE, seed=9)) for kind in KINDS
+        plain.step(kind)(t.z, t.y, t.context, SIGMAS[:1], SIGMAS[1:2], None, random(1, *TABLE, seed=9))
+        for kind in KINDS
     )
     assert min(distance(a, b) for a, b in ((zero, one), (zero, half), (one, half))) > 1e-4
 

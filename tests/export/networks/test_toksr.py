@@ -188,7 +188,9 @@ def test_twenty_five_steps_end_where_diffusers_scheduler_does(networks, name, ba
     for way in ways(networks[name]):
         tokens = inputs["tokens"]
         for row in zip(*tables.values(), strict=True):
-            (tokens,) = way(inputs | {"tokens": tokens} | {table: torch.tensor([x]) for table, x in zip(tables, row, strict=True)})
+            (tokens,) = way(
+                inputs | {"tokens": tokens} | {table: torch.tensor([x]) for table, x in zip(tables, row, strict=True)}
+            )
         close(tokens, z)
 
 

@@ -456,8 +456,16 @@ TEXTS_AND_FILES = {
     ),
     "words for a number": ("vicr", {f"{IDS}.guidance": "tokenizers/t5.json"}, "'guidance' is no input of int64 ids"),
     "words for ids of another type": ("vicr", {"inputs.t5_ids.dtype": "int32"}, "'t5_ids' is no input of int64 ids"),
-    "words for two rows": ("vicr", {"inputs.t5_ids.shape": [2, 512]}, "'t5_ids': shape [2, 512] is not one row; begin it"),
-    "words for a row alone": ("vicr", {"inputs.t5_ids.shape": [512]}, "'t5_ids': shape [512] is not one row; begin it with 1"),
+    "words for two rows": (
+        "vicr",
+        {"inputs.t5_ids.shape": [2, 512]},
+        "'t5_ids': shape [2, 512] is not one row; begin it",
+    ),
+    "words for a row alone": (
+        "vicr",
+        {"inputs.t5_ids.shape": [512]},
+        "'t5_ids': shape [512] is not one row; begin it with 1",
+    ),
     "words by the name of an input": (
         "vicr",
         {"texts.guidance": {"ids": {"t5_ids": "tokenizers/t5.json"}}},

@@ -41,7 +41,9 @@ def test_a_call_takes_tiles_of_several_steps():
         assert len(feed["tokens"]) == len(feed["t"]) == len(feed["alpha_next"])
         assert len(feed["pooled"]) == len(feed["guidance"]) == 1  # one row serves all
     alone = with_pass(program_of("private"), "restore", tiles=Tiles(256, 32))
-    assert result.tobytes() == run(alone, toys(private(48, 256)), PRIVATE_CONSTANTS, Job(canvas(48, 2272), SEED)).tobytes()
+    assert (
+        result.tobytes() == run(alone, toys(private(48, 256)), PRIVATE_CONSTANTS, Job(canvas(48, 2272), SEED)).tobytes()
+    )
 
 
 class Picture:

@@ -2,7 +2,7 @@
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from tilewright.cli.commands import as_typed
@@ -10,7 +10,7 @@ from tilewright.cli.main import ending
 from tilewright.cli.terminal import Progress, answer, mebibytes, note
 from tilewright.runtime.errors import TilewrightError, UsageError
 from tilewright.runtime.estimate import peak_bytes
-from tilewright.runtime.folder import images_of, restore_images
+from tilewright.runtime.folder import Outcome, images_of, restore_images
 from tilewright.runtime.restore import Restorer
 
 __all__ = ["restore_folder"]
@@ -32,31 +32,28 @@ def restore_folder(
             progress.doing(f"reading {arguments.input}")
             outcomes = restore_images(restorer, pairs, force=arguments.force, on_progress=progress.images, **options)
     seconds = time.perf_counter() - start
-    rows: list[dict[str, Any]] = []
-    faults = []
-    for outcome in outcomes:
-        row: dict[str, Any] = {"input": str(outcome.source), "output": str(outcome.target)}
-        if outcome.error is None:
-            (row["input_width"], row["input_height"]), (row["width"], row["height"]) = outcome.input_size, outcome.size
-            row |= {"tiles": outcome.tiles, "seconds": outcome.seconds}
-        else:
-            error = outcome.error
-            ours = isinstance(error, TilewrightError)
-            message, code = (str(error), error.exit_code) if isinstance(error, TilewrightError) else ending(error)
-            message = as_typed(message, arguments.options)
-            row["error"] = {"code": code, "kind": type(error).__name__, "message": message}
-            faults.append((type(error) if ours else TilewrightError, code, f"{outcome.source.name}: {message}"))
-        rows.append(row)
-    good = len(rows) - len(faults)
-    value = {"images": rows, "failed": len(faults), "seconds": seconds, "peak_bytes": peak_bytes()}
-    lines = [
-        f"{arguments.input} -> {arguments.output}: {good} of {len(rows)} images in {seconds:.2f} s; peak"
-        f" {mebibytes(value['peak_bytes'])}"
-    ]
-    lines += [f"failed: {message}" for _, _, message in faults]
+    rows = [_row(outcome, arguments.options) for outcome in outcomes]
+    faults = [row["error"] for row in rows if "error" in row]
+    peak = peak_bytes()
+    value = {"images": rows, "failed": len(faults), "seconds": seconds, "peak_bytes": peak}
+    good = f"{len(rows) - len(faults)} of {len(rows)} images in {seconds:.2f} s; peak {mebibytes(peak)}"
+    lines = [f"{arguments.input} -> {arguments.output}: {good}", *(f"failed: {fault['message']}" for fault in faults)]
     fault = None
     if faults:
-        kind, code, message = faults[0]
-        fault = kind(f"{len(faults)} of {len(rows)} images failed, the first is {message}")
-        fault.exit_code = code
+        first = next(outcome.error for outcome in outcomes if outcome.error)
+        kind = type(first) if isinstance(first, TilewrightError) else TilewrightError
+        fault = kind(f"{len(faults)} of {len(rows)} images failed, the first is {faults[0]['message']}")
+        fault.exit_code = faults[0]["code"]
     answer(arguments, value, "\n".join(lines), fault=fault)
+
+
+def _row(outcome: Outcome, options: Mapping[str, str]) -> dict[str, Any]:
+    """An image in the JSON answer."""
+    row: dict[str, Any] = {"input": str(outcome.source), "output": str(outcome.target)}
+    if (error := outcome.error) is None:
+        (row["input_width"], row["input_height"]), (row["width"], row["height"]) = outcome.input_size, outcome.size
+        return row | {"tiles": outcome.tiles, "seconds": outcome.seconds}
+    message, code = (str(error), error.exit_code) if isinstance(error, TilewrightError) else ending(error)
+    message = as_typed(message, options)
+    message = message if row["input"] in message else f"{row['input']}: {message}"
+    return row | {"error": {"code": code, "kind": type(error).__name__, "message": message}}

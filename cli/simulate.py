@@ -4,9 +4,10 @@ import argparse
 import math
 from pathlib import Path
 
-from tilewright.cli.terminal import answer, mebibytes
+from tilewright.cli.terminal import answer
+from tilewright.runtime.bundle.digests import writing
 from tilewright.runtime.bundle.read import read_bundle
-from tilewright.runtime.errors import UsageError
+from tilewright.runtime.errors import UsageError, amount
 
 __all__ = ["simulate", "simulate_arguments"]
 
@@ -43,7 +44,8 @@ def simulate(arguments: argparse.Namespace) -> None:
     cost = Cost(arguments.step_ms / 1000, arguments.join_ms / 1000)
     simulation = simulated([graph] * arguments.images, arguments.devices, cost)
     if arguments.svg:
-        arguments.svg.write_text(svg(simulation))
+        with writing(arguments.svg) as temporary:
+            temporary.write_text(svg(simulation))
     value = {
         "devices": simulation.devices,
         "images": arguments.images,
@@ -57,7 +59,8 @@ def simulate(arguments: argparse.Namespace) -> None:
     text = (
         f"{value['nodes']} nodes on {simulation.devices} device(s): {simulation.makespan_s:.1f} s, the devices are busy"
         f" {simulation.utilisation:.1%} of it\nat least {simulation.bound_s:.1f} s on so many devices,"
-        f" {simulation.critical_path_s:.1f} s on any number\ntiles that wait to be read take up to"
-        f" {mebibytes(simulation.peak_bytes)}\n{timeline(simulation)}"
+        f" {simulation.critical_path_s:.1f} s on any number\n"
+        f"what tiles keep for others takes up to {amount(simulation.peak_bytes)}\n"
+        f"each line is a device, each digit the last of its step's number\n{timeline(simulation)}"
     )
     answer(arguments, value, text)

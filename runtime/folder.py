@@ -46,7 +46,10 @@ def images_of(folder: Path, into: Path, suffix: str) -> tuple[list[tuple[Path, P
     """
     if into.exists() and not into.is_dir():
         raise UsageError(f"{into} is a file, {folder} a folder: name a folder for the results")
-    files = sorted(path for path in folder.iterdir() if not path.name.startswith(".") and not path.is_dir())
+    try:
+        files = sorted(path for path in folder.iterdir() if not path.name.startswith(".") and not path.is_dir())
+    except OSError as error:
+        raise InputError(f"{folder} cannot be read ({error.strerror}): check the path") from error
     images = [path for path in files if path.suffix.lower() in SUFFIXES]
     if not images:
         raise InputError(f"{folder} holds no images; their suffixes are {', '.join(sorted(SUFFIXES))}")

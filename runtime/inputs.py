@@ -34,7 +34,7 @@ def value_of(program: Program, name: str, arguments: Mapping[str, Any], constant
 
 
 def checked(name: str, shown: str, spec: Input, value: Any) -> Any:
-    """The array of an input's shape. `shown` is the value for messages, as the caller wrote it: `gain=3` or `--gain 3`."""
+    """The array of an input. `shown` is the value for messages, as the caller wrote it: `gain=3` or `--gain 3`."""
     takes = argument_of(spec).takes
     if isinstance(value, str) and spec.choices:
         if value not in spec.choices:

@@ -217,15 +217,14 @@ def _state_bytes(graph: Graph, block: Block) -> int:
 def timeline(simulation: Simulation, columns: int = 72) -> str:
     """A line for each device: the last digit of the step that runs, or a dot where none runs."""
     scale = columns / simulation.makespan_s
-    lines = []
-    for device in range(min(simulation.devices, SHOWN)):
-        line = ["."] * columns
-        for run in (run for run in simulation.runs if run.device == device):
-            for column in range(int(run.start_s * scale), max(int(run.start_s * scale) + 1, round(run.end_s * scale))):
-                line[min(column, columns - 1)] = str(run.step % 10)
-        lines.append(f"{device:>4} {''.join(line)}")
+    lines = [["."] * columns for _ in range(min(simulation.devices, SHOWN))]
+    for run in (run for run in simulation.runs if run.device < SHOWN):
+        first = int(run.start_s * scale)
+        for column in range(first, max(first + 1, round(run.end_s * scale))):
+            lines[run.device][min(column, columns - 1)] = str(run.step % 10)
     more = simulation.devices - SHOWN
-    return "\n".join([*lines, *([f"     and {more} more devices"] if more > 0 else [])])
+    rows = [f"{device:>4} {''.join(line)}" for device, line in enumerate(lines)]
+    return "\n".join([*rows, *([f"     and {more} more devices"] if more > 0 else [])])
 
 
 def svg(simulation: Simulation) -> str:

@@ -170,6 +170,9 @@ class Manifest:
     constants: str | None = None
     tokenizers: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        check_limits(self)
+
 
 def read_manifest(text: bytes, where: str) -> Manifest:
     """The manifest from the text of bundle.json. One that this version cannot use is refused."""
@@ -209,11 +212,9 @@ def _command(document: Mapping[str, Any], root: Path) -> str:
 def _weights_folder(file: Path) -> str:
     """The folder that a weights.json read from, or DIR if it does not tell."""
     with contextlib.suppress(OSError, ValueError, RecursionError, TypeError, KeyError, AttributeError):
-        paths = {folder["path"] for folder in json.loads(file.read_bytes())["folders"].values()} - {None}
-        if len(paths) == 1:
-            return str(*paths)
-        if paths and (parent := os.path.commonpath(paths)) != "/":
-            return parent
+        folders = json.loads(file.read_bytes())["folders"].values()
+        parent = os.path.commonpath([folder["path"] for folder in folders if folder["path"] is not None])
+        return parent if parent != "/" else "DIR"
     return "DIR"
 
 

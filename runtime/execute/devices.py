@@ -111,7 +111,7 @@ def cpu_names(names: Sequence[str]) -> list[str]:
     cores = usable_cores()
     for name in names:
         kind, _, number = name.partition(":")
-        if kind != "cpu" or not number.isdecimal():
+        if kind != "cpu" or not number.isdecimal() or number != str(int(number)):
             raise UsageError(f"device {name!r} is unknown; there are cpu:0 to cpu:{cores - 1}")
         if int(number) >= cores:
             raise UsageError(f"device {name!r}: there are {cores} cores; use cpu:0 to cpu:{cores - 1}")

@@ -304,7 +304,7 @@ class Executor:
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Whether two rows are equal. Rows on a device are compared by identity, as a look at their values would cost more."""
+    """Whether two rows are equal. Rows on a device must be the same buffer, as it is costly to look at their values."""
     if one is other or not (isinstance(one, np.ndarray) and isinstance(other, np.ndarray)):
         return one is other
     if (one.shape, one.dtype) != (other.shape, other.dtype):

@@ -6,9 +6,9 @@ from typing import Any
 
 from tilewright.export.verify.engines import example_inputs, sample_photo
 from tilewright.runtime import load
+from tilewright.runtime.execute.walk import Job, run
 from tilewright.runtime.images.canvas import Enlarged
 from tilewright.runtime.inputs import gather
-from tilewright.runtime.scheduler import Job, run
 
 Calls = dict[str, tuple[dict[str, Any], dict[str, Any]]]  # component -> inputs, outputs
 

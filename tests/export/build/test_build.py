@@ -211,7 +211,7 @@ def test_wrong_files_are_found_before_anything_is_traced_or_read(
         raise AssertionError("too early")
 
     monkeypatch.setattr("tilewright.export.graph.trace.trace", fail)
-    monkeypatch.setattr("tilewright.runtime.digests._sha256", fail)
+    monkeypatch.setattr("tilewright.runtime.bundle.digests._sha256", fail)
     words = ["export", "build", "hitoksr", "--preset", "tiny", "--weights", str(tmp_path / "other.safetensors")]
     for more in ([], ["--dry-run"]):
         assert main([*words, "-o", str(tmp_path / "b"), *more]) == InputError.exit_code

@@ -2,13 +2,18 @@
 
 import copy
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import jsonschema
+import pytest
 
 from support.forged import DOCUMENTS, REQUIRED
 from tilewright.runtime.bundle.read import json_schema
+from tilewright.runtime.bundle.strict import from_json
+from tilewright.runtime.errors import BundleError
 
+LIMITS = {"enum", "minimum", "maximum", "minItems", "pattern"}
 PUBLISHED = Path(__file__).parents[3] / "docs" / "bundle.schema.json"
 
 
@@ -54,3 +59,33 @@ def test_the_published_schemas_say_the_default_of_all_that_may_be_left_out():
         "minimum": 1,
         "default": 1,
     }
+
+
+VALUES = (-1, 0, 1, 2, 3, 16, 17, 1000, 1001, 4096, 4097, 2**63, [], "", "none of these", "float32", "zeros", "a/b")
+
+
+def test_a_value_outside_the_limits_of_the_schema_is_refused_by_the_reader(packed_bundle):
+    refused = set()
+    for name, schema in json_schema().items():
+        validator, document = jsonschema.Draft202012Validator(schema), json.loads((packed_bundle / name).read_text())
+        for *keys, last in places(document):
+            for value in VALUES:
+                changed = copy.deepcopy(document)
+                parent = changed
+                for key in keys:
+                    parent = parent[key]
+                parent[last] = value
+                errors = {error.validator for error in validator.iter_errors(changed)}
+                if errors & LIMITS:
+                    refused |= errors & LIMITS
+                    with pytest.raises(BundleError):
+                        from_json(DOCUMENTS[name], json.dumps(changed), name)
+    assert refused == LIMITS
+
+
+def places(document: object) -> Iterator[tuple[str | int, ...]]:
+    """The keys to every value inside a document."""
+    if isinstance(document, dict | list):
+        for key, value in document.items() if isinstance(document, dict) else enumerate(document):
+            yield (key,)
+            yield from ((key, *rest) for rest in places(value))

@@ -5,14 +5,16 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 
 from support.forged import ABSENT, overwrite, put, refusal, reseal
+from support.scenes import noise
 from tilewright.runtime import load
 from tilewright.runtime.bundle.read import read_bundle
 from tilewright.runtime.bundle.write import seal
-from tilewright.runtime.errors import UsageError
+from tilewright.runtime.errors import BundleError, UsageError
 
 # Weights
 
@@ -180,6 +182,28 @@ def test_an_engines_own_graph_is_checked_as_the_portable_one(staged, tmp_path):
     seal(staging, dataclasses.replace(manifest, components=components), tmp_path / "b")
     change_graph(tmp_path / "b", says("location", "secret.bin"), file)
     assert refusal(read_bundle, tmp_path / "b").startswith(f"{tmp_path / 'b' / file}: 'weight' is ")
+
+
+def with_a_table(staged, tmp_path, *, listed: bool) -> Path:
+    """A bundle whose engine has a table of weights of its own, which may lack the weight."""
+    staging, manifest = staged()
+    component = manifest.components["sharpen"]
+    engines = (dataclasses.replace(component.engines[0], weights="quantised"),)
+    document = json.loads((staging / "weights.json").read_text())
+    document["tensors"]["quantised"] = document["tensors"]["sharpen"] if listed else {}
+    (staging / "weights.json").write_text(json.dumps(document))
+    components = {"sharpen": dataclasses.replace(component, engines=engines)}
+    seal(staging, dataclasses.replace(manifest, components=components), tmp_path / "b")
+    return tmp_path / "b"
+
+
+def test_an_engine_may_have_weights_of_its_own(staged, bundle, tmp_path):
+    root, image = with_a_table(staged, tmp_path, listed=True), noise(9, 9, 3)
+    put(root, "weights.json", ("folders", "sharpen", "path"), str(tmp_path / "models" / "sharpen"))
+    with load(root) as restorer, load(bundle) as usual:
+        np.testing.assert_array_equal(restorer(image), usual(image))
+    with pytest.raises(BundleError, match=r"sharpen\.onnx: 'weight' is float32 .* which weights\.json does not say"):
+        with_a_table(lambda: staged("other"), tmp_path, listed=False)
 
 
 def test_weights_may_say_more_than_graphs_read(bundle):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
+from concurrent.futures import CancelledError
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,15 @@ from PIL import Image
 from support.pictures import CMYK_PROFILE, GREY_PROFILE, SRGB, filled, message, noise, whole
 from tilewright.runtime.errors import ResourceError, UsageError
 from tilewright.runtime.images.read import Picture, read_image
-from tilewright.runtime.images.write import assemble, check_writable, encode_image, write_image
+from tilewright.runtime.images.write import (
+    assemble,
+    check_format,
+    check_room,
+    check_writable,
+    encode_image,
+    write_image,
+    write_or_keep,
+)
 
 # Assembling
 
@@ -243,3 +253,42 @@ def test_one_pixel_goes_all_the_way(tmp_path: Path, shape: tuple[int, ...]) -> N
     for suffix in [*WITH_ALPHA, ".jpg", ".bmp"]:
         write_image(tmp_path / f"out{suffix}", assemble(picture.rgb[:1, :1], read_image(picture.rgb[:1, :1])))
         assert read_image(tmp_path / f"out{suffix}").rgb.shape == (1, 1, 3)
+
+
+# Room, and pictures that must not be lost
+
+
+@pytest.mark.parametrize(
+    ("suffix", "shape", "size"),
+    [(".png", (3, 5), 15), (".png", (3, 5, 4), 60), (".jpg", (3, 5, 4), 45), (".bmp", (3, 5, 2), 15)],
+)
+def test_a_picture_takes_at_most_its_pixels_uncompressed(suffix: str, shape: tuple[int, ...], size: int) -> None:
+    assert check_format("the image", suffix, shape) == size
+
+
+def test_a_disk_with_less_room_than_the_pixels_take_is_refused(tmp_path: Path) -> None:
+    free = shutil.disk_usage(tmp_path).free
+    check_room(tmp_path / "out.png", (free // 2**20, 2**19))
+    with pytest.raises(ResourceError, match=r"out.png takes up to .*B, and .*B are free there; free space"):
+        check_room(tmp_path / "out.png", (free // 2**20, 2**21))
+
+
+def test_a_picture_whose_folder_has_gone_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    pixels = noise(9, 7, 3)
+    with pytest.raises(ResourceError, match=r"which is not a directory: create it first; the picture is kept as"):
+        write_or_keep(tmp_path / "gone" / "out.png", pixels)
+    (kept,) = tmp_path.iterdir()
+    assert kept.name.startswith("out-") and np.array_equal(np.asarray(Image.open(kept)), pixels)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "no"))
+    with pytest.raises(UsageError, match=r"create it first$"):
+        write_or_keep(tmp_path / "gone" / "out.png", pixels)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".tif", ".bmp"])
+def test_a_write_that_is_stopped_leaves_the_old_file(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"out{suffix}"
+    path.write_bytes(b"old")
+    with pytest.raises(CancelledError):
+        write_image(path, noise(200, 200, 3), stopped=lambda: True)
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]

@@ -176,3 +176,17 @@ def test_plans_that_cannot_be_meant_are_refused(arguments, message):
 def test_a_grid_whose_cells_do_not_fit_the_plan_is_refused(px):
     with pytest.raises(UsageError, match=f"px={px} does not divide the tile plan; use a divisor of 16"):
         weights(tile_plan(160, 160, 64, 16, 16), px)
+
+
+def test_a_plan_counts_its_tiles_without_listing_them() -> None:
+    plan = tile_plan(1000, 4000, 64, 16, 8)
+    assert plan.count == len(plan.tops) * len(plan.lefts) and "tiles" not in vars(plan)
+    assert plan.count == len(plan.tiles)
+
+
+@pytest.mark.parametrize(("width", "height"), [(5_000_000, 64), (64, 5_000_000)])
+def test_a_side_of_too_many_tiles_is_refused(width: int, height: int) -> None:
+    most = 48 * 100_000 + 16
+    assert len(tile_plan(most, 64, 64, 16, 8).lefts) == 100_000
+    with pytest.raises(UsageError, match="a side of 5000000 px is more than 100000 tiles of 64 px; use a larger tile"):
+        tile_plan(width, height, 64, 16, 8)

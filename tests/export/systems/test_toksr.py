@@ -235,8 +235,8 @@ def test_words_and_guidance_of_the_build_are_the_defaults(bundles):
 
 ASKED_OF_A_BUNDLE = {
     "guidance": (["--guidance", "2"], "--guidance"),
-    "another tile": (["--tile", "64"], "tile=64 is not one of the sizes this bundle is made for: [32]"),
-    "another scale": (["--scale", "2"], "scale=2 does not work with this bundle; use 4"),
+    "another tile": (["--tile", "64"], "--tile 64 is not one of the sizes this bundle is made for: [32]"),
+    "another scale": (["--scale", "2"], "--scale 2 does not work with this bundle; use 4"),
     "no steps": (["--steps", "0"], "count=0 is no number of steps"),
 }
 

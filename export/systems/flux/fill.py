@@ -124,7 +124,7 @@ def step(settings: Settings, *, diptych: bool = False, image_tokens: int = 0) ->
     if choices["split"]:
         inputs["modulation"] = TensorSpec(FLOAT, ("batch" if diptych else ANY, sizes.rows, sizes.dim))
     else:
-        inputs |= _pooled(sizes, bridge=diptych)
+        inputs |= _pooled(sizes, ANY, bridge=diptych)
     inputs |= {"sigma": NUMBER, "sigma_next": NUMBER}
     if settings.branches:
         inputs["lora_scale"] = NUMBER
@@ -143,7 +143,7 @@ def step(settings: Settings, *, diptych: bool = False, image_tokens: int = 0) ->
 def modulate(settings: Settings, *, bridge: bool) -> ComponentSpec:
     """The modulation of all steps in one call."""
     sizes = sizes_of(settings)
-    inputs = _pooled(sizes, bridge=bridge) | {"sigmas": TensorSpec(FLOAT, (ANY, "steps"))}
+    inputs = _pooled(sizes, ANY if bridge else "batch", bridge=bridge) | {"sigmas": TensorSpec(FLOAT, (ANY, "steps"))}
     if _modulated(settings):
         inputs["lora_scale"] = NUMBER
     outputs = {"modulation": TensorSpec(FLOAT, ("batch", "steps", sizes.rows, sizes.dim))}
@@ -151,9 +151,9 @@ def modulate(settings: Settings, *, bridge: bool) -> ComponentSpec:
     return ComponentSpec("flux.Modulate", inputs, outputs, arguments=arguments | {"branches": settings.branches})
 
 
-def _pooled(sizes: Sizes, *, bridge: bool) -> dict[str, TensorSpec]:
+def _pooled(sizes: Sizes, axis: str, *, bridge: bool) -> dict[str, TensorSpec]:
     """The inputs that decide the modulation, besides time."""
-    inputs = {"pooled": TensorSpec(FLOAT, (ANY if bridge else "batch", sizes.pooled)), "guidance": NUMBER}
+    inputs = {"pooled": TensorSpec(FLOAT, (axis, sizes.pooled)), "guidance": NUMBER}
     return inputs | ({"bridge": TensorSpec(FLOAT, ("batch", sizes.pooled))} if bridge else {})
 
 

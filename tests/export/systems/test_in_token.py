@@ -198,7 +198,7 @@ def test_a_network_that_looks_at_one_cell_gives_the_same_tiled_and_whole() -> No
 def test_graphs_hold_no_sequences_which_tensorrt_has_none_of(in_token_tiny: Path) -> None:
     ops = {
         node.op_type
-        for path in in_token_tiny.glob("*/*.onnx")
+        for path in in_token_tiny.rglob("*.onnx")
         for node in onnx.load(path, load_external_data=False).graph.node
     }
     assert "Attention" in ops and not [name for name in ops if "Sequence" in name]

@@ -451,10 +451,10 @@ def test_workers_change_no_byte_and_a_seed_changes_them(usual: Any, eager: Eager
     assert one in others and len({*others}) == 4
 
 
-def test_rounds_repeat_only_what_the_words_decide(usual: Any) -> None:
+def test_rounds_repeat_only_what_the_words_decide(usual: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     engines, picture = counted(usual), sample_photo(48, 32, 1)
     sitting = usual.sitting(picture, scale=1, steps=3, seed=4)
-    sitting.walk.engines = engines
+    monkeypatch.setattr(usual.executor.devices[0], "engines", engines)
     one, other, again = (sitting(prompt=words) for words in (PROMPT, NEGATIVE, PROMPT))
     calls = {name: len(engine.made) for name, engine in engines.items()}
     once, often = {"encode": 1, "see": 1, "look": 2}, {"text": 6, "words": 3, "start": 3, "gates": 3, "decode": 3}
@@ -465,11 +465,13 @@ def test_rounds_repeat_only_what_the_words_decide(usual: Any) -> None:
     assert np.array_equal(other, usual(picture, scale=1, steps=3, seed=4, prompt=NEGATIVE))
 
 
-def test_both_texts_reach_both_encoders_padded_as_each_was_trained(usual: Any, instantir_files: Path) -> None:
+def test_both_texts_reach_both_encoders_padded_as_each_was_trained(
+    usual: Any, instantir_files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The first with the id of the end, the second with 0."""
     engines = counted(usual)
     sitting = usual.sitting(sample_photo(48, 32, 1), scale=1, steps=1)
-    sitting.walk.engines = engines
+    monkeypatch.setattr(usual.executor.devices[0], "engines", engines)
     sitting(prompt=PROMPT, negative_prompt=NEGATIVE)
     asked = {"max_length": SIZES.words, "padding": "max_length", "truncation": True, "return_tensors": "np"}
     for taken, text in zip(engines["text"].taken, (PROMPT, NEGATIVE), strict=True):

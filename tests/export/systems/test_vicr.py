@@ -130,7 +130,7 @@ def test_rounds_repeat_only_what_the_words_decide(vicr_tiny: Path) -> None:
     with load(vicr_tiny) as restorer:
         engines = counted(restorer)
         sitting = restorer.sitting(picture, scale=1, steps=3, seed=4)
-        sitting.walk.engines = engines
+        restorer.executor.devices[0].engines = engines
         one, two, again = (sitting(prompt=words) for words in (WORDS, "an old map", WORDS))
         calls = {name: len(engine.made) for name, engine in engines.items()}
         fresh = restorer(picture, scale=1, steps=3, seed=4, prompt="an old map")
@@ -148,7 +148,7 @@ def test_embeddings_stand_for_words(vicr_tiny: Path, tmp_path: Path) -> None:
         by_words = restorer(picture, scale=1, steps=3, prompt=WORDS)
         engines = counted(restorer)
         sitting = restorer.sitting(picture, scale=1, steps=3)
-        sitting.walk.engines = engines
+        restorer.executor.devices[0].engines = engines
         by_embeds = sitting(prompt_embeds=tmp_path / "p.safetensors")
         assert not engines["t5"].made and not engines["clip"].made
         with pytest.raises(UsageError, match=r"^prompt has no default"):

@@ -25,10 +25,10 @@ def inputs(bundle: Path, side: int) -> dict[str, Any]:
     from tilewright.runtime.bundle.read import read_bundle
 
     random = np.random.Generator(np.random.Philox(key=0))
-    sizes = {"batch": 1, "h": side // 8, "w": side // 8}
+    sizes = {"batch": 1, "batch_or_1": 1, "h": side // 8, "w": side // 8}
     specs = read_bundle(bundle).manifest.components["step"].inputs
     arrays = {n: random.standard_normal([sizes.get(str(d), d) for d in s.shape], np.float32) for n, s in specs.items()}
-    return arrays | {"sigma": np.array(0.7, np.float32), "sigma_next": np.array(0.6, np.float32)}
+    return arrays | {"sigma": np.array([0.7], np.float32), "sigma_next": np.array([0.6], np.float32)}
 
 
 def engine(memory: str) -> Callable[[Path, int], Callable[[], Any]]:
@@ -75,7 +75,7 @@ def eager(bundle: Path, side: int) -> Callable[[], Any]:
                 hidden_states=tokens,
                 encoder_hidden_states=words,
                 pooled_projections=torch.zeros(1, 768),
-                timestep=feed["sigma"][None],
+                timestep=feed["sigma"],
                 guidance=torch.tensor([30.0]),
                 img_ids=ids.reshape(-1, 3),
                 txt_ids=torch.zeros(words.shape[1], 3),

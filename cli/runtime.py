@@ -195,6 +195,7 @@ def _engine_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--devices", default="cpu:0", metavar="NAMES", help="run tiles at once on cpu:0,cpu:1,... (default: cpu:0)"
     )
+    parser.add_argument("--batch", type=int, metavar="N", help="most tiles in a call, instead of the bundle's")
     parser.add_argument("--weights-dir", type=Path, metavar="DIR", help="where the weights are, if they moved")
 
 
@@ -211,6 +212,7 @@ def _open(arguments: argparse.Namespace) -> Restorer:
         memory=arguments.memory,
         threads=arguments.threads,
         devices=arguments.devices.split(","),
+        batch=arguments.batch,
         weights_dir=arguments.weights_dir,
         memory_limit=arguments.memory_limit,
     )

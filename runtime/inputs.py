@@ -30,11 +30,11 @@ def value_of(program: Program, name: str, arguments: Mapping[str, Any], constant
         raise UsageError(f"{[*labels, name][0]} has no default; give it a value")
     if isinstance(value, str) and name not in arguments:
         return constants[value[1:]]
-    return checked(name, _shown(name, value), spec, value)
+    return checked(name, _shown(name, value), spec, value).reshape(spec.spec.shape)
 
 
 def checked(name: str, shown: str, spec: Input, value: Any) -> Any:
-    """The array for an input. `shown` is the value for messages, as the caller wrote it: `gain=3` or `--gain 3`."""
+    """The array of an input. `shown` is the value for messages, as the caller wrote it: `gain=3` or `--gain 3`."""
     takes = argument_of(spec).takes
     if isinstance(value, str) and spec.choices:
         if value not in spec.choices:
@@ -117,9 +117,13 @@ def check_names(bundle: Bundle, names: Iterable[str]) -> None:
 
 
 def _specs(bundle: Bundle) -> dict[str, TensorSpec]:
-    """The values of passes without tiles, which a caller may give instead."""
+    """The values of passes without tiles, which a caller may give instead. Each is one row."""
+
+    def row(spec: TensorSpec) -> TensorSpec:
+        return TensorSpec(spec.dtype, (1, *spec.shape[1:]))
+
     return {
-        target: bundle.manifest.components[call.run].outputs[name]
+        target: row(bundle.manifest.components[call.run].outputs[name])
         for p in bundle.program.passes
         if p.tiles is None
         for *_, call in p.calls()

@@ -309,6 +309,7 @@ def load(
     memory: str = "fast",
     devices: Sequence[str] = ("cpu:0",),
     threads: int = 0,
+    batch: int | None = None,
     weights_dir: str | os.PathLike[str] | None = None,
     expect: str | None = None,
     fresh: bool = False,
@@ -320,9 +321,10 @@ def load(
     `path`: a folder, or the result of `read_bundle`, for which `expect` and `fresh` have no effect.
     `expect` and `fresh` as for `read_bundle`. `engine`: the name, precision or backend of the engines; without it the
     best that fit the machine are chosen. `devices`: `cpu:0`, `cpu:1`, ... run tiles at the same time, each with
-    `threads` threads. With 0 threads the devices share the cores. `memory_limit`: bytes, or a text like "2GiB", that a
-    restoration may need with all that the process holds. `deadline_s`: a call of an engine that takes longer hangs, and
-    its device is not used again; by default 20 times the slowest call of its kind, and a minute at least.
+    `threads` threads. With 0 threads the devices share the cores. `batch`: most tiles in a call of an engine, of any
+    steps and any images, instead of the bundle's. `memory_limit`: bytes, or a text like "2GiB", that a restoration may
+    need with all that the process holds. `deadline_s`: a call of an engine that takes longer hangs, and its device is
+    not used again; by default 20 times the slowest call of its kind, and a minute at least.
     """
     if memory not in MEMORY_MODES:
         raise UsageError(f"memory={memory!r} is not one of {', '.join(MEMORY_MODES)}")
@@ -341,6 +343,9 @@ def load(
     packages = {package for c in components.values() for spec in c.engines for package in spec.needs.packages}
     kinds = {name.partition(":")[0] for name in names}
     specs = require(choose_all(components, this_machine(packages, kinds), engine))
+    if batch is not None:
+        most = min(spec.profile.batch.most for spec in specs.values())
+        bundle = replace(bundle, program=bundle.program.batched(whole("batch", batch, 1, most)))
 
     def open_engine(name: str) -> Engine:
         module = backend(specs[name].backend)

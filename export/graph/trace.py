@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from tilewright.export.graph.exporter import quicker
 from tilewright.export.graph.ops import give_functions, translations
 from tilewright.export.system import ComponentSpec, part_of
-from tilewright.runtime.bundle.program import TensorSpec
+from tilewright.runtime.bundle.program import ANY, TensorSpec
 
 __all__ = ["OPSET", "UNRESOLVED", "network_on_meta", "parameter_specs", "trace"]
 
@@ -185,13 +185,18 @@ def _fake_parameters(network: nn.Module, fake: FakeTensorMode) -> None:
 def _sizes(source: ComponentSpec) -> list[str]:
     """The names of the inputs' free sizes, in order; `h/2` counts as `h`."""
     named = (d for spec in source.inputs.values() for d in spec.shape if isinstance(d, str))
-    return list(dict.fromkeys(part_of(d)[0] for d in named))
+    return list(dict.fromkeys(_part_of(d)[0] for d in named))
+
+
+def _part_of(size: str) -> tuple[str, int]:
+    """The name and the divisor of a size. A batch of one is traced as a whole batch."""
+    return part_of("batch" if size == ANY else size)
 
 
 def _example(source: ComponentSpec, spec: TensorSpec) -> torch.Tensor:
     # every name has another size, and none is 1: the exporter would take equal sizes as one, and 1 as a constant
     chosen = {name: (2 + i) * source.multiples.get(name, 1) for i, name in enumerate(_sizes(source))}
-    parts = [(d, 1) if isinstance(d, int) else part_of(d) for d in spec.shape]
+    parts = [(d, 1) if isinstance(d, int) else _part_of(d) for d in spec.shape]
     shape = [(d if isinstance(d, int) else chosen[d]) // part for d, part in parts]
     return torch.zeros(shape, dtype=getattr(torch, spec.dtype))
 
@@ -201,7 +206,7 @@ def _dynamic(source: ComponentSpec) -> dict[str, dict[int, Any]]:
     units = {n: torch.export.Dim(f"{n}_units", min=1, max=most.get(n, 4096)) for n in _sizes(source)}
 
     def free(named: str) -> Any:
-        name, part = part_of(named)
+        name, part = _part_of(named)
         multiple = source.multiples.get(name, 1) // part
         return units[name] if multiple == 1 else multiple * units[name]
 
@@ -219,7 +224,7 @@ def _name_sizes(model: ir.Model, source: ComponentSpec) -> None:
         for dim, name in zip(value.shape, source.inputs[value.name].shape, strict=True):
             if isinstance(name, str):
                 symbol = re.search(r"[a-z]\d+", str(dim.value))[0]  # type: ignore[index]
-                whole = part_of(name)[0]
+                whole = _part_of(name)[0]
                 renamed[symbol] = f"{whole}_units" if whole in source.multiples else whole
     pattern = re.compile(rf"\b({'|'.join(renamed)})\b")
     for value in [*model.graph.inputs, *(output for node in model.graph for output in node.outputs)]:
@@ -231,6 +236,53 @@ def _name_sizes(model: ir.Model, source: ComponentSpec) -> None:
     specs = source.inputs | source.outputs
     for value in [*model.graph.inputs, *model.graph.outputs]:
         value.shape = ir.Shape(specs[str(value.name)].shape)
+    _free_rows(model)
+
+
+def _free_rows(model: ir.Model) -> None:
+    """Give the leading axis of inputs that may have one row names of their own, and of all that is computed from them.
+
+    The trace takes every batch as the same size. Runtimes take sizes of the same name as equal, and share memory.
+    """
+    whole = next((v for v in model.graph.inputs if v.shape and v.shape[0] == "batch"), None)
+    if whole is None:
+        return
+    rows: dict[ir.Value, str | None] = {}  # value that may have one row -> the name of its axis, if it is known
+    for value in model.graph.inputs:
+        if value.shape and value.shape[0] == ANY:
+            rows[value] = f"{value.name}_rows"
+    counts: set[ir.Value] = set()  # values that are computed from the number of tiles
+    tiles: set[ir.Value] = set()  # values that have a row for each tile
+    for node in model.graph:
+        if node.op_type == "Shape":
+            if _counts_tiles(node):
+                counts |= set(node.outputs)
+                if node.inputs[0] in rows:
+                    node.replace_input_with(0, whole)
+            continue
+        inputs = [v for v in node.inputs if v is not None]
+        counted, tiled = any(v in counts for v in inputs), any(v in tiles or _has_batch(v) for v in inputs)
+        batched = [v for v in inputs if v in rows]
+        if counted and not batched and not tiled:
+            counts |= set(node.outputs)
+        elif tiled or (counted and node.op_type == "Expand"):
+            tiles |= set(node.outputs)
+        elif batched:
+            names = {rows[v] for v in batched}
+            rows |= dict.fromkeys(node.outputs, names.pop() if len(names) == 1 else None)
+    for value, name in rows.items():
+        if value.shape is not None and not value.is_graph_output():
+            dims = [d if isinstance(d, int) else str(d.value) for d in value.shape]
+            value.shape = ir.Shape([name if d in ("batch", ANY) else d for d in dims])
+
+
+def _counts_tiles(node: ir.Node) -> bool:
+    start, end = (node.attributes.get(name) for name in ("start", "end"))
+    return (start is None or start.as_int() == 0) and end is not None and end.as_int() == 1
+
+
+def _has_batch(value: ir.Value) -> bool:
+    return value.is_graph_input() and value.shape is not None and value.shape[0] == "batch"
 
 
 def _unresolve(model: ir.Model, parameters: set[str]) -> None:

@@ -50,16 +50,17 @@ class _Flux(nn.Module):
         add_branches(transformer, branches or {}, self.strength, _halves)
 
     def modulation(self, sigmas: Tensor, guidance: Tensor, pooled: Tensor, *, exact: bool) -> Tensor:
-        """All modulation vectors [B, S, rows, dim] for S sigmas and B pooled texts."""
+        """All modulation vectors [B, S, rows, dim] for sigmas [B, S], guidance [B] and pooled texts [B, D]."""
         model: Any = self.transformer
         t, g = _scalars(sigmas, guidance, exact)
-        batch, steps = pooled.shape[0], sigmas.shape[0]
         embed = model.time_text_embed
-        time = embed.timestep_embedder(embed.time_proj(t)) + embed.guidance_embedder(embed.time_proj(g[None]))
-        temb = F.silu(time[None] + embed.text_embedder(pooled)[:, None])  # [B, S, dim]
+        time = embed.timestep_embedder(embed.time_proj(t)) + embed.guidance_embedder(embed.time_proj(g))[:, None]
+        temb = F.silu(time + embed.text_embedder(pooled)[:, None])  # [B, S, dim]
         double = [linear for b in model.transformer_blocks for linear in (b.norm1.linear, b.norm1_context.linear)]
         linears = [*double, *(b.norm.linear for b in model.single_transformer_blocks), model.norm_out.linear]
-        return torch.cat([linear(temb).reshape(batch, steps, -1, temb.shape[-1]) for linear in linears], 2)
+        dim = temb.shape[-1]
+        vectors = [linear(temb) for linear in linears]
+        return torch.cat([v.reshape(-1, sigmas.shape[1], v.shape[2] // dim, dim) for v in vectors], 2)
 
 
 def _halves(path: str) -> list[str]:
@@ -78,13 +79,11 @@ def _scalars(sigmas: Tensor, guidance: Tensor, exact: bool) -> tuple[Tensor, Ten
 
 
 class Modulate(_Flux):
-    """The modulation of every step [B, S, rows, dim]; with one text for all images [S, rows, dim]."""
+    """The modulation of every step [B, S, rows, dim]."""
 
-    def __init__(
-        self, config: Mapping[str, Any], *, exact: bool = True, one_text: bool = False, branches: Branches | None = None
-    ) -> None:
+    def __init__(self, config: Mapping[str, Any], *, exact: bool = True, branches: Branches | None = None) -> None:
         super().__init__(config, branches)
-        self.exact, self.one_text = exact, one_text
+        self.exact = exact
         model: Any = self.transformer
         for block in [*model.transformer_blocks, *model.single_transformer_blocks]:
             for name, _ in list(block.named_children()):
@@ -103,8 +102,7 @@ class Modulate(_Flux):
     ) -> Tensor:
         """`bridge` is added to the pooled text and depends on the image."""
         self.strength.value = 1.0 if lora_scale is None else lora_scale
-        rows = self.modulation(sigmas, guidance, pooled if bridge is None else pooled + bridge, exact=self.exact)
-        return rows[0] if self.one_text else rows
+        return self.modulation(sigmas, guidance, pooled if bridge is None else pooled + bridge, exact=self.exact)
 
 
 class Step(_Flux):
@@ -160,19 +158,21 @@ class Step(_Flux):
         if modulation is None:
             assert pooled is not None and guidance is not None
             pooled = pooled if bridge is None else pooled + bridge
-            modulation = self.modulation(sigma[None], guidance, pooled, exact=self.exact)[:, 0]
-        rows = (modulation if modulation.ndim == 3 else modulation[None]).split(1, 1)
-        text = context.expand(z.shape[0], -1, -1)
-        text = text if seen is None else torch.cat((text, seen), 1)
-        velocity = self.velocity(z, y, text, list(rows))
-        return z + (sigma_next - sigma) * velocity
+            modulation = self.modulation(sigma[:, None], guidance, pooled, exact=self.exact)[:, 0]
+        velocity = self.velocity(z, y, self._text(context, seen, z.shape[0]), list(modulation.split(1, 1)))
+        return z + (sigma_next - sigma)[..., None, None, None] * velocity
+
+    def _text(self, context: Tensor, seen: Tensor | None, batch: int) -> Tensor:
+        """The embedded text tokens [B, T, D]. A prompt that all tiles share is embedded once."""
+        model: Any = self.transformer
+        text = model.context_embedder(context).expand(batch, -1, -1)
+        return text if seen is None else torch.cat((text, model.context_embedder(seen)), 1)
 
     def velocity(self, z: Tensor, y: Tensor, text: Tensor, rows: list[Tensor]) -> Tensor:
         """The velocity that the transformer predicts, as a latent [B, C, h, w]."""
         model: Any = self.transformer
         height, width = z.shape[2] // 2, z.shape[3] // 2
         x = self._embed(z, y, height, width)
-        text = model.context_embedder(text)
         length = text.shape[1]
         turn = self._rotation(height, width)
         rows = rows[::-1]
@@ -194,7 +194,7 @@ class Step(_Flux):
         if isinstance(linear, LowRank):
             low = concat_project(noisy, condition, linear.lora_A, linear.lora_A.new_zeros(len(linear.lora_A)))
             term = term + linear.raised(low)
-            mask = mask + linear.raised(linear.lora_A[:, joined:].sum(1))
+            mask = mask + linear.raised(linear.lora_A[:, joined:].sum(1)[None, None])
         if self.diptych:
             right = (torch.arange(width) >= width // 2).to(z.dtype)
             term = term + right.expand(height, -1).reshape(1, -1, 1) * mask

@@ -32,7 +32,7 @@ OFF, PAPER, CODE = range(3)  # AdaRes: none, as in the paper, as in the released
 
 
 class Text(nn.Module):
-    """SDXL's context [1, N, C] and pooled text [1, P] of the ids [1, N] of both tokenizers."""
+    """SDXL's context [B, N, C] and pooled text [B, P] of the ids [B, N] of both tokenizers."""
 
     def __init__(self, text: dict[str, Any], text_2: dict[str, Any]) -> None:
         super().__init__()
@@ -53,7 +53,8 @@ class Start(nn.Module):
 
     def forward(self, latent: Tensor, noise: Tensor, alpha: Tensor, beta: Tensor, start: Tensor) -> Tensor:
         """`start` 0: the image's latent with noise; 1: noise alone. `alpha` and `beta` are those of all steps."""
-        return torch.where(start == 0, alpha[0] * latent + beta[0] * noise, noise)
+        alpha, beta, start = (x[..., None, None, None] for x in (alpha[:, 0], beta[:, 0], start))
+        return torch.where(start == 0, alpha * latent + beta * noise, noise)
 
 
 def _blocks(unet: Any) -> dict[int, tuple[str, Any]]:
@@ -78,7 +79,7 @@ def _prune(unet: Any, keep: Callable[[str], bool]) -> None:
 
 
 class Words(nn.Module):
-    """Keys and values of all layers [2, N, K] for two contexts [1, N, C]."""
+    """Keys and values of all layers [B, 2, N, K] for two contexts [B, N, C]."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
@@ -86,9 +87,9 @@ class Words(nn.Module):
         _prune(self.unet, lambda name: name.endswith((".attn2.to_k", ".attn2.to_v")))
 
     def forward(self, context: Tensor, negative_context: Tensor) -> Tensor:
-        both = torch.cat((negative_context, context))
+        both = torch.stack((negative_context, context), 1)
         blocks = [block for _, block in _blocks(self.unet).values()]
-        return torch.cat([linear(both) for b in blocks for linear in (b.attn2.to_k, b.attn2.to_v)], 2)
+        return torch.cat([linear(both) for b in blocks for linear in (b.attn2.to_k, b.attn2.to_v)], 3)
 
 
 class _Perceiver(nn.Module):
@@ -172,7 +173,7 @@ class Look(nn.Module):
         add_branches(self, branches or {}, self.strength, _placing(self.unet, "unet."))
 
     def forward(self, features: Tensor, nothing: Tensor, lora_scale: Tensor | None = None) -> Tensor:
-        self.strength.value = 1.0 if lora_scale is None else lora_scale
+        self.strength.value = _strength(lora_scale, features.shape[0])
         both = torch.stack((nothing.expand(features.shape[0], -1, -1), features), 1).flatten(0, 1)
         tokens = self.resampler(both)
         keys = [getattr(block.attn2, f"processor_{n}") for n, (_, block) in _blocks(self.unet).items()]
@@ -243,17 +244,19 @@ class _TimeAware(nn.Module):
 
 
 def _time(model: Any, t: Tensor, latent: Tensor, spatial: int, pooled: Tensor, negative_pooled: Tensor) -> Tensor:
-    """SDXL's time embedding for both halves of guidance [2, D]; it includes the latent's size in pixels."""
+    """SDXL's time embedding for both halves of guidance [2 * B, D]; it includes the latent's size in pixels."""
+    batch = latent.shape[0]
     sides = [latent.new_ones(1) * (side * spatial) for side in latent.shape[2:]]
     sizes = torch.cat((*sides, latent.new_zeros(2), *sides))
-    size_embedding = model.add_time_proj(sizes).flatten()[None].expand(2, -1)
-    added = model.add_embedding(torch.cat((torch.cat((negative_pooled, pooled)), size_embedding), 1))
-    return model.time_embedding(model.time_proj(t[None])) + added
+    size_embedding = model.add_time_proj(sizes).flatten()[None, None].expand(batch, 2, -1)
+    texts = torch.stack([text.expand(batch, -1) for text in (negative_pooled, pooled)], 1)
+    added = model.add_embedding(torch.cat((texts, size_embedding), 2))
+    return (model.time_embedding(model.time_proj(t))[:, None] + added).flatten(0, 1)
 
 
-def _both(x: Tensor, batch: int) -> Tensor:
-    """Repeat a tensor [2, ...] for every tile: [2 * batch, ...]."""
-    return x[None].expand(batch, *x.shape).flatten(0, 1)
+def _strength(lora_scale: Tensor | None, batch: int) -> Tensor | float:
+    """The strength of the branches for both halves of guidance [2 * B]."""
+    return 1.0 if lora_scale is None else lora_scale[:, None].expand(batch, 2).flatten()
 
 
 def _set_sinusoids(model: Any, config: Mapping[str, Any]) -> None:
@@ -307,13 +310,12 @@ class Unet(nn.Module):
     ) -> Tensor:
         """The residuals r0 to r8 and `mid` [B, 2, C, h, w] are added to the skips, times `control` [B, 1]."""
         unet, batch = self.unet, z.shape[0]
-        self.strength.value = 1.0 if lora_scale is None else lora_scale
-        temb = _both(_time(unet, t, z, self.spatial, pooled, negative_pooled), batch)
+        self.strength.value = _strength(lora_scale, batch)
+        temb = _time(unet, t, z, self.spatial, pooled, negative_pooled)
         self.shared.active = F.silu(temb)
-        self.shared.words, self.shared.image_tokens = (
-            self._layers(_both(words, batch)),
-            self._layers(seen.flatten(0, 1)),
-        )
+        # sliced before they are repeated, so that only one layer's are in memory twice
+        self.shared.words = [part.expand(batch, -1, -1, -1).flatten(0, 1) for part in self._layers(words)]
+        self.shared.image_tokens = [part.flatten(0, 1) for part in self._layers(seen)]
         x = unet.conv_in(z[:, None].expand(-1, 2, -1, -1, -1).flatten(0, 1))
         skips = [x]
         for block in unet.down_blocks:
@@ -334,7 +336,7 @@ class Unet(nn.Module):
     def _layers(self, joined: Tensor) -> list[Tensor]:
         """The keys and values of each layer, as slices: the exporter would turn a split into a sequence."""
         ends = list(accumulate(self.sizes))
-        return [joined[:, :, end - size : end] for size, end in zip(self.sizes, ends, strict=True)]
+        return [joined[..., end - size : end] for size, end in zip(self.sizes, ends, strict=True)]
 
 
 class _Sft(nn.Module):
@@ -400,14 +402,16 @@ class Aggregate(nn.Module):
         preview_on: Tensor,
     ) -> tuple[Tensor, ...]:
         """Preview with the prompt, how far it moved, strength, middle and skips. `noise` is the previewer's."""
-        scaled = TIME_SCALE * t
+        time, alpha, beta = (x[..., None, None, None, None] for x in (t, alpha, beta))
+        scaled = TIME_SCALE * time
         spread = scaled * scaled + SIGMA_DATA * SIGMA_DATA
         keep, change = SIGMA_DATA * SIGMA_DATA / spread, scaled / spread.sqrt()
         noisy = z[:, None]
         previews = change * (noisy - beta * noise) / alpha + keep * noisy
         latent = y[:, None].expand(-1, 2, -1, -1, -1)
-        previews = torch.where(preview_on > 0, previews, latent)
+        previews = torch.where(preview_on[..., None, None, None] > 0, previews, latent)
         one = torch.ones_like(delta)
+        adares, control_scale = adares[:, None], control_scale[:, None]
         mix = torch.where(adares == PAPER, delta.clamp(0, 1), 0 * one)[:, :, None, None, None]
         strength = torch.minimum(torch.where(adares == CODE, delta, one), control_scale).clamp(min=0) * control_on
         on = strength > LEAST_STRENGTH
@@ -420,7 +424,7 @@ class Aggregate(nn.Module):
         self, latent: Tensor, reference: Tensor, t: Tensor, pooled: Tensor, negative_pooled: Tensor
     ) -> tuple[Tensor, list[Tensor]]:
         """Residuals of both halves of guidance, from the image's latent stacked upon the preview's [B, 2, 4, h, w]."""
-        temb = _both(_time(self, t, latent[:, 0], self.spatial, pooled, negative_pooled), latent.shape[0])
+        temb = _time(self, t, latent[:, 0], self.spatial, pooled, negative_pooled)
         x = torch.cat((self.conv_in(latent.flatten(0, 1)), self.ref_conv_in(reference.flatten(0, 1))), 2)
         states = [x]
         for block in self.down_blocks:
@@ -432,7 +436,7 @@ class Aggregate(nn.Module):
 
 
 class Gates(nn.Module):
-    """For every step, two flags [steps, 1]: whether residuals are added, whether a preview is made."""
+    """For every step, two flags [B, steps, 1]: whether residuals are added, whether a preview is made."""
 
     def forward(
         self,
@@ -443,9 +447,10 @@ class Gates(nn.Module):
         preview_end: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """1 for steps that lie within [start, end], as shares of all steps, else 0."""
-        count = t.shape[0]
-        before = torch.arange(count, dtype=torch.float32)[:, None]
-        spans = ((control_start, control_end), (preview_start, preview_end))
+        count = t.shape[1]
+        before = torch.arange(count, dtype=torch.float32)[None, :, None]
+        shares = (share[:, None, None] for share in (control_start, control_end, preview_start, preview_end))
+        spans = zip(shares, shares, strict=True)
         control, preview = (
             ((before >= s * count - SAME_STEP) & (before + 1 <= e * count + SAME_STEP)).float() for s, e in spans
         )
@@ -475,6 +480,9 @@ class Step(nn.Module):
         beta_next: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """The next latent [B, 4, h, w] by DDIM (`sampler` 0) or DDPM (1), and delta [B, 1]."""
+        t, alpha, beta = (x[..., None, None, None] for x in (t, alpha, beta))
+        alpha_next, beta_next = alpha_next[..., None, None, None], beta_next[..., None, None, None]
+        guidance, sampler = guidance[..., None, None, None], sampler[..., None, None, None]
         without, with_words = predicted.unbind(1)
         eps = without + guidance * (with_words - without)
         x0 = (z - beta * eps) / alpha

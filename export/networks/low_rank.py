@@ -18,9 +18,13 @@ Branches = Mapping[str, Sequence[float]]  # path of a module -> rank and scale o
 
 @dataclass
 class Strength:
-    """The caller's strength of the LoRA during one forward; not a module, so that tracing may set it."""
+    """The caller's strength of the LoRA during one forward, for each tile [B]; not a module, so tracing may set it."""
 
     value: Tensor | float = 1.0
+
+    def over(self, x: Tensor) -> Tensor | float:
+        """The strength as a factor of `x` [B, ...]."""
+        return self.value[(..., *[None] * (x.ndim - 1))] if isinstance(self.value, Tensor) else self.value
 
 
 class LowRank(nn.Linear):
@@ -37,7 +41,7 @@ class LowRank(nn.Linear):
 
     def raised(self, low: Tensor) -> Tensor:
         """The branch's result from A's."""
-        return F.linear(low * (self.scale * self.strength.value), self.lora_B)
+        return F.linear(low * (self.scale * self.strength.over(low)), self.lora_B)
 
 
 def terms(linears: Sequence[nn.Linear], x: Tensor) -> list[Tensor]:
@@ -60,7 +64,7 @@ class LowRankConv(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         down = F.conv2d(x, self.lora_A, None, self.stride, self.padding)
-        return super().forward(x) + F.conv2d(down * (self.scale * self.strength.value), self.lora_B)
+        return super().forward(x) + F.conv2d(down * (self.scale * self.strength.over(down)), self.lora_B)
 
 
 class Zero(nn.Module):
@@ -84,7 +88,8 @@ class LowRankOnly(nn.Module):
         self.scale, self.strength = scale, strength
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(F.linear(x, self.lora_A) * (self.scale * self.strength.value), self.lora_B)
+        low = F.linear(x, self.lora_A)
+        return F.linear(low * (self.scale * self.strength.over(low)), self.lora_B)
 
 
 KINDS: dict[type[nn.Module], Any] = {nn.Conv2d: LowRankConv, nn.Linear: LowRank, Zero: LowRankOnly}

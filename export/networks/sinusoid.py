@@ -9,7 +9,7 @@ __all__ = ["Sinusoid"]
 
 
 class Sinusoid(nn.Module):
-    """From [N] to [N, width]. Frequencies are a buffer: computed by a backend, their last bit shows at 30,000."""
+    """From [...] to [..., width]. Frequencies are a buffer: computed by a backend, their last bit shows at 30,000."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -18,5 +18,5 @@ class Sinusoid(nn.Module):
         self.register_buffer("frequencies", exponents.exp(), persistent=False)
 
     def forward(self, t: Tensor) -> Tensor:
-        angles = t[:, None] * self.frequencies
-        return torch.cat((angles.cos(), angles.sin()), 1)
+        angles = t[..., None] * self.frequencies
+        return torch.cat((angles.cos(), angles.sin()), -1)

@@ -1,11 +1,11 @@
 """TokSR: the text encoder, the tokenizer's encoder and decoder, and one sampling step on its tokens.
 
-The tokenizer's parameters have the names of TA-TiTok's files. Text and timestep are the same for all tiles, so
-everything that depends on them alone is computed once for all tiles.
+The tokenizer's parameters have the names of TA-TiTok's files. Text and timestep are often the same for all tiles, and
+then have a batch of 1. Work that depends on them alone is done before their result is repeated for every tile.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ ALL = slice(None)
 
 
 class Text(nn.Module):
-    """Normed hidden states of the words [1, N, D], and the one at the text's end [1, D], which has the highest id."""
+    """Normed hidden states of the words [B, N, D], and the one at the text's end [B, D], which has the highest id."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
@@ -95,10 +95,9 @@ class _Half(nn.Module):
         """The text tokens of the sequence."""
         return self.text_guidance_proj(words) + self.text_guidance_positional_embedding
 
-    def transformed(self, before: Tensor, tile: Tensor, after: Tensor, rows: slice) -> Tensor:
-        """Transform [before, tile, after] and return `rows` of it. `before` and `after` [1, n, D] are all tiles'."""
-        before, after = (part.expand(tile.shape[0], -1, -1) for part in (before, after))
-        x = self.ln_pre(torch.cat((before, tile, after), 1))
+    def transformed(self, parts: Sequence[Tensor], batch: int, rows: slice) -> Tensor:
+        """Transform the joined parts [B or 1, n, D] and return `rows` of the result."""
+        x = self.ln_pre(torch.cat([part.expand(batch, -1, -1) for part in parts], 1))
         *blocks, last = self.transformer
         for block in blocks:
             x = block(x, ALL)
@@ -117,10 +116,10 @@ class _Encoder(_Half):
     def forward(self, image: Tensor, latent_tokens: Tensor, words: Tensor | None) -> Tensor:
         patches = self.patch_embed(image).flatten(2).transpose(1, 2) + self.positional_embedding[1:]
         latents = (latent_tokens + self.latent_token_positional_embedding)[None]
-        after = latents if words is None else torch.cat((latents, self.guidance(words)), 1)
         start = 1 + self.grid**2
         rows = slice(start, start + latents.shape[1])
-        x = self.transformed((self.class_embedding + self.positional_embedding[:1])[None], patches, after, rows)
+        parts = [(self.class_embedding + self.positional_embedding[:1])[None], patches, latents]
+        x = self.transformed(parts + ([] if words is None else [self.guidance(words)]), image.shape[0], rows)
         return F.linear(x, self.conv_out.weight.flatten(1), self.conv_out.bias)
 
 
@@ -140,7 +139,8 @@ class _Decoder(_Half):
         patches = self.mask_token[0].expand(self.grid**2, -1)
         before = torch.cat((self.class_embedding, patches)) + self.positional_embedding
         tile = self.decoder_embed(latents) + self.latent_token_positional_embedding
-        x = self.transformed(before[None], tile, self.guidance(words), slice(1, 1 + self.grid**2))
+        parts = (before[None], tile, self.guidance(words))
+        x = self.transformed(parts, latents.shape[0], slice(1, 1 + self.grid**2))
         pixels: Any = self.ffn[0]
         x = F.linear(x, pixels.weight.flatten(1), pixels.bias)
         return self.conv_out(unpatch(x, self.grid, self.grid, self.patch))
@@ -161,7 +161,7 @@ class Tokenise(nn.Module):
 
 
 class Detokenise(nn.Module):
-    """The image [B, 3, S, S] in [0, 1] of scaled tokens [B, token, 1, latents] and words [1, N, D]."""
+    """The image [B, 3, S, S] in [0, 1] of scaled tokens [B, token, 1, latents] and words [B, N, D]."""
 
     def __init__(self, sizes: Mapping[str, Any]) -> None:
         super().__init__()
@@ -190,7 +190,7 @@ class _Self(nn.Module):
 
 
 class _Cross(nn.Module):
-    """Attention of rows [B, n, D] to a few tokens [C, T, D], where B is a multiple of C."""
+    """Attention of rows [B, n, D] to a few tokens, in parts [C, B / C or 1, T, D]."""
 
     def __init__(self, width: int, heads: int, projected: bool) -> None:
         super().__init__()
@@ -198,11 +198,10 @@ class _Cross(nn.Module):
         self.q, self.kv = nn.Linear(width, width, bias=False), nn.Linear(width, 2 * width, bias=False)
         self.out = _out(width, projected)
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        key, value = self.kv(condition).chunk(2, 2)
-        # all tiles read the same tokens, so their rows can be one sequence, and keys are not repeated
-        query = self.q(x).reshape(condition.shape[0], -1, x.shape[2])
-        return self.out(_attend(query, key, value, self.heads).reshape(x.shape))
+    def forward(self, x: Tensor, parts: Sequence[Tensor], batch: int) -> Tensor:
+        spread = [self.kv(part).expand(-1, batch, -1, -1) for part in parts]
+        key, value = torch.cat(spread, 2).flatten(0, 1).chunk(2, 2)
+        return self.out(_attend(self.q(x), key, value, self.heads))
 
 
 class _DitBlock(nn.Module):
@@ -214,9 +213,9 @@ class _DitBlock(nn.Module):
         self.ln_2, self.cross = nn.LayerNorm(width), _Cross(width, heads, projected)
         self.ln_3, self.mlp = nn.LayerNorm(width), _Mlp(width)
 
-    def forward(self, x: Tensor, condition: Tensor, rows: slice) -> Tensor:
+    def forward(self, x: Tensor, parts: Sequence[Tensor], batch: int, rows: slice) -> Tensor:
         x = x[:, rows] + self.attn(self.ln_1(x), rows)
-        x = x + self.cross(self.ln_2(x), condition)
+        x = x + self.cross(self.ln_2(x), parts, batch)
         return x + self.mlp(self.ln_3(x))
 
 
@@ -238,23 +237,33 @@ class _Dit(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.out = nn.Linear(width, sizes["token"])
 
-    def condition(self, t: Tensor, labels: Tensor) -> Tensor:
-        """The tokens for cross-attention [C, 1 + T, D]: timestep and labels, for C sets of labels."""
-        angles = t * self.frequencies
-        time = self.time(torch.cat((angles.cos(), angles.sin()))).expand(labels.shape[0], 1, -1)
-        return self.condition_norm(torch.cat((time, self.label(labels)), 1))
+    def condition(self, t: Tensor, labels: Tensor, batch: int) -> list[Tensor]:
+        """The tokens for cross-attention: timestep [1, B or 1, 1, D] and labels [C, B or 1, T, D].
+
+        One token of a label is joined with the timestep, for every tile: fewer calls cost less than fewer rows.
+        """
+        angles = t[:, None] * self.frequencies
+        time = self.time(torch.cat((angles.cos(), angles.sin()), 1))[None, :, None]
+        parts = [time.expand(labels.shape[0], -1, -1, -1), self.label(labels)]
+        if labels.shape[2] == 1:
+            parts = [torch.cat([part.expand(-1, batch, -1, -1) for part in parts], 2)]
+        return [self.condition_norm(part) for part in parts]
 
     def forward(self, noisy: Tensor, condition_tokens: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        """The prediction [C * B, token, 1, latents] for all tiles with the first set of labels, then with the next."""
+        """The prediction [C * B, token, 1, latents] for all tiles with the first set of labels, then with the next.
+
+        `labels` [C, B or 1, T, D].
+        """
         x = self.embed(torch.cat((noisy, condition_tokens), 3).squeeze(2).transpose(1, 2))
         x = (x.unflatten(1, (2, self.latents)) + self.positions.weight).flatten(1, 2)
         x = x if labels.shape[0] == 1 else torch.cat([x] * labels.shape[0])
-        condition = self.condition(t, labels)
+        batch = noisy.shape[0]
+        parts = self.condition(t, labels, batch)
         *blocks, last = self.blocks
         for block in blocks:
-            x = block(x, condition, ALL)
+            x = block(x, parts, batch, ALL)
         # nothing reads the last block's result for the condition tokens
-        x = last(x, condition, slice(self.latents))
+        x = last(x, parts, batch, slice(self.latents))
         return self.out(x).transpose(1, 2).unsqueeze(2)
 
 
@@ -282,12 +291,13 @@ class Step(nn.Module):
         """The next tokens. The label is the pooled text or all words; guidance also predicts with a label of zeros."""
         label = words if pooled is None else pooled[:, None]
         assert label is not None
+        alpha, beta, alpha_next, beta_next = (x[..., None, None, None] for x in (alpha, beta, alpha_next, beta_next))
         if guidance is None:
-            answer = self.dit(tokens, condition, t, label)
+            answer = self.dit(tokens, condition, t, label[None])
         else:
-            both = self.dit(tokens, condition, t, torch.cat((torch.zeros_like(label), label)))
+            both = self.dit(tokens, condition, t, torch.stack((torch.zeros_like(label), label)))
             without, answer = both[: tokens.shape[0]], both[tokens.shape[0] :]
-            answer = without + guidance * (answer - without)
+            answer = without + guidance[..., None, None, None] * (answer - without)
         if self.predicts_x0:
             x0, noise = answer, (tokens - alpha * answer) / beta
         else:

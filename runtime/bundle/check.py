@@ -6,6 +6,7 @@ from typing import TypeVar
 
 from tilewright.runtime.bundle.arguments import check_arguments
 from tilewright.runtime.bundle.program import (
+    ANY,
     DTYPES,
     SCHEDULE_TABLES,
     Call,
@@ -80,9 +81,11 @@ def _check_input(name: str, spec: Input, constants: Mapping[str, TensorSpec]) ->
     where = f"program: input {name!r}"
     if spec.dtype not in DTYPES:
         raise BundleError(f"{where}: dtype {spec.dtype!r} is not one of {', '.join(DTYPES)}")
+    if spec.shape and spec.shape[0] != 1:
+        raise BundleError(f"{where}: shape {list(spec.shape)} is not one row; begin it with 1")
     if isinstance(spec.default, str):
         constant = constants.get(spec.default[1:]) if spec.default.startswith("#") else None
-        if constant != TensorSpec(spec.dtype, spec.shape):
+        if constant != spec.spec:
             raise BundleError(f"{where}: default {spec.default!r} is no constant of that type and shape")
     elif spec.default is not None and spec.shape:
         raise BundleError(f"{where}: the number {spec.default} cannot fill {list(spec.shape)}; name a #constant")
@@ -167,13 +170,19 @@ class _Scope:
             raise BundleError(f"program: {where}: the component has no input {unknown[0]!r}")
         if unknown := sorted(call.outputs.keys() - signature.outputs.keys()):
             raise BundleError(f"program: {where}: the component has no output {unknown[0]!r}")
+        shared = section == "once" and call.shared(self.tile.keys() | self.program.grids.keys())
+        alone = shared or self.now.tiles is None  # one call for all tiles
         if not call.outputs or len(set(call.outputs.values())) != len(call.outputs):
             raise BundleError(f"program: {where}: outputs {call.outputs} must name at least one place, each once")
         for name, source in call.inputs.items():
-            _fit(self.source(section, where, source), signature.inputs[name], f"program: {where}: {name} = {source}")
-        shared = section == "once" and call.shared(self.tile.keys() | self.program.grids.keys())
+            actual, expected = self.source(section, where, source), signature.inputs[name]
+            _fit(actual, expected, f"program: {where}: {name} = {source}")
+            _check_rows(actual, expected, alone, f"program: {where}: {name} = {source}")
         for name, target in call.outputs.items():
-            self.output(section, f"program: {where}: {name} -> {target}", signature.outputs[name], target, shared)
+            spec = signature.outputs[name]
+            if alone and spec.shape[:1] == ("batch",):
+                spec = TensorSpec(spec.dtype, (1, *spec.shape[1:]))
+            self.output(section, f"program: {where}: {name} -> {target}", spec, target, shared)
 
     def source(self, section: str, where: str, source: str) -> TensorSpec:
         """The type and shape of a source, which is refused if it does not exist."""
@@ -187,7 +196,7 @@ class _Scope:
             return _look_up(self.constants, name, f"{where}: no such constant in the bundle")
         if kind == "$":
             spec = _look_up(self.program.inputs, name, f"{where}: the program has no such input")
-            return TensorSpec(spec.dtype, spec.shape)
+            return spec.spec
         if name in self.program.grids:
             return self.grid(section, where, name)
         return _look_up(self.tile | self.job, name, f"{where}: nothing of that name is known here")
@@ -213,7 +222,7 @@ class _Scope:
         if self.now.steps is None:
             raise BundleError(f"{where}: a table needs a pass with steps")
         if name in SCHEDULE_TABLES[self.now.steps.schedule]:
-            return TensorSpec("float32", () if section == "each" else ("steps",))
+            return TensorSpec("float32", (1,) if section == "each" else (1, "steps"))
         if section != "each":
             raise BundleError(f"{where}: outside 'each' only a schedule's tables can be read as a table")
         sized = [
@@ -227,13 +236,12 @@ class _Scope:
             raise BundleError(f"{where}: a table of tile sizes needs fixed_px, and one for each of {list(sides)}")
         tables = self.constants | ({name: sized[0]} if sized else {}) | self.job | self.tile
         whole = _look_up(tables, name, f"{where}: no table, value or constant has that name")
-        axis = 1 if name in self.tile else 0  # values of a tile have the batch first
-        if len(whole.shape) <= axis:
+        if len(whole.shape) < 2:
             raise BundleError(f"{where}: a single number has no rows")
-        rows = whole.shape[axis]
+        rows = whole.shape[1]
         if isinstance(rows, int) and rows != self.now.steps.count:
             raise BundleError(f"{where}: has {rows} rows for {self.now.steps.count} steps")
-        return TensorSpec(whole.dtype, whole.shape[:axis] + whole.shape[axis + 1 :])
+        return TensorSpec(whole.dtype, (whole.shape[0], *whole.shape[2:]))
 
     def output(self, section: str, where: str, spec: TensorSpec, target: str, shared: bool) -> None:
         """Check one output and add it: to a grid, to the job if it is shared, or to the tile."""
@@ -257,6 +265,15 @@ def _look_up(values: Mapping[str, T], name: str, complaint: str) -> T:
     if name not in values:
         raise BundleError(f"{complaint}; there are {', '.join(sorted(values)) or 'none'}")
     return values[name]
+
+
+def _check_rows(actual: TensorSpec, expected: TensorSpec, alone: bool, where: str) -> None:
+    """Refuse a source that is no row, and an input that has no axis of tiles or cannot take one row for all tiles."""
+    if actual.shape[:1] not in (("batch",), (1,)):
+        raise BundleError(f"{where}: {list(actual.shape)} is not one row; begin it with 1")
+    axes = (ANY,) if actual.shape[0] == 1 and not alone else ("batch", ANY)
+    if expected.shape[:1] not in [(axis,) for axis in axes]:
+        raise BundleError(f"{where}: the input's shape {list(expected.shape)} must begin with {' or '.join(axes)}")
 
 
 def _fit(actual: TensorSpec, expected: TensorSpec, where: str) -> None:

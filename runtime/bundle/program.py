@@ -11,16 +11,19 @@ that read nothing of a tile. The source of a call's input is written as
     $name    an input of the program, set by the caller or by its default
     ~name    noise with the shape of the grid or state `name`, new in every step
 
-Tensors of a tile or a grid have a leading batch axis, all others have none.
+Every tensor has a leading axis of tiles. A tensor of a tile or a grid has a row for each tile of a call: its axis is
+named `batch`. All others have one row, and an input that reads them has the axis `batch_or_1`: one row for all tiles of
+a call, or a row for each where a call holds tiles of other steps or images. A single number is one row.
 """
 
 import re
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tilewright.runtime.bundle.strict import check_limits
 
 __all__ = [
+    "ANY",
     "Call",
     "Grid",
     "Input",
@@ -37,6 +40,7 @@ __all__ = [
 ]
 
 Dim = int | str
+ANY = "batch_or_1"  # name of the leading axis of an input that all tiles of a call may share
 SCHEDULE_TABLES = {
     "flow_shift": ("sigma", "sigma_next"),
     "ddim": ("t", "alpha", "beta", "alpha_next", "beta_next"),
@@ -115,7 +119,7 @@ class Input:
     """A value that the caller may set; `choices` gives names to numbers."""
 
     dtype: str
-    shape: tuple[int, ...] = ()
+    shape: tuple[int, ...] = ()  # a single number, or one row [1, ...]
     default: int | float | str | None = None  # a number, or "#name" of a constant; none: the caller must set it
     choices: dict[str, int] = field(default_factory=dict)
     help: str = ""  # one line for the caller
@@ -125,6 +129,11 @@ class Input:
     def __post_init__(self) -> None:
         if any(d < 1 for d in self.shape):
             raise ValueError(f"shape {list(self.shape)} holds a size below 1")
+
+    @property
+    def spec(self) -> TensorSpec:
+        """The tensor that components read; a single number is one row."""
+        return TensorSpec(self.dtype, self.shape or (1,))
 
 
 @dataclass(frozen=True)
@@ -243,6 +252,11 @@ class Program:
 
     def __post_init__(self) -> None:
         check_limits(self)
+
+    def batched(self, batch: int) -> "Program":
+        """The same program with up to so many tiles in a call."""
+        tiles = {p.tiles: replace(p.tiles, batch=batch) for p in self.passes if p.tiles}
+        return replace(self, passes=tuple(replace(p, tiles=tiles[p.tiles]) if p.tiles else p for p in self.passes))
 
     def components(self) -> set[str]:
         """The names of the components that the passes call."""

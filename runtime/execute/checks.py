@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from tilewright.runtime.bundle.program import Call
+from tilewright.runtime.bundle.program import ANY, Call
 from tilewright.runtime.errors import AccuracyError, BundleError
 from tilewright.runtime.execute.devices import Device
 from tilewright.runtime.execute.queue import Batch
@@ -20,11 +20,11 @@ def wrong_shape(
     """An error if an output has another shape than its grid or its component's signature says."""
     work, block, _ = batch.nodes[0]
     grids, plan = work.graph.program.grids, work.graph.plan(block)
-    sizes: dict[str, int] = {}
+    sizes = {"batch": len(batch.nodes)}
     if signature:
         for name, array in feed.items():
             named = zip(signature.inputs[name].shape, array.shape, strict=False)
-            sizes |= {dim: size for dim, size in named if isinstance(dim, str)}
+            sizes |= {dim: size for dim, size in named if isinstance(dim, str) and dim != ANY}
     for name, target in call.outputs.items():
         shape = tuple(results[name].shape)
         right: tuple[Any, ...] = shape

@@ -99,7 +99,7 @@ class Executor:
         self.slowest: dict[Hashable, float] = {}  # kind of call -> seconds
         self.hung: set[int] = set()  # devices that will not be used again
         self.lanes = [0 for _ in self.devices]  # threads that have not ended
-        self.failed_on: dict[tuple[int, int, int], set[int]] = {}  # node -> devices
+        self.suspects: dict[tuple[int, int, int], set[int]] = {}  # node of a call that failed -> devices it failed on
         self.retired_by: dict[int, int] = {}  # device -> the task whose node it failed at
         self.uploads: dict[tuple[int, int], tuple[Any, Any]] = {}  # (device, constant) -> the constant, its buffer
         self.tasks: list[tuple[Task, Work]] = []
@@ -151,13 +151,18 @@ class Executor:
                 thread.join()
 
     def _key(self, task: Task, block: Block, tile: int) -> Hashable:
-        """Nodes of the same key may share a call. Inputs without an axis of tiles must be the same for all of them."""
-        p = task.graph.program.passes[block.place]
-        plan = task.graph.plan(block)
-        alone = p.tiles is None or block.section == "shared"
-        stepped = any(source[0] == "@" for call in block.calls for source in call.inputs.values())
-        step = block.step if stepped or block.section != "each" else -1
-        return block.place, block.section, step, plan.tile_height, plan.tile_width, task.number, tile if alone else None
+        """Nodes of the same key may share a call: their tiles have the same size, of any step and any image.
+
+        A node that is under suspicion shares calls with nodes of its own job only.
+        """
+        program = task.graph.program
+        p, plan = program.passes[block.place], task.graph.plan(block)
+        if p.tiles is None or block.section == "shared":
+            return task.number, block.number
+        job = task.number if (task.number, block.number, tile) in self.suspects else None
+        steps = task.graph.steps.get(p.name)  # outside of `each`, tables have as many rows
+        engines = id(program), id(task.values.constants)
+        return *engines, block.place, block.section, steps, plan.tile_height, plan.tile_width, job
 
     def _serve(self, device: int) -> None:
         while True:
@@ -175,24 +180,26 @@ class Executor:
             del batch  # otherwise its values would stay in memory until the next batch
 
     def _run(self, batch: Batch) -> None:
-        work = batch.nodes[0][0]
         try:
             outputs = self._outputs(self.devices[batch.device], batch)
         except DeviceFault as fault:
             self._device_failed(batch, fault)
         except BaseException as error:  # the job is at fault: another device would fail too
             with self.changed:
-                if self._land(batch):
+                if self._land(batch) and not self._try_apart(batch):
                     self.queue.put_back(batch)
-                    self._end(work, error, isinstance(error, MemoryError))
+                    self._end(batch.works[0], error, isinstance(error, MemoryError))
         else:
-            self._count(batch, outputs)
+            with self.changed:
+                batches = self.queue.split(batch) if self._land(batch) else []
+            each_output = iter(outputs)
+            for of_one_job in batches:
+                self._count(of_one_job, [next(each_output) for _ in of_one_job.nodes])
 
     def _outputs(self, device: Device, batch: Batch) -> list[Outputs]:
         """Run the calls of a batch one after another."""
         work, block, _ = batch.nodes[0]
-        task: Task = work.owner
-        outputs = [Outputs(values=task.values.begun(block, tile)) for _, _, tile in batch.nodes]
+        outputs = [Outputs(values=w.owner.values.begun(its_block, tile)) for w, its_block, tile in batch.nodes]
         for call in block.calls:
             feed = {name: self._input(device, batch, source, outputs) for name, source in call.inputs.items()}
             results = self._call(device, batch, call, feed)
@@ -200,7 +207,7 @@ class Executor:
             if error := wrong or not_finite(device, work.graph, block, call, results):
                 raise DeviceFault(error, call.run)
             for name, target in call.outputs.items():
-                self._keep(task, block, batch, target, results[name], outputs)
+                self._keep(batch, target, results[name], outputs)
         return outputs
 
     def _call(self, device: Device, batch: Batch, call: Call, feed: Mapping[str, Any]) -> dict[str, Any]:
@@ -211,7 +218,7 @@ class Executor:
         with self.changed:
             while batch.device in self.calls and id(batch) in self.flying:
                 self.free[batch.device].wait()
-            if work.stopped or id(batch) not in self.flying:
+            if all(each.stopped for each in batch.works) or id(batch) not in self.flying:
                 raise CancelledError
             start = time.perf_counter()
             running = Running(batch, call.run, start, start + self._deadline(kind))
@@ -229,7 +236,9 @@ class Executor:
                     self.free[batch.device].notify()
                     seconds = time.perf_counter() - start
                     self.slowest[kind] = max(seconds, self.slowest.get(kind, 0.0))
-                    work.owner.seconds[call.run] = work.owner.seconds.get(call.run, 0.0) + seconds
+                    for node in batch.nodes:
+                        spent = node[0].owner.seconds
+                        spent[call.run] = spent.get(call.run, 0.0) + seconds / len(batch.nodes)
         return results
 
     def _deadline(self, kind: Hashable) -> float:
@@ -261,11 +270,12 @@ class Executor:
         self.hung.add(device)
         self.queue.retired.add(device)
         del self.calls[device]
+        failed_elsewhere = self._failed_elsewhere(running.batch)
         for batch in [b for b in self.flying.values() if b.device == device]:
             del self.flying[id(batch)]
             self.queue.put_back(batch)
         self._note(running.batch, f"{self.devices[device].name} hangs in {running.component}; its tiles run elsewhere")
-        if self._failed_elsewhere(running.batch):
+        if failed_elsewhere:
             self._end_all(running.batch, error)
         if len(self.hung) == len(self.devices):
             for _, work in list(self.tasks):
@@ -280,27 +290,24 @@ class Executor:
         return self.flying.pop(id(batch), None) is batch
 
     def _note(self, batch: Batch, text: str) -> None:
-        for task in {work.owner: None for work, *_ in batch.nodes}:
-            task.notes.append(text)
+        for work in batch.works:
+            work.owner.notes.append(text)
 
-    def _keep(self, task: Task, block: Block, batch: Batch, target: str, result: Any, outputs: list[Outputs]) -> None:
-        count, grids = len(batch.nodes), task.graph.program.grids
-        for i, (_, _, tile) in enumerate(batch.nodes):
-            array = result if count == 1 else on_host(result)[i : i + 1]
-            if target in grids:
-                outputs[i].parts[target] = task.values.weighted(block, target, tile, array)
+    def _keep(self, batch: Batch, target: str, result: Any, outputs: list[Outputs]) -> None:
+        for i, (work, block, tile) in enumerate(batch.nodes):
+            array = result if len(batch.nodes) == 1 else on_host(result)[i : i + 1]
+            if target in work.graph.program.grids:
+                outputs[i].parts[target] = work.owner.values.weighted(block, target, tile, array)
             else:
                 outputs[i].values[target] = array
 
     def _input(self, device: Device, batch: Batch, source: str, outputs: list[Outputs]) -> Any:
-        """An input of a call, as one buffer of the device. Inputs with an axis of tiles are stacked."""
-        work, block, tile = batch.nodes[0]
-        value, rows = work.owner.values.feed(block, tile, source, outputs[0])
-        if rows and len(batch.nodes) > 1:
-            values = [value]
-            for (other, its_block, its_tile), its_outputs in zip(batch.nodes[1:], outputs[1:], strict=True):
-                values.append(other.owner.values.feed(its_block, its_tile, source, its_outputs)[0])
-            return device.put(np.concatenate([on_host(v) for v in values]))
+        """An input of a call, as one buffer of the device: a row for each node, or one that all nodes share."""
+        nodes = zip(batch.nodes, outputs, strict=True)
+        rows = [work.owner.values.feed(block, tile, source, its) for (work, block, tile), its in nodes]
+        (value, of_tile), others = rows[0], [row for row, _ in rows[1:]]
+        if others and (of_tile or not all(_same(value, row) for row in others)):
+            return device.put(np.concatenate([on_host(row) for row in (value, *others)]))
         if source[0] == "#":
             key = (id(device), id(value))
             if key not in self.uploads:
@@ -309,32 +316,30 @@ class Executor:
         if getattr(value, "holder", None) is device:
             return value
         array = on_host(value)
-        contiguous = isinstance(array, np.ndarray) and rows and not array.flags.c_contiguous
-        return device.put(np.ascontiguousarray(array) if contiguous else array)
+        contiguous = not isinstance(array, np.ndarray) or array.flags.c_contiguous
+        return device.put(array if contiguous else np.ascontiguousarray(array))
 
     def _count(self, batch: Batch, outputs: list[Outputs]) -> None:
-        """Store the outputs of a batch, report progress, and end the round if it is done."""
+        """Store the outputs of one job's nodes, report progress, and end the round if it is done."""
         work, block, _ = batch.nodes[0]
         task: Task = work.owner
         with task.telling:
             with self.changed:
-                if not self._land(batch):
-                    return
                 if work.stopped:
                     self.queue.complete(batch)
                     return
                 try:
                     final = [
                         part
-                        for (_, _, tile), output in zip(batch.nodes, outputs, strict=True)
-                        for part in task.values.commit(block, tile, output)
+                        for (_, its_block, tile), output in zip(batch.nodes, outputs, strict=True)
+                        for part in task.values.commit(its_block, tile, output)
                     ]
                 except BaseException as error:  # too little memory to join the parts
                     self.queue.put_back(batch)
                     self._end(work, error, isinstance(error, MemoryError))
                     return
-                for _, _, tile in batch.nodes:
-                    self.failed_on.pop((task.number, block.number, tile), None)
+                for _, its_block, tile in batch.nodes:
+                    self.suspects.pop((task.number, its_block.number, tile), None)
                 self._drop_values(task, batch)
             try:
                 for part in final:
@@ -363,15 +368,15 @@ class Executor:
 
     def _drop_values(self, task: Task, batch: Batch) -> None:
         """Drop the values of tiles that no later pass reads."""
-        block = batch.nodes[0][1]
-        passes = task.graph.program.passes
-        p = passes[block.place]
-        if task.keep or p.tiles is None or block.number != task.graph.of_pass[p.name][-1]:
+        place = batch.nodes[0][1].place
+        p, later = task.graph.program.passes[place], task.graph.program.passes[place + 1 :]
+        if task.keep or p.tiles is None:
             return
-        read = {name for later in passes[block.place + 1 :] for name in later.reads()}
-        for _, _, tile in batch.nodes:
+        read = {name for each in later for name in each.reads()}
+        last = task.graph.of_pass[p.name][-1]
+        for tile in [tile for _, block, tile in batch.nodes if block.number == last]:
             names = task.values.names_in_tile(p.tiles, tile)
-            task.values.forget(block.place, tile, set(names) - read)
+            task.values.forget(place, tile, set(names) - read)
 
     def _pass_ended(self, task: Task, work: Work, block: Block) -> None:
         p = task.graph.program.passes[block.place]
@@ -386,12 +391,13 @@ class Executor:
     def _device_failed(self, batch: Batch, fault: DeviceFault) -> None:
         """Retire a device and run its nodes elsewhere; a node that fails on two devices is itself at fault.
 
-        A device with too little memory for a batch stays, and takes half as many nodes from then on.
+        Nodes of several jobs run again job by job first, so that a job at fault ends alone. A device with too little
+        memory for a batch stays, and takes half as many nodes from then on.
         """
         name, error, count = self.devices[batch.device].name, fault.error, len(batch.nodes)
         lacks_memory = isinstance(error, (MemoryError, ResourceError))
         with self.changed:
-            if not self._land(batch):
+            if not self._land(batch) or (not lacks_memory and self._try_apart(batch)):
                 return
             self.queue.put_back(batch)
             self.changed.notify_all()
@@ -410,16 +416,27 @@ class Executor:
 
     def _end_all(self, batch: Batch, error: Exception, lacked_memory: bool = False) -> None:
         """End the rounds of these nodes. Devices that failed at their nodes are used again, for other rounds."""
-        for work in {work: None for work, *_ in batch.nodes}:
+        for work in batch.works:
             retired = {d for d, number in self.retired_by.items() if number == work.owner.number}
             self.queue.retired -= retired - self.hung
             self._end(work, error, lacked_memory)
+
+    def _try_apart(self, batch: Batch) -> bool:
+        """Run the nodes of a failed call again, each job's by themselves. False if they all are of one job."""
+        if len(batch.works) == 1:
+            return False
+        for work, block, tile in batch.nodes:
+            if not work.stopped:
+                self.suspects.setdefault((work.owner.number, block.number, tile), set())
+        self.queue.put_back(batch)
+        self.changed.notify_all()
+        return True
 
     def _failed_elsewhere(self, batch: Batch) -> bool:
         """Remember that these nodes failed on this device; whether one of them has failed on another, too."""
         elsewhere = False
         for work, block, tile in batch.nodes:
-            failed_on = self.failed_on.setdefault((work.owner.number, block.number, tile), set())
+            failed_on = self.suspects.setdefault((work.owner.number, block.number, tile), set())
             failed_on.add(batch.device)
             elsewhere |= len(failed_on) > 1
         return elsewhere
@@ -428,7 +445,7 @@ class Executor:
         self.queue.remove(work)
         self.tasks = [(t, w) for t, w in self.tasks if w is not work]
         task: Task = work.owner
-        self.failed_on = {node: devices for node, devices in self.failed_on.items() if node[0] != task.number}
+        self.suspects = {node: devices for node, devices in self.suspects.items() if node[0] != task.number}
         if not task.future.done():
             if error is None:
                 task.future.set_result(None)
@@ -436,3 +453,13 @@ class Executor:
                 task.lacked_memory = lacked_memory
                 task.future.set_exception(error)
         self.changed.notify_all()
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two rows are equal. Rows on a device must be the same buffer, as it is costly to look at their values."""
+    if one is other or not (isinstance(one, np.ndarray) and isinstance(other, np.ndarray)):
+        return one is other
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    place = one.__array_interface__["data"], one.strides
+    return place == (other.__array_interface__["data"], other.strides) or np.array_equal(one, other)

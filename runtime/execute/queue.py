@@ -46,6 +46,11 @@ class Batch:
     nodes: tuple[tuple[Work, Block, int], ...]
     device: int
 
+    @property
+    def works(self) -> tuple[Work, ...]:
+        """The jobs of the nodes, each once."""
+        return tuple(dict.fromkeys(work for work, *_ in self.nodes))
+
 
 class Queue:
     """Ready nodes of all jobs."""
@@ -87,7 +92,7 @@ class Queue:
         """The nodes that a device runs next, as many as may share a call; none if no node is ready.
 
         A busy device takes a batch to prepare only if enough nodes are left for the other devices, which may soon
-        be idle.
+        be idle, and if the batch is full: the call that runs now may make more nodes ready for it.
         """
         if device in self.retired or (self.busy[device] and self.waiting < len(self.busy) - len(self.retired)):
             return None
@@ -95,16 +100,27 @@ class Queue:
             if not (allowed := [key for key in work.ready if self._allowed(work, key)]):
                 continue
             key = min(allowed, key=lambda key: work.ready[key][0])
-            nodes = [self._pop(work, key)]
-            most = self._most(device, nodes[0][1])
-            while len(nodes) < most and key in work.ready:
-                nodes.append(self._pop(work, key))
+            others = sorted((w for w in self.works if w is not work and key in w.ready), key=lambda w: w.turns)
+            sharing = [work, *(w for w in others if self._allowed(w, key))]
+            most = self._most(device, work.graph.blocks[work.ready[key][0][2]])
+            if self.busy[device] and sum(len(w.ready[key]) for w in sharing) < most:
+                return None
+            nodes: list[tuple[Work, Block, int]] = []
+            for each in sharing:
+                while len(nodes) < most and key in each.ready:
+                    nodes.append(self._pop(each, key))
             self.busy[device] += 1
             return Batch(tuple(nodes), device)
         return None
 
     def _most(self, device: int, block: Block) -> int:
         return min([block.batch, *(self.most.get((device, call.run), block.batch) for call in block.calls)])
+
+    def split(self, batch: Batch) -> list[Batch]:
+        """Its nodes in a batch for each job, each of which is to be completed or put back."""
+        batches = [Batch(tuple(node for node in batch.nodes if node[0] is work), batch.device) for work in batch.works]
+        self.busy[batch.device] += len(batches) - 1
+        return batches
 
     def complete(self, batch: Batch) -> None:
         """Count nodes as done, and offer those that waited for them."""

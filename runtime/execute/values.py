@@ -97,7 +97,7 @@ class Values:
         self.waiting = {i: self.regions.count_below(i) for i in regions}
 
     def feed(self, block: Block, tile: int, source: str, outputs: Outputs) -> tuple[Any, bool]:
-        """The array behind a source, as `program` spells them, and whether its first axis counts tiles."""
+        """The row [1, ...] behind a source, as `program` spells them, and whether it belongs to the tile."""
         p, name = self.graph.program.passes[block.place], source[1:]
         if source[0] == "#":
             return self.constants[name], False
@@ -110,11 +110,17 @@ class Values:
             return self._row(p, block, tile, name, outputs)
         if source == "image" or source in self.graph.program.grids:
             return self.crop(block, tile, source), True
-        tile_values = self._tile_values(p, tile)
-        for values, rows in ((outputs.values, p.tiles is not None), (tile_values, True), (self.job, False)):
-            if source in values:
-                return values[source], rows
+        if found := self._value(p, tile, source, outputs):
+            return found
         raise LookupError(f"pass {p.name!r}, {block.section}: no value {source!r}")
+
+    def _value(self, p: Pass, tile: int, name: str, outputs: Outputs) -> tuple[Any, bool] | None:
+        """A value of this node, of its tile or of the job, and whether it belongs to the tile."""
+        tile_values = self._tile_values(p, tile)
+        for values, of_tile in ((outputs.values, p.tiles is not None), (tile_values, True), (self.job, False)):
+            if name in values:
+                return values[name], of_tile
+        return None
 
     def begun(self, block: Block, tile: int) -> dict[str, Any]:
         """The state that a tile starts its pass with."""
@@ -275,22 +281,16 @@ class Values:
         """This step's row of a table; the whole table outside `each`."""
         tables = self.tables[p.name]
         if name in tables:
-            return (tables[name] if block.section != "each" else np.asarray(tables[name][block.step])), False
+            return (tables[name][None] if block.section != "each" else tables[name][block.step, None]), False
         here = self.graph.plan(block).tiles[tile]
         if table := table_for_tokens(p, name, here.height * here.width, self.constants):
             name = table
-        tiled = p.tiles is not None
-        scopes = (
-            (outputs.values, tiled),
-            (self._tile_values(p, tile), True),
-            (self.job, False),
-            (self.constants, False),
-        )
-        whole, of_tile = next((on_host(values[name]), rows) for values, rows in scopes if name in values)
-        rows, steps = whole.shape[of_tile], len(next(iter(tables.values())))
+        value, of_tile = self._value(p, tile, name, outputs) or (self.constants[name], False)
+        whole = on_host(value)
+        rows, steps = whole.shape[1], len(next(iter(tables.values())))
         if rows != steps:  # a table for another number of steps has other sigmas
             raise UsageError(f"table {name!r} has {rows} rows for {steps} steps; use --steps {rows}")
-        return (whole[:, block.step] if of_tile else whole[block.step]), of_tile
+        return whole[:, block.step], of_tile
 
 
 def _rectangle(tile: Tile) -> Rectangle:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from tilewright.runtime.bundle.program import Input, TensorFile
+from tilewright.runtime.bundle.program import Input
 from tilewright.runtime.bundle.read import read_bundle
 from tilewright.runtime.errors import BundleError, InputError, UsageError
 from tilewright.runtime.inputs import gather, read_tensors, tensors_of, value_of
@@ -147,20 +147,11 @@ def test_a_tensor_of_another_shape_is_refused(bundle, tmp_path, tensor):
     )
 
 
-def test_a_named_size_may_be_any(tint, tinting, tmp_path):
-    """A value whose component gives one row a tile is given with as many as there are."""
-    see = replace(tinting.passes[1], tiles=None)
-    program = replace(
-        tinting, passes=(tinting.passes[0], see, tinting.passes[2]), files={"means": TensorFile({"m": "mean"})}
-    )
-    whole = read_bundle(tint(program=program))
-    for rows in (1, 4):
-        save_file({"m": np.ones((rows, 3, 1, 1), np.float32)}, tmp_path / "means.safetensors")
-        assert gather(whole, {"means": tmp_path / "means.safetensors"})["mean"].shape == (rows, 3, 1, 1)
-    save_file({"m": np.ones((1, 3, 1), np.float32)}, tmp_path / "means.safetensors")
-    assert "has shape [1, 3, 1], this bundle takes ['batch', 3, 1, 1]" in refusal(
-        InputError, gather, whole, {"means": tmp_path / "means.safetensors"}
-    )
+def test_a_value_of_the_job_is_one_row(tinted, tmp_path):
+    """Its component gives a row for each tile of a call, and the call of a job has one."""
+    save_file({"look.tint": np.ones((2, 3), np.float32)}, tmp_path / "look.safetensors")
+    message = refusal(InputError, gather, read_bundle(tinted), {"look": tmp_path / "look.safetensors"})
+    assert "has shape [2, 3], this bundle takes [1, 3]" in message
 
 
 @pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2"])

@@ -125,3 +125,17 @@ def test_leaving_the_context_closes_the_engines_also_after_an_error(bundle):
         except RuntimeError:
             assert fault
         assert engine.session is None
+
+
+def test_batch_replaces_the_number_of_tiles_in_a_call(tinted):
+    picture, calls = noise(50, 50, 3), {}
+    for batch in (None, 3):
+        with load(tinted, threads=1, batch=batch) as restorer:
+            engine = restorer.engines["paint"]
+            run, sizes = engine.run, []
+            engine.run = lambda inputs, wanted, run=run, sizes=sizes: (
+                sizes.append(len(inputs["image"])) or run(inputs, wanted)
+            )
+            calls[batch] = restorer(picture, tile=16, overlap=0).tobytes(), max(sizes), sum(sizes)
+    assert calls[None][1:] == (1, 16) and calls[3][1:] == (3, 16)
+    assert calls[None][0] == calls[3][0]

@@ -36,6 +36,8 @@ def test_an_image_of_more_pixels_than_allowed_is_refused(restorer):
     [
         ({"memory": "medium"}, "memory='medium' is not one of fast, low"),
         ({"threads": -1}, "threads=-1 must be at least 0"),
+        ({"batch": 0}, "batch=0 is not a whole number from 1 to 32"),
+        ({"batch": 33}, "batch=33 is not a whole number from 1 to 32"),
         ({"devices": []}, "no device is named; use cpu:0"),
         ({"devices": ["gpu:0"]}, rf"device 'gpu:0' is unknown; there are cpu:0 to cpu:{CORES - 1}"),
         ({"devices": ["cpu"]}, rf"device 'cpu' is unknown; there are cpu:0 to cpu:{CORES - 1}"),

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from tilewright.runtime.bundle.digests import sha256_of_bytes
 from tilewright.runtime.bundle.manifest import SCHEMA_VERSION, Component, EngineSpec, File, Manifest, Memory
-from tilewright.runtime.bundle.program import Call, Grid, Input, Pass, Program, TensorFile, TensorSpec, Text, Tiles
+from tilewright.runtime.bundle.program import ANY, Call, Grid, Input, Pass, Program, TensorFile, TensorSpec, Text, Tiles
 from tilewright.runtime.bundle.safetensors import safetensors_header
 from tilewright.runtime.bundle.strict import to_json
 from tilewright.runtime.bundle.weights import Folder, Reference, Weights
@@ -113,7 +113,8 @@ def packed_bundle(build, weights_dir) -> Path:
 # A bundle that is led by words: their first three ids are the tint, in eighths.
 
 VOCABULARY = {"<pad>": 0, "</s>": 1, "?": 2, "dim": 3, "warm": 4, "red": 5, "bright": 6, "--x": 7}
-IDS, TINT, NUMBER = TensorSpec("int64", (1, 6)), TensorSpec("float32", (1, 3)), TensorSpec("float32", ())
+IDS, TINT = TensorSpec("int64", ("batch", 6)), TensorSpec("float32", ("batch", 3))
+READ_TINT, NUMBER = TensorSpec("float32", (ANY, 3)), TensorSpec("float32", (ANY,))
 SEEN = TensorSpec("float32", ("batch", 3, 1, 1))
 TINTING = Program(
     scale=1,
@@ -185,7 +186,8 @@ def _tint_components() -> dict[str, tuple[dict[str, TensorSpec], dict[str, Tenso
     eighths[range(3), range(3)] = 1 / 8
     numbers = {
         "eighths": eighths,
-        "shape": np.array([1, 3, 1, 1]),
+        "shape": np.array([-1, 3, 1, 1]),
+        "number": np.array([-1, 1, 1, 1]),
         "sides": np.array([2, 3]),
         "quarter": np.array(0.25, np.float32),
     }
@@ -198,7 +200,8 @@ def _tint_components() -> dict[str, tuple[dict[str, TensorSpec], dict[str, Tenso
         "see": [node("ReduceMean", ["image", "sides"], ["mean"], keepdims=1)],
         "paint": [
             node("Reshape", ["tint", "shape"], ["factors"]),
-            node("Mul", ["factors", "gain"], ["gains"]),
+            node("Reshape", ["gain", "number"], ["strength"]),
+            node("Mul", ["factors", "strength"], ["gains"]),
             node("Mul", ["image", "gains"], ["tinted"]),
             node("Mul", ["mean", "quarter"], ["haze"]),
             node("Add", ["tinted", "haze"], ["painted"]),
@@ -207,7 +210,7 @@ def _tint_components() -> dict[str, tuple[dict[str, TensorSpec], dict[str, Tenso
     signatures: dict[str, tuple[dict[str, TensorSpec], dict[str, TensorSpec]]] = {
         "words": ({"ids": IDS}, {"tint": TINT}),
         "see": ({"image": IMAGE}, {"mean": SEEN}),
-        "paint": ({"image": IMAGE, "mean": SEEN, "tint": TINT, "gain": NUMBER}, {"painted": IMAGE}),
+        "paint": ({"image": IMAGE, "mean": SEEN, "tint": READ_TINT, "gain": NUMBER}, {"painted": IMAGE}),
     }
     made = {}
     for name, (inputs, outputs) in signatures.items():
@@ -320,7 +323,11 @@ def _model(
 ) -> onnx.ModelProto:
     kinds = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64}
     ends = (
-        [helper.make_tensor_value_info(end, kinds[spec.dtype], spec.shape) for end, spec in specs.items()]
+        [
+            # ONNX Runtime takes sizes of the same name as equal
+            helper.make_tensor_value_info(end, kinds[s.dtype], [f"{end}_rows" if d == ANY else d for d in s.shape])
+            for end, s in specs.items()
+        ]
         for specs in (inputs, outputs)
     )
     graph = helper.make_graph(nodes, name, *ends, initializers)

@@ -35,6 +35,11 @@ __all__ = [
 ]
 
 
+def per_tile(numbers):
+    """Numbers [B], one for each tile, as factors of images [B, C, H, W]."""
+    return numbers[:, None, None, None]
+
+
 # HiTokSR: calls in a row on a tile
 
 HITOKSR = {
@@ -54,15 +59,15 @@ def hitoksr_reference(image, tile=512, overlap=64):
 
 
 def in_token_modulate(pooled, guidance, sigmas):
-    return {"modulation": sigmas[:, None] * np.stack([pooled.sum() / guidance, pooled.mean()])}
+    return {"modulation": sigmas[:, :, None] * np.stack([pooled.sum(1) / guidance, pooled.mean(1)], 1)[:, None]}
 
 
 def in_token_step(z, y, context, seen, modulation, sigma, sigma_next):
-    velocity = 0.6 * blurred(z) + 0.3 * y + seen + context.sum() + modulation[0] - modulation[1]
-    return {"z_next": z + (sigma_next - sigma) * velocity}
+    shift = per_tile(context.sum(1) + modulation[:, 0] - modulation[:, 1])
+    return {"z_next": z + per_tile(sigma_next - sigma) * (0.6 * blurred(z) + 0.3 * y + seen + shift)}
 
 
-IN_TOKEN_CONSTANTS = {"context": np.float32([[0.1, -0.2]]), "pooled": np.float32([[0.3, 0.4, -0.1]])}
+IN_TOKEN_CONSTANTS = {"context": np.float32([[0.1, -0.2, 0.3, -0.3]]), "pooled": np.float32([[0.3, 0.4, -0.1]])}
 IN_TOKEN = {
     "modulate": in_token_modulate,
     "encode": lambda image: {"latent": blurred(shrunk(image, 8, 16))},
@@ -73,14 +78,14 @@ IN_TOKEN = {
 }
 FIXED = {name: function for name, function in IN_TOKEN.items() if name != "modulate"}
 FIXED_TABLES = {  # of tiles of 1024 and of 512 px, as a build makes them
-    f"modulation.{tokens}": np.random.default_rng(tokens).normal(0, 0.1, (28, 2)).astype(np.float32)
+    f"modulation.{tokens}": np.random.default_rng(tokens).normal(0, 0.1, (1, 28, 2)).astype(np.float32)
     for tokens in (64 * 64, 32 * 32)
 }
 
 
 def first_rows(steps):
     """The constants as a build for fewer steps and fixed tiles would hold them."""
-    return IN_TOKEN_CONSTANTS | {name: table[:steps] for name, table in FIXED_TABLES.items()}
+    return IN_TOKEN_CONSTANTS | {name: table[:, :steps] for name, table in FIXED_TABLES.items()}
 
 
 def in_token_reference(image, tile, overlap, steps=28, guidance=30.0, table=None):
@@ -92,11 +97,11 @@ def in_token_reference(image, tile, overlap, steps=28, guidance=30.0, table=None
     context, pooled = (IN_TOKEN_CONSTANTS[name].astype(np.float64) for name in ("context", "pooled"))
     sigma, sigma_next = flow(steps, min(tile, height) * min(tile, width) // 256)
     if table is None:
-        table = in_token_modulate(pooled, guidance, sigma.astype(np.float64))["modulation"]
+        table = in_token_modulate(pooled, np.array([guidance]), sigma[None].astype(np.float64))["modulation"]
     for i in range(steps):
         moved = []
         for box, e in zip(tiles, seen, strict=True):
-            scalars = table[i], float(sigma[i]), float(sigma_next[i])
+            scalars = table[:, i], np.float64(sigma[[i]]), np.float64(sigma_next[[i]])
             moved.append(in_token_step(under(z, box, 8), under(y, box, 8), context, e, *scalars)["z_next"])
         z = joined(moved, tiles, overlap, height, width, 8)
     return joined([grown(blurred(under(z, box, 8)), 8) for box in tiles], tiles, overlap, height, width)
@@ -106,12 +111,12 @@ def in_token_reference(image, tile, overlap, steps=28, guidance=30.0, table=None
 
 
 def vicr_modulate(pooled, guidance, bridge, sigmas):
-    return {"modulation": sigmas[None, :, None] * (pooled * guidance / 30 + bridge)[:, None]}
+    return {"modulation": sigmas[:, :, None] * (pooled * guidance[:, None] / 30 + bridge)[:, None]}
 
 
 def vicr_step(z, y, context, modulation, sigma, sigma_next):
-    velocity = 0.6 * blurred(z) + 0.3 * y + context.mean() + modulation.sum(1)[:, None, None, None]
-    return {"z_next": z + (sigma_next - sigma) * velocity}
+    velocity = 0.6 * blurred(z) + 0.3 * y + per_tile(context.mean((1, 2)) + modulation.sum(1))
+    return {"z_next": z + per_tile(sigma_next - sigma) * velocity}
 
 
 VICR = {
@@ -138,9 +143,10 @@ def vicr_reference(image, tile, overlap, steps=30):
         z = field(1 + index, 0, 16, h, 2 * w).astype(np.float64)[None]
         crop = under(image, box)
         y, bridge = VICR["encode"](crop)["latent"], crop.mean((2, 3))[:, ::-1] * 2
-        modulation = vicr_modulate(pooled, 30.0, bridge, sigma.astype(np.float64))["modulation"]
+        modulation = vicr_modulate(pooled, np.array([30.0]), bridge, sigma[None].astype(np.float64))["modulation"]
         for i in range(steps):
-            z = vicr_step(z, y, context, modulation[:, i], float(sigma[i]), float(sigma_next[i]))["z_next"]
+            levels = np.float64(sigma[[i]]), np.float64(sigma_next[[i]])
+            z = vicr_step(z, y, context, modulation[:, i], *levels)["z_next"]
         parts.append(grown(z[..., w:], 8))
     return joined(parts, tiles, overlap, height, width)
 
@@ -148,35 +154,48 @@ def vicr_reference(image, tile, overlap, steps=30):
 # The steered program: a start from noise, joined latents beside private values, three calls a step, fresh noise, inputs
 
 STEERED_CONSTANTS = {
-    "clip_ids": np.arange(154).reshape(2, 77),
-    "bigg_ids": np.arange(154).reshape(2, 77) % 7,
-    "start_alpha": np.float32(0.086803),
-    "start_beta": np.float32(0.996226),
+    "clip_ids": np.arange(154).reshape(1, 2, 77),
+    "bigg_ids": np.arange(154).reshape(1, 2, 77) % 7,
+    "start_alpha": np.float32([0.086803]),
+    "start_beta": np.float32([0.996226]),
 }
 RESIDUALS = [*(f"r{i}" for i in range(9)), "mid"]
 
 
 def steered_aggregate(y, previews, pooled, t, delta, adares, control_scale):
-    difference = (y - previews[:, 1]) * delta[:, :, None, None] * control_scale * (1 + adares) + pooled.mean() + t / 1e4
+    difference = (y - previews[:, 1]) * delta[:, :, None, None] * per_tile(control_scale * (1 + adares))
+    difference = difference + per_tile(pooled.mean((1, 2)) + t / 1e4)
     return {name: difference * (i + 1) / 200 for i, name in enumerate(RESIDUALS)}
 
 
 def steered_denoise(z, tokens, context, pooled, previews, preview, guidance, sampler, noise, t, **rest):
     residual = sum(rest[name] for name in RESIDUALS)
-    x0 = 0.3 * blurred(z) + tokens + context.mean() + pooled.mean() / guidance + residual + t / 1e4
-    eps = (z - rest["alpha"] * x0) / rest["beta"]
-    moved = rest["alpha_next"] * x0 + rest["beta_next"] * eps + (0.01 + 0.02 * sampler) * noise
+    alpha, beta, alpha_next, beta_next = (per_tile(rest[n]) for n in ("alpha", "beta", "alpha_next", "beta_next"))
+    x0 = 0.3 * blurred(z) + tokens + residual + per_tile(context + pooled.mean((1, 2)) / guidance + t / 1e4)
+    eps = (z - alpha * x0) / beta
+    moved = alpha_next * x0 + beta_next * eps + per_tile(0.01 + 0.02 * sampler) * noise
     change, whole = np.abs(previews[:, 1] - x0).mean((1, 2, 3)), np.abs(previews[:, 1] - preview).mean((1, 2, 3))
     return {"z": moved, "preview": previews[:, 1], "delta": (change / (change + whole))[:, None]}
 
 
 STEERED = {
-    "text": lambda clip_ids, bigg_ids: {"context": np.float32(clip_ids.mean() / 100), "pooled": np.float32(bigg_ids)},
+    "text": lambda clip_ids, bigg_ids: {
+        "context": np.float32(clip_ids.mean((1, 2)) / 100),
+        "pooled": np.float32(bigg_ids),
+    },
     "encode": lambda image: {"latent": shrunk(image, 8, 4)},
-    "start": lambda latent, noise, alpha, beta: {"z": alpha * latent + beta * noise},
+    "start": lambda latent, noise, alpha, beta: {"z": per_tile(alpha) * latent + per_tile(beta) * noise},
     "see": lambda image: {"tokens": mean_of(image), "preview_tokens": mean_of(image) * 2},
     "preview": lambda z, tokens, context, pooled, t, alpha, beta: {
-        "previews": np.stack([z, blurred(z) * alpha + tokens * beta - t / 1e4 + context - pooled.mean()], 1)
+        "previews": np.stack(
+            [
+                z,
+                blurred(z) * per_tile(alpha)
+                + tokens * per_tile(beta)
+                + per_tile(context - pooled.mean((1, 2)) - t / 1e4),
+            ],
+            1,
+        )
     },
     "aggregate": steered_aggregate,
     "denoise": steered_denoise,
@@ -188,7 +207,8 @@ def steered_reference(image, tile_px, overlap, guidance=7.0, adares=0, sampler=0
     height, width = image.shape[1:]
     tiles = boxes(height, width, tile_px, overlap)
     h, w = height // 8, width // 8
-    context = np.float64(np.float32(STEERED_CONSTANTS["clip_ids"].mean() / 100))
+    context = np.float64(np.float32(STEERED_CONSTANTS["clip_ids"].mean((1, 2)) / 100))
+    asked = {"guidance": np.array([guidance]), "sampler": np.array([sampler])}
     pooled = STEERED_CONSTANTS["bigg_ids"].astype(np.float64)
     y = shrunk(image[None], 8, 4)[0]
     z = 0.086803 * y + 0.996226 * field(0, 0, 4, h, w).astype(np.float64)
@@ -196,17 +216,18 @@ def steered_reference(image, tile_px, overlap, guidance=7.0, adares=0, sampler=0
     before = [np.zeros_like(under(y, box, 8)) for box in tiles]
     deltas = [np.ones((1, 1)) for _ in tiles]
     for i, row in enumerate(diffusion(steps, 2, 0.00085, 0.012, 1, "first").astype(np.float64)):
-        t, alpha, beta, alpha_next, beta_next = row
+        t, alpha, beta, alpha_next, beta_next = row[:, None]
         noise = field(0, 1 + i, 4, h, w).astype(np.float64)
         moved = []
         for k, box in enumerate(tiles):
             crop = under(z, box, 8)
             previews = STEERED["preview"](crop, seen[k] * 2, context, pooled, t, alpha, beta)["previews"]
-            residuals = steered_aggregate(under(y, box, 8), previews, pooled, t, deltas[k], adares, 1.0)
+            control = (np.array([adares]), np.ones(1))
+            residuals = steered_aggregate(under(y, box, 8), previews, pooled, t, deltas[k], *control)
             levels = {"alpha": alpha, "beta": beta, "alpha_next": alpha_next, "beta_next": beta_next}
-            asked = {"guidance": guidance, "sampler": sampler, "noise": under(noise, box, 8)}
             job = {"context": context, "pooled": pooled, "t": t}
             tile = {"z": crop, "tokens": seen[k], "previews": previews, "preview": before[k]}
+            tile["noise"] = under(noise, box, 8)
             after = steered_denoise(**tile, **job, **asked, **levels, **residuals)
             moved.append(after["z"])
             before[k], deltas[k] = after["preview"], after["delta"]
@@ -222,12 +243,13 @@ def private(height, width):
 
     def detokenise(tokens, words):
         rows, columns = np.arange(height)[:, None] % 16, np.arange(width) % 32
-        return {"image": np.stack([tokens[:, rows, 0, columns] * (c + 1) + words.mean() for c in range(3)], 1)}
+        mean = words.mean(1)[:, None, None]
+        return {"image": np.stack([tokens[:, rows, 0, columns] * (c + 1) + mean for c in range(3)], 1)}
 
     return {
         "text": lambda ids: {"words": ids.astype(np.float32) / 10, "pooled": ids[:, :2].astype(np.float32) / 10},
         "tokenise": lambda image, words: {
-            "tokens": np.broadcast_to(image[:, :1, :1, :32], (len(image), 16, 1, 32)) * words[0, 1]
+            "tokens": np.broadcast_to(image[:, :1, :1, :32], (len(image), 16, 1, 32)) * per_tile(words[:, 1])
         },
         "step": private_step,
         "detokenise": detokenise,
@@ -235,7 +257,8 @@ def private(height, width):
 
 
 def private_step(tokens, condition, pooled, guidance, t, alpha, beta, alpha_next, beta_next):
-    x0 = 0.4 * tokens + 0.3 * condition * guidance + pooled.max() + t / 1e4
+    alpha, beta, alpha_next, beta_next = map(per_tile, (alpha, beta, alpha_next, beta_next))
+    x0 = 0.4 * tokens + 0.3 * condition * per_tile(guidance) + per_tile(pooled.max(1) + t / 1e4)
     return {"tokens": alpha_next * x0 + beta_next * (tokens - alpha * x0) / beta}
 
 
@@ -253,7 +276,7 @@ def private_reference(image, tile, overlap, guidance=1.0, steps=25):
         tokens = field(1 + index, 0, 16, 1, 32).astype(np.float64)[None]
         condition = engines["tokenise"](under(image, box), words)["tokens"]
         for row in diffusion(steps, 1, 1e-4, 2e-2, 0, "one").astype(np.float64):
-            tokens = private_step(tokens, condition, pooled, guidance, *row)["tokens"]
+            tokens = private_step(tokens, condition, pooled, np.array([guidance]), *row[:, None])["tokens"]
         parts.append(engines["detokenise"](tokens, words)["image"])
     return joined(parts, tiles, overlap, height, width)
 

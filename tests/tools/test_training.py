@@ -136,7 +136,7 @@ def test_what_is_trained_is_the_step_that_is_deployed(tiny_in_token):
         return torch.randn(*shape, generator=random)
 
     z, y, image = made(2, sizes.channels, 6, 8), made(2, sizes.channels, 6, 8), torch.rand(2, 3, 24, 32)
-    sigma, following = torch.tensor(0.6), torch.tensor(0.4)
+    sigma, following = torch.tensor([0.6]), torch.tensor([0.4])
     step, modulate = Step(sizes.transformer), Modulate(sizes.transformer)
     weights = model.transformer.state_dict()
     for kind in ("weight", "bias"):
@@ -149,7 +149,7 @@ def test_what_is_trained_is_the_step_that_is_deployed(tiny_in_token):
     with torch.no_grad():
         seen = model.tokens(image)
         velocity = model(z, y, sigma.expand(2), seen)
-        rows = modulate(model.pooled, torch.tensor(in_token.GUIDANCE), sigma[None])[0]
+        rows = modulate(model.pooled, torch.tensor([in_token.GUIDANCE]), sigma[None])[:, 0]
         words = sizes.words
         found = step(z, y, model.prompt, sigma, following, seen=seen[:, words:], modulation=rows)
     assert torch.allclose(found, z + (following - sigma) * velocity, atol=2e-5)

@@ -9,7 +9,7 @@ from typing import Any
 from tilewright.export.system import ComponentSpec, LoraFile, Option, Origin, Run, Settings, finite
 from tilewright.export.systems.flux.keys import named_by_diffusers
 from tilewright.export.systems.flux.sizes import SCHEDULE, Sizes
-from tilewright.runtime.bundle.program import Input, TensorSpec, Tiles
+from tilewright.runtime.bundle.program import ANY, Input, TensorSpec, Tiles
 from tilewright.runtime.errors import InputError, UsageError
 
 __all__ = [
@@ -44,6 +44,7 @@ SCHEDULE_OPTIONS = {  # key of the scheduler's configuration file -> option of t
 LICENCE = "FLUX.1 [dev] Non-Commercial License (FLUX.1-Fill-dev)"
 BASE_MODELS = ("black-forest-labs/FLUX.1-Fill-dev",)
 FLOAT = "float32"
+NUMBER = TensorSpec(FLOAT, (ANY,))
 GUIDANCE = "strength of the guidance that the model was distilled for"
 
 BASE_ORIGINS = {
@@ -117,17 +118,16 @@ def step(settings: Settings, *, diptych: bool = False, image_tokens: int = 0) ->
     sizes, choices = sizes_of(settings), settings.choices
     wide = "w2" if diptych else "w"
     latent = TensorSpec(FLOAT, ("batch", sizes.channels, "h", wide))
-    inputs = {"z": latent, "y": latent, "context": TensorSpec(FLOAT, (1, sizes.words, sizes.context))}
+    inputs = {"z": latent, "y": latent, "context": TensorSpec(FLOAT, (ANY, sizes.words, sizes.context))}
     if image_tokens:
         inputs["seen"] = TensorSpec(FLOAT, ("batch", image_tokens, sizes.context))
     if choices["split"]:
-        rows = (sizes.rows, sizes.dim)
-        inputs["modulation"] = TensorSpec(FLOAT, ("batch", *rows) if diptych else rows)
+        inputs["modulation"] = TensorSpec(FLOAT, ("batch" if diptych else ANY, sizes.rows, sizes.dim))
     else:
-        inputs |= _pooled(sizes, bridge=diptych)
-    inputs |= {"sigma": TensorSpec(FLOAT, ()), "sigma_next": TensorSpec(FLOAT, ())}
+        inputs |= _pooled(sizes, ANY, bridge=diptych)
+    inputs |= {"sigma": NUMBER, "sigma_next": NUMBER}
     if settings.branches:
-        inputs["lora_scale"] = TensorSpec(FLOAT, ())
+        inputs["lora_scale"] = NUMBER
     arguments = {
         "config": sizes.transformer,
         "diptych": diptych,
@@ -140,21 +140,20 @@ def step(settings: Settings, *, diptych: bool = False, image_tokens: int = 0) ->
     return ComponentSpec("flux.Step", inputs, {"z_next": latent}, px, {"h": 2, wide: 4 if diptych else 2}, arguments)
 
 
-def modulate(settings: Settings, *, one_text: bool) -> ComponentSpec:
+def modulate(settings: Settings, *, bridge: bool) -> ComponentSpec:
     """The modulation of all steps in one call."""
     sizes = sizes_of(settings)
-    rows = ("steps", sizes.rows, sizes.dim)
-    inputs = _pooled(sizes, bridge=not one_text) | {"sigmas": TensorSpec(FLOAT, ("steps",))}
+    inputs = _pooled(sizes, ANY if bridge else "batch", bridge=bridge) | {"sigmas": TensorSpec(FLOAT, (ANY, "steps"))}
     if _modulated(settings):
-        inputs["lora_scale"] = TensorSpec(FLOAT, ())
-    outputs = {"modulation": TensorSpec(FLOAT, rows if one_text else ("batch", *rows))}
-    arguments = {"config": sizes.transformer, "exact": settings.choices["exact"], "one_text": one_text}
+        inputs["lora_scale"] = NUMBER
+    outputs = {"modulation": TensorSpec(FLOAT, ("batch", "steps", sizes.rows, sizes.dim))}
+    arguments = {"config": sizes.transformer, "exact": settings.choices["exact"]}
     return ComponentSpec("flux.Modulate", inputs, outputs, arguments=arguments | {"branches": settings.branches})
 
 
-def _pooled(sizes: Sizes, *, bridge: bool) -> dict[str, TensorSpec]:
+def _pooled(sizes: Sizes, axis: str, *, bridge: bool) -> dict[str, TensorSpec]:
     """The inputs that decide the modulation, besides time."""
-    inputs = {"pooled": TensorSpec(FLOAT, (1, sizes.pooled)), "guidance": TensorSpec(FLOAT, ())}
+    inputs = {"pooled": TensorSpec(FLOAT, (axis, sizes.pooled)), "guidance": NUMBER}
     return inputs | ({"bridge": TensorSpec(FLOAT, ("batch", sizes.pooled))} if bridge else {})
 
 
@@ -185,9 +184,9 @@ def _px(sizes: Sizes) -> dict[str, int]:
 
 def text_encoders(sizes: Sizes) -> dict[str, ComponentSpec]:
     """T5 and CLIP: from the ids of words to the tensors that the transformer reads."""
-    ids, clip_ids = (TensorSpec("int64", (1, n)) for n in (sizes.words, sizes.clip_words))
-    context = {"context": TensorSpec(FLOAT, (1, sizes.words, sizes.context))}
-    pooled = {"pooled": TensorSpec(FLOAT, (1, sizes.pooled))}
+    ids, clip_ids = (TensorSpec("int64", ("batch", n)) for n in (sizes.words, sizes.clip_words))
+    context = {"context": TensorSpec(FLOAT, ("batch", sizes.words, sizes.context))}
+    pooled = {"pooled": TensorSpec(FLOAT, ("batch", sizes.pooled))}
     return {
         "t5": ComponentSpec("text.T5", {"ids": ids}, context, arguments={"config": sizes.t5}),
         "clip": ComponentSpec("text.ClipText", {"ids": clip_ids}, pooled, arguments={"config": sizes.clip_text}),
@@ -279,15 +278,15 @@ def modulation_tables(settings: Settings, run: Run, pooled: Any) -> dict[str, An
     from tilewright.runtime.plan.schedules import flow_shift
 
     sizes, choices, tables = sizes_of(settings), settings.choices, {}
-    strength = np.float32(_strength(settings))
+    strength, guidance = (np.array([number], np.float32) for number in (_strength(settings), choices["guidance"]))
     scale = {"lora_scale": strength} if _modulated(settings) else {}
     for px in choices["fixed"]:
         tokens = (px // sizes.multiple) ** 2
         sigmas = flow_shift(choices["steps"], tokens, **schedule_options(settings))["sigma"]
-        rows = run("modulate", pooled=pooled, guidance=np.float32(choices["guidance"]), sigmas=sigmas, **scale)
+        rows = run("modulate", pooled=pooled, guidance=guidance, sigmas=sigmas[None], **scale)
         tables["modulation" if len(choices["fixed"]) == 1 else f"modulation.{tokens}"] = rows["modulation"]
     if choices["fixed"] and _modulated(settings):
-        tables["lora_scale"] = np.array(strength)  # the strength that the table was computed with
+        tables["lora_scale"] = strength  # the strength that the table was computed with
     return tables
 
 

@@ -81,7 +81,7 @@ def components(settings: Settings) -> dict[str, ComponentSpec]:
         "decode": fill.decode(sizes),
     }
     if settings.choices["split"] and not settings.choices["fixed"]:
-        specs["modulate"] = fill.modulate(settings, one_text=True)
+        specs["modulate"] = fill.modulate(settings, bridge=False)
     return specs
 
 
@@ -89,7 +89,7 @@ def build_time(settings: Settings) -> dict[str, ComponentSpec]:
     """The networks that the build runs: text encoders for a prompt of words, modulate for fixed tiles."""
     specs = fill.text_encoders(fill.sizes_of(settings)) if settings.choices["words"] is not None else {}
     if settings.choices["fixed"]:
-        specs["modulate"] = fill.modulate(settings, one_text=True)
+        specs["modulate"] = fill.modulate(settings, bridge=False)
     return specs
 
 

@@ -96,7 +96,7 @@ def components(settings: Settings) -> dict[str, ComponentSpec]:
         "decode": fill.decode(sizes, diptych=True, margin=choices["margin"]),
     }
     if choices["split"]:
-        specs["modulate"] = fill.modulate(settings, one_text=False)
+        specs["modulate"] = fill.modulate(settings, bridge=True)
     return specs | (fill.text_encoders(sizes) if choices["text"] else {})
 
 

@@ -5,15 +5,15 @@ from typing import Any
 
 from tilewright.export.system import ComponentSpec, Settings
 from tilewright.export.systems.instantir.sizes import Sizes
-from tilewright.runtime.bundle.program import TensorSpec
+from tilewright.runtime.bundle.program import ANY, TensorSpec
 
 __all__ = ["FLOAT", "GATES", "WORDS", "build_time", "components"]
 
 FLOAT = "float32"
 WORDS = ("ids", "ids_2")
 GATES = ("control_start", "control_end", "preview_start", "preview_end")
-NUMBER, CHOICE = TensorSpec(FLOAT, ()), TensorSpec("int64", ())
-TABLE, GATE, PER_TILE = TensorSpec(FLOAT, ("steps",)), TensorSpec(FLOAT, (1,)), TensorSpec(FLOAT, ("batch", 1))
+NUMBER, CHOICE = TensorSpec(FLOAT, (ANY,)), TensorSpec("int64", (ANY,))
+TABLE, GATE, PER_TILE = (TensorSpec(FLOAT, shape) for shape in ((ANY, "steps"), (ANY, 1), ("batch", 1)))
 IMAGE, LATENT = TensorSpec(FLOAT, ("batch", 3, "height", "width")), TensorSpec(FLOAT, ("batch", 4, "h", "w"))
 PREDICTED = TensorSpec(FLOAT, ("batch", 2, 4, "h", "w"))  # without the prompt, and with it
 TIME = dict.fromkeys(("t", "alpha", "beta"), NUMBER)
@@ -26,11 +26,11 @@ class _Specs:
         cells = f"height/{sizes.spatial}", f"width/{sizes.spatial}"
         self.encoded = TensorSpec(FLOAT, ("batch", 4, *cells))
         self.features = TensorSpec(FLOAT, ("batch", sizes.features, sizes.dino["hidden_size"]))
-        self.table = TensorSpec(FLOAT, (1, *self.features.shape[1:]))  # DINOv2's positions, and its empty image
-        self.context = TensorSpec(FLOAT, (1, sizes.words, sizes.context))
-        self.pooled = dict.fromkeys(("pooled", "negative_pooled"), TensorSpec(FLOAT, (1, sizes.pooled)))
+        self.table = TensorSpec(FLOAT, (ANY, *self.features.shape[1:]))  # DINOv2's positions, and its empty image
+        self.context = TensorSpec(FLOAT, ("batch", sizes.words, sizes.context))
+        self.pooled = dict.fromkeys(("pooled", "negative_pooled"), TensorSpec(FLOAT, (ANY, sizes.pooled)))
         width = sizes.keys_and_values
-        self.words = TensorSpec(FLOAT, (2, sizes.words, width))
+        self.words = TensorSpec(FLOAT, (ANY, 2, sizes.words, width))
         self.image_tokens = TensorSpec(FLOAT, ("batch", 2, sizes.resampler["queries"], width))
         self.residuals = {
             name: TensorSpec(FLOAT, ("batch", 2, channels, *(f"{axis}/{part}" if part > 1 else axis for axis in "hw")))
@@ -46,8 +46,8 @@ def components(settings: Settings) -> dict[str, ComponentSpec]:
     specs = _Specs(sizes)
     parts = _conditions(sizes, specs) | _sampler(sizes, specs) | _roles(sizes, specs, settings)
     if settings.choices["text"]:
-        ids = dict.fromkeys(WORDS, TensorSpec("int64", (1, sizes.words)))
-        outputs = {"context": specs.context, "pooled": specs.pooled["pooled"]}
+        ids = dict.fromkeys(WORDS, TensorSpec("int64", ("batch", sizes.words)))
+        outputs = {"context": specs.context, "pooled": TensorSpec(FLOAT, ("batch", sizes.pooled))}
         arguments = {"text": sizes.text, "text_2": sizes.text_2}
         parts["text"] = ComponentSpec("instantir.Text", ids, outputs, arguments=arguments)
     return parts
@@ -59,8 +59,9 @@ def _conditions(sizes: Sizes, specs: _Specs) -> dict[str, ComponentSpec]:
     see_inputs = {"image": IMAGE, "positions": specs.table}
     pixels = dict.fromkeys(("height", "width"), sizes.multiple)
     vae = {"config": sizes.vae}
+    words = {"words": TensorSpec(FLOAT, ("batch", *specs.words.shape[1:]))}
     return {
-        "words": ComponentSpec("instantir.Words", contexts, {"words": specs.words}, arguments={"config": sizes.unet}),
+        "words": ComponentSpec("instantir.Words", contexts, words, arguments={"config": sizes.unet}),
         "see": ComponentSpec(
             "vision.Dino", see_inputs, {"features": specs.features}, specs.px, arguments=_dino_arguments(sizes)
         ),
@@ -72,7 +73,8 @@ def _conditions(sizes: Sizes, specs: _Specs) -> dict[str, ComponentSpec]:
 def _sampler(sizes: Sizes, specs: _Specs) -> dict[str, ComponentSpec]:
     """The parts of the sampler besides the UNet."""
     start_inputs = {"latent": LATENT, "noise": LATENT, "alpha": TABLE, "beta": TABLE, "start": CHOICE}
-    gates = dict.fromkeys(("control_on", "preview_on"), TensorSpec(FLOAT, ("steps", 1)))
+    gates = dict.fromkeys(("control_on", "preview_on"), TensorSpec(FLOAT, ("batch", "steps", 1)))
+    gate_inputs = {"t": TensorSpec(FLOAT, ("batch", "steps"))} | dict.fromkeys(GATES, TensorSpec(FLOAT, ("batch",)))
     aggregate_inputs = (
         {"z": LATENT, "y": LATENT, "noise": PREDICTED, "preview": LATENT, "delta": PER_TILE} | specs.pooled | TIME
     )
@@ -89,7 +91,7 @@ def _sampler(sizes: Sizes, specs: _Specs) -> dict[str, ComponentSpec]:
     aggregator = {"config": sizes.unet, "spatial": sizes.spatial, "hidden": sizes.hidden}
     return {
         "start": ComponentSpec("instantir.Start", start_inputs, {"z": LATENT}, specs.px, specs.cells),
-        "gates": ComponentSpec("instantir.Gates", {"t": TABLE} | dict.fromkeys(GATES, NUMBER), gates),
+        "gates": ComponentSpec("instantir.Gates", gate_inputs, gates),
         "aggregate": ComponentSpec(
             "instantir.Aggregate", aggregate_inputs, aggregate_outputs, specs.px, specs.cells, aggregator
         ),

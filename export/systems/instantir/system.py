@@ -85,7 +85,7 @@ def constants(settings: Settings, run: Run, options: Mapping[str, Any], folder: 
 
     tensors = run("positions")
     tensors |= run("nothing", positions=tensors["positions"])
-    return tensors if settings.merged else tensors | {"none": np.zeros((), np.float32)}
+    return tensors if settings.merged else tensors | {"none": np.zeros(1, np.float32)}
 
 
 def tokenizers(settings: Settings, options: Mapping[str, Any], folder: Path | None) -> dict[str, str]:

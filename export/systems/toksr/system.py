@@ -12,7 +12,19 @@ from typing import Any
 
 from tilewright.export.system import ComponentSpec, Option, Origin, Preset, Settings, System, UserFiles, finite
 from tilewright.export.systems.toksr.sizes import PRESETS, PUBLISHED_CLIP, SIZE_OPTIONS, sizes_of
-from tilewright.runtime.bundle.program import Call, Grid, Input, Pass, Program, State, Steps, TensorSpec, Text, Tiles
+from tilewright.runtime.bundle.program import (
+    ANY,
+    Call,
+    Grid,
+    Input,
+    Pass,
+    Program,
+    State,
+    Steps,
+    TensorSpec,
+    Text,
+    Tiles,
+)
 from tilewright.runtime.errors import UsageError
 
 __all__ = ["SYSTEM"]
@@ -61,9 +73,10 @@ def components(settings: Settings) -> dict[str, ComponentSpec]:
     side = sizes["image"]
     image = TensorSpec(FLOAT, ("batch", 3, side, side))
     tokens = TensorSpec(FLOAT, ("batch", sizes["token"], 1, sizes["latents"]))
-    words = {"words": TensorSpec(FLOAT, (1, sizes["words"], sizes["text_width"]))}
-    pooled = {"pooled": TensorSpec(FLOAT, (1, sizes["text_width"]))}
-    number = TensorSpec(FLOAT, ())
+    words = {"words": TensorSpec(FLOAT, (ANY, sizes["words"], sizes["text_width"]))}
+    pooled = {"pooled": TensorSpec(FLOAT, (ANY, sizes["text_width"]))}
+    text = {name: TensorSpec(FLOAT, ("batch", *spec.shape[1:])) for name, spec in (words | pooled).items()}
+    number = TensorSpec(FLOAT, (ANY,))
     label = pooled if choices["text_mode"] == "pooled" else words
     scalars = dict.fromkeys(("t", "alpha", "beta", "alpha_next", "beta_next"), number)
     guided = {} if choices["guidance"] is None else {"guidance": number}
@@ -72,8 +85,8 @@ def components(settings: Settings) -> dict[str, ComponentSpec]:
     return {
         "text": ComponentSpec(
             "toksr.Text",
-            {"ids": TensorSpec("int64", (1, sizes["words"]))},
-            words | pooled,
+            {"ids": TensorSpec("int64", ("batch", sizes["words"]))},
+            text,
             # nothing reads this id, but the library warns if it lies outside of the vocabulary, as its default may
             arguments={"config": settings.sizes["clip"] | {"bos_token_id": 0}},
         ),

@@ -22,7 +22,7 @@ from tilewright.export.systems.flux.sizes import PRESETS
 SIZES = PRESETS["tiny"]
 CONFIG = SIZES.transformer
 CHANNELS, SPATIAL, WORDS, SEEN = SIZES.channels, SIZES.spatial, 7, 5
-GUIDANCE = torch.tensor(30.0)
+GUIDANCE = torch.tensor([30.0])
 SIGMAS = torch.tensor([1.0, 0.9884, 0.5013, 0.0650, 0.0])
 # batch and latent: wide, tall and square, and the smallest
 LATENTS = pytest.mark.parametrize("size", [(1, 4, 12), (2, 10, 4), (2, 8, 8), (1, 2, 4)], ids=str)
@@ -55,8 +55,8 @@ class Reference:
         shape = {"diptych": kind == "diptych", "mask": float(kind == KINDS[1])}
         return self.load(Step(CONFIG, split=split, exact=exact, branches=self.branches, **shape))
 
-    def modulate(self, *, exact: bool = True, one_text: bool = True) -> Modulate:
-        return self.load(Modulate(CONFIG, exact=exact, one_text=one_text, branches=self.branches))
+    def modulate(self, *, exact: bool = True) -> Modulate:
+        return self.load(Modulate(CONFIG, exact=exact, branches=self.branches))
 
     def velocity(self, z: Tensor, y: Tensor, mask: Tensor, text: Tensor, pooled: Tensor, sigma: Tensor, scale=None):
         """What FluxFillPipeline makes of packed tokens [noisy | condition | mask] and unpacks."""
@@ -165,14 +165,13 @@ def stepped(of: Reference, kind: str, t: Tensors, i: int, *, split: bool = True,
     """Step i of ours, its modulation from Modulate or from itself."""
     diptych = kind == "diptych"
     step = of.step(kind, split=split)
-    given = {"lora_scale": None if lora_scale is None else torch.tensor(lora_scale)}
+    given = {"lora_scale": None if lora_scale is None else torch.tensor([lora_scale])}
     text = {"pooled": t.pooled, "guidance": GUIDANCE, "bridge": t.bridge if diptych else None}
     if split:
-        rows = of.modulate(one_text=not diptych)(sigmas=SIGMAS, **text, **given)
-        given["modulation"] = rows[:, i] if diptych else rows[i]
+        given["modulation"] = of.modulate()(sigmas=SIGMAS[None], **text, **given)[:, i]
     else:
         given |= text
-    return step(t.z, t.y, t.context, SIGMAS[i], SIGMAS[i + 1], None if diptych else t.seen, **given)
+    return step(t.z, t.y, t.context, SIGMAS[[i]], SIGMAS[[i + 1]], None if diptych else t.seen, **given)
 
 
 def expected_step(of: Reference, kind: str, t: Tensors, i: int, lora_scale=None) -> Tensor:
@@ -234,7 +233,8 @@ def test_each_condition_counts(plain):
     ):
         assert distance(stepped(plain, kind, t._replace(**changed), 0), stepped(plain, kind, t, 0)) > 1e-3
     zero, one, half = (
-        plain.step(kind)(t.z, t.y, t.context, SIGMAS[0], SIGMAS[1], None, random(*TABLE, seed=9)) for kind in KINDS
+        plain.step(kind)(t.z, t.y, t.context, SIGMAS[:1], SIGMAS[1:2], None, random(1, *TABLE, seed=9))
+        for kind in KINDS
     )
     assert min(distance(a, b) for a, b in ((zero, one), (zero, half), (one, half))) > 1e-4
 
@@ -249,7 +249,7 @@ def test_the_full_transformer_has_344_vectors_a_step():
 
 def test_the_table_is_each_norms_own_linear_in_the_order_of_use(plain):
     sigmas = SIGMAS[:4]
-    rows = plain.modulate()(random(1, CONFIG["pooled_projection_dim"], seed=5), GUIDANCE, sigmas)
+    rows = plain.modulate()(random(1, CONFIG["pooled_projection_dim"], seed=5), GUIDANCE, sigmas[None])[0]
     assert rows.shape == (4, *TABLE)
     model = plain.model
     pooled = random(1, CONFIG["pooled_projection_dim"], seed=5).expand(4, -1)
@@ -267,11 +267,11 @@ def test_the_table_is_each_norms_own_linear_in_the_order_of_use(plain):
 
 def test_texts_of_a_batch_have_tables_of_their_own(plain):
     pooled, bridge = random(1, 16, seed=5), random(3, 16, seed=6)
-    together = plain.modulate(one_text=False)(pooled, GUIDANCE, SIGMAS, bridge)
+    together = plain.modulate()(pooled, GUIDANCE, SIGMAS[None], bridge)
     assert together.shape == (3, len(SIGMAS), *TABLE)
     for b in range(3):
-        alone = plain.modulate()(pooled + bridge[[b]], GUIDANCE, SIGMAS)
-        assert distance(together[b], alone) <= 1e-6
+        alone = plain.modulate()(pooled + bridge[[b]], GUIDANCE, SIGMAS[None])
+        assert distance(together[[b]], alone) <= 1e-6
     assert distance(together[0], together[1]) > 1e-2
 
 
@@ -311,19 +311,19 @@ def by_the_bfloat16_pipeline(model: FluxTransformer2DModel, sigmas: Tensor, guid
 
 @pytest.mark.parametrize("guidance", [30.0, 3.5, 1.0, 7.77, 0.0, 100.0])
 def test_inexact_scalars_are_rounded_as_in_a_bfloat16_pipeline(plain, in_bfloat16, guidance):
-    sigmas, strength = torch.linspace(0, 1, 1501), torch.tensor(guidance)
+    sigmas, strength = torch.linspace(0, 1, 1501), torch.tensor([guidance])
     modulate = plain.modulate(exact=False)
-    ours = arguments(modulate, modulate.transformer, lambda m: m(torch.zeros(1, 16), strength, sigmas))
+    ours = arguments(modulate, modulate.transformer, lambda m: m(torch.zeros(1, 16), strength, sigmas[None]))
     theirs = by_the_bfloat16_pipeline(in_bfloat16, sigmas, strength)
-    assert torch.equal(ours[0], theirs[0])
+    assert torch.equal(ours[0][0], theirs[0])
     assert torch.equal(ours[1], theirs[1][:1])
-    assert float((ours[0] - sigmas * 1000).abs().max()) > 1  # it is a rounding that is tested
+    assert float((ours[0][0] - sigmas * 1000).abs().max()) > 1  # it is a rounding that is tested
 
 
 @pytest.mark.parametrize(("timestep", "rounded"), [(988.4, 988), (925, 924), (501.3, 504), (1000, 1000), (0, 0)])
 def test_known_timesteps_and_the_usual_guidance_are_rounded_to_known_values(plain, timestep, rounded):
     modulate = plain.modulate(exact=False)
-    sigmas = torch.tensor([timestep / 1000])
+    sigmas = torch.tensor([[timestep / 1000]])
     ours = arguments(modulate, modulate.transformer, lambda m: m(torch.zeros(1, 16), GUIDANCE, sigmas))
     assert [float(x) for x in ours] == [rounded, 29952]
 
@@ -332,16 +332,16 @@ def test_known_timesteps_and_the_usual_guidance_are_rounded_to_known_values(plai
 @pytest.mark.parametrize("exact", [True, False])
 def test_a_step_with_its_modulation_inside_rounds_as_the_table_does(plain, exact, split):
     network = plain.modulate(exact=exact) if split else plain.step(KINDS[0], split=False, exact=exact)
-    t, sigma = tensors(KINDS[0], (1, 2, 4)), torch.tensor(0.5013)
+    t, sigma = tensors(KINDS[0], (1, 2, 4)), torch.tensor([0.5013])
 
     def run(network: nn.Module) -> None:
         if split:
             network(t.pooled, GUIDANCE, sigma[None])
         else:
-            network(t.z, t.y, t.context, sigma, SIGMAS[3], t.seen, pooled=t.pooled, guidance=GUIDANCE)
+            network(t.z, t.y, t.context, sigma, SIGMAS[3:4], t.seen, pooled=t.pooled, guidance=GUIDANCE)
 
     at_time, at_guidance = arguments(network, network.transformer, run)
-    assert torch.equal(at_time, sigma[None] * 1000 if exact else torch.tensor([504.0]))
+    assert torch.equal(at_time, sigma[None] * 1000 if exact else torch.tensor([[504.0]]))
     assert torch.equal(at_guidance, torch.tensor([30000.0 if exact else 29952.0]))
 
 
@@ -385,12 +385,12 @@ def test_positions_turn_as_in_diffusers_and_text_does_not_turn(monkeypatch):
     step, turn = made(Step(config)), []
     project = flux.qkv_norm_rope
     monkeypatch.setattr(flux, "qkv_norm_rope", lambda *given, **k: turn.append(given[10:]) or project(*given, **k))
-    table = random(replace(PRESETS["full"], transformer=config).rows, 128)
+    table = random(1, replace(PRESETS["full"], transformer=config).rows, 128)
     worst = 0.0
     for height, width in ((160, 1), (1, 160), (13, 9)):
         turn.clear()
         latent = random(1, CHANNELS, 2 * height, 2 * width)
-        step(latent, latent, random(1, WORDS, 32), SIGMAS[0], SIGMAS[1], None, table)
+        step(latent, latent, random(1, WORDS, 32), SIGMAS[:1], SIGMAS[1:2], None, table)
         ids = FluxFillPipeline._prepare_latent_image_ids(1, height, width, "cpu", torch.float32)
         expected = FluxPosEmbed(10_000, (16, 56, 56))(torch.cat((torch.zeros(WORDS, 3), ids)))
         assert sorted(map(len, turn)) == [0, 0, 2, 2, 2, 2]  # no tables for the text of two double blocks

@@ -20,6 +20,7 @@ from tilewright.export.systems.flux.in_token import SYSTEM as IN_TOKEN
 from tilewright.export.systems.flux.sizes import PRESETS, Sizes
 from tilewright.export.systems.flux.vicr import SYSTEM as VICR
 from tilewright.export.weights.files import find
+from tilewright.runtime.bundle.program import ANY
 from tilewright.runtime.engines.ort import OrtEngine, open_graph
 
 SIZES = PRESETS["tiny"]
@@ -124,20 +125,27 @@ def test_the_graph_needs_each_parameter_and_has_plain_operators(graphs, name):
 
 
 # none is the example's own size, and two have a batch of 2
+@pytest.mark.parametrize("mixed", [0, 1])
 @pytest.mark.parametrize("units", [(2, 3, 2, 3), (2, 1, 5, 1), (1, 6, 1, 4)], ids=str)
 @pytest.mark.parametrize("name", GRAPHS)
-def test_the_graph_runs_as_eager_pytorch_does(graphs, name, units):
+def test_the_graph_runs_as_eager_pytorch_does_tile_by_tile(graphs, name, units, mixed):
     graph = graphs[name]
     batch, tall, wide, steps = units
     sizes = {"batch": batch, "h": tall, "w": wide, "w2": wide, "height": tall, "width": wide, "steps": steps}
     scalars = {"sigma": 0.9884, "sigma_next": 0.9762, "guidance": 30.0, "lora_scale": 0.7}
     inputs = {}
     for i, (key, spec) in enumerate(graph.source.inputs.items()):
+        # what tiles may share has a row for each in every second input, else one
+        sizes[ANY] = batch if i % 2 == mixed else 1
         shape = [d if isinstance(d, int) else sizes[d] * graph.source.multiples.get(d, 1) for d in spec.shape]
-        inputs[key] = torch.tensor(scalars[key]) if key in scalars else random(*shape, seed=i)
+        inputs[key] = random(*shape, seed=i)
+        if key in scalars:
+            inputs[key] = scalars[key] * torch.linspace(1, 0.5, len(inputs[key]))
     if "sigmas" in inputs:
-        inputs["sigmas"] = torch.linspace(1, 0.01, steps)
-    expected = graph.eager(**inputs)
+        inputs["sigmas"] = torch.linspace(1, 0.01, steps)[None]
+    expected = torch.cat(
+        [graph.eager(**{k: x[[b]] if len(x) > 1 else x for k, x in inputs.items()}) for b in range(batch)]
+    )
     (wanted,) = graph.source.outputs
     ours = graph.engine.run({key: value.numpy() for key, value in inputs.items()}, [wanted])[wanted]
     if "step" in name:  # in what the step changed
@@ -148,10 +156,10 @@ def test_the_graph_runs_as_eager_pytorch_does(graphs, name, units):
 
 def test_in_onnx_runtime_the_modulation_keeps_the_last_bit_of_guidance(graphs):
     """Whose sinusoid is evaluated at 30,000, where neighbouring numbers of float32 are 0.002 apart."""
-    graph, pooled, sigmas = graphs["modulate"], random(1, 16, seed=5), torch.linspace(1, 0.04, 28)
+    graph, pooled, sigmas = graphs["modulate"], random(1, 16, seed=5), torch.linspace(1, 0.04, 28)[None]
     for guidance in (30.0, 29.99, 3.5):
-        inputs = {"pooled": pooled, "guidance": torch.tensor(guidance), "sigmas": sigmas}
+        inputs = {"pooled": pooled, "guidance": torch.tensor([guidance]), "sigmas": sigmas}
         ours = graph.engine.run({key: value.numpy() for key, value in inputs.items()}, ["modulation"])["modulation"]
         expected = graph.eager(**inputs)
-        for row in range(expected.shape[1]):
-            assert distance(torch.from_numpy(ours[:, row]), expected[:, row]) <= 1e-6
+        for row in range(expected.shape[2]):
+            assert distance(torch.from_numpy(ours[0, :, row]), expected[0, :, row]) <= 1e-6

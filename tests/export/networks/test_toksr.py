@@ -14,7 +14,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from support.toksr import Denoiser, picture_of, tokens_of
 from tilewright.export.networks.toksr import Detokenise, Step, Text, Tokenise
 from tilewright.export.system import ComponentSpec
-from tilewright.runtime.bundle.program import TensorSpec
+from tilewright.runtime.bundle.program import ANY, TensorSpec
 from tilewright.runtime.engines.ort import OrtEngine
 from tilewright.runtime.plan.schedules import ddim
 
@@ -34,13 +34,13 @@ OTHER = {"text_mode": "all77", "prediction": "x0", "output_projection": False, "
 STEPS: dict[str, dict[str, Any]] = {"default": SMALL | DEFAULT}
 STEPS |= {f"other but {kept}": SMALL | OTHER | {kept: DEFAULT[kept]} for kept in DEFAULT}
 SHAPES: dict[str, tuple[int | str, ...]] = dict.fromkeys(("tokens", "condition", "tokens_next"), ("batch", 6, 1, 4))
-SHAPES |= {"ids": (1, 8), "words": (1, 8, 16), "pooled": (1, 16), "image": ("batch", 3, 32, 32)}
+SHAPES |= {"ids": ("batch", 8), "words": (ANY, 8, 16), "pooled": (ANY, 16), "image": ("batch", 3, 32, 32)}
 # of no schedule, but so that the denoiser's answer counts
 SCALARS = {"guidance": 3.5, "t": 999.0, "alpha": 0.6, "beta": 0.8, "alpha_next": 0.96, "beta_next": 0.28}
 
 
 def specs(names: str) -> dict[str, TensorSpec]:
-    return {n: TensorSpec("int64" if n == "ids" else "float32", SHAPES.get(n, ())) for n in names.split()}
+    return {n: TensorSpec("int64" if n == "ids" else "float32", SHAPES.get(n, (ANY,))) for n in names.split()}
 
 
 SOURCES = {
@@ -73,12 +73,12 @@ def networks(tmp_path_factory, opened) -> dict[str, Any]:
 
 
 def inputs_of(name: str, batch: int) -> dict[str, Tensor]:
-    """Random inputs of a network, and the scalars above."""
+    """Random inputs of a network, and the scalars above; what tiles may share has one row."""
     inputs = {}
     for seed, (i, spec) in enumerate(SOURCES[name].inputs.items()):
-        shape = [batch if d == "batch" else int(d) for d in spec.shape]
+        shape = [batch if d == "batch" else 1 if d == ANY else int(d) for d in spec.shape]
         value = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-        inputs[i] = torch.tensor(SCALARS[i]) if i in SCALARS else value.sigmoid() if i == "image" else value
+        inputs[i] = torch.tensor([SCALARS[i]]) if i in SCALARS else value.sigmoid() if i == "image" else value
     return inputs
 
 
@@ -165,7 +165,7 @@ def test_a_patchs_pixels_come_row_by_row_and_the_three_of_a_pixel_together():
 @pytest.mark.parametrize("t", [0.0, 480.0, 999.0])
 @pytest.mark.parametrize("name", STEPS)
 def test_a_step_is_the_formula_of_the_denoisers_answer(networks, name, t):
-    inputs = inputs_of(name, 2) | {"t": torch.tensor(t)}
+    inputs = inputs_of(name, 2) | {"t": torch.tensor([t])}
     z, answer = inputs["tokens"].double(), answers(networks[name].eager, inputs, inputs["tokens"], t)
     x0 = answer if STEPS[name]["prediction"] == "x0" else (z - 0.8 * answer) / 0.6
     for way in ways(networks[name]):
@@ -188,7 +188,9 @@ def test_twenty_five_steps_end_where_diffusers_scheduler_does(networks, name, ba
     for way in ways(networks[name]):
         tokens = inputs["tokens"]
         for row in zip(*tables.values(), strict=True):
-            (tokens,) = way(inputs | {"tokens": tokens} | dict(zip(tables, map(torch.tensor, row), strict=True)))
+            (tokens,) = way(
+                inputs | {"tokens": tokens} | {table: torch.tensor([x]) for table, x in zip(tables, row, strict=True)}
+            )
         close(tokens, z)
 
 
@@ -199,6 +201,19 @@ def test_three_tiles_are_three_times_one(networks, name):
     for way in ways(networks[name]):
         alone = [way(inputs | {i: tiles[k : k + 1] for i, tiles in tiled.items()})[0] for k in range(3)]
         close(*way(inputs), torch.cat(alone), 2e-6)
+
+
+@pytest.mark.parametrize("name", [name for name in SOURCES if name not in ("text", "ta-titok")])
+def test_rows_of_their_own_are_as_one_by_one(networks, name):
+    """Tiles of other steps and other images in one call: all rows differ, or only every second input's."""
+    shared = [i for i, spec in SOURCES[name].inputs.items() if spec.shape[0] == ANY]
+    for several in (shared, shared[::2], shared[1::2]):
+        inputs = inputs_of(name, 3)
+        for i in several:
+            inputs[i] = torch.cat([inputs[i] * (1 - k / 8) for k in range(3)])
+        for way in ways(networks[name]):
+            alone = [way({i: x[k : k + 1] if len(x) == 3 else x for i, x in inputs.items()})[0] for k in range(3)]
+            close(*way(inputs), torch.cat(alone), 2e-6)
 
 
 def test_sizes_are_the_published_ones():

@@ -170,8 +170,8 @@ def test_a_network_that_looks_at_one_cell_gives_the_same_tiled_and_whole() -> No
 
     class Modulate:
         def run(self, inputs: Any, wanted: Any) -> Any:
-            rows = np.ones((len(inputs["sigmas"]), SIZES.rows, SIZES.dim), np.float32)
-            return {"modulation": rows * inputs["sigmas"][:, None, None]}
+            rows = np.ones((SIZES.rows, SIZES.dim), np.float32)
+            return {"modulation": rows * inputs["sigmas"][:, :, None, None]}
 
     class Blind:
         def __init__(self, name: str, width: int) -> None:

@@ -146,7 +146,10 @@ def psnr(ours: Any, wanted: Any) -> float:
 def called(restorer: Any, component: str, **inputs: Any) -> dict[str, np.ndarray]:
     """All outputs of a component."""
     specs = restorer.bundle.manifest.components[component]
-    feed = {name: np.asarray(value, specs.inputs[name].dtype) for name, value in inputs.items()}
+    feed = {}
+    for name, value in inputs.items():
+        array, spec = np.asarray(value, specs.inputs[name].dtype), specs.inputs[name]
+        feed[name] = array.reshape((1,) * (len(spec.shape) - array.ndim) + array.shape)  # one row
     return restorer.engines[component].run(feed, list(specs.outputs))
 
 
@@ -267,7 +270,7 @@ def test_the_gates(either: Any, count: int) -> None:
         made = called(either, "gates", t=np.zeros(count), control_start=start, control_end=end, **swapped)
         for name, (first, last) in {"control_on": (start, end), "preview_on": (end, start)}.items():
             kept = [1.0 - float(i / count < first or (i + 1) / count > last) for i in range(count)]
-            assert made[name][:, 0].tolist() == kept, (name, first, last)
+            assert made[name][0, :, 0].tolist() == kept, (name, first, last)
 
 
 def test_gates_of_hundredths_fall_as_in_the_release() -> None:
@@ -275,9 +278,9 @@ def test_gates_of_hundredths_fall_as_in_the_release() -> None:
     gates = Gates()
     for count in range(1, 101):
         for share in (i / 100 for i in range(101)):
-            starts, ends = gates(torch.zeros(count), *(torch.tensor(gate) for gate in (share, 1.0, 0.0, share)))
-            assert starts[:, 0].tolist() == [float(i / count >= share) for i in range(count)], (count, share)
-            assert ends[:, 0].tolist() == [float((i + 1) / count <= share) for i in range(count)], (count, share)
+            starts, ends = gates(torch.zeros(1, count), *(torch.tensor([gate]) for gate in (share, 1.0, 0.0, share)))
+            assert starts[0, :, 0].tolist() == [float(i / count >= share) for i in range(count)], (count, share)
+            assert ends[0, :, 0].tolist() == [float((i + 1) / count <= share) for i in range(count)], (count, share)
 
 
 @pytest.mark.parametrize("count", [30, 7])

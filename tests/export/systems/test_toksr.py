@@ -1,7 +1,6 @@
 """TokSR end to end from files as published, against PyTorch's own blocks and diffusers' scheduler, tile by tile."""
 
 import math
-from collections import Counter
 from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
@@ -190,13 +189,14 @@ def test_the_whole_trajectory_and_the_picture_are_those_of_pytorchs_blocks(bundl
 def test_tiles_are_private_whatever_the_batch_and_the_workers(bundles, workers):
     image = Canvas(sample_photo(56, 56, 1))
     whole, _ = walked(bundles("default"), image)
-    for name, batches in {"default": [4], "three": [1, 3], "one": [1, 1, 1, 1]}.items():
+    for name, batch in {"default": 16, "three": 3, "one": 1}.items():
         picture, engines = walked(bundles(name), image, workers)
         assert np.abs(picture - whole).max() <= 1e-6
         assert len(engines["text"].made) == 1
         for component, each in {"tokenise": 1, "step": 25, "detokenise": 1}.items():
-            sizes = Counter(len(next(iter(outputs.values()))) for outputs in engines[component].made)
-            assert sizes == {size: each * count for size, count in Counter(batches).items()}
+            sizes = [len(next(iter(outputs.values()))) for outputs in engines[component].made]
+            assert max(sizes) <= batch and sum(sizes) == 4 * each
+            assert len(sizes) <= each * (1 if batch >= 4 and workers == 1 else 4)
 
 
 @pytest.mark.parametrize(("width", "height"), [(5, 3), (13, 9)])

@@ -161,7 +161,7 @@ SOURCES = {
     "a constant of one size of tile with other rows": (
         "in-token-fixed",
         {},
-        {r"constants.modulation\.1024.shape": [27, 344, 3072]},
+        {r"constants.modulation\.1024.shape": [1, 27, 344, 3072]},
         "'@modulation': the tables of tile sizes differ in type or shape; rebuild the bundle",
     ),
     "a constant of one size of tile with another type": (
@@ -179,7 +179,7 @@ SOURCES = {
     "a constant of a size that is no number": (
         "in-token-fixed",
         {"passes.2.each.0.inputs.modulation": "@context"},
-        "'@context': has 1 rows for 28 steps",
+        "'@context': has 512 rows for 28 steps",
     ),
     "a size of tile without its constant": (
         "in-token-fixed",
@@ -204,7 +204,7 @@ SOURCES = {
     "a job's value with too few rows": (
         "in-token",
         {},
-        {"components.modulate.outputs.modulation.shape.0": 27},
+        {"components.modulate.outputs.modulation.shape.1": 27},
         "'@modulation': has 27 rows for 28 steps",
     ),
     "a tile's value with too few rows": (
@@ -255,24 +255,48 @@ SHAPES = {
     "another type": (
         "vicr",
         {"texts": {}, "inputs.t5_ids.dtype": "int32"},
-        "ids = $t5_ids: int32 [1, 512] does not fit int64 [1, 512]",
+        "ids = $t5_ids: int32 [1, 512] does not fit int64 ['batch', 512]",
     ),
     "a whole table where a row is meant": (
         "vicr",
         {},
         {"components.modulate.inputs.sigmas.shape": []},
-        "sigmas = @sigma: float32 ['steps'] does not fit float32 []",
+        "sigmas = @sigma: float32 [1, 'steps'] does not fit float32 []",
     ),
     "a row where a whole table is meant": (
         "in-token",
         {f"{EACH}.inputs.modulation": "modulation"},
-        "modulation = modulation: float32 ['steps', 344, 3072] does not fit float32 [344, 3072]",
+        "modulation = modulation: float32 [1, 'steps', 344, 3072] does not fit float32 ['batch_or_1', 344, 3072]",
     ),
-    "a batch where all tiles share a value": (
+    "a row for each tile where all tiles share a value": (
         "in-token",
         {},
         {"components.step.inputs.modulation.shape": ["batch", 344, 3072]},
-        "modulation = @modulation: float32 [344, 3072] does not fit float32 ['batch', 344, 3072]",
+        "modulation = @modulation: the input's shape ['batch', 344, 3072] must begin with batch_or_1",
+    ),
+    "one row where every tile has a value": (
+        "in-token",
+        {},
+        {"components.step.inputs.seen.shape": [1, 729, 4096]},
+        "seen = seen: the input's shape [1, 729, 4096] must begin with batch or batch_or_1",
+    ),
+    "no axis of tiles": (
+        "in-token",
+        {},
+        {"components.step.inputs.sigma.shape": []},
+        "sigma = @sigma: float32 [1] does not fit float32 []",
+    ),
+    "a constant of several rows": (
+        "in-token",
+        {},
+        {"constants.context.shape": [2, 512, 4096]},
+        "context = #context: [2, 512, 4096] is not one row; begin it with 1",
+    ),
+    "a constant without rows": (
+        "steered",
+        {},
+        {"constants.start_alpha.shape": [], "components.start.inputs.alpha.shape": []},
+        "alpha = #start_alpha: [] is not one row; begin it with 1",
     ),
     "noise of another grid": (
         "steered",
@@ -432,8 +456,16 @@ TEXTS_AND_FILES = {
     ),
     "words for a number": ("vicr", {f"{IDS}.guidance": "tokenizers/t5.json"}, "'guidance' is no input of int64 ids"),
     "words for ids of another type": ("vicr", {"inputs.t5_ids.dtype": "int32"}, "'t5_ids' is no input of int64 ids"),
-    "words for two rows": ("vicr", {"inputs.t5_ids.shape": [2, 512]}, "'t5_ids' is no input of int64 ids [1, length]"),
-    "words for a row alone": ("vicr", {"inputs.t5_ids.shape": [512]}, "'t5_ids' is no input of int64 ids [1, length]"),
+    "words for two rows": (
+        "vicr",
+        {"inputs.t5_ids.shape": [2, 512]},
+        "'t5_ids': shape [2, 512] is not one row; begin it",
+    ),
+    "words for a row alone": (
+        "vicr",
+        {"inputs.t5_ids.shape": [512]},
+        "'t5_ids': shape [512] is not one row; begin it with 1",
+    ),
     "words by the name of an input": (
         "vicr",
         {"texts.guidance": {"ids": {"t5_ids": "tokenizers/t5.json"}}},

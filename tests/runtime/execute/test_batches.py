@@ -1,6 +1,7 @@
 """Tiles in batches give what they give one by one."""
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,17 +16,103 @@ from support.walked_systems import (
     VICR_INPUTS,
     private,
 )
-from support.walks import SEED, canvas, program_of, toys, with_pass
+from support.walks import SEED, Late, canvas, program_of, toys, with_pass
 from tilewright.runtime.bundle.program import Tiles
-from tilewright.runtime.execute.walk import Job, run
+from tilewright.runtime.execute.devices import CpuDevice
+from tilewright.runtime.execute.executor import Executor
+from tilewright.runtime.execute.walk import Job, Walk, run
 
 
 def test_batches_hold_as_many_tiles_as_asked_and_the_last_the_rest():
-    engines = toys(private(48, 256))
+    engines = toys(private(48, 256), Late)
     run(program_of("private"), engines, PRIVATE_CONSTANTS, Job(canvas(48, 2272)))
     assert Counter(len(feed["image"]) for feed in engines["tokenise"].feeds) == {8: 1, 2: 1}
-    assert Counter(len(feed["tokens"]) for feed in engines["step"].feeds) == {8: 25, 2: 25}
-    assert Counter(len(feed["tokens"]) for feed in engines["detokenise"].feeds) == {8: 1, 2: 1}
+    sizes = Counter(len(feed["tokens"]) for feed in engines["step"].feeds)
+    assert max(sizes) == 8 and sum(n * count for n, count in sizes.items()) == 10 * 25
+
+
+def test_a_call_takes_tiles_of_several_steps():
+    engines = toys(private(48, 256), Late)
+    result = run(program_of("private"), engines, PRIVATE_CONSTANTS, Job(canvas(48, 2272), SEED))
+    mixed = [feed for feed in engines["step"].feeds if len(feed["t"]) > 1]
+    assert len(mixed) > 5
+    for feed in mixed:
+        assert len(set(feed["t"].tolist())) > 1
+        assert len(feed["tokens"]) == len(feed["t"]) == len(feed["alpha_next"])
+        assert len(feed["pooled"]) == len(feed["guidance"]) == 1  # one row serves all
+    alone = with_pass(program_of("private"), "restore", tiles=Tiles(256, 32))
+    assert (
+        result.tobytes() == run(alone, toys(private(48, 256)), PRIVATE_CONSTANTS, Job(canvas(48, 2272), SEED)).tobytes()
+    )
+
+
+class Picture:
+    """The result of a walk, put together from its final parts."""
+
+    def __init__(self, executor, program, constants, job):
+        self.pixels = np.full((3, *job.image.shape[1:]), np.nan, np.float32)
+        self.walk = Walk(program, executor, constants, replace(job, on_final=self.place))
+
+    def place(self, top, left, part):
+        self.pixels[:, top : top + part.shape[1], left : left + part.shape[2]] = part
+
+
+def restored_together(engines, program, constants, jobs):
+    """The pictures of jobs that one device runs at the same time, or the errors in which they end."""
+    executor = Executor([CpuDevice("cpu:0", engines)])
+    pictures = [Picture(executor, program, constants, job) for job in jobs]
+    for picture in pictures:
+        picture.walk.begin(picture.walk.job.inputs)
+    results = []
+    for picture in pictures:
+        try:
+            picture.walk.end()
+            results.append(picture.pixels.tobytes())
+        except RuntimeError as error:
+            results.append(error)
+    executor.close()
+    return results
+
+
+def small_jobs(count):
+    """Jobs of three tiles, each with its own seed and guidance."""
+    return [Job(canvas(48, 704), seed, inputs={"guidance": 1.0 + seed / 4}) for seed in range(count)]
+
+
+def test_a_call_takes_tiles_of_several_images():
+    program, engines, jobs = program_of("private"), toys(private(48, 256), Late), small_jobs(4)
+    results = restored_together(engines, program, PRIVATE_CONSTANTS, jobs)
+    assert results == [run(program, toys(private(48, 256)), PRIVATE_CONSTANTS, job).tobytes() for job in jobs]
+    assert len(set(results)) == 4
+    both = [feed for feed in engines["step"].feeds if len(feed["guidance"]) > 1]
+    assert max(len(set(feed["guidance"].tolist())) for feed in both) > 1
+    assert all(len(feed["pooled"]) == 1 for feed in both)  # equal words of several images are one row
+    assert any(len(set(feed["t"].tolist())) > 1 for feed in both)
+    assert len(engines["step"].feeds) < 4 * 25
+
+
+def test_different_words_of_several_images_are_a_row_for_each_tile():
+    program, engines = program_of("private"), toys(private(48, 256), Late)
+    jobs = [replace(job, inputs={"ids": (np.arange(77)[None] + job.seed) % 5}) for job in small_jobs(3)]
+    results = restored_together(engines, program, PRIVATE_CONSTANTS, jobs)
+    assert results == [run(program, toys(private(48, 256)), PRIVATE_CONSTANTS, job).tobytes() for job in jobs]
+    assert any(len(feed["pooled"]) == len(feed["tokens"]) > 1 for feed in engines["step"].feeds)
+
+
+def test_a_fault_in_a_call_of_several_images_ends_only_the_image_that_has_it():
+    functions, jobs = private(48, 256), small_jobs(3)
+    guilty = 1.25
+
+    def step(**inputs):
+        if guilty in inputs["guidance"] and inputs["t"].min() < 500:
+            raise RuntimeError("a guidance that cannot be")
+        return functions["step"](**inputs)
+
+    engines = toys(functions | {"step": step}, Late)
+    one, two, three = restored_together(engines, program_of("private"), PRIVATE_CONSTANTS, jobs)
+    assert "a guidance that cannot be" in str(two)
+    expected = [run(program_of("private"), toys(functions), PRIVATE_CONSTANTS, jobs[i]).tobytes() for i in (0, 2)]
+    assert [one, three] == expected
 
 
 def test_every_tile_of_a_batch_has_its_own_state():

@@ -15,7 +15,7 @@ ASKING = replace(
     inputs={
         "gain": Input("float32", default=2.0),
         "mode": Input("int64", default=0, choices={"off": 0, "on": 1}),
-        "ids": Input("int64", (2,), "#ids"),
+        "ids": Input("int64", (1, 2), "#ids"),
         "level": Input("float32", least=0, most=2),
     },
     passes=(
@@ -34,24 +34,24 @@ ASKING = replace(
 def fed_by(inputs):
     """What an engine sees of a caller's inputs."""
     engine = Toy(lambda **inputs: {"image": np.zeros((1, 3, 8, 8), np.float32)})
-    run(ASKING, {"paint": engine}, {"ids": np.array([7, 8])}, Job(canvas(8, 8), inputs=inputs))
+    run(ASKING, {"paint": engine}, {"ids": np.array([[7, 8]])}, Job(canvas(8, 8), inputs=inputs))
     return engine.feeds[0]
 
 
 def test_inputs_are_the_callers_or_the_programs_defaults():
     feed = fed_by({"level": 0.25})
     assert {name: (str(value.dtype), value.shape, value.tolist()) for name, value in feed.items()} == {
-        "gain": ("float32", (), 2.0),
-        "mode": ("int64", (), 0),
-        "ids": ("int64", (2,), [7, 8]),
-        "level": ("float32", (), 0.25),
+        "gain": ("float32", (1,), [2.0]),
+        "mode": ("int64", (1,), [0]),
+        "ids": ("int64", (1, 2), [[7, 8]]),
+        "level": ("float32", (1,), [0.25]),
     }
-    feed = fed_by({"level": 1, "gain": np.float64(3), "mode": "on", "ids": (1, 2)})
+    feed = fed_by({"level": 1, "gain": np.float64(3), "mode": "on", "ids": [(1, 2)]})
     assert {name: (str(value.dtype), value.shape, value.tolist()) for name, value in feed.items()} == {
-        "gain": ("float32", (), 3.0),
-        "mode": ("int64", (), 1),
-        "ids": ("int64", (2,), [1, 2]),
-        "level": ("float32", (), 1.0),
+        "gain": ("float32", (1,), [3.0]),
+        "mode": ("int64", (1,), [1]),
+        "ids": ("int64", (1, 2), [[1, 2]]),
+        "level": ("float32", (1,), [1.0]),
     }
     assert fed_by({"level": 1, "mode": 1})["mode"] == 1
 
@@ -74,7 +74,7 @@ def test_inputs_are_the_callers_or_the_programs_defaults():
         ({"level": 1, "gain": 1e39}, r"gain=1e\+39 is not finite as float32; give a number"),
         ({"level": 1, "gain": float("-inf")}, "gain=-inf is not finite as float32; give a number"),
         ({"level": [1, 2]}, r"level has shape \[2\]; give a number from 0 to 2"),
-        ({"level": 1, "ids": 3}, r"ids has shape \[\]; give an array of \[2\]"),
+        ({"level": 1, "ids": 3}, r"ids has shape \[\]; give an array of \[1, 2\]"),
         ({"level": 1, "ids": [1, 2.5]}, r"ids=\[1, 2.5\] is not an array of int64"),
         ({"level": 1, "ids": [[1], [2, 3]]}, r"ids=\[\[1\], \[2, 3\]\] is not an array of int64"),
         ({"level": 1, "mode": 2**70}, f"mode={2**70} is not one of off, on"),

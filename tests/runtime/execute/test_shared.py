@@ -29,7 +29,7 @@ def test_a_call_that_reads_nothing_of_a_tile_is_made_once_whatever_the_number_of
         assert len(engines["see"].feeds) == len(engines["redux"].feeds) == tiles
         (feed,) = engines["modulate"].feeds
         assert feed["guidance"] == 30.0
-        np.testing.assert_array_equal(feed["sigmas"], flow(28, 48 * min(width, 1024) // 256)[0])  # the whole table
+        np.testing.assert_array_equal(feed["sigmas"][0], flow(28, 48 * min(width, 1024) // 256)[0])  # the whole table
 
 
 def test_what_an_earlier_pass_with_the_same_tiles_made_is_made_once_a_tile():
@@ -61,7 +61,7 @@ def shared_calls(*once, **changes):
     engines = toys(SHARING)
     inputs = {"level": Input("float32", default=0.5)}
     program = replace(PAINTING, inputs=inputs, passes=(replace(PAINT, once=once, **changes),))
-    result = run(program, engines, {"half": np.float32(0.5)}, Job(canvas(32, 48)))
+    result = run(program, engines, {"half": np.float32([0.5])}, Job(canvas(32, 48)))
     return {name: len(engine.feeds) for name, engine in engines.items()}, result / np.asarray(canvas(32, 48))
 
 

@@ -49,11 +49,11 @@ def test_a_jobs_value_is_read_row_by_row():
     text, restore = program_of("private").passes
     calls = [replace(restore.each[0], inputs=restore.each[0].inputs | {"pooled": "@pooled"})]
     program = replace(program_of("private"), passes=(text, replace(restore, each=calls)))
-    rows = np.random.default_rng(0).random((25, 2), np.float32)
+    rows = np.random.default_rng(0).random((1, 25, 2), np.float32)
     functions = private(48, 64) | {"text": lambda ids: {"words": np.ones((1, 77), np.float32), "pooled": rows}}
     engines = toys(functions)
     run(program, engines, PRIVATE_CONSTANTS, Job(canvas(48, 64)))
-    np.testing.assert_array_equal([feed["pooled"] for feed in engines["step"].feeds], rows)
+    np.testing.assert_array_equal([feed["pooled"][0] for feed in engines["step"].feeds], rows[0])
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 
 from support.devices import Cramped, Hanging
 from support.walked_systems import HITOKSR
-from support.walks import Toy, canvas, in_batches, program_of, toys
+from support.walks import Toy, canvas, program_of, toys
 from tilewright.runtime.bundle.program import Signature, TensorSpec
 from tilewright.runtime.errors import BundleError, DeviceError, ResourceError
 from tilewright.runtime.execute.devices import CpuDevice
@@ -120,7 +120,7 @@ def test_a_deadline_follows_from_the_slowest_call_of_its_kind():
 
 @pytest.mark.parametrize("error", [MemoryError, ResourceError])
 def test_too_little_memory_for_a_batch_halves_it_on_that_device_alone(error):
-    program = in_batches(PROGRAM, 8)
+    program = PROGRAM.batched(8)
     cramped = Cramped(cpus(1)[0], 3 * 32 * 32, error)
     executor = Executor([cramped])
     for _ in range(2):

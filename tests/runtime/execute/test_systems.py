@@ -75,16 +75,16 @@ def test_every_step_reads_its_row_of_the_schedules_tables_and_of_what_all_tiles_
     engines = toys(IN_TOKEN)
     run(program_of("in-token"), engines, IN_TOKEN_CONSTANTS, Job(canvas(48, 2576), SEED))
     sigma, sigma_next = flow(28, 48 * 1024 // 256)  # tokens of a tile, not of the image
-    rows = in_token_modulate(IN_TOKEN_CONSTANTS["pooled"], np.float32(30), sigma)["modulation"]
+    rows = in_token_modulate(IN_TOKEN_CONSTANTS["pooled"], np.float32([30]), sigma[None])["modulation"]
     feeds = engines["step"].feeds
     assert len(feeds) == 28 * 4
     assert Counter(feed["sigma"].item() for feed in feeds) == dict.fromkeys(sigma.tolist(), 4)
     for feed in feeds:
         (step,) = np.flatnonzero(sigma == feed["sigma"])
         assert feed["sigma"].dtype == feed["sigma_next"].dtype == np.float32
-        assert feed["sigma"].shape == feed["sigma_next"].shape == ()
+        assert feed["sigma"].shape == feed["sigma_next"].shape == (1,)
         assert (feed["sigma"], feed["sigma_next"]) == (sigma[step], sigma_next[step])
-        np.testing.assert_array_equal(feed["modulation"], rows[step])
+        np.testing.assert_array_equal(feed["modulation"], rows[:, step])
         assert feed["context"] is IN_TOKEN_CONSTANTS["context"]
 
 
@@ -121,7 +121,7 @@ def test_outside_each_a_table_comes_whole():
     run(program_of("vicr"), engines, {}, Job(canvas(48, 1808), inputs=VICR_INPUTS))
     assert len(engines["modulate"].feeds) == 3
     for feed in engines["modulate"].feeds:
-        np.testing.assert_array_equal(feed["sigmas"], flow(30, 48 * 1024 // 128)[0])
+        np.testing.assert_array_equal(feed["sigmas"][0], flow(30, 48 * 1024 // 128)[0])
 
 
 # The steered program: a start from noise, joined latents beside private values, three calls a step, fresh noise, inputs
@@ -188,14 +188,17 @@ def test_a_states_noise_is_each_tiles_own_and_another_in_every_section():
     stepped = replace(restore, once=calls[:1], each=calls[1:2], last=calls[2:])
     engines = {name: Toy(without_noise(function)) for name, function in private(48, 256).items()}
     program = replace(program_of("private"), passes=(text, stepped))
-    run(program, engines, PRIVATE_CONSTANTS, Job(canvas(48, 2272), SEED, steps=4))
+    run(program, engines, PRIVATE_CONSTANTS, Job(canvas(48, 256 + 15 * 224), SEED, steps=4))
     feeds = [feed for name in ("tokenise", "step", "detokenise") for feed in engines[name].feeds]
-    for tiles in (range(8), range(8, 10)):  # the second batch goes on counting
-        batch = [feed for feed in feeds if len(feed["noise"]) == len(tiles)]
-        for stream, feed in enumerate(batch):  # 0 before the first step, 1 + step after
-            np.testing.assert_array_equal(feed["noise"], [field(1 + tile, stream, 16, 1, 32) for tile in tiles])
-        assert len(batch) == 1 + 4 + 1
-        np.testing.assert_array_equal(batch[1]["tokens"], batch[0]["noise"])  # the state's own start
+    batches = (range(8), range(8, 16))  # the second goes on counting
+    fields = [  # 0 before the first step, 1 + step after
+        [np.stack([field(1 + tile, stream, 16, 1, 32) for tile in tiles]) for stream in range(1 + 4 + 1)]
+        for tiles in batches
+    ]
+    assert same_arrays([feed["noise"] for feed in feeds], [noise for streams in fields for noise in streams])
+    for streams in fields:
+        (first,) = (feed for feed in feeds if np.array_equal(feed["noise"], streams[1]))
+        np.testing.assert_array_equal(first["tokens"], streams[0])  # the state's own start
 
 
 # Who finishes first does not matter

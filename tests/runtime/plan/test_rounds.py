@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from tilewright.runtime.bundle.check import check_program
 from tilewright.runtime.bundle.program import (
+    ANY,
     Call,
     Grid,
     Input,
@@ -65,19 +66,24 @@ def shares(*spec):
     return TensorSpec("float32", spec)
 
 
-PICTURE, NUMBER, ROWS = shares("batch", 3, "h", "w"), shares(), shares("steps", 3)
-IDS, WORDS, POOLED = TensorSpec("int64", (1, 4)), shares(1, 4), shares(1, 3)
+def per_tile(numbers):
+    """Numbers [B], one for each tile, as factors of pictures."""
+    return numbers[:, None, None, None]
+
+
+PICTURE, NUMBER, ROWS = shares("batch", 3, "h", "w"), shares(ANY), shares("batch", "steps", 3)
+IDS, WORDS, POOLED = TensorSpec("int64", ("batch", 4)), shares("batch", 4), shares("batch", 3)
 FUNCTIONS = {
     "t5": lambda ids: {"context": ids / 10},
     "clip": lambda ids: {"pooled": ids[:, :3] % 5 / 4},
     "encode": lambda image: {"latent": np.roll(image, 1, 3)},
     "see": lambda image: {"seen": image.mean((2, 3))[..., None, None] * np.ones_like(image)},
     "start": lambda latent, noise: {"z": latent / 2 + noise},
-    "modulate": lambda pooled, gain, sigmas: {"rows": sigmas[:, None] * pooled * gain},
+    "modulate": lambda pooled, gain, sigmas: {"rows": sigmas[:, :, None] * (pooled * gain[:, None])[:, None]},
     "step": lambda z, y, seen, words, row, sigma, sigma_next: {
-        "z": z + (sigma_next - sigma) * (z / 2 + y + seen * words.mean() + row[..., None, None])
+        "z": z + per_tile(sigma_next - sigma) * (z / 2 + y + seen * per_tile(words.mean(1)) + row[..., None, None])
     },
-    "decode": lambda z, bright: {"image": np.roll(z, -1, 2) + bright},
+    "decode": lambda z, bright: {"image": np.roll(z, -1, 2) + per_tile(bright)},
 }
 SIGNATURES = {
     "t5": Signature({"ids": IDS}, {"context": WORDS}),
@@ -85,9 +91,9 @@ SIGNATURES = {
     "encode": Signature({"image": PICTURE}, {"latent": PICTURE}),
     "see": Signature({"image": PICTURE}, {"seen": PICTURE}),
     "start": Signature({"latent": PICTURE, "noise": PICTURE}, {"z": PICTURE}),
-    "modulate": Signature({"pooled": POOLED, "gain": NUMBER, "sigmas": shares("steps")}, {"rows": ROWS}),
+    "modulate": Signature({"pooled": POOLED, "gain": NUMBER, "sigmas": shares(ANY, "steps")}, {"rows": ROWS}),
     "step": Signature(
-        {"z": PICTURE, "y": PICTURE, "seen": PICTURE, "words": WORDS, "row": shares(3)}
+        {"z": PICTURE, "y": PICTURE, "seen": PICTURE, "words": shares(ANY, 4), "row": shares(ANY, 3)}
         | dict.fromkeys(("sigma", "sigma_next"), NUMBER),
         {"z": PICTURE},
     ),
@@ -286,7 +292,7 @@ TANGLES = {
 @pytest.mark.parametrize("passes", TANGLES.values(), ids=TANGLES)
 def test_what_a_pass_reads_is_what_it_read_at_first_whatever_was_written_over_it_since(passes):
     program = Program(1, 8, GRIDS | {"w": Grid(1, 3), "n": Grid(1, 3, "noise")}, passes, ASKED)
-    check_program(program, {n: SIGNATURES[n] for n in program.components()}, {"usual_ids": IDS})
+    check_program(program, {n: SIGNATURES[n] for n in program.components()}, {"usual_ids": TensorSpec("int64", (1, 4))})
     rounds = Rounds(program)
     for inputs in ({}, {"bright": 0.5}, {"gain": 2.0}, {"bright": 0.25}, {}):
         assert rounds(inputs) == fresh(program, inputs)

@@ -66,13 +66,12 @@ class Walk:
     def begin(self, inputs: Mapping[str, Any], *, keep: bool = False, finished: Finished | None = None) -> None:
         """Begin such a run, and return at once. `finished`: what the same run had finished when it was interrupted."""
         if finished:
-            again, keep = set(finished.passes), keep and finished.keep
-            self.finished = set(finished.ended) if keep else set()
+            again, valid, keep = set(finished.passes), set(finished.ended), keep and finished.keep
         else:
             again = self._changed(inputs)
-            # these passes stay valid even if the run fails
-            self.finished = self.finished - again - skipped_passes(self.program, inputs.keys()) if keep else set()
+            valid = self.finished - again - skipped_passes(self.program, inputs.keys())
         self._take(inputs, [p for p in self.program.passes if p.name in again])
+        self.finished = valid if keep else set()  # these passes stay valid even if the run fails
 
         def ended(name: str) -> None:
             self.finished |= {name} if keep else set()

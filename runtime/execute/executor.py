@@ -275,8 +275,8 @@ class Executor:
         """Retire a device for good, and give its nodes to others."""
         spent = time.perf_counter() - running.start
         error = DeviceError(
-            f"{self.devices[device].name}: {running.component} has not ended after {spent:.0f} s; start anew, and if"
-            " the call is only slow, allow it more time with deadline_s"
+            f"{self.devices[device].name}: {running.component} has not ended after {spent:.0f} s; if the call is only"
+            " slow, allow it more time with deadline_s"
         )
         self.hung.add(device)
         self.queue.retired.add(device)

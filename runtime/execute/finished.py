@@ -19,7 +19,3 @@ class Finished:
     done: Sequence[bytes]  # block -> 1 for each tile whose node is done, else 0
     regions: Sequence[int]  # of the result, those that have not been handed on
     values: Mapping[Key, Any]
-
-    def count(self) -> int:
-        """How many nodes are done."""
-        return sum(tiles.count(1) for tiles in self.done)

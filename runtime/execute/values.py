@@ -186,13 +186,23 @@ class Values:
 
     def region(self, region: int) -> tuple[int, int, Floats]:
         """A final region of the result: its place and its values."""
+        rectangle = self._region(region)
+        px = self.graph.program.grids["result"].px
+        whole = self._gather("result", self.final, rectangle, self.regions.below(region))
+        return rectangle[0] // px, rectangle[1] // px, on_host(whole)[0]
+
+    def _region(self, region: int) -> Rectangle:
         plan = self.graph.plan(self.graph.blocks[self.final])
         row, column = divmod(region, len(plan.lefts))
         top, bottom = (*plan.tops, plan.height)[row : row + 2]
         left, right = (*plan.lefts, plan.width)[column : column + 2]
-        parts, px = self.regions.below(region), self.graph.program.grids["result"].px
-        whole = self._gather("result", self.final, (top, left, bottom, right), parts)
-        return top // px, left // px, on_host(whole)[0]
+        return top, left, bottom, right
+
+    def all_handed_on(self, waiting: Collection[int]) -> list[Rectangle]:
+        """The rectangles of the result, in its pixels, that have been handed on if these regions have not."""
+        px, regions = self.graph.program.grids["result"].px, range(self.graph.blocks[self.final].size)
+        rectangles = (self._region(region) for region in regions if region not in waiting)
+        return [(top // px, left // px, bottom // px, right // px) for top, left, bottom, right in rectangles]
 
     def handed_on(self, region: int) -> None:
         """Drop the parts that only this region has yet to read."""

@@ -9,7 +9,7 @@ import numpy as np
 
 from tilewright.runtime.bundle.program import Pass, Program, untiled_values
 from tilewright.runtime.engines import Engine
-from tilewright.runtime.errors import UsageError
+from tilewright.runtime.errors import DeviceError, UsageError
 from tilewright.runtime.execute.devices import CpuDevice
 from tilewright.runtime.execute.executor import Executor, Task
 from tilewright.runtime.execute.finished import Finished
@@ -98,14 +98,26 @@ class Walk:
         """What the run has finished so far. A run that goes on is held up only for a moment."""
         task = self.task
         with task.telling:
-            return Finished(
-                frozenset(self.graph.program.passes[self.graph.blocks[n].place].name for n in task.blocks),
+            finished = Finished(
+                frozenset(self.program.passes[self.graph.blocks[n].place].name for n in task.blocks),
                 frozenset(self.finished),
                 task.keep,
                 tuple(map(bytes, self.values.done)),
                 tuple(self.values.waiting),
                 self.values.live(),
             )
+        hung = [self.executor.devices[device] for device in self.executor.hung]
+        for device in hung:
+            if any(getattr(value, "holder", None) is device for value in finished.values.values()):
+                raise DeviceError(f"{device.name} holds values and does not answer; begin anew")
+        return finished
+
+    def share(self) -> float:
+        """The share of the run's nodes that are done."""
+        blocks = self.task.blocks
+        return sum(self.values.done[n].count(1) for n in blocks) / max(
+            1, sum(self.graph.blocks[n].size for n in blocks)
+        )
 
     def end(self) -> None:
         """Wait until the run has ended. An interrupt during the wait cancels it."""

@@ -1,0 +1,95 @@
+"""Keeping the finished parts of a restoration in a file: every few minutes, and when it is stopped."""
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event, Thread
+from types import TracebackType
+from typing import Protocol
+
+from tilewright.runtime.checkpoint import share_in
+
+__all__ = ["Keeper", "Keeps", "Kept"]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Where the finished parts are."""
+
+    path: Path | None  # none: nowhere
+    reason: str = ""  # why the last of them are not there
+
+
+class Keeps(Protocol):
+    """A restoration that can write its finished parts to a file."""
+
+    resumed: tuple[Path, float] | None  # the file that it went on from, and the share that was done then
+
+    def share(self) -> float:
+        """The share of the work that is done."""
+        ...
+
+    def keep(self, path: Path) -> None:
+        """Write the finished parts."""
+        ...
+
+    def note(self, text: str) -> None:
+        """Add a note to the result."""
+        ...
+
+
+class Keeper:
+    """Keeps the finished parts while a block runs, every so many seconds if not 0, and when an error leaves it.
+
+    The error then has an attribute `kept`. If the block ends well, the file is removed. A file of another restoration
+    is replaced only if this one has done more of its work.
+    """
+
+    def __init__(self, ticket: Keeps, path: Path, every_s: float, on_stop: Callable[[], None]) -> None:
+        self.ticket, self.path, self.every_s, self.on_stop = ticket, path, every_s, on_stop
+        self.written = ticket.resumed[1] if ticket.resumed and ticket.resumed[0] == path else None  # the share in it
+        self.stopped = Event()
+        self.thread = Thread(target=self._keep_often, name="keeper", daemon=True)
+
+    def __enter__(self) -> "Keeper":
+        if self.every_s:
+            self.thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.keep_at_stop(error)
+
+    def keep_at_stop(self, error: BaseException | None) -> None:
+        """Write the file, or remove it. The command line lets no signal interrupt this."""
+        self.stopped.set()
+        if error is not None:
+            self.on_stop()
+        if self.every_s:
+            self.thread.join()
+        if error is None:
+            with contextlib.suppress(OSError):
+                self.path.unlink(missing_ok=True)
+        else:
+            error.kept = self._keep()  # type: ignore[attr-defined]
+
+    def _keep_often(self) -> None:
+        while not self.stopped.wait(self.every_s):
+            if reason := self._keep().reason:
+                self.ticket.note(f"finished parts could not be kept: {reason}")
+
+    def _keep(self) -> Kept:
+        share = self.ticket.share()
+        if not share:
+            return Kept(self.path if self.written else None)
+        if share == self.written:
+            return Kept(self.path)
+        if self.written is None and (share_in(self.path) or 0) > share:
+            return Kept(None, f"{self.path} holds more of an earlier restoration")
+        try:
+            self.ticket.keep(self.path)
+        except Exception as error:  # the error that stopped the restoration matters more
+            reason = (error.strerror if isinstance(error, OSError) else str(error)) or type(error).__name__
+            return Kept(self.path if self.written else None, reason)
+        self.written = share
+        return Kept(self.path)

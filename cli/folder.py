@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from tilewright.cli.commands import as_typed
-from tilewright.cli.main import ending
+from tilewright.cli.main import ending, kept
 from tilewright.cli.terminal import Progress, answer, mebibytes, note
 from tilewright.runtime.errors import TilewrightError, UsageError
 from tilewright.runtime.estimate import peak_bytes
@@ -32,13 +32,23 @@ def restore_folder(
         with open_restorer() as restorer:
             ran = restorer.ran
             progress.doing(f"reading {arguments.input}")
-            outcomes = restore_images(restorer, pairs, force=arguments.force, on_progress=progress.images, **options)
+            outcomes = restore_images(
+                restorer,
+                pairs,
+                force=arguments.force,
+                resume=arguments.resume,
+                keep_every_s=60 * arguments.checkpoint,
+                on_progress=progress.images,
+                **options,
+            )
     seconds = time.perf_counter() - start
     rows = [_row(outcome, arguments.options) for outcome in outcomes]
     faults = [row["error"] for row in rows if "error" in row]
     peak = peak_bytes()
     value = {"images": rows, "failed": len(faults), "seconds": seconds, "peak_bytes": peak} | ran
+    before = sum(outcome.finished for outcome in outcomes)
     good = f"{len(rows) - len(faults)} of {len(rows)} images in {seconds:.2f} s; peak {mebibytes(peak)}"
+    good += f"; {before} were finished before" if before else ""
     lines = [f"{arguments.input} -> {arguments.output}: {good}", f"engines: {engines_text(**ran)}"]
     lines += [f"failed: {fault['message']}" for fault in faults]
     fault = None
@@ -53,10 +63,12 @@ def restore_folder(
 def _row(outcome: Outcome, options: Mapping[str, str]) -> dict[str, Any]:
     """An image in the JSON answer."""
     row: dict[str, Any] = {"input": str(outcome.source), "output": str(outcome.target)}
+    if outcome.finished:
+        return row | {"finished_before": True}
     if (error := outcome.error) is None:
         (row["input_width"], row["input_height"]), (row["width"], row["height"]) = outcome.input_size, outcome.size
         return row | {"tiles": outcome.tiles, "seconds": outcome.seconds}
     message, code = (str(error), error.exit_code) if isinstance(error, TilewrightError) else ending(error)
-    message = as_typed(message, options)
+    message = as_typed(message, options) + kept(error)
     message = message if row["input"] in message else f"{row['input']}: {message}"
     return row | {"error": {"code": code, "kind": type(error).__name__, "message": message}}

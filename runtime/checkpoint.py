@@ -26,6 +26,8 @@ __all__ = [
     "DIGITS",
     "Checkpoint",
     "Outdated",
+    "asked_in",
+    "beside",
     "plain",
     "read_checkpoint",
     "require_same",
@@ -107,6 +109,19 @@ def read_checkpoint(path: Path) -> Checkpoint | None:
         raise InputError(f"{path} cannot be read ({error.strerror or error}); check the path") from error
     except (BundleError, KeyError, ValueError, TypeError):
         raise InputError(f"{path} is damaged or no file of finished parts; remove it to begin anew") from None
+
+
+def beside(target: Path) -> Path:
+    """The file for the finished parts of a result."""
+    return target.with_name(f"{target.name}.resume")
+
+
+def asked_in(path: Path) -> dict[str, Any] | None:
+    """All that decides the result of a checkpoint, from its header; none if there is no readable one."""
+    try:
+        return dict(_metadata_of(path)["asked"])
+    except (OSError, BundleError, KeyError, ValueError, TypeError):
+        return None
 
 
 def share_in(path: Path) -> float | None:

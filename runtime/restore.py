@@ -275,6 +275,9 @@ class Sitting:
         if [len(tiles) for tiles in checkpoint.finished.done] != sizes:
             raise InputError(f"{self.resume} has other steps or tiles than this version makes; remove it to begin anew")
         ticket.resumed = self.resume, checkpoint.share
+        tile_blocks, passes = self.walk.graph.tile_blocks, self.bundle.program.passes
+        for p, numbers in zip(passes, tile_blocks, strict=True):
+            ticket.done_before[p.name] = sum(checkpoint.finished.done[n].count(1) for n in numbers)
         for (top, left), pixels in checkpoint.pixels.items():
             ticket.rgb[top : top + pixels.shape[0], left : left + pixels.shape[1]] = pixels
         notes = self.walk.job.notes
@@ -334,6 +337,7 @@ class Ticket:
         self.cancelled = False
         self.restoration: Restoration | None = None
         self.resumed: tuple[Path, float] | None = None  # the file that it went on from, and the share done then
+        self.done_before: dict[str, int] = {}  # pass -> nodes that were done then
         self.gave_up: Walk | None = None  # the walk that found too little memory for any tile
 
     def result(self) -> Restoration:

@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from tilewright.cli.commands import as_typed
-from tilewright.cli.main import ending, kept
+from tilewright.cli.main import ending
 from tilewright.cli.terminal import Progress, answer, mebibytes, note
 from tilewright.runtime.errors import TilewrightError, UsageError
 from tilewright.runtime.estimate import peak_bytes
 from tilewright.runtime.folder import Outcome, images_of, restore_images
+from tilewright.runtime.keep import Kept
 from tilewright.runtime.profile import engines_text
 from tilewright.runtime.restore import Restorer
 
@@ -57,6 +58,9 @@ def restore_folder(
         kind = type(first) if isinstance(first, TilewrightError) else TilewrightError
         fault = kind(f"{len(faults)} of {len(rows)} images failed, the first is {faults[0]['message']}")
         fault.exit_code = faults[0]["code"]
+        keeps = [getattr(outcome.error, "kept", None) for outcome in outcomes]
+        if len(faults) < len(rows) or any(kept and kept.path for kept in keeps):
+            fault.kept = Kept(arguments.output)
     answer(arguments, value, "\n".join(lines), fault=fault)
 
 
@@ -69,6 +73,6 @@ def _row(outcome: Outcome, options: Mapping[str, str]) -> dict[str, Any]:
         (row["input_width"], row["input_height"]), (row["width"], row["height"]) = outcome.input_size, outcome.size
         return row | {"tiles": outcome.tiles, "seconds": outcome.seconds}
     message, code = (str(error), error.exit_code) if isinstance(error, TilewrightError) else ending(error)
-    message = as_typed(message, options) + kept(error)
+    message = as_typed(message, options)
     message = message if row["input"] in message else f"{row['input']}: {message}"
     return row | {"error": {"code": code, "kind": type(error).__name__, "message": message}}

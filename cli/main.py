@@ -137,11 +137,11 @@ def _silence(words: list[str]) -> None:
 
 def kept(error: BaseException | None) -> str:
     """The end of an error's line, if a restoration has kept its finished parts, or could not."""
-    while error is not None and not hasattr(error, "kept"):
+    while error is not None and getattr(error, "kept", None) is None:
         error = error.__context__
     if error is None:
         return ""
-    path, reason = error.kept.path, error.kept.reason
+    path, reason = error.kept.path, error.kept.reason  # type: ignore[attr-defined]
     text = f"; what was finished last could not be kept ({reason})" if reason else ""
     if path is None:
         return text

@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Event, Thread
+from threading import Event, Lock, Thread
 from types import TracebackType
 from typing import Protocol
 
@@ -25,6 +25,7 @@ class Keeps(Protocol):
     """A restoration that can write its finished parts to a file."""
 
     resumed: tuple[Path, float] | None  # the file that it went on from, and the share that was done then
+    before_smaller: Callable[[], object]  # called before all begins anew with smaller tiles
 
     def share(self) -> float:
         """The share of the work that is done."""
@@ -42,17 +43,19 @@ class Keeps(Protocol):
 class Keeper:
     """Keeps the finished parts while a block runs, every so many seconds if not 0, and when an error leaves it.
 
-    The error then has an attribute `kept`. If the block ends well, the file is removed. A file of another restoration
-    is replaced only if this one has done more of its work.
+    The error then has an attribute `kept`. If the block ends well, the file is removed. The file is replaced only if
+    more of the work is done, also a file of another restoration.
     """
 
     def __init__(self, ticket: Keeps, path: Path, every_s: float, on_stop: Callable[[], None]) -> None:
         self.ticket, self.path, self.every_s, self.on_stop = ticket, path, every_s, on_stop
-        self.written = ticket.resumed[1] if ticket.resumed and ticket.resumed[0] == path else None  # the share in it
+        self.written = ticket.resumed[1] if ticket.resumed and ticket.resumed[0] == path else 0.0  # the share in it
+        self.lock = Lock()
         self.stopped = Event()
         self.thread = Thread(target=self._keep_often, name="keeper", daemon=True)
 
     def __enter__(self) -> "Keeper":
+        self.ticket.before_smaller = self._keep
         if self.every_s:
             self.thread.start()
         return self
@@ -79,17 +82,17 @@ class Keeper:
                 self.ticket.note(f"finished parts could not be kept: {reason}")
 
     def _keep(self) -> Kept:
-        share = self.ticket.share()
-        if not share:
-            return Kept(self.path if self.written else None)
-        if share == self.written:
+        with self.lock:
+            share = self.ticket.share()
+            before = Kept(self.path if self.written else None)
+            if share <= self.written:  # nothing new; with smaller tiles, all has begun anew
+                return before
+            if not self.written and (share_in(self.path) or 0) > share:
+                return Kept(None, f"{self.path} holds more of an earlier restoration")
+            try:
+                self.ticket.keep(self.path)
+            except Exception as error:  # the error that stopped the restoration matters more
+                reason = (error.strerror if isinstance(error, OSError) else str(error)) or type(error).__name__
+                return Kept(before.path, reason)
+            self.written = share
             return Kept(self.path)
-        if self.written is None and (share_in(self.path) or 0) > share:
-            return Kept(None, f"{self.path} holds more of an earlier restoration")
-        try:
-            self.ticket.keep(self.path)
-        except Exception as error:  # the error that stopped the restoration matters more
-            reason = (error.strerror if isinstance(error, OSError) else str(error)) or type(error).__name__
-            return Kept(self.path if self.written else None, reason)
-        self.written = share
-        return Kept(self.path)

@@ -338,6 +338,7 @@ class Ticket:
         self.restoration: Restoration | None = None
         self.resumed: tuple[Path, float] | None = None  # the file that it went on from, and the share done then
         self.done_before: dict[str, int] = {}  # pass -> nodes that were done then
+        self.before_smaller: Callable[[], object] = lambda: None
         self.gave_up: Walk | None = None  # the walk that found too little memory for any tile
 
     def result(self) -> Restoration:
@@ -347,7 +348,7 @@ class Ticket:
                 try:
                     self.sitting.walk.end()
                 except (MemoryError, ResourceError):
-                    if self.cancelled or not self.begin_smaller():
+                    if not self._goes_on():
                         self.gave_up = self.sitting.walk
                         self.sitting.walk, self.sitting.estimate = self.sitting.at_first  # for a further round
                         raise
@@ -404,9 +405,16 @@ class Ticket:
         try:
             if self.restoration is not None:
                 return True
-            return self.sitting.walk.ended() and (self.cancelled or not self.begin_smaller())
+            return self.sitting.walk.ended() and not self._goes_on()
         finally:
             self.lock.release()
+
+    def _goes_on(self) -> bool:
+        """Whether a restoration that has ended begins anew with smaller tiles."""
+        if self.cancelled or not self.sitting.walk.task.lacked_memory:
+            return False
+        self.before_smaller()
+        return self.begin_smaller()
 
     def cancel(self) -> None:
         """Stop within one call of an engine. `result` then raises CancelledError, unless it had a result already."""

@@ -11,9 +11,9 @@ from tilewright.cli.terminal import Progress, answer, mebibytes, note
 from tilewright.runtime.errors import TilewrightError, UsageError
 from tilewright.runtime.estimate import peak_bytes
 from tilewright.runtime.folder import Outcome, images_of, restore_images
-from tilewright.runtime.keep import Kept
 from tilewright.runtime.profile import engines_text
 from tilewright.runtime.restore import Restorer
+from tilewright.runtime.resume.keeper import Kept
 
 __all__ = ["restore_folder"]
 

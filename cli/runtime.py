@@ -14,7 +14,6 @@ from tilewright.cli.terminal import Progress, answer, expect_argument, mebibytes
 from tilewright.runtime.bundle.arguments import Argument, flag
 from tilewright.runtime.bundle.program import Input, Program
 from tilewright.runtime.bundle.read import read_bundle
-from tilewright.runtime.checkpoint import beside, share_in
 from tilewright.runtime.errors import UsageError
 from tilewright.runtime.estimate import MEMORY_MODES, bytes_of, estimate
 from tilewright.runtime.images.write import (
@@ -29,6 +28,7 @@ from tilewright.runtime.images.write import (
 from tilewright.runtime.inputs import checked
 from tilewright.runtime.profile import engines_text
 from tilewright.runtime.restore import Restorer, load
+from tilewright.runtime.resume.checkpoint import beside, share_in
 
 __all__ = ["add_verbs"]
 

@@ -15,14 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from tilewright.runtime.checkpoint import asked_in, beside, require_same
 from tilewright.runtime.errors import InputError, ResourceError, UsageError
 from tilewright.runtime.images.read import SUFFIXES, image_size
 from tilewright.runtime.images.write import check_overwrite, check_room, check_writable, write_or_keep
 from tilewright.runtime.inputs import gather
-from tilewright.runtime.keep import Kept
 from tilewright.runtime.restore import Restorer, Sitting, Ticket
-from tilewright.runtime.results import Results
+from tilewright.runtime.resume.checkpoint import asked_in, beside, require_same
+from tilewright.runtime.resume.keeper import Kept
+from tilewright.runtime.resume.results import Results
 
 __all__ = ["Outcome", "images_of", "restore_images"]
 

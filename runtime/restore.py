@@ -19,15 +19,6 @@ from tilewright.runtime.bundle.arguments import Argument
 from tilewright.runtime.bundle.manifest import EngineSpec
 from tilewright.runtime.bundle.read import Bundle, read_bundle
 from tilewright.runtime.bundle.weights import checked_folder
-from tilewright.runtime.checkpoint import (
-    DIGITS,
-    Checkpoint,
-    Outdated,
-    plain,
-    read_checkpoint,
-    require_same,
-    value_of_picture,
-)
 from tilewright.runtime.engines import Engine, backend
 from tilewright.runtime.engines.choose import choose_all, require
 from tilewright.runtime.engines.machine import this_machine, usable_cores
@@ -48,9 +39,18 @@ from tilewright.runtime.images.canvas import Enlarged, fill
 from tilewright.runtime.images.read import Picture, read_image
 from tilewright.runtime.images.write import assemble
 from tilewright.runtime.inputs import check_names, gather, read_tensors, whole
-from tilewright.runtime.keep import Keeper
 from tilewright.runtime.plan.noise import WORD_MAX
 from tilewright.runtime.plan.passes import least_px
+from tilewright.runtime.resume.checkpoint import (
+    DIGITS,
+    Checkpoint,
+    Outdated,
+    plain,
+    read_checkpoint,
+    require_same,
+    value_of_picture,
+)
+from tilewright.runtime.resume.keeper import Keeper
 
 __all__ = ["Restoration", "Restorer", "Sitting", "Ticket", "load"]
 

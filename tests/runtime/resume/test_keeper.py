@@ -17,9 +17,9 @@ from safetensors.numpy import save_file
 from support.devices import Over
 from support.scenes import CPUS, noise, scene
 from tilewright.runtime import load
-from tilewright.runtime.checkpoint import read_checkpoint, share_in
 from tilewright.runtime.engines import ort
 from tilewright.runtime.errors import InputError, TilewrightError, UsageError
+from tilewright.runtime.resume.checkpoint import read_checkpoint, share_in
 
 IMAGE = scene(60, 90)
 FILE = Path("picture.resume")

@@ -8,7 +8,7 @@ from threading import Event, Lock, Thread
 from types import TracebackType
 from typing import Protocol
 
-from tilewright.runtime.checkpoint import share_in
+from tilewright.runtime.resume.checkpoint import share_in
 
 __all__ = ["Keeper", "Keeps", "Kept"]
 

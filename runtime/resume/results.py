@@ -8,7 +8,7 @@ from threading import Lock
 from typing import Any
 
 from tilewright.runtime.bundle.digests import sha256_of_file
-from tilewright.runtime.checkpoint import require_same
+from tilewright.runtime.resume.checkpoint import require_same
 
 __all__ = ["Results"]
 

@@ -142,11 +142,10 @@ def kept(error: BaseException | None) -> str:
     if error is None:
         return ""
     path, reason = error.kept.path, error.kept.reason  # type: ignore[attr-defined]
-    text = f"; what was finished last could not be kept ({reason})" if reason else ""
     if path is None:
-        return text
-    earlier = "what was finished before" if reason else "what was finished"
-    return f"{text}; {earlier} is kept in {path}: the same command with --resume goes on from there"
+        return f"; what was finished could not be kept ({reason})" if reason else ""
+    lost = f"; the last of it could not be kept ({reason})" if reason else ""
+    return f"; what was finished is kept in {path}: the same command with --resume goes on from there{lost}"
 
 
 def ending(error: Exception) -> tuple[str, int]:

@@ -37,7 +37,7 @@ def restore(source: str, target: str, *words: str) -> int:
     return main(words_of(source, target, *words))
 
 
-def stopped(number: signal.Signals, source: str, target: str, *words: str, once: str = "out.png.resume"):
+def stopped(number: signal.Signals, source: str, target: str, *words: str, once="out.png.resume", again=None):
     """Run a command, and send it a signal as soon as there is a file of finished parts. Its code and its last line."""
     command = [sys.executable, "-m", "tilewright", *words_of(source, target, *words, "-q")]
     before = Path(once).stat().st_ino if Path(once).exists() else None
@@ -48,6 +48,9 @@ def stopped(number: signal.Signals, source: str, target: str, *words: str, once:
                 break
             time.sleep(0.005)
         running.send_signal(number)
+        if again is not None:
+            time.sleep(again)
+            running.send_signal(number)
         said = running.communicate(timeout=60)[1]
     return running.returncode, said
 
@@ -72,6 +75,24 @@ def test_a_command_that_is_told_to_stop_twice_goes_on_each_time(folder, capsys, 
     out, err = capsys.readouterr()
     assert 0 < json.loads(out)["resumed"] < 1 and "goes on from out.png.resume: " in err
     assert same() and sorted(p.name for p in folder.iterdir() if p.is_file()) == ["in.png", "out.png", "right.png"]
+
+
+def test_a_second_signal_does_not_interrupt_the_keeping(folder) -> None:
+    for wait in (0, 0.01, 0.05):
+        returned, said = stopped(signal.SIGTERM, "in.png", "out.png", *SOON, again=wait)
+        assert returned == 143 and said.endswith("--resume goes on from there\n"), said
+    assert sorted(p.name for p in folder.iterdir() if p.is_file()) == ["in.png", "out.png.resume", "right.png"]
+    assert restore("in.png", "out.png", "--resume") == 0 and same()
+
+
+def test_a_full_disk_says_that_nothing_could_be_kept(folder) -> None:
+    command = [sys.executable, "-m", "tilewright", *words_of("in.png", "out.png", "-q")]
+    limited = ["sh", "-c", 'ulimit -f 8; exec "$@"', "sh", *command]  # no file may have more than 8 KiB
+    done = subprocess.run(limited, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 5 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("tilewright: out.png cannot be written (File too large)"), done.stderr
+    assert done.stderr.endswith("; what was finished could not be kept (File too large)\n")
+    assert sorted(p.name for p in folder.iterdir() if p.is_file()) == ["in.png", "right.png"]
 
 
 def test_a_command_that_is_killed_goes_on_from_its_last_checkpoint(folder, capsys) -> None:

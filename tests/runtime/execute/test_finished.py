@@ -4,17 +4,28 @@ import random
 from collections import Counter
 from concurrent.futures import CancelledError
 from dataclasses import replace
+from threading import Event
 
 import numpy as np
 import pytest
 
-from support.devices import Apart
+from support.devices import Apart, Failing
 from support.walked_systems import SYSTEMS
 from support.walks import SEED, canvas, in_batches, program_of, toys
+from tilewright.runtime.errors import DeviceError
 from tilewright.runtime.execute.devices import CpuDevice
 from tilewright.runtime.execute.executor import Executor
 from tilewright.runtime.execute.values import on_host
 from tilewright.runtime.execute.walk import Job, Walk, run
+
+
+def told_by(walk):
+    """Pass -> how many of its nodes with tiles are done, in a copy."""
+    graph = walk.walk.graph
+    return {
+        p.name: sum(walk.finished.done[n].count(1) for n in numbers)
+        for p, numbers in zip(walk.program.passes, graph.tile_blocks, strict=True)
+    }
 
 
 def stored(finished):
@@ -48,7 +59,7 @@ class Interrupted:
         """Run until so many nodes of tiles have ended, on any kind of devices. Whether all have."""
         engines = toys(self.functions)
         executor = Executor([Apart("a", engines) if d == "apart" else CpuDevice("c", engines) for d in devices])
-        walk = Walk(self.program, executor, self.constants, self.job)
+        walk = self.walk = Walk(self.program, executor, self.constants, self.job)
         left = until
 
         def on_progress(name, done, total):
@@ -97,3 +108,75 @@ def test_a_walk_that_is_interrupted_at_random_nodes_gives_the_same_bytes(system,
             assert walk.pixels.tobytes() == expected.tobytes()
             interruptions += walk.interruptions
     assert interruptions > 1
+
+
+# Whatever stops it
+
+
+def test_devices_that_fail_for_good_lose_only_the_nodes_that_ran() -> None:
+    stops = Counter()
+    expected = {system: Interrupted(system, 128, 192, 64, 1).expected() for system in ("in-token", "steered", "vicr")}
+    for seed in range(45):
+        system = list(expected)[seed % 3]
+        walk = Interrupted(system, 128, 192, 64, 1)
+        for turn in range(40):
+            engines = toys(walk.functions)
+            devices = [CpuDevice("c", engines), Apart("a", engines)][: 1 + seed % 2]
+            kinds = ("raise", "nan", "memory") if seed % 5 else ("hang",)
+            failing = [Failing(d, f"{seed} {turn} {i}", kinds, 0.1, 0.4) for i, d in enumerate(devices)]
+            executor = Executor(failing, deadline_s=0.15)
+            now = Walk(walk.program, executor, walk.constants, walk.job)
+            try:
+                now.begin(walk.inputs, finished=walk.finished)
+                now.end()
+                break
+            except Exception as error:
+                stops[type(error).__name__] += 1
+                walk.finished = stored(now.copy())
+            finally:
+                executor.close()
+        assert walk.pixels.tobytes() == expected[system].tobytes()
+    assert stops.keys() >= {"RuntimeError", "AccuracyError", "ResourceError", "DeviceError"} and stops.total() > 45
+
+
+@pytest.mark.parametrize("last", [1, 2, 5])
+def test_a_part_whose_callback_failed_is_handed_on_again(last) -> None:
+    walk = Interrupted("in-token", 128, 192, 64, 1)
+    expected, place, left = walk.expected(), walk.place, [last]
+
+    def fails(top, left_, part):
+        left[0] -= 1
+        if not left[0]:
+            raise EOFError
+        place(top, left_, part)
+
+    walk.job = replace(walk.job, on_final=fails)
+    with pytest.raises(EOFError):
+        walk.go_on(["cpu", "cpu"])
+    walk.finished = stored(walk.walk.copy())
+    walk.job = replace(walk.job, on_final=place)
+    walk.done = Counter({p: done for p, done in told_by(walk).items() if done})
+    assert walk.go_on(["apart"])
+    assert walk.pixels.tobytes() == expected.tobytes()
+
+
+def test_values_on_a_device_that_hangs_cannot_be_kept() -> None:
+    walk = Interrupted("in-token", 64, 64, 64, 1)
+    released = Event()
+
+    class Silent(Apart):
+        def run(self, component, inputs, wanted):
+            return released.wait(60) if len(self.up) > 8 else super().run(component, inputs, wanted)
+
+        def get(self, buffer):
+            return released.wait(60) if len(self.up) > 8 else super().get(buffer)
+
+    executor = Executor([Silent("apart:0", toys(walk.functions))], deadline_s=0.2)
+    now = Walk(walk.program, executor, walk.constants, walk.job)
+    now.begin(walk.inputs)
+    with pytest.raises(DeviceError, match="has not ended after"):
+        now.end()
+    with pytest.raises(DeviceError, match=r"^apart:0 holds values and does not answer; begin anew$"):
+        now.copy()
+    released.set()
+    executor.close()

@@ -265,6 +265,8 @@ def _restore(arguments: argparse.Namespace) -> None:
                 check_room(arguments.output, sitting.shape)
             ticket = sitting.begin({}, keep=False)
             progress.before |= ticket.done_before
+            if ticket.resumed and not arguments.quiet:
+                progress.say(f"note: goes on from {file}: {ticket.resumed[1]:.0%} was done")
             with contextlib.ExitStack() as stack:
                 if file:
                     stopping = partial(progress.doing, "keeping what is finished")
@@ -319,12 +321,9 @@ def _note_resume(arguments: argparse.Namespace, file: Path | None) -> None:
         if arguments.resume:
             raise UsageError("--resume needs a file as the output; name one instead of -")
         return
-    share = share_in(file)
     if arguments.resume and not file.exists():
         note(arguments, f"there is no {file}, so this begins anew")
-    elif share is not None and arguments.resume:
-        note(arguments, f"goes on from {file}: {share:.0%} was done")
-    elif share is not None:
+    elif not arguments.resume and (share := share_in(file)) is not None:
         note(arguments, f"{file} holds {share:.0%} of an earlier restoration; to go on from there, add --resume")
 
 

@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ __all__ = [
 
 DIGITS = 24  # of a digest
 SHOWN = 60  # most characters of a value in a message
+MALFORMED = (BundleError, KeyError, ValueError, TypeError, AttributeError, RecursionError)  # of a file of another kind
 
 
 class Outdated(Exception):
@@ -107,7 +109,7 @@ def read_checkpoint(path: Path) -> Checkpoint | None:
         return Checkpoint(**facts, notes=tuple(values["notes"]), finished=finished, pixels=pixels)
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror or error}); check the path") from error
-    except (BundleError, KeyError, ValueError, TypeError):
+    except MALFORMED:
         raise InputError(f"{path} is damaged or no file of finished parts; remove it to begin anew") from None
 
 
@@ -120,7 +122,7 @@ def asked_in(path: Path) -> dict[str, Any] | None:
     """All that decides the result of a checkpoint, from its header; none if there is no readable one."""
     try:
         return dict(_metadata_of(path)["asked"])
-    except (OSError, BundleError, KeyError, ValueError, TypeError):
+    except (OSError, *MALFORMED):
         return None
 
 
@@ -128,7 +130,7 @@ def share_in(path: Path) -> float | None:
     """The share of the work that is done in a checkpoint, from its header; none if there is no readable one."""
     try:
         return float(_metadata_of(path)["share"])
-    except (OSError, BundleError, KeyError, ValueError, TypeError):
+    except (OSError, *MALFORMED):
         return None
 
 
@@ -136,7 +138,8 @@ def require_same(path: str | os.PathLike[str], before: Mapping[str, Any], now: M
     """Refuse to go on if anything that decides the result has changed."""
     changed = [name for name in dict.fromkeys((*before, *now)) if before.get(name) != now.get(name)]
     if changed:
-        then, today = (", ".join(name + _shown(values.get(name)) for name in changed) for values in (before, now))
+        shown = {name: _shown(before.get(name), now.get(name)) for name in changed}
+        then, today = (", ".join(name + shown[name][i] for name in changed) for i in (0, 1))
         raise UsageError(
             f"{path} is of a restoration with {then}, and this one has {today}; ask for the same as before, or remove"
             " the file to begin anew"
@@ -185,6 +188,11 @@ def _bytes_of(array: Any) -> memoryview:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
-def _shown(value: Any) -> str:
-    text = "the default" if value is None else repr(value) if isinstance(value, str) else str(value)
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+def _shown(*values: Any) -> list[str]:
+    """Two values as short texts. Long ones are cut so that the place where they differ is seen."""
+    texts = [repr(value) if isinstance(value, str) else str(value) for value in values]
+    texts = ["the default" if value is None else text for value, text in zip(values, texts, strict=True)]
+    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(*texts, strict=False)))
+    start = max(0, same - SHOWN // 2) if max(map(len, texts)) > SHOWN else 0
+    cut = [text[start:] if len(text) <= start + SHOWN else f"{text[start : start + SHOWN]}..." for text in texts]
+    return [f"...{text}" for text in cut] if start else cut

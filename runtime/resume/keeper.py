@@ -83,13 +83,13 @@ class Keeper:
 
     def _keep(self) -> Kept:
         with self.lock:
-            share = self.ticket.share()
             before = Kept(self.path if self.written else None)
-            if share <= self.written:  # nothing new; with smaller tiles, all has begun anew
-                return before
-            if not self.written and (share_in(self.path) or 0) > share:
-                return Kept(None, f"{self.path} holds more of an earlier restoration")
             try:
+                share = self.ticket.share()
+                if share <= self.written:  # nothing new; with smaller tiles, all has begun anew
+                    return before
+                if not self.written and (share_in(self.path) or 0) > share:
+                    return Kept(None, f"{self.path} holds more of an earlier restoration")
                 self.ticket.keep(self.path)
             except Exception as error:  # the error that stopped the restoration matters more
                 reason = (error.strerror if isinstance(error, OSError) else str(error)) or type(error).__name__

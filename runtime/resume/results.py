@@ -28,15 +28,15 @@ class Results:
         lines: dict[str, dict[str, Any]] = {}
         with contextlib.suppress(OSError):
             for text in self.path.read_bytes().splitlines():
-                with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that was cut short
+                with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):  # a line that was cut short
                     line = json.loads(text)
-                    lines[line["result"]] = line
+                    lines[Path(line["result"]).name] = line
         return {name: line for name, line in lines.items() if line.get("file") == _identity(self.path.parent / name)}
 
     def holds(self, line: Mapping[str, Any] | None, source: Path) -> bool:
         """Whether a line is of this image."""
         try:
-            return line is not None and line.get("image") == sha256_of_file(source)
+            return line is not None and line.get("image") == sha256_of_file(source, remember=False)
         except OSError:
             return False
 
@@ -47,7 +47,8 @@ class Results:
     def add(self, target: Path, source: Path, asked: Mapping[str, Any]) -> None:
         """Add a result. Without its line, it would only be made again."""
         with self.lock, contextlib.suppress(OSError):
-            line = {"result": target.name, "file": _identity(target), "image": sha256_of_file(source), "asked": asked}
+            image = sha256_of_file(source, remember=False)
+            line = {"result": target.name, "file": _identity(target), "image": image, "asked": asked}
             with self.path.open("a", encoding="ascii") as file:
                 file.write("\n" * self._cut_short() + json.dumps(line) + "\n")
 

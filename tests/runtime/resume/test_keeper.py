@@ -119,6 +119,12 @@ CHANGES = [
     ({}, {"overlap": 16}, "overlap=the default", "overlap=16"),
     ({}, {"scale": 2}, "scale=1", "scale=2"),
     ({"prompt": "dim"}, {"prompt": "red"}, "prompt='dim'", "prompt='red'"),
+    (
+        {"prompt": f"dim{' ' * 99}red"},
+        {"prompt": f"dim{' ' * 99}warm"},
+        f"prompt=...{' ' * 30}red'",
+        f"prompt=...{' ' * 30}warm'",
+    ),
     ({"gain": 2.0}, {"gain": None}, "gain=2.0", "gain=1.0"),
     ({"look": "a.safetensors"}, {"look": "b.safetensors"}, "look='a file, SHA-256 ", "look='a file, SHA-256 "),
     ({"seed": 3}, {"seed": 4, "gain": 2}, "seed=3, gain=1.0", "seed=4, gain=2"),

@@ -257,6 +257,7 @@ class Sitting:
                 "overlap=": job.overlap_px,
                 "steps=": job.steps,
                 "scale=": self.estimate.scale,
+                "batch=": sorted({p.tiles.batch for p in self.bundle.program.passes if p.tiles}),
                 **{
                     f"{name}=": plain(Path(value) if name in files and value is not None else value)
                     for name, value in values.items()

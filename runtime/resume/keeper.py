@@ -43,8 +43,8 @@ class Keeps(Protocol):
 class Keeper:
     """Keeps the finished parts while a block runs, every so many seconds if not 0, and when an error leaves it.
 
-    The error then has an attribute `kept`. If the block ends well, the file is removed. The file is replaced only if
-    more of the work is done, also a file of another restoration.
+    The error then has an attribute `kept`. If the block ends well, or the whole picture is kept elsewhere, the file is
+    removed. It is replaced only if more of the work is done, also a file of another restoration.
     """
 
     def __init__(self, ticket: Keeps, path: Path, every_s: float, on_stop: Callable[[], None]) -> None:
@@ -66,11 +66,12 @@ class Keeper:
     def keep_at_stop(self, error: BaseException | None) -> None:
         """Write the file, or remove it. The command line lets no signal interrupt this."""
         self.stopped.set()
-        if error is not None:
+        has_result = error is None or getattr(error, "picture", None) is not None
+        if not has_result:
             self.on_stop()
         if self.every_s:
             self.thread.join()
-        if error is None:
+        if error is None or has_result:
             with contextlib.suppress(OSError):
                 self.path.unlink(missing_ok=True)
         else:

@@ -238,15 +238,15 @@ class Sitting:
         return ticket
 
     def asked(self, arguments: Mapping[str, Any]) -> Callable[[], dict[str, Any]]:
-        """All that decides the result of a round, computed when it is needed for the first time."""
+        """All that decides the result of a round. The digest of the image is computed when it is first needed."""
         job, listed = self.walk.job, self.bundle.arguments
-        values = {name: argument.default for name, argument in listed.items()} | {
-            name: value for name, value in {**self.arguments, **arguments}.items() if value is not None
-        }
+        values = {name: argument.default for name, argument in listed.items()}
+        values |= {name: value for name, value in {**self.arguments, **arguments}.items() if value is not None}
+        files = {name for name, argument in listed.items() if argument.kind == "tensors" and values[name] is not None}
+        plain_values = {f"{name}=": plain(Path(str(v)) if name in files else v) for name, v in values.items()}
 
         @cache
         def asked() -> dict[str, Any]:
-            files = {name for name in values if name in listed and listed[name].kind == "tensors"}
             return {
                 "Tilewright ": version("tilewright"),
                 "bundle ": self.bundle.digest[:DIGITS],
@@ -258,10 +258,7 @@ class Sitting:
                 "steps=": job.steps,
                 "scale=": self.estimate.scale,
                 "batch=": sorted({p.tiles.batch for p in self.bundle.program.passes if p.tiles}),
-                **{
-                    f"{name}=": plain(Path(value) if name in files and value is not None else value)
-                    for name, value in values.items()
-                },
+                **plain_values,
             }
 
         return asked
@@ -376,7 +373,7 @@ class Ticket:
             pixels = {place: part for place, part in pixels.items() if part.size}  # the padding has no pixels
             notes = tuple(dict.fromkeys(walk.job.notes))
             tile, threads = walk.job.tile_px, self.sitting.threads
-            checkpoint = Checkpoint(self.asked(), threads, walk.share(), tile, notes, finished, pixels)
+            checkpoint = Checkpoint(self.asked(), threads, walk.share(finished.done), tile, notes, finished, pixels)
             try:
                 checkpoint.write(Path(path), still_right=partial(self._runs, walk))
                 return
@@ -385,7 +382,8 @@ class Ticket:
 
     def share(self) -> float:
         """The share of the work that is done."""
-        return self._walk().share()
+        walk = self._walk()
+        return walk.share(walk.values.done)
 
     def note(self, text: str) -> None:
         """Add a note to the restoration."""

@@ -112,12 +112,10 @@ class Walk:
                 raise DeviceError(f"{device.name} holds values and does not answer; begin anew")
         return finished
 
-    def share(self) -> float:
+    def share(self, done: Sequence[bytes | bytearray]) -> float:
         """The share of the run's nodes that are done."""
         blocks = self.task.blocks
-        return sum(self.values.done[n].count(1) for n in blocks) / max(
-            1, sum(self.graph.blocks[n].size for n in blocks)
-        )
+        return sum(done[n].count(1) for n in blocks) / max(1, sum(self.graph.blocks[n].size for n in blocks))
 
     def end(self) -> None:
         """Wait until the run has ended. An interrupt during the wait cancels it."""

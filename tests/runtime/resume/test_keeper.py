@@ -152,6 +152,26 @@ def test_another_argument_is_refused_by_name_with_both_values(tinted, before, no
         )
 
 
+def test_a_file_that_changes_while_it_runs_counts_as_it_was(tinted):
+    def write(value):
+        save_file({"look.tint": np.float32([[value, 0.25, 1]])}, "a.safetensors")
+
+    def stop(top, left, pixels):
+        write(0.75)
+        raise EOFError
+
+    write(0.5)
+    with load(tinted) as restorer:
+        expected = restorer(IMAGE, look="a.safetensors")
+        ticket = restorer.submit(IMAGE, look="a.safetensors", on_part=stop)
+        with pytest.raises(EOFError), ticket.keeping(FILE):
+            ticket.result()
+        with pytest.raises(UsageError, match="with look='a file, SHA-256 "):
+            restorer(IMAGE, look="a.safetensors", resume=FILE)
+        write(0.5)
+        np.testing.assert_array_equal(restorer(IMAGE, look="a.safetensors", resume=FILE), expected)
+
+
 def test_another_image_or_bundle_is_refused(bundle, build, restorer):
     interrupted(restorer, tile=32)
     other = IMAGE.copy()

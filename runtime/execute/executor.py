@@ -417,8 +417,9 @@ class Executor:
             self.queue.put_back(batch)
             self.changed.notify_all()
             if lacks_memory and count > 1:
-                self.queue.most[batch.device, fault.component] = count // 2
-                self._note(batch, f"{name} has too little memory for {count} tiles at once; it takes {count // 2} now")
+                key = batch.device, fault.component
+                self.queue.most[key] = most = min(count // 2, self.queue.most.get(key, count))
+                self._note(batch, f"{name} has too little memory for {count} tiles at once; it takes {most} now")
                 return
             if batch.device in self.queue.retired:  # the other thread of the device has retired it
                 return

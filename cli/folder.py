@@ -13,6 +13,7 @@ from tilewright.runtime.estimate import peak_bytes
 from tilewright.runtime.folder import Outcome, images_of, restore_images
 from tilewright.runtime.profile import engines_text
 from tilewright.runtime.restore import Restorer
+from tilewright.runtime.resume.keeper import Kept
 
 __all__ = ["restore_folder"]
 
@@ -32,13 +33,23 @@ def restore_folder(
         with open_restorer() as restorer:
             ran = restorer.ran
             progress.doing(f"reading {arguments.input}")
-            outcomes = restore_images(restorer, pairs, force=arguments.force, on_progress=progress.images, **options)
+            outcomes = restore_images(
+                restorer,
+                pairs,
+                force=arguments.force,
+                resume=arguments.resume,
+                keep_every_s=60 * arguments.checkpoint,
+                on_progress=progress.images,
+                **options,
+            )
     seconds = time.perf_counter() - start
     rows = [_row(outcome, arguments.options) for outcome in outcomes]
     faults = [row["error"] for row in rows if "error" in row]
     peak = peak_bytes()
     value = {"images": rows, "failed": len(faults), "seconds": seconds, "peak_bytes": peak} | ran
+    before = sum(outcome.finished for outcome in outcomes)
     good = f"{len(rows) - len(faults)} of {len(rows)} images in {seconds:.2f} s; peak {mebibytes(peak)}"
+    good += f"; {before} were finished before" if before else ""
     lines = [f"{arguments.input} -> {arguments.output}: {good}", f"engines: {engines_text(**ran)}"]
     lines += [f"failed: {fault['message']}" for fault in faults]
     fault = None
@@ -47,12 +58,17 @@ def restore_folder(
         kind = type(first) if isinstance(first, TilewrightError) else TilewrightError
         fault = kind(f"{len(faults)} of {len(rows)} images failed, the first is {faults[0]['message']}")
         fault.exit_code = faults[0]["code"]
+        keeps = [getattr(outcome.error, "kept", None) for outcome in outcomes]
+        if len(faults) < len(rows) or any(kept and kept.path for kept in keeps):
+            fault.kept = Kept(arguments.output)
     answer(arguments, value, "\n".join(lines), fault=fault)
 
 
 def _row(outcome: Outcome, options: Mapping[str, str]) -> dict[str, Any]:
     """An image in the JSON answer."""
     row: dict[str, Any] = {"input": str(outcome.source), "output": str(outcome.target)}
+    if outcome.finished:
+        return row | {"finished_before": True}
     if (error := outcome.error) is None:
         (row["input_width"], row["input_height"]), (row["width"], row["height"]) = outcome.input_size, outcome.size
         return row | {"tiles": outcome.tiles, "seconds": outcome.seconds}

@@ -5,11 +5,11 @@ import signal
 import sys
 from types import FrameType
 
-__all__ = ["ending", "main"]
+__all__ = ["ending", "kept", "main"]
 
 ENDINGS = {signal.SIGINT: ("interrupted", 130), signal.SIGTERM: ("terminated", 143)}
 RETRY_S = 0.05
-UNBROKEN = {"_locked", "staging", "writing"}  # they make and remove temporary files
+UNBROKEN = {"_locked", "keep_at_stop", "staging", "writing"}  # they make and remove temporary files, or keep work
 _stopped_by: list[int] = []  # the signals that came; a library may catch the exception that a signal raised
 
 
@@ -36,7 +36,9 @@ def main(argv: list[str] | None = None) -> int:
         words = sys.argv[1:] if argv is None else argv
         ending, code = ENDINGS[signal.Signals(_stopped_by[0] if _stopped_by else signal.SIGINT)]
         hint = "; finished stages of a build are kept" if words[:2] == ["export", "build"] else ""
-        say_error(f"{ending}{hint}", code, ending.capitalize(), to=sys.stdout if "--json" in words else None)
+        say_error(
+            f"{ending}{hint}{kept(error)}", code, ending.capitalize(), to=sys.stdout if "--json" in words else None
+        )
         return code
     finally:
         if argv is None:
@@ -99,6 +101,7 @@ def _run(words: list[str]) -> int:
             message, code = as_typed(str(error), getattr(arguments, "options", {})), error.exit_code
         else:
             message, code = ending(error)
+        message += kept(error)
         picture_goes_there = str(getattr(arguments, "output", "")) == "-"
         to = None if "--json" not in words else sys.stderr if picture_goes_there else sys.stdout
         say_error(message, code, type(error).__name__, getattr(error, "report", None), to=to)
@@ -130,6 +133,19 @@ def _silence(words: list[str]) -> None:
     handler.setFormatter(logging.Formatter("note: %(message)s"))
     ours.addHandler(handler)
     ours.setLevel(logging.ERROR if {"-q", "--quiet"} & set(words) else logging.WARNING)
+
+
+def kept(error: BaseException | None) -> str:
+    """The end of an error's line, if a restoration has kept its finished parts, or could not."""
+    while error is not None and getattr(error, "kept", None) is None:
+        error = error.__context__
+    if error is None:
+        return ""
+    path, reason = error.kept.path, error.kept.reason  # type: ignore[attr-defined]
+    if path is None:
+        return f"; what was finished could not be kept ({reason})" if reason else ""
+    lost = f"; the last of it could not be kept ({reason})" if reason else ""
+    return f"; what was finished is kept in {path}: the same command with --resume goes on from there{lost}"
 
 
 def ending(error: Exception) -> tuple[str, int]:

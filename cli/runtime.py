@@ -28,12 +28,14 @@ from tilewright.runtime.images.write import (
 from tilewright.runtime.inputs import checked
 from tilewright.runtime.profile import engines_text
 from tilewright.runtime.restore import Restorer, load
+from tilewright.runtime.resume.checkpoint import beside, share_in
 
 __all__ = ["add_verbs"]
 
 
 LISTED = "A bundle has arguments of its own: --bundle DIR --help lists them."
 STREAM = "-"
+LONGEST = 1_000_000  # minutes
 METAVARS = {"words": "WORDS", "tensors": "FILE", "number": "NUMBER", "integer": "INTEGER"}
 
 
@@ -72,6 +74,16 @@ def _restore_arguments(restore: argparse.ArgumentParser) -> None:
         "--format", choices=FORMATS, help="of the images in a folder, or on standard output (default: png)"
     )
     restore.add_argument("--force", action="store_true", help="replace the input itself, or a read-only file")
+    restore.add_argument(
+        "--resume", action="store_true", help="go on from what a command was stopped at; without that, begin anew"
+    )
+    restore.add_argument(
+        "--checkpoint",
+        type=_minutes,
+        metavar="MINUTES",
+        default=15.0,
+        help="keep finished parts this often, not only when stopped; 0 is never (default: 15)",
+    )
     _bundle_arguments(restore)
     _engine_arguments(restore)
     restore.add_argument("--seed", type=int, metavar="N", default=0, help="of the noise (default: 0)")
@@ -82,6 +94,16 @@ def _restore_arguments(restore: argparse.ArgumentParser) -> None:
     )
     restore.epilog = LISTED
     restore.set_defaults(more_arguments=_arguments_of_bundle)
+
+
+def _minutes(word: str) -> float:
+    try:
+        minutes = float(word)
+    except ValueError:
+        minutes = -1.0
+    if not 0 <= minutes <= LONGEST:
+        raise UsageError(f"--checkpoint {word!r} is not a number of minutes from 0 to {LONGEST}")
+    return minutes
 
 
 def _profile_arguments(profile: argparse.ArgumentParser) -> None:
@@ -229,25 +251,37 @@ def _restore(arguments: argparse.Namespace) -> None:
     source, piped = _streams(arguments)
     values = _bundle_values(arguments)
     _notes(arguments)
+    file = None if piped else beside(arguments.output)
+    _note_resume(arguments, file)
     start = time.perf_counter()
     with Progress(arguments, [p.name for p in arguments.opened.program.passes]) as progress:
         progress.doing("opening the engines")
         with _open(arguments) as restorer:
             opened = time.perf_counter() - start
             progress.doing("reading the image")
-            sitting = restorer.sitting(source, on_progress=progress.tiles, **_sizes(arguments), **values)
+            options = _sizes(arguments) | values | {"resume": file if arguments.resume else None}
+            sitting = restorer.sitting(source, on_progress=progress.tiles, **options)
             if piped:
                 check_format("the image", f".{arguments.format or 'png'}", sitting.shape)
             else:
                 check_room(arguments.output, sitting.shape)
-            restoration = sitting.round({}, keep=False)
-        progress.doing("writing the image" if piped else f"writing {arguments.output}")
-        before = time.perf_counter()
-        if piped:
-            send_image(encode_image(restoration.image, arguments.format or "png", icc=restoration.icc))
-        else:
-            write_or_keep(arguments.output, restoration.image, icc=restoration.icc)
-    now = time.perf_counter()
+            ticket = sitting.begin({}, keep=False)
+            progress.before |= ticket.done_before
+            if ticket.resumed and not arguments.quiet:
+                progress.say(f"note: goes on from {file}: {ticket.resumed[1]:.0%} was done")
+            with contextlib.ExitStack() as stack:
+                if file:
+                    stopping = partial(progress.doing, "keeping what is finished")
+                    stack.enter_context(ticket.keeping(file, every_s=60 * arguments.checkpoint, on_stop=stopping))
+                restoration = ticket.result()
+                restorer.close()  # the engines' memory is free while the image is written
+                progress.doing("writing the image" if piped else f"writing {arguments.output}")
+                before = time.perf_counter()
+                if piped:
+                    send_image(encode_image(restoration.image, arguments.format or "png", icc=restoration.icc))
+                else:
+                    write_or_keep(arguments.output, restoration.image, icc=restoration.icc)
+                now = time.perf_counter()
     seconds = restoration.seconds | {"open": opened, "write": now - before, "total": now - start}
     height, width = restoration.image.shape[:2]
     value = {
@@ -262,6 +296,7 @@ def _restore(arguments: argparse.Namespace) -> None:
         "engines": restoration.engines,
         "devices": restoration.devices,
         "notes": list(restoration.notes),
+        "resumed": ticket.resumed[1] if ticket.resumed else 0.0,
     }
     for text in restoration.notes:
         note(arguments, text)
@@ -280,6 +315,18 @@ def _notes(arguments: argparse.Namespace) -> None:
         kind = weights.partition(",")[0]
         note(arguments, f"this bundle holds {kind} weights; the picture proves plumbing, not restoration")
     _note_large_tile(arguments, arguments.opened.program)
+
+
+def _note_resume(arguments: argparse.Namespace, file: Path | None) -> None:
+    """Notes on the finished parts of an earlier command."""
+    if file is None:
+        if arguments.resume:
+            raise UsageError("--resume needs a file as the output; name one instead of -")
+        return
+    if arguments.resume and not file.exists():
+        note(arguments, f"there is no {file}, so this begins anew")
+    elif not arguments.resume and (share := share_in(file)) is not None:
+        note(arguments, f"{file} holds {share:.0%} of an earlier restoration; to go on from there, add --resume")
 
 
 def _note_large_tile(arguments: argparse.Namespace, program: Program) -> None:

@@ -109,6 +109,7 @@ class Progress:
         self.terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb" and not self.quiet
         self.parts = list(parts)
         self.part = ""
+        self.before: dict[str, int] = {}  # part -> how much of it was done before this command
         self.begun = self.heard = self.shown = time.monotonic()  # this part; the last news; the last line
         self.ends: float | None = None
         self.line = ""
@@ -170,7 +171,8 @@ class Progress:
         if name != self.part:  # reports come at the end of work, so a part began with the last report before it
             self.part, self.begun = name, self.heard
         self.heard = now
-        self.ends = now + (now - self.begun) / done * (total - done) if done else None
+        now_done = done - self.before.get(name, 0)
+        self.ends = now + (now - self.begun) / now_done * (total - done) if now_done > 0 else None
         filled = 24 * done // max(1, total)
         place = (
             f"{self.parts.index(name) + 1} of {len(self.parts)}: {name}"

@@ -32,6 +32,8 @@ class TilewrightError(Exception):
 
     exit_code = 1
     report: dict[str, Any] | None = None  # results from before the failure, for --json
+    picture: Any = None  # where a picture is that could not be written where it should be
+    kept: Any = None  # where a restoration that it stopped keeps its finished parts, see `Ticket.keeping`
 
 
 class UsageError(TilewrightError):

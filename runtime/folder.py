@@ -20,6 +20,9 @@ from tilewright.runtime.images.read import SUFFIXES, image_size
 from tilewright.runtime.images.write import check_overwrite, check_room, check_writable, write_or_keep
 from tilewright.runtime.inputs import gather
 from tilewright.runtime.restore import Restorer, Sitting, Ticket
+from tilewright.runtime.resume.checkpoint import asked_in, beside, require_same
+from tilewright.runtime.resume.keeper import Kept
+from tilewright.runtime.resume.results import Results
 
 __all__ = ["Outcome", "images_of", "restore_images"]
 
@@ -37,6 +40,7 @@ class Outcome:
     tiles: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     error: Exception | None = None
+    finished: bool = False  # before this job began
 
 
 def images_of(folder: Path, into: Path, suffix: str) -> tuple[list[tuple[Path, Path]], int]:
@@ -67,6 +71,8 @@ def restore_images(
     pairs: Sequence[tuple[Path, Path]],
     *,
     force: bool = False,
+    resume: bool = False,
+    keep_every_s: float = 0,
     on_progress: Callable[[int, int, float], None] = lambda done, images, share: None,
     **options: Any,
 ) -> list[Outcome]:
@@ -74,16 +80,22 @@ def restore_images(
 
     `on_progress` gets how many images have ended, how many there are, and the share of the work that is done. Options
     as for `Restorer.sitting`; wrong ones are refused before any work. An interrupt ends the images in work within one
-    call of an engine; files that are finished stay.
+    call of an engine; files that are finished stay. Finished parts are kept beside the targets when an image stops, and
+    every so many seconds if not 0. `resume` leaves out images whose result is there from the same image and options,
+    and goes on with the others from their finished parts.
     """
-    job = _Job(restorer, pairs, force, on_progress, options)
+    job = _Job(restorer, pairs, force, resume, keep_every_s, on_progress, options)
     with ThreadPoolExecutor(PER_DEVICE * len(restorer.executor.devices), "image") as pool:
         try:
-            return [future.result() for future in [pool.submit(job.restore, *pair) for pair in pairs]]
-        except BaseException:
+            outcomes = [future.result() for future in [pool.submit(job.restore, *pair) for pair in pairs]]
+        except BaseException as error:
             job.stop()
             pool.shutdown(cancel_futures=True)
+            error.kept = Kept(job.results.path.parent if job.keeps() else None)  # type: ignore[attr-defined]
             raise
+    if not resume and not any(outcome.error for outcome in outcomes):
+        job.results.remove()
+    return outcomes
 
 
 class _Job:
@@ -94,19 +106,25 @@ class _Job:
         restorer: Restorer,
         pairs: Sequence[tuple[Path, Path]],
         force: bool,
+        resume: bool,
+        keep_every_s: float,
         on_progress: Callable[[int, int, float], None],
         options: dict[str, Any],
     ) -> None:
         self.restorer, self.force, self.on_progress, self.options = restorer, force, on_progress, options
+        self.resume, self.keep_every_s, self.pairs = resume, keep_every_s, pairs
         smallest = restorer.sitting(np.zeros((1, 1, 3), np.uint8), **options)
         gather(restorer.bundle, smallest.arguments)
+        self.asked = {name: value for name, value in smallest.asked({})().items() if name != "image "}
+        self.results = Results(pairs[0][1].parent)
+        self.finished = self._finished() if resume else frozenset()
         self.shared_bytes, self.free_bytes = smallest.estimate.needed_bytes, smallest.estimate.available_bytes
         self.changed = Condition()
         self.held: dict[Path, int] = {}  # image in work -> bytes that it needs beside what all share
         self.tickets: dict[Path, Ticket] = {}
         self.ended = 0
         self.stopped = False
-        self.pixels = {source: _pixels(source) for source, _ in pairs}
+        self.pixels = {source: 0 if source in self.finished else _pixels(source) for source, _ in pairs}
         self.done = 0  # pixels of the images that have ended
         self.nodes: dict[Path, int] = {}  # image in work -> nodes of all its passes
         self.ran: dict[Path, dict[str, int]] = {}  # image -> pass -> nodes that are done
@@ -119,19 +137,40 @@ class _Job:
             for ticket in self.tickets.values():
                 ticket.cancel()
 
+    def keeps(self) -> bool:
+        """Whether finished images or parts lie there for another time."""
+        return self.results.path.exists() or any(beside(target).exists() for _, target in self.pairs)
+
+    def _finished(self) -> frozenset[Path]:
+        """The images whose results are there. Results and parts that were made with other options are refused."""
+        lines, finished = self.results.read(), set()
+        for source, target in self.pairs:
+            if line := lines.get(target.name):
+                self.results.require_same(line, self.asked)
+                finished |= {source} if self.results.holds(line, source) else set()
+            if source not in finished and (before := asked_in(beside(target))) is not None:
+                before.pop("image ", None)  # compared when its turn comes
+                require_same(beside(target), before, self.asked)
+        return frozenset(finished)
+
     def restore(self, source: Path, target: Path) -> Outcome:
         """Restore one image."""
         begun = time.perf_counter()
         try:
+            if source in self.finished:
+                return Outcome(source, target, finished=True)
             target.parent.mkdir(exist_ok=True)
             check_writable(target)
             if not self.force:
                 check_overwrite(target, source)
-            sitting = self._sitting(source)
+            sitting = self._sitting(source, beside(target) if self.resume else None)
             check_room(target, sitting.shape)
-            restoration = self._begin(source, sitting).result()
-            before = time.perf_counter()
-            write_or_keep(target, restoration.image, icc=restoration.icc, stopped=lambda: self.stopped)
+            ticket = self._begin(source, sitting)
+            with ticket.keeping(beside(target), every_s=self.keep_every_s):
+                restoration = ticket.result()
+                before = time.perf_counter()
+                write_or_keep(target, restoration.image, icc=restoration.icc, stopped=lambda: self.stopped)
+            self.results.add(target, source, self.asked)
             now = time.perf_counter()
             height, width = restoration.image.shape[:2]
             seconds = restoration.seconds | {"write": now - before, "total": now - begun}
@@ -150,12 +189,13 @@ class _Job:
                 self.changed.notify_all()
                 self._tell()
 
-    def _sitting(self, source: Path) -> Sitting:
+    def _sitting(self, source: Path, resume: Path | None) -> Sitting:
         """Read an image when there is memory for it. Without any other image in work, it must fit."""
         while True:
             ended = self.ended
             try:
-                sitting = self.restorer.sitting(source, on_progress=partial(self._ran, source), **self.options)
+                on_progress = partial(self._ran, source)
+                sitting = self.restorer.sitting(source, on_progress=on_progress, resume=resume, **self.options)
             except ResourceError:
                 with self.changed:
                     if not self.held and self.ended == ended:

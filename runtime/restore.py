@@ -5,7 +5,9 @@ import os
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
+from importlib.metadata import version
+from pathlib import Path
 from threading import Lock
 from types import TracebackType
 from typing import Any
@@ -20,7 +22,7 @@ from tilewright.runtime.bundle.weights import checked_folder
 from tilewright.runtime.engines import Engine, backend
 from tilewright.runtime.engines.choose import choose_all, require
 from tilewright.runtime.engines.machine import this_machine, usable_cores
-from tilewright.runtime.errors import ResourceError, UsageError
+from tilewright.runtime.errors import InputError, ResourceError, UsageError
 from tilewright.runtime.estimate import (
     MEMORY_MODES,
     Estimate,
@@ -39,6 +41,16 @@ from tilewright.runtime.images.write import assemble
 from tilewright.runtime.inputs import check_names, gather, read_tensors, whole
 from tilewright.runtime.plan.noise import WORD_MAX
 from tilewright.runtime.plan.passes import least_px
+from tilewright.runtime.resume.checkpoint import (
+    DIGITS,
+    Checkpoint,
+    Outdated,
+    plain,
+    read_checkpoint,
+    require_same,
+    value_of_picture,
+)
+from tilewright.runtime.resume.keeper import Keeper
 
 __all__ = ["Restoration", "Restorer", "Sitting", "Ticket", "load"]
 
@@ -69,7 +81,7 @@ class Restorer:
     constants: Mapping[str, Any] = field(default_factory=dict)
     memory: str = "fast"
     memory_limit: int | None = None
-    shares_engines: bool = False
+    threads: int = 1  # of a device
 
     def __enter__(self) -> "Restorer":
         return self
@@ -120,6 +132,7 @@ class Restorer:
         steps: int | None = None,
         scale: int | None = None,
         max_pixels: int = 100_000_000,
+        resume: str | os.PathLike[str] | None = None,
         on_progress: Callable[[str, int, int], None] = lambda name, done, total: None,
         on_part: Callable[[int, int, npt.NDArray[np.uint8]], None] = lambda top, left, pixels: None,
         **arguments: Any,
@@ -130,7 +143,9 @@ class Restorer:
         `on_progress` gets the name of a pass, how many of its tiles are done, and how many it has. `on_part` gets each
         part of the picture (RGB) as soon as it is final. Both are called on threads of the devices, one call at a time.
         An exception that they raise ends the job. If the memory does not suffice for a tile, the image begins anew with
-        smaller tiles, and all parts come again.
+        smaller tiles, and all parts come again. `resume`: the file where `Ticket.keeping` kept the finished parts of
+        the same restoration; the first round goes on from there, and does not hand these parts on again. Without that
+        file it starts from the beginning.
         """
         check_names(self.bundle, arguments)
         seed = whole("seed", seed, 0, WORD_MAX)
@@ -149,7 +164,8 @@ class Restorer:
         enlarged = Enlarged(picture.rgb, needs.scale, program.multiple_px, least_px(program, tile))
         job = Job(enlarged, seed, tile, overlap, steps, on_progress=on_progress)
         walk = Walk(program, self.executor, self.constants, job)
-        return Sitting(self.bundle, picture, needs, walk, arguments, clock, self.ran, on_part)
+        file = None if resume is None else Path(resume)
+        return Sitting(self.bundle, picture, needs, walk, arguments, clock, self.ran, self.threads, file, on_part)
 
     def estimate(self, width: int, height: int, **options: Any) -> Estimate:
         """What an image of this size would need here; options as for `estimate`."""
@@ -160,7 +176,7 @@ class Restorer:
             memory=self.memory,
             opened=tuple(self.engines.opened),
             devices=len(self.executor.devices),
-            shared=self.shares_engines,
+            shared=self.threads == 1,
             memory_limit=self.memory_limit,
             **options,
         )
@@ -177,10 +193,13 @@ class Sitting:
     arguments: Mapping[str, Any]
     clock: "_Clock"
     ran: Mapping[str, Any]  # the engines and the devices, as `Restorer.ran`
+    threads: int  # of a device
+    resume: Path | None  # the file with what the first round has finished
     on_part: Callable[[int, int, npt.NDArray[np.uint8]], None] = lambda top, left, pixels: None
 
     def __post_init__(self) -> None:
         self.at_first = (self.walk, self.estimate)
+        self.ticket: Ticket | None = None  # of the last round
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -209,22 +228,78 @@ class Sitting:
         rgb = np.empty((self.estimate.height, self.estimate.width, 3), np.uint8)
         job.on_final = partial(self._part, rgb)
         inputs = gather(self.bundle, {**self.arguments, **arguments})
-        self.walk.begin(inputs, keep=keep)
-        return Ticket(self, rgb, partial(self._begin_smaller, inputs, keep=keep))
+        asked = self.asked(arguments)
+        ticket = Ticket(self, rgb, partial(self._begin_smaller, inputs, keep=keep), asked)
+        checkpoint = None
+        if self.resume is not None and (checkpoint := read_checkpoint(self.resume)):
+            self._go_on(checkpoint, ticket)
+        self.walk.begin(inputs, keep=keep, finished=checkpoint.finished if checkpoint else None)
+        self.resume, self.ticket = None, ticket
+        return ticket
+
+    def asked(self, arguments: Mapping[str, Any]) -> Callable[[], dict[str, Any]]:
+        """All that decides the result of a round. The digest of the image is computed when it is first needed."""
+        job, listed = self.walk.job, self.bundle.arguments
+        values = {name: argument.default for name, argument in listed.items()}
+        values |= {name: value for name, value in {**self.arguments, **arguments}.items() if value is not None}
+        files = {name for name, argument in listed.items() if argument.kind == "tensors" and values[name] is not None}
+        plain_values = {f"{name}=": plain(Path(str(v)) if name in files else v) for name, v in values.items()}
+
+        @cache
+        def asked() -> dict[str, Any]:
+            return {
+                "Tilewright ": version("tilewright"),
+                "bundle ": self.bundle.digest[:DIGITS],
+                "image ": value_of_picture(self.picture),
+                **{f"engine of {name} ": engine for name, engine in self.ran["engines"].items()},
+                "seed=": job.seed,
+                "tile=": self.at_first[0].job.tile_px,
+                "overlap=": job.overlap_px,
+                "steps=": job.steps,
+                "scale=": self.estimate.scale,
+                "batch=": sorted({p.tiles.batch for p in self.bundle.program.passes if p.tiles}),
+                **plain_values,
+            }
+
+        return asked
+
+    def _go_on(self, checkpoint: Checkpoint, ticket: "Ticket") -> None:
+        """Prepare to go on from a checkpoint."""
+        assert self.resume is not None
+        require_same(self.resume, checkpoint.asked, ticket.asked())
+        if checkpoint.tile != self.walk.job.tile_px:
+            self._use_tile(checkpoint.tile)
+        sizes = [block.size for block in self.walk.graph.blocks]
+        if [len(tiles) for tiles in checkpoint.finished.done] != sizes:
+            raise InputError(f"{self.resume} has other steps or tiles than this version makes; remove it to begin anew")
+        ticket.resumed = self.resume, checkpoint.share
+        tile_blocks, passes = self.walk.graph.tile_blocks, self.bundle.program.passes
+        for p, numbers in zip(passes, tile_blocks, strict=True):
+            ticket.done_before[p.name] = sum(checkpoint.finished.done[n].count(1) for n in numbers)
+        for (top, left), pixels in checkpoint.pixels.items():
+            ticket.rgb[top : top + pixels.shape[0], left : left + pixels.shape[1]] = pixels
+        notes = self.walk.job.notes
+        notes += checkpoint.notes
+        if checkpoint.threads != self.threads:
+            notes.append(
+                f"each device has {self.threads} thread(s) and had {checkpoint.threads}: values may differ by one"
+                " level of 255"
+            )
 
     def _begin_smaller(self, inputs: Mapping[str, Any], *, keep: bool) -> bool:
         """Begin anew with smaller tiles, if the memory did not suffice for one tile. Whether it has begun."""
-        walk = self.walk
-        if (tile := walk.smaller_tile()) is None:
+        if (tile := self.walk.smaller_tile()) is None:
             return False
-        program = self.bundle.program
-        enlarged = Enlarged(self.picture.rgb, self.estimate.scale, program.multiple_px, least_px(program, tile))
-        job = replace(walk.job, image=enlarged, tile_px=tile)
-        self.walk = Walk(program, walk.executor, walk.constants, job)
-        self.estimate = replace(self.estimate, passes=[(p, self.walk.graph.plans[p.name]) for p in program.passes])
-        job.notes.append(f"too little memory: the image began anew with --tile {tile}")
+        self._use_tile(tile)
+        self.walk.job.notes.append(f"too little memory: the image began anew with --tile {tile}")
         self.walk.begin(inputs, keep=keep)
         return True
+
+    def _use_tile(self, tile: int | None) -> None:
+        walk, program = self.walk, self.bundle.program
+        enlarged = Enlarged(self.picture.rgb, self.estimate.scale, program.multiple_px, least_px(program, tile))
+        self.walk = Walk(program, walk.executor, walk.constants, replace(walk.job, image=enlarged, tile_px=tile))
+        self.estimate = replace(self.estimate, passes=[(p, self.walk.graph.plans[p.name]) for p in program.passes])
 
     def _part(self, rgb: npt.NDArray[np.uint8], top: int, left: int, part: npt.NDArray[np.float32]) -> None:
         fill(rgb, top, left, part)
@@ -248,11 +323,21 @@ class Sitting:
 class Ticket:
     """A restoration that runs: wait for its `result`, `await` it, or `cancel` it."""
 
-    def __init__(self, sitting: Sitting, rgb: npt.NDArray[np.uint8], begin_smaller: Callable[[], bool]) -> None:
-        self.sitting, self.rgb, self.begin_smaller = sitting, rgb, begin_smaller
+    def __init__(
+        self,
+        sitting: Sitting,
+        rgb: npt.NDArray[np.uint8],
+        begin_smaller: Callable[[], bool],
+        asked: Callable[[], dict[str, Any]],
+    ) -> None:
+        self.sitting, self.rgb, self.begin_smaller, self.asked = sitting, rgb, begin_smaller, asked
         self.lock = Lock()
         self.cancelled = False
         self.restoration: Restoration | None = None
+        self.resumed: tuple[Path, float] | None = None  # the file that it went on from, and the share done then
+        self.done_before: dict[str, int] = {}  # pass -> nodes that were done then
+        self.before_smaller: Callable[[], object] = lambda: None
+        self.gave_up: Walk | None = None  # the walk that found too little memory for any tile
 
     def result(self) -> Restoration:
         """Wait for the restoration, and return it. An interrupt during the wait cancels it."""
@@ -261,12 +346,56 @@ class Ticket:
                 try:
                     self.sitting.walk.end()
                 except (MemoryError, ResourceError):
-                    if self.cancelled or not self.begin_smaller():
+                    if not self._goes_on():
+                        self.gave_up = self.sitting.walk
                         self.sitting.walk, self.sitting.estimate = self.sitting.at_first  # for a further round
                         raise
                 else:
                     self.restoration = self.sitting.finish(self.rgb)
             return self.restoration
+
+    def keeping(
+        self, path: str | os.PathLike[str], *, every_s: float = 0, on_stop: Callable[[], None] = lambda: None
+    ) -> Keeper:
+        """A context manager that keeps the finished parts in a file, which is removed if its block ends well.
+
+        It writes the file if an error leaves the block; `error.kept.path` then names it. With `every_s` it also writes
+        it whenever so many seconds have passed. `on_stop` is called before the write after an error.
+        """
+        return Keeper(self, Path(path), every_s, on_stop)
+
+    def keep(self, path: str | os.PathLike[str]) -> None:
+        """Write the finished parts to a file, from which `submit` can go on with `resume`. The restoration goes on."""
+        while True:
+            walk = self._walk()
+            finished = walk.copy()
+            pixels = {(t, e): self.rgb[t:b, e:r] for t, e, b, r in walk.values.all_handed_on({*finished.regions})}
+            pixels = {place: part for place, part in pixels.items() if part.size}  # the padding has no pixels
+            notes = tuple(dict.fromkeys(walk.job.notes))
+            tile, threads = walk.job.tile_px, self.sitting.threads
+            checkpoint = Checkpoint(self.asked(), threads, walk.share(finished.done), tile, notes, finished, pixels)
+            try:
+                checkpoint.write(Path(path), still_right=partial(self._runs, walk))
+                return
+            except Outdated:  # smaller tiles overwrite the pixels
+                continue
+
+    def share(self) -> float:
+        """The share of the work that is done."""
+        walk = self._walk()
+        return walk.share(walk.values.done)
+
+    def note(self, text: str) -> None:
+        """Add a note to the restoration."""
+        self._walk().job.notes.append(text)
+
+    def _walk(self) -> Walk:
+        if self.sitting.ticket is not self:
+            raise RuntimeError("another round has begun")
+        return self.gave_up or self.sitting.walk
+
+    def _runs(self, walk: Walk) -> bool:
+        return self._walk() is walk
 
     def done(self) -> bool:
         """Whether `result` would return at once."""
@@ -275,9 +404,16 @@ class Ticket:
         try:
             if self.restoration is not None:
                 return True
-            return self.sitting.walk.ended() and (self.cancelled or not self.begin_smaller())
+            return self.sitting.walk.ended() and not self._goes_on()
         finally:
             self.lock.release()
+
+    def _goes_on(self) -> bool:
+        """Whether a restoration that has ended begins anew with smaller tiles."""
+        if self.cancelled or not self.sitting.walk.task.lacked_memory:
+            return False
+        self.before_smaller()
+        return self.begin_smaller()
 
     def cancel(self) -> None:
         """Stop within one call of an engine. `result` then raises CancelledError, unless it had a result already."""
@@ -368,4 +504,4 @@ def load(
         for engines in engines_of_device:
             for name in engines:
                 engines[name]
-    return Restorer(bundle, shared, executor, specs, constants, memory, limit, threads == 1)
+    return Restorer(bundle, shared, executor, specs, constants, memory, limit, threads or usable_cores())

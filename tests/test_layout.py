@@ -34,6 +34,7 @@ RUNTIME = (
     {"plan", "engines", "text.py", "images"},
     {"inputs.py", "select.py"},
     {"execute", "estimate.py"},
+    {"resume"},
     {"restore.py", "simulate.py"},
     {"profile.py", "doctor.py", "folder.py"},
 )

@@ -30,7 +30,7 @@ OPTIONS = (  # options of `tilewright runtime restore` and `profile`
         "quiet",
     ),
     *("resolutions", "runs", "scale", "seed", "steps", "threads", "tile", "verbose", "version", "weights_dir"),
-    *("devices", "engine", "batch"),
+    *("devices", "engine", "batch", "resume", "checkpoint"),
 )
 PARAMETERS = ("self", "image", "restorer", "sizes", "on_progress", "on_part")  # parameters of the Python functions
 RESERVED = (*OPTIONS, *PARAMETERS)

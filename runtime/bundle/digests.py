@@ -38,9 +38,15 @@ def sha256_of_bytes(data: bytes) -> str:
 
 
 def sha256_of_file(
-    path: Path, *, fresh: bool = False, on_read: Callable[[int, int], None] = lambda done, total: None
+    path: Path,
+    *,
+    fresh: bool = False,
+    remember: bool = True,
+    on_read: Callable[[int, int], None] = lambda done, total: None,
 ) -> str:
     """The SHA-256 of a file, in hexadecimal. It is remembered while the file does not change, except with `fresh`."""
+    if not remember:
+        return _sha256(path, on_read)
     if not fresh and (remembered := remembered_sha256(path)):
         return remembered
     identity = _identity(path)

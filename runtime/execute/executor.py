@@ -12,7 +12,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
 from functools import partial
-from threading import Condition, Lock, RLock, Thread
+from threading import Condition, RLock, Thread
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from tilewright.runtime.bundle.strict import one_line
 from tilewright.runtime.errors import DeviceError, ResourceError
 from tilewright.runtime.execute.checks import not_finite, wrong_shape
 from tilewright.runtime.execute.devices import Device
+from tilewright.runtime.execute.finished import Finished
 from tilewright.runtime.execute.queue import LANES, Batch, Queue, Work
 from tilewright.runtime.execute.values import Outputs, Values, on_host
 from tilewright.runtime.plan.lower import Block, Graph
@@ -48,7 +49,8 @@ class Task:
     lacked_memory: bool = False  # it ended because a call of a single tile found too little memory
     future: "Future[None]" = field(default_factory=Future)
     counts: dict[int, int] = field(default_factory=dict)  # pass -> nodes that are done
-    telling: Lock = field(default_factory=Lock)
+    telling: RLock = field(default_factory=RLock)  # held while values change; a callback may ask for a copy of them
+    finished: Finished | None = None  # what was finished before an interruption
     number: int = field(default_factory=itertools.count().__next__)
 
 
@@ -107,14 +109,17 @@ class Executor:
 
     def submit(self, task: Task) -> "Future[None]":
         """Run a round. The future ends when all nodes have ended, or raises the error that stopped the round."""
-        task.values.begin(task.blocks, keep=task.keep)
+        if task.finished:
+            self._go_on(task, task.finished)
+        else:
+            task.values.begin(task.blocks, keep=task.keep)
         work = Work(task.graph, task.blocks, partial(self._key, task), task)
         with self.changed:
             if self.closed:
                 raise RuntimeError("the executor is closed")
             if len(self.hung) == len(self.devices):
                 raise DeviceError(f"{', '.join(d.name for d in self.devices)}: no device answers; start anew")
-            self.queue.add(work)
+            self.queue.add(work, task.values.done)
             self.tasks.append((task, work))
             if work.done():
                 self._end(work)
@@ -130,6 +135,21 @@ class Executor:
                     thread.start()
             self.changed.notify_all()
         return task.future
+
+    def _go_on(self, task: Task, finished: Finished) -> None:
+        """Prepare the rest of an interrupted round."""
+        values = task.values
+        values.done = [bytearray(tiles) for tiles in finished.done]
+        values.take(finished.values)
+        values.go_on(task.blocks, finished.regions, keep=task.keep)
+        for region in [region for region, lacking in values.waiting.items() if not lacking]:
+            values.on_final(*values.region(region))
+            values.handed_on(region)
+        for place, p in enumerate(task.graph.program.passes):
+            numbers = [n for n in task.graph.tile_blocks[place] if n in task.blocks]
+            if done := sum(values.done[n].count(1) for n in numbers):
+                task.counts[place] = done
+                task.on_progress(p.name, done, sum(task.graph.blocks[n].size for n in numbers))
 
     def cancel(self, task: Task) -> None:
         """Take a round out of the queue. Calls that are running end, and their outputs are dropped."""
@@ -264,8 +284,8 @@ class Executor:
         """Retire a device for good, and give its nodes to others."""
         spent = time.perf_counter() - running.start
         error = DeviceError(
-            f"{self.devices[device].name}: {running.component} has not ended after {spent:.0f} s; start anew, and if"
-            " the call is only slow, allow it more time with deadline_s"
+            f"{self.devices[device].name}: {running.component} has not ended after {spent:.0f} s; if the call is only"
+            " slow, allow it more time with deadline_s"
         )
         self.hung.add(device)
         self.queue.retired.add(device)
@@ -330,9 +350,9 @@ class Executor:
                     return
                 try:
                     final = [
-                        part
+                        (region, task.values.region(region))
                         for (_, its_block, tile), output in zip(batch.nodes, outputs, strict=True)
-                        for part in task.values.commit(its_block, tile, output)
+                        for region in task.values.commit(its_block, tile, output)
                     ]
                 except BaseException as error:  # too little memory to join the parts
                     self.queue.put_back(batch)
@@ -342,8 +362,9 @@ class Executor:
                     self.suspects.pop((task.number, its_block.number, tile), None)
                 self._drop_values(task, batch)
             try:
-                for part in final:
+                for region, part in final:
                     task.values.on_final(*part)
+                    task.values.handed_on(region)
                 self._tell(task, block, len(batch.nodes))
             except BaseException as error:
                 with self.changed:
@@ -402,8 +423,9 @@ class Executor:
             self.queue.put_back(batch)
             self.changed.notify_all()
             if lacks_memory and count > 1:
-                self.queue.most[batch.device, fault.component] = count // 2
-                self._note(batch, f"{name} has too little memory for {count} tiles at once; it takes {count // 2} now")
+                key = batch.device, fault.component
+                self.queue.most[key] = most = min(count // 2, self.queue.most.get(key, count))
+                self._note(batch, f"{name} has too little memory for {count} tiles at once; it takes {most} now")
                 return
             if batch.device in self.queue.retired:  # the other thread of the device has retired it
                 return

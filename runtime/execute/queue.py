@@ -4,7 +4,7 @@ Jobs take turns: next is the job that has run the fewest nodes. In a pass whose 
 tiles are open at a time, so that memory does not grow with the image. The executor and the simulation use this queue.
 """
 
-from collections.abc import Callable, Collection, Hashable
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from typing import Any
@@ -63,8 +63,8 @@ class Queue:
         self.most: dict[tuple[int, str], int] = {}  # device, component -> nodes that its memory has room for in a call
         self.waiting = 0  # nodes that are ready
 
-    def add(self, work: Work) -> None:
-        """Add a job. Its turns start at the lowest number of any job."""
+    def add(self, work: Work, done: Sequence[Sequence[int]] = ()) -> None:
+        """Add a job. Its turns start at the lowest number of any job. `done`: block -> 1 for each tile that is done."""
         graph = work.graph
         work.turns = min((w.turns for w in self.works), default=0)
         work.todo = [block.size if block.number in work.runs else 0 for block in graph.blocks]
@@ -76,10 +76,24 @@ class Queue:
                 work.left[block.number] = [
                     sum(_count(graph, w.block, w.beneath, w.rule, tile) for w in waits) for tile in range(block.size)
                 ]
+        for block, tiles in zip(graph.blocks, done, strict=False):
+            if block.number in work.runs:
+                self._skip(work, block, [tile for tile, is_done in enumerate(tiles) if is_done])
         for block in graph.blocks:
             for tile, count in enumerate(work.left[block.number]):
-                if not count:
+                if not count and not (done and done[block.number][tile]):
                     self._offer(work, block, tile)
+
+    def _skip(self, work: Work, block: Block, tiles: Sequence[int]) -> None:
+        """Count nodes as done that ended before an interruption."""
+        work.todo[block.number] -= len(tiles)
+        for tile in tiles:
+            for number, follower in self._followers(work, block, tile):
+                work.left[number][follower] -= 1
+        if block.private:
+            blocks = work.graph.tile_blocks[block.place]
+            begun = (block.number == blocks[0]) - (block.number == blocks[-1])
+            work.open[block.place] = work.open.get(block.place, 0) + begun * len(tiles)
 
     def remove(self, work: Work) -> None:
         """Remove a job. Its nodes that are running end."""
@@ -130,14 +144,17 @@ class Queue:
                 continue
             work.todo[block.number] -= 1
             self._finish(work, block)
-            for number, wait in work.graph.followers[block.number]:
-                if number not in work.runs:
-                    continue
-                left = work.left[number]
-                for follower in _above(wait.rule, wait.beneath, tile, len(left)):
-                    left[follower] -= 1
-                    if not left[follower]:
-                        self._offer(work, work.graph.blocks[number], follower)
+            for number, follower in self._followers(work, block, tile):
+                work.left[number][follower] -= 1
+                if not work.left[number][follower]:
+                    self._offer(work, work.graph.blocks[number], follower)
+
+    def _followers(self, work: Work, block: Block, tile: int) -> Iterator[tuple[int, int]]:
+        """The nodes of this round that wait for a node: their blocks and tiles."""
+        for number, wait in work.graph.followers[block.number]:
+            if number in work.runs:
+                for follower in _above(wait.rule, wait.beneath, tile, len(work.left[number])):
+                    yield number, follower
 
     def put_back(self, batch: Batch) -> None:
         """Offer nodes again that did not end."""

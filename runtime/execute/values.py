@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from tilewright.runtime.bundle.program import Pass, Tiles, state_shape
 from tilewright.runtime.errors import UsageError
+from tilewright.runtime.execute.finished import Key
 from tilewright.runtime.plan.lower import Beneath, Block, Graph, beneath, regions
 from tilewright.runtime.plan.noise import normal
 from tilewright.runtime.plan.passes import table_for_tokens
@@ -75,26 +76,55 @@ class Values:
         last = graph.blocks[graph.last_writer["result"]]
         self.final = last.number
         self.regions: Beneath = beneath(regions(graph.plan(last)), graph.plan(last))
-        self.waiting: dict[int, int] = {}  # region of the result -> parts that it lacks
+        # region of the result that has not been handed on -> parts that it lacks
+        self.waiting: dict[int, int] = {}
         self.runs: Collection[int] = ()  # the blocks of this round
+        self.done = [bytearray(block.size) for block in graph.blocks]  # block -> 1 for each tile whose node is done
 
     def begin(self, runs: Collection[int], *, keep: bool) -> None:
         """Prepare a round of these blocks: drop what they will write again."""
-        self.runs = frozenset(runs)
-        for number in self.runs:
+        for number in runs:
+            self.done[number] = bytearray(self.graph.blocks[number].size)
             for grid in self.graph.blocks[number].writes:
                 self.parts.pop((grid, number), None)
-                self.uses.pop((grid, number), None)
+        self.go_on(runs, range(self.graph.blocks[self.final].size), keep=keep)
+
+    def go_on(self, runs: Collection[int], regions: Collection[int], *, keep: bool) -> None:
+        """Prepare the rest of a round, from the nodes that are done. These regions have not been handed on."""
+        self.runs, done = frozenset(runs), self.done[self.final]
         self.reusable = set(self.graph.last_writer.items()) if keep else set()
         if self.final not in self.runs:
             self.reusable.add(("result", self.final))  # its parts are reported again
-        for key in list(self.parts):  # written in earlier rounds
-            for tile in list(self.parts[key]):
-                self.uses[key][tile] = self._readers(key, tile)
-                if not self.uses[key][tile] and key not in self.reusable:
+            regions = ()
+        self.waiting = {i: sum(not done[part] for part in self.regions.below(i)) for i in regions}
+        self.uses = {}
+        for key in list(self.parts):  # written in earlier rounds, or before an interruption
+            self.uses[key] = {tile: self._readers(key, tile) for tile in self.parts[key]}
+            for tile, uses in list(self.uses[key].items()):
+                if not uses and key not in self.reusable:
                     del self.uses[key][tile], self.parts[key][tile]
-        regions = range(self.graph.blocks[self.final].size) if self.final in self.runs else ()
-        self.waiting = {i: self.regions.count_below(i) for i in regions}
+
+    def live(self) -> dict[Key, Any]:
+        """All values that a node has yet to read, and that cannot be computed anew."""
+        names = {p.tiles or p.name: p.name for p in self.graph.program.passes}
+        parts = {("part", *key, tile): part for key, tiles in self.parts.items() for tile, part in tiles.items()}
+        of_tiles = {
+            ("tile", names[tiles], tile, name): value
+            for (tiles, tile), values in self.tiles.items()
+            for name, value in values.items()
+        }
+        return parts | of_tiles | {("job", name): value for name, value in self.job.items()}
+
+    def take(self, live: Mapping[Key, Any]) -> None:
+        """Store such values."""
+        tiles = {p.name: p.tiles or p.name for p in self.graph.program.passes}
+        for (kind, *place), value in live.items():
+            values: dict[Any, Any] = self.job
+            if kind == "part":
+                values = self.parts.setdefault((str(place[0]), int(place[1])), {})
+            elif kind == "tile":
+                values = self.tiles.setdefault((tiles[str(place[0])], int(place[1])), {})
+            values[place[-1]] = value
 
     def feed(self, block: Block, tile: int, source: str, outputs: Outputs) -> tuple[Any, bool]:
         """The row [1, ...] behind a source, as `program` spells them, and whether it belongs to the tile."""
@@ -139,8 +169,8 @@ class Values:
         over = beneath(self.graph.plan(block), self.graph.plan(self.graph.blocks[writer]))
         return self._gather(grid, writer, rectangle, over.below(tile))
 
-    def commit(self, block: Block, tile: int, outputs: Outputs) -> list[tuple[int, int, Floats]]:
-        """Store what a node wrote, drop what no node will read, and return the parts of the result now final."""
+    def commit(self, block: Block, tile: int, outputs: Outputs) -> list[int]:
+        """Store what a node wrote, drop what no node will read, and return the regions of the result now final."""
         p = self.graph.program.passes[block.place]
         for name, value in outputs.values.items():
             if block.section == "shared" or (p.tiles is None and name not in p.state):
@@ -149,13 +179,42 @@ class Values:
                 self.tiles.setdefault((p.tiles or p.name, tile), {})[name] = value
         for grid, part in outputs.parts.items():
             uses = self._readers((grid, block.number), tile)
-            if grid == "result" and block.number == self.final:
-                uses += self.regions.count_above(tile)
             if uses or (grid, block.number) in self.reusable:
                 self.parts.setdefault((grid, block.number), {})[tile] = part
                 self.uses.setdefault((grid, block.number), {})[tile] = uses
         self._release(block, tile)
-        return self._settled(tile) if block.number == self.final else []
+        self.done[block.number][tile] = 1
+        if block.number != self.final:
+            return []
+        for region in self.regions.above(tile):
+            self.waiting[region] -= 1
+        return [region for region in self.regions.above(tile) if not self.waiting[region]]
+
+    def region(self, region: int) -> tuple[int, int, Floats]:
+        """A final region of the result: its place and its values."""
+        rectangle = self._region(region)
+        px = self.graph.program.grids["result"].px
+        whole = self._gather("result", self.final, rectangle, self.regions.below(region))
+        return rectangle[0] // px, rectangle[1] // px, on_host(whole)[0]
+
+    def _region(self, region: int) -> Rectangle:
+        plan = self.graph.plan(self.graph.blocks[self.final])
+        row, column = divmod(region, len(plan.lefts))
+        top, bottom = (*plan.tops, plan.height)[row : row + 2]
+        left, right = (*plan.lefts, plan.width)[column : column + 2]
+        return top, left, bottom, right
+
+    def all_handed_on(self, waiting: Collection[int]) -> list[Rectangle]:
+        """The rectangles of the result, in its pixels, that have been handed on if these regions have not."""
+        px, regions = self.graph.program.grids["result"].px, range(self.graph.blocks[self.final].size)
+        rectangles = (self._region(region) for region in regions if region not in waiting)
+        return [(top // px, left // px, bottom // px, right // px) for top, left, bottom, right in rectangles]
+
+    def handed_on(self, region: int) -> None:
+        """Drop the parts that only this region has yet to read."""
+        del self.waiting[region]
+        for part in self.regions.below(region):
+            self._used("result", self.final, part)
 
     def weighted(self, block: Block, grid: str, tile: int, part: Any) -> Any:
         """A part times its tile's ramps, ready to be added; a part that overlaps no other tile stays as it is."""
@@ -186,8 +245,11 @@ class Values:
         return np.ascontiguousarray(on_host(whole)[0])
 
     def _readers(self, key: tuple[str, int], tile: int) -> int:
-        """How many nodes of this round read the part of a tile."""
-        return sum(over.count_above(tile) for number, over in self.graph.readers.get(key, ()) if number in self.runs)
+        """How many nodes of this round, and regions of the result, have yet to read the part of a tile."""
+        readers = [(self.done[n], over) for n, over in self.graph.readers.get(key, ()) if n in self.runs]
+        nodes = sum(not done[reader] for done, over in readers for reader in over.above(tile))
+        regions = self.regions.above(tile) if key == ("result", self.final) else ()
+        return nodes + sum(region in self.waiting for region in regions)
 
     def _tile_values(self, p: Pass, tile: int) -> Mapping[str, Any]:
         return self.tiles.get((p.tiles or p.name, tile), {})
@@ -207,25 +269,6 @@ class Values:
         uses[part] -= 1
         if uses[part] <= 0 and (grid, writer) not in self.reusable:
             del uses[part], self.parts[grid, writer][part]
-
-    def _settled(self, tile: int) -> list[tuple[int, int, Floats]]:
-        plan = self.graph.plan(self.graph.blocks[self.final])
-        final = []
-        for region in self.regions.above(tile):
-            self.waiting[region] -= 1
-            if self.waiting[region]:
-                continue
-            del self.waiting[region]
-            row, column = divmod(region, len(plan.lefts))
-            top, bottom = (*plan.tops, plan.height)[row : row + 2]
-            left, right = (*plan.lefts, plan.width)[column : column + 2]
-            parts = self.regions.below(region)
-            px = self.graph.program.grids["result"].px
-            whole = self._gather("result", self.final, (top, left, bottom, right), parts)
-            final.append((top // px, left // px, on_host(whole)[0]))
-            for part in parts:
-                self._used("result", self.final, part)
-        return final
 
     def _gather(self, grid: str, writer: int, rectangle: Rectangle, parts: Sequence[int]) -> Any:
         """A rectangle of a grid [1, C, H, W]: the parts that overlap it, added in tile order."""

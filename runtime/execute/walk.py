@@ -9,9 +9,10 @@ import numpy as np
 
 from tilewright.runtime.bundle.program import Pass, Program, untiled_values
 from tilewright.runtime.engines import Engine
-from tilewright.runtime.errors import UsageError
+from tilewright.runtime.errors import DeviceError, UsageError
 from tilewright.runtime.execute.devices import CpuDevice
 from tilewright.runtime.execute.executor import Executor, Task
+from tilewright.runtime.execute.finished import Finished
 from tilewright.runtime.execute.values import Floats, Image, Values
 from tilewright.runtime.inputs import value_of
 from tilewright.runtime.plan.lower import Graph, lower
@@ -62,28 +63,59 @@ class Walk:
         self.begin(inputs, keep=keep)
         self.end()
 
-    def begin(self, inputs: Mapping[str, Any], *, keep: bool = False) -> None:
-        """Begin such a run, and return at once."""
+    def begin(self, inputs: Mapping[str, Any], *, keep: bool = False, finished: Finished | None = None) -> None:
+        """Begin such a run, and return at once. `finished`: what the same run had finished when it was interrupted."""
+        if finished:
+            again, valid, keep = set(finished.passes), set(finished.ended), keep and finished.keep
+        else:
+            again = self._changed(inputs)
+            valid = self.finished - again - skipped_passes(self.program, inputs.keys())
+        self._take(inputs, [p for p in self.program.passes if p.name in again])
+        self.finished = valid if keep else set()  # these passes stay valid even if the run fails
+
+        def ended(name: str) -> None:
+            self.finished |= {name} if keep else set()
+
+        blocks = frozenset(number for name in again for number in self.graph.of_pass[name])
+        final = self.graph.blocks[self.values.final]
+        self.told = finished is not None and final.number in blocks and len(finished.regions) < final.size
+        job = self.job
+        self.task = Task(self.graph, self.values, blocks, keep, job.on_progress, ended, job.seconds, job.notes)
+        self.task.finished = finished
+        self.executor.submit(self.task)
+
+    def _changed(self, inputs: Mapping[str, Any]) -> set[str]:
+        """The passes that must run for these inputs."""
         skipped = skipped_passes(self.program, inputs.keys())
         before, now = dict(self.inputs), dict(inputs)
         same = {n for n in before.keys() & now.keys() if np.array_equal(before[n], now[n])}
         changed = (before.keys() | now.keys()) - same
         again = {p.name for p in self.program.passes if self.reached[p.name] & changed} - skipped
         again |= {p.name for p in self.program.passes} - self.finished - skipped
-        again = with_other_writers(self.program, again)
-        self._take(inputs, [p for p in self.program.passes if p.name in again])
-        self.finished = (
-            self.finished - again - skipped if keep else set()
-        )  # these passes stay valid even if the run fails
-        self.told = False
+        return with_other_writers(self.program, again)
 
-        def ended(name: str) -> None:
-            self.finished |= {name} if keep else set()
+    def copy(self) -> Finished:
+        """What the run has finished so far. A run that goes on is held up only for a moment."""
+        task = self.task
+        with task.telling:
+            finished = Finished(
+                frozenset(self.program.passes[self.graph.blocks[n].place].name for n in task.blocks),
+                frozenset(self.finished),
+                task.keep,
+                tuple(map(bytes, self.values.done)),
+                tuple(self.values.waiting),
+                self.values.live(),
+            )
+        hung = [self.executor.devices[device] for device in self.executor.hung]
+        for device in hung:
+            if any(getattr(value, "holder", None) is device for value in finished.values.values()):
+                raise DeviceError(f"{device.name} holds values and does not answer; begin anew")
+        return finished
 
-        blocks = frozenset(number for name in again for number in self.graph.of_pass[name])
-        job = self.job
-        self.task = Task(self.graph, self.values, blocks, keep, job.on_progress, ended, job.seconds, job.notes)
-        self.executor.submit(self.task)
+    def share(self, done: Sequence[bytes | bytearray]) -> float:
+        """The share of the run's nodes that are done."""
+        blocks = self.task.blocks
+        return sum(done[n].count(1) for n in blocks) / max(1, sum(self.graph.blocks[n].size for n in blocks))
 
     def end(self) -> None:
         """Wait until the run has ended. An interrupt during the wait cancels it."""

@@ -140,7 +140,9 @@ def write_or_keep(
             write_image(kept, pixels, icc=icc, stopped=stopped)
         except (ResourceError, UsageError, OSError):
             raise error from None
-        raise ResourceError(f"{error}; the picture is kept as {kept}") from error
+        elsewhere = ResourceError(f"{error}; the picture is kept as {kept}")
+        elsewhere.picture = kept
+        raise elsewhere from error
 
 
 def write_image(

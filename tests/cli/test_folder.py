@@ -45,7 +45,8 @@ def test_a_folder_is_restored_and_the_failure_is_listed_with_its_code(folder, ca
     *notes, error = said.err.splitlines()
     assert notes[0].startswith("note: 1 other file(s) of in are left out")
     assert error.startswith("tilewright: 1 of 4 images failed, the first is in/c.png is damaged")
-    assert sorted(p.name for p in (folder / "out").iterdir()) == ["a.png", "b.png", "d.png"]
+    assert error.endswith("what was finished is kept in out: the same command with --resume goes on from there")
+    assert sorted(p.name for p in (folder / "out").iterdir()) == ["a.png", "b.png", "d.png", "finished.resume"]
     with load("b") as restorer:
         for source in ("a.png", "b.bmp", "d.png"):
             target = (folder / "out" / source).with_suffix(".png")
@@ -126,8 +127,9 @@ def test_a_signal_ends_a_folder_soon_and_what_is_finished_stays(folder) -> None:
             time.sleep(0.01)
         running.send_signal(signal.SIGTERM)
         out, said = running.communicate(timeout=60)
-    assert (running.returncode, out, said) == (143, "", "tilewright: terminated\n")
-    written = list((folder / "out").iterdir())
+    kept = "what was finished is kept in out: the same command with --resume goes on from there"
+    assert (running.returncode, out, said) == (143, "", f"tilewright: terminated; {kept}\n")
+    written = [path for path in (folder / "out").iterdir() if path.suffix != ".resume"]
     assert 1 <= len(written) < 60 and not any(path.name.startswith(".") for path in written)
     for path in written:
         assert Image.open(path).convert("RGB").size == (800, 600)

@@ -63,6 +63,7 @@ def test_list_names_systems_and_presets() -> None:
     assert {"full", "tiny"} <= set(next(r for r in rows if r["system"] == "hitoksr")["presets"])
 
 
+@pytest.mark.slow
 def test_a_second_build_does_nothing_quickly_and_says_so(hitoksr_tiny: Path) -> None:
     words = ("export", "build", "hitoksr", "--preset", "tiny", "--random-weights", "0", "-o", hitoksr_tiny)
     before = {f: f.stat().st_mtime_ns for f in hitoksr_tiny.rglob("*")}
@@ -122,6 +123,7 @@ def test_restore_writes_a_picture_and_tells_its_cost(hitoksr_tiny: Path, tmp_pat
     assert "random weights" in result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory", ["low", "fast"])
 def test_tiles_threads_workers_and_memory_change_nothing_that_shows(
     hitoksr_tiny: Path, tmp_path: Path, memory: str

@@ -106,6 +106,7 @@ def test_zsh_completes_a_line(here: Path) -> None:
         os.waitpid(child, 0)
 
 
+@pytest.mark.slow
 def test_every_option_of_a_verb_is_in_each_script() -> None:
     options = {option for action in BUILD._actions for option in action.option_strings}
     assert {"--weights", "--verify"} <= options

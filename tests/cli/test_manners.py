@@ -180,6 +180,7 @@ def test_an_answer_that_does_not_fit_is_exit_5(restoring: Path) -> None:
         assert "cannot be written (No space left on device)" in done.stderr.decode()
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_is_named_with_the_file_and_nothing_is_left(restoring: Path, tmp_path: Path) -> None:
     def limit() -> None:  # what a full disk is to a process: its writes end short
         resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))

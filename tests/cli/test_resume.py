@@ -59,6 +59,7 @@ def same(target: str = "out.png") -> bool:
     return Path(target).read_bytes() == Path("right.png").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "code", "word"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interr")]
 )
@@ -77,6 +78,7 @@ def test_a_command_that_is_told_to_stop_twice_goes_on_each_time(folder, capsys, 
     assert same() and sorted(p.name for p in folder.iterdir() if p.is_file()) == ["in.png", "out.png", "right.png"]
 
 
+@pytest.mark.slow
 def test_a_second_signal_does_not_interrupt_the_keeping(folder) -> None:
     for wait in (0, 0.01, 0.05):
         returned, said = stopped(signal.SIGTERM, "in.png", "out.png", *SOON, again=wait)
@@ -85,6 +87,7 @@ def test_a_second_signal_does_not_interrupt_the_keeping(folder) -> None:
     assert restore("in.png", "out.png", "--resume") == 0 and same()
 
 
+@pytest.mark.slow
 def test_a_full_disk_says_that_nothing_could_be_kept(folder) -> None:
     command = [sys.executable, "-m", "tilewright", *words_of("in.png", "out.png", "-q")]
     limited = ["sh", "-c", 'ulimit -f 8; exec "$@"', "sh", *command]  # no file may have more than 8 KiB
@@ -118,6 +121,7 @@ def test_another_seed_is_one_line_with_both_values_and_loses_nothing(folder, cap
     capsys.readouterr()
 
 
+@pytest.mark.slow
 def test_a_command_without_resume_says_that_it_could_go_on(folder, capsys) -> None:
     stopped(signal.SIGTERM, "in.png", "out.png", *SOON)
     capsys.readouterr()
@@ -130,6 +134,7 @@ def test_a_command_without_resume_says_that_it_could_go_on(folder, capsys) -> No
     assert same() and not (folder / "out.png.resume").exists()
 
 
+@pytest.mark.slow
 def test_with_nothing_to_go_on_from_it_begins_anew_and_says_so(folder, capsys) -> None:
     capsys.readouterr()
     assert restore("in.png", "out.png", "--resume", "--json") == 0
@@ -198,6 +203,7 @@ def contents(name: str) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in Path(name).iterdir() if path.suffix == ".png"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_folder_goes_on_with_the_images_that_are_left(many, capsys, number) -> None:
     returned, said = stopped(number, "in", "out", *SOON, once="out/finished.resume")
@@ -223,6 +229,7 @@ def test_a_folder_goes_on_with_the_images_that_are_left(many, capsys, number) ->
     assert "12 of 12 images in " in (said := capsys.readouterr().out) and "; 12 were finished before" in said
 
 
+@pytest.mark.slow
 def test_what_is_not_of_this_job_is_made_again_and_other_arguments_are_refused(many, capsys) -> None:
     assert restore("in", "out", "--resume") == 0
     (many / "out" / "03.png").write_bytes(b"another tool's")
@@ -243,6 +250,7 @@ def test_what_is_not_of_this_job_is_made_again_and_other_arguments_are_refused(m
     capsys.readouterr()
 
 
+@pytest.mark.slow
 def test_parts_of_an_image_that_has_changed_are_a_failure_of_this_image_only(many, capsys) -> None:
     stopped(signal.SIGTERM, "in/11.png", "out.png", *SOON)
     (many / "out").mkdir()

@@ -15,17 +15,17 @@ from safetensors.numpy import load_file
 
 from support.readers import QUANTIZED, onnx_checker, onnx_runtime
 from support.recorded import recorded
+from support.systems import EVERY_SYSTEM
 from tilewright.export.build.request import Request
 from tilewright.export.build.run import build as build_bundle
 from tilewright.export.onnx_folder import onnx_folder
-from tilewright.export.systems import names
 from tilewright.runtime.errors import BundleError, ResourceError, UsageError
 
 pytest_plugins = ("support.bundles",)
 CONSTANT = {"Cast", "Concat", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"}
 
 
-@pytest.fixture(scope="module", params=names())
+@pytest.fixture(scope="module", params=EVERY_SYSTEM)
 def tiny(request, cache, tmp_path_factory):
     """A system's tiny bundle and its components' calls; do not change it."""
     root = tmp_path_factory.mktemp("tiny") / request.param
@@ -63,6 +63,7 @@ def test_the_folder_of_every_system_gives_the_engines_numbers(tiny, tmp_path, fo
                 np.testing.assert_array_equal(theirs[name], ours)
 
 
+@pytest.mark.slow
 def test_after_folding_a_quantizer_finds_the_weight_of_every_product(tiny, tmp_path):
     root, calls = tiny
     before = [onnx.load(root / f"{component}.onnx", load_external_data=False).graph for component in calls]
@@ -136,6 +137,7 @@ def test_what_does_not_fit_on_the_disk_is_refused_before_anything_is_written(bun
     assert caught.value.exit_code == 5 and not (tmp_path / "onnx").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fold", [[], ["--fold"]], ids=["as it is", "folded"])
 def test_a_file_that_cannot_grow_leaves_nothing_behind(bundle, tmp_path, fold):
     def limit() -> None:  # as a disk that fills up while we write

@@ -20,9 +20,9 @@ import pytest
 
 from support.readers import READERS, netron
 from support.recorded import recorded
+from support.systems import EVERY_SYSTEM
 from tilewright.export.build.request import Request
 from tilewright.export.build.run import build
-from tilewright.export.systems import names
 from tilewright.runtime.bundle.external_data import external_data
 from tilewright.runtime.bundle.read import read_bundle
 
@@ -45,7 +45,7 @@ def packed(cache, tmp_path_factory):
     return bundle
 
 
-@pytest.fixture(scope="module", params=names())
+@pytest.fixture(scope="module", params=EVERY_SYSTEM)
 def system(request):
     return request.param
 

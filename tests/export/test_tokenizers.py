@@ -120,6 +120,7 @@ def clip_folder(folder: Path, vocab: int, form: str) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", CLIP_FORMS)
 @pytest.mark.parametrize("vocab", [64, 49408])
 def test_clip_has_the_ids_of_transformers(folder, vocab, form):

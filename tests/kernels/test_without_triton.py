@@ -64,6 +64,7 @@ CHANGED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGED.values(), ids=CHANGED)
 def test_a_variable_that_changed_between_the_imports_is_named(change):
     pytest.importorskip("triton", reason="there is nothing to launch without Triton")

@@ -102,6 +102,7 @@ def tiny_in_token(monkeypatch, tmp_path) -> in_token.Training:
     return in_token.Training(tmp_path / "state")
 
 
+@pytest.mark.slow
 def test_both_stages_of_in_token_run_and_the_system_finds_all_it_needs(monkeypatch, tmp_path, few_images):
     monkeypatch.setattr(in_token, "STEPS", dict.fromkeys(in_token.STEPS, 2))
     monkeypatch.setattr(in_token, "SIDE", 32)

@@ -159,7 +159,7 @@ def test_a_live_builds_folder_stays_and_a_killed_ones_goes(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_a_signal_before_any_instruction_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_between_instructions_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tilewright.cli import main
     from tilewright.runtime.bundle.digests import writing
 
@@ -177,12 +177,12 @@ def test_a_signal_before_any_instruction_leaves_nothing(tmp_path: Path, monkeypa
     signal.signal(signal.SIGALRM, main._again)
     stopped = finished = 0
     try:
-        for moment in range(100_000):
+        for moment in range(0, 100_000, 3):
             countdown = moment
 
             def trace(frame: FrameType, event: str, argument: object) -> object:
                 nonlocal countdown
-                if frame.f_code not in codes and Path(frame.f_code.co_filename).name not in ("cache.py", "pathlib.py"):
+                if frame.f_code not in codes and not frame.f_code.co_filename.endswith(("/cache.py", "/pathlib.py")):
                     return None
                 frame.f_trace_opcodes = True
                 if event == "opcode":
@@ -208,4 +208,4 @@ def test_a_signal_before_any_instruction_leaves_nothing(tmp_path: Path, monkeypa
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    assert stopped > 500
+    assert stopped > 250, stopped

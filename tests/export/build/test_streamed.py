@@ -15,18 +15,20 @@ from tilewright.export.system import ComponentSpec
 from tilewright.export.systems.flux.fill import modulate, sizes_of, text_encoders
 from tilewright.export.weights.files import find
 from tilewright.export.weights.writing import random_weights
+from tilewright.runtime.bundle.program import ANY
 
 SETTINGS = settings_of("in-token")
-SOURCES = text_encoders(sizes_of(SETTINGS)) | {"modulate": modulate(SETTINGS, one_text=True)}
+SOURCES = text_encoders(sizes_of(SETTINGS)) | {"modulate": modulate(SETTINGS, bridge=False)}
 
 
 def feed(source: ComponentSpec) -> dict[str, np.ndarray]:
     random = np.random.default_rng(3)
-    sizes = {"steps": 4}
+    sizes = {"steps": 4, "batch": 1, ANY: 1}
+    shapes = {name: [sizes.get(str(d), d) for d in spec.shape] for name, spec in source.inputs.items()}
     return {
-        name: random.integers(3, 60, spec.shape)
+        name: random.integers(3, 60, shapes[name])
         if spec.dtype == "int64"
-        else random.random([sizes.get(str(d), d) for d in spec.shape]).astype(np.float32)
+        else random.random(shapes[name]).astype(np.float32)
         for name, spec in source.inputs.items()
     }
 

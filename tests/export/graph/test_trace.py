@@ -245,6 +245,7 @@ def test_tracing_again_gives_the_same_bytes(traced, tmp_path):
     assert (tmp_path / "decode.onnx").read_bytes() == (traced / "decode.onnx").read_bytes()
 
 
+@pytest.mark.slow
 def test_tracing_in_another_process_and_order_gives_the_same_bytes(traced, fresh):
     folder, process = fresh
     _, said = process.communicate(timeout=300)

@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 
 from support.cards import check_card
+from support.systems import EVERY_SYSTEM
 from tilewright.export.build.request import Request
 from tilewright.export.build.run import build
 
 
-@pytest.mark.parametrize("system", ["hitoksr", "in-token", "vicr", "instantir", "toksr"])
+@pytest.mark.parametrize("system", EVERY_SYSTEM)
 def test_the_card_of_a_tiny_bundle_is_read_by_hubs_and_runs(
     system: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

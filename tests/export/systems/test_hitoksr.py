@@ -314,6 +314,7 @@ def test_a_list_of_layers_is_read_from_the_command() -> None:
         HITOKSR.options["class_layers"].kind("3;6")
 
 
+@pytest.mark.slow
 def test_the_pages_commands_run_on_such_files(
     cache: Path, published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

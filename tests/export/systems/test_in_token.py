@@ -228,6 +228,7 @@ def test_the_whole_modulation_in_the_step_gives_the_same_picture(tmp_path: Path,
     assert np.abs(restored(bundle, scale=1, steps=6).astype(int) - usual).max() <= 1
 
 
+@pytest.mark.slow
 def test_fixed_tiles_need_no_modulation_weights_and_give_the_same_picture(tmp_path: Path) -> None:
     fixed = built(tmp_path / "fixed", fixed_tile=[64, 128], steps=6)
     free = built(tmp_path / "free", steps=6)

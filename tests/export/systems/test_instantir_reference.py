@@ -411,6 +411,7 @@ def test_a_weak_step_is_skipped_and_the_next_is_at_full_strength(
     assert all(record["reference"] is None and not record["preview"].any() for record in never)
 
 
+@pytest.mark.slow
 def test_every_part_matters(reference: Any, files: dict[str, Any], y: Tensor) -> None:
     """Another LoRA, Aggregator, adapter, table of positions, text, image or latent gives another end."""
     conditions = conditions_of(reference)

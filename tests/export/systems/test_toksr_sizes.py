@@ -92,7 +92,7 @@ def test_networks_of_another_size_are_pytorchs_of_the_same_files(tmp_path):
     with torch.no_grad():
         condition, picture = tokenise(image), detokenise(tokens, words)
         scalars = {"t": 999.0, "alpha": 0.6, "beta": 0.8, "alpha_next": 1.0, "beta_next": 0.0}
-        numbers = {name: torch.tensor(value) for name, value in scalars.items()}
+        numbers = {name: torch.tensor([value]) for name, value in scalars.items()}
         ours = step(tokens, condition, **numbers, pooled=pooled)
         torch.testing.assert_close(condition.double(), tokens_of(tokenise, OTHER, image), rtol=0, atol=1e-5)
         torch.testing.assert_close(picture.double(), picture_of(detokenise, OTHER, tokens, words), rtol=0, atol=1e-5)

@@ -35,7 +35,7 @@ def test_a_call_takes_tiles_of_several_steps():
     engines = toys(private(48, 256), Late)
     result = run(program_of("private"), engines, PRIVATE_CONSTANTS, Job(canvas(48, 2272), SEED))
     mixed = [feed for feed in engines["step"].feeds if len(feed["t"]) > 1]
-    assert len(mixed) > 5
+    assert mixed
     for feed in mixed:
         assert len(set(feed["t"].tolist())) > 1
         assert len(feed["tokens"]) == len(feed["t"]) == len(feed["alpha_next"])

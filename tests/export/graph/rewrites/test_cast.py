@@ -119,6 +119,7 @@ def test_casting_twice_changes_nothing_more(tmp_path, values, narrow):
 
 
 @NARROW
+@pytest.mark.slow
 def test_a_traced_network_over_narrow_weights_is_the_network_with_widened_ones(traced, graphs, tmp_path, narrow):
     kind, dtype = STORED[narrow][0], STORED[narrow][2]
     tensors = {name: tensor.to(dtype) for name, tensor in load_file(graphs / "weights.safetensors").items()}

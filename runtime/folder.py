@@ -80,7 +80,7 @@ def restore_images(
 
     `on_progress` gets how many images have ended, how many there are, and the share of the work that is done. Options
     as for `Restorer.sitting`; wrong ones are refused before any work. An interrupt ends the images in work within one
-    call of an engine; files that are finished stay. Finished parts are kept beside the targets when an image stops, and
+    node of a graph; files that are finished stay. Finished parts are kept beside the targets when an image stops, and
     every so many seconds if not 0. `resume` leaves out images whose result is there from the same image and options,
     and goes on with the others from their finished parts.
     """

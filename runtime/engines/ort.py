@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from threading import get_ident
 from typing import Any
 
 from tilewright.runtime.bundle.external_data import external_data, relocated
@@ -87,14 +88,25 @@ class OrtEngine:
 
     def __init__(self, session: Any, graph: Path) -> None:
         self.session, self.graph = session, graph
+        self.running: dict[int, Any] = {}  # thread -> the options of its call
 
     def run(self, inputs: Mapping[str, Any], outputs: Iterable[str]) -> dict[str, Any]:
         """Compute these outputs from the inputs."""
-        names = list(outputs)
+        import onnxruntime as ort
+
+        names, options = list(outputs), ort.RunOptions()
+        self.running[get_ident()] = options
         try:
-            return dict(zip(names, self.session.run(names, dict(inputs)), strict=True))
+            return dict(zip(names, self.session.run(names, dict(inputs), options), strict=True))
         except Exception as error:  # ONNX Runtime's exceptions share no base class
             raise _explained(self.graph, "failed", error) from error
+        finally:
+            del self.running[get_ident()]
+
+    def stop(self, thread: int) -> None:
+        """End the call of this thread, if it is in one, before the next node of the graph. The call then raises."""
+        if options := self.running.get(thread):
+            options.terminate = True
 
     def close(self) -> None:
         """Free the memory."""

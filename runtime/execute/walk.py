@@ -132,7 +132,7 @@ class Walk:
         return self.task.future.done()
 
     def cancel(self) -> None:
-        """Stop the run within one call."""
+        """Stop the run, and the calls that run for it alone."""
         self.executor.cancel(self.task)
 
     def smaller_tile(self) -> int | None:

@@ -330,7 +330,7 @@ def test_a_broken_graph_is_refused_in_one_line(tmp_path, data):
 )
 def test_what_onnx_runtime_says_becomes_what_to_do(words, kind, advice):
     class Session:
-        def run(self, names, inputs):
+        def run(self, names, inputs, options):
             raise RuntimeError(words)
 
     with pytest.raises(kind) as caught:
@@ -386,7 +386,7 @@ def test_a_graph_that_fails_while_it_runs_is_one_line(engine):
 
 def test_running_out_of_memory_in_the_engine_says_what_to_do(engine, monkeypatch):
     class Full:
-        def run(self, names, inputs):
+        def run(self, names, inputs, options):
             raise RuntimeError("Non-zero status code\nFailed to allocate memory for requested buffer of size 99")
 
     monkeypatch.setattr(engine, "session", Full())

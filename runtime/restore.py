@@ -416,7 +416,7 @@ class Ticket:
         return self.begin_smaller()
 
     def cancel(self) -> None:
-        """Stop at once, or within a node of the graph that an engine runs. `result` then raises CancelledError, unless it had a result already."""
+        """Stop within one node of a graph. `result` then raises CancelledError, unless it had a result already."""
         self.cancelled = True
         self.sitting.walk.cancel()
 

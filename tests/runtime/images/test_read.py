@@ -374,9 +374,7 @@ def test_the_limit_is_inclusive_and_can_be_changed(tmp_path: Path) -> None:
             read_image(source, max_pixels=19)
 
 
-@pytest.mark.parametrize(
-    ("name", "pillow_limit"), [*product(["in.png", "in.tif", "in.jpg", "in.gif"], [1, 15]), ("in.webp", 15)]
-)
+@pytest.mark.parametrize(("name", "pillow_limit"), [*product(["in.png", "in.jpg", "in.gif"], [1, 15]), ("in.webp", 15)])
 def test_pillows_own_limit_neither_warns_nor_refuses_nor_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, pillow_limit: int
 ) -> None:
@@ -384,22 +382,22 @@ def test_pillows_own_limit_neither_warns_nor_refuses_nor_changes(
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", pillow_limit)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert read_image(path, check=lambda width, height: limits.append(Image.MAX_IMAGE_PIXELS)).rgb.shape == (
-            5,
-            4,
-            3,
-        )
+        picture = read_image(path, check=lambda *size: limits.append(Image.MAX_IMAGE_PIXELS))
+    assert picture.rgb.shape == (5, 4, 3)
     assert limits == [pillow_limit]  # during the read
     assert pillow_limit == Image.MAX_IMAGE_PIXELS
 
 
-def test_a_reader_of_pillow_that_insists_on_the_limit_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = saved(tmp_path, Image.new("RGB", (4, 5)), "in.webp")
+@pytest.mark.parametrize("name", ["in.webp", "in.tif"])
+def test_a_reader_of_pillow_that_insists_on_the_limit_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    path = saved(tmp_path, Image.new("RGB", (4, 5)), name)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1)
     if int(PIL.__version__.partition(".")[0]) < 13:
-        pytest.skip("this Pillow reads WebP of any size")
+        pytest.skip("this Pillow reads all sizes")
     with pytest.raises(
-        InputError, match=r"in\.webp is over the limit of this process: set PIL.Image.MAX_IMAGE_PIXELS, now 1, higher$"
+        InputError, match=r"is over the limit of this process: set PIL\.Image\.MAX_IMAGE_PIXELS, now 1,"
     ):
         read_image(path)
 

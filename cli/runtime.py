@@ -256,7 +256,7 @@ def _restore(arguments: argparse.Namespace) -> None:
     file = None if piped else beside(arguments.output)
     _note_resume(arguments, file)
     start = time.perf_counter()
-    with Progress(arguments, [p.name for p in arguments.opened.program.passes]) as progress:
+    with Progress(arguments) as progress:
         progress.doing("opening the engines")
         with _open(arguments) as restorer:
             opened = time.perf_counter() - start
@@ -268,7 +268,7 @@ def _restore(arguments: argparse.Namespace) -> None:
             else:
                 check_room(arguments.output, sitting.shape)
             ticket = sitting.begin({}, keep=False)
-            progress.before |= ticket.done_before
+            progress.follow(ticket.forecast)
             if ticket.resumed and not arguments.quiet:
                 progress.say(f"note: goes on from {file}: {ticket.resumed[1]:.0%} was done")
             with contextlib.ExitStack() as stack:

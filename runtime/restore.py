@@ -39,6 +39,7 @@ from tilewright.runtime.images.canvas import Enlarged, fill
 from tilewright.runtime.images.read import Picture, read_image
 from tilewright.runtime.images.write import assemble
 from tilewright.runtime.inputs import check_names, gather, read_tensors, whole
+from tilewright.runtime.plan.forecast import Forecast
 from tilewright.runtime.plan.noise import WORD_MAX
 from tilewright.runtime.plan.passes import least_px
 from tilewright.runtime.resume.checkpoint import (
@@ -273,9 +274,6 @@ class Sitting:
         if [len(tiles) for tiles in checkpoint.finished.done] != sizes:
             raise InputError(f"{self.resume} has other steps or tiles than this version makes; remove it to begin anew")
         ticket.resumed = self.resume, checkpoint.share
-        tile_blocks, passes = self.walk.graph.tile_blocks, self.bundle.program.passes
-        for p, numbers in zip(passes, tile_blocks, strict=True):
-            ticket.done_before[p.name] = sum(checkpoint.finished.done[n].count(1) for n in numbers)
         for (top, left), pixels in checkpoint.pixels.items():
             ticket.rgb[top : top + pixels.shape[0], left : left + pixels.shape[1]] = pixels
         notes = self.walk.job.notes
@@ -335,7 +333,6 @@ class Ticket:
         self.cancelled = False
         self.restoration: Restoration | None = None
         self.resumed: tuple[Path, float] | None = None  # the file that it went on from, and the share done then
-        self.done_before: dict[str, int] = {}  # pass -> nodes that were done then
         self.before_smaller: Callable[[], object] = lambda: None
         self.gave_up: Walk | None = None  # the walk that found too little memory for any tile
 
@@ -384,6 +381,10 @@ class Ticket:
         """The share of the work that is done."""
         walk = self._walk()
         return walk.share(walk.values.done)
+
+    def forecast(self) -> Forecast:
+        """The share of the work that is done, and the seconds that are left, by the time that calls have taken."""
+        return self._walk().forecast()
 
     def note(self, text: str) -> None:
         """Add a note to the restoration."""

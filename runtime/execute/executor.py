@@ -47,6 +47,8 @@ class Task:
     on_pass: Callable[[str], None] = lambda name: None  # a pass has ended
     seconds: dict[str, float] = field(default_factory=dict)  # component -> time in its engine
     notes: list[str] = field(default_factory=list)  # faults that the round has survived
+    timed: dict[str, tuple[int, float]] = field(default_factory=dict)  # component -> nodes that ran it, and their time
+    begun: float = field(default_factory=time.perf_counter)
     lacked_memory: bool = False  # it ended because a call of a single tile found too little memory
     future: "Future[None]" = field(default_factory=Future)
     counts: dict[int, int] = field(default_factory=dict)  # pass -> nodes that are done
@@ -263,6 +265,8 @@ class Executor:
                     for node in batch.nodes:
                         spent = node[0].owner.seconds
                         spent[call.run] = spent.get(call.run, 0.0) + seconds / len(batch.nodes)
+                        nodes, time_of_all = node[0].owner.timed.get(call.run, (0, 0.0))
+                        node[0].owner.timed[call.run] = nodes + 1, time_of_all + seconds / len(batch.nodes)
         return results
 
     def _deadline(self, kind: Hashable) -> float:

@@ -126,6 +126,8 @@ class CpuDevice:
 def cpu_names(names: Sequence[str]) -> list[str]:
     """Check the names of CPU devices: each exists, and is named once."""
     cores = usable_cores()
+    if isinstance(names, str | bytes) or not isinstance(names, Sequence) or not all(isinstance(n, str) for n in names):
+        raise UsageError(f'devices={names!r} is not a list of names; use ["cpu:0"]')
     for name in names:
         kind, _, number = name.partition(":")
         if kind != "cpu" or not number.isdecimal() or number != str(int(number)):

@@ -68,10 +68,11 @@ REASONS: tuple[tuple[str, type[TilewrightError], str], ...] = (
         "use a smaller --tile or --memory low",
     ),
     ("invalid (dimensions|rank) for input", UsageError, OTHER_SIZE),
-    ("unexpected input data type|(required inputs|invalid (input|output) name)", BundleError, OTHER_GRAPH),
+    ("unexpected input data type|required inputs|invalid (input|output) name", BundleError, OTHER_GRAPH),
     (
         "unsupported model ir version|opset .*(under development|not supported)|could not find an implementation"
-        '|\\("", \\w+, "", -?\\d+\\).* no op registered',
+        '|, \\w+, "(?!tilewright)[^"]*", -?\\d+\\).* no op registered'
+        r"|fatal error: (?!tilewright)\S+ is not a registered",
         EnvironmentMismatch,
         NEWER_GRAPH,
     ),

@@ -41,6 +41,8 @@ OPENING = {
     "a later opset": (model("Relu", opset=99), EnvironmentMismatch, "pip install -U onnxruntime"),
     "a later format": (model("Relu", ir=99), EnvironmentMismatch, "pip install -U onnxruntime"),
     "an op of a later version": (model("Nosuch"), EnvironmentMismatch, "pip install -U onnxruntime"),
+    "an op of ONNX Runtime": (model("Nosuch", domain="com.microsoft", name="n"), EnvironmentMismatch, "-U onnxruntime"),
+    "an op with a name": (model("Nosuch", name="layer.1/op"), EnvironmentMismatch, "pip install -U onnxruntime"),
     "an op of ours": (model("Norm", domain="tilewright"), EnvironmentMismatch, "run make native in a clone"),
     "nothing": (b"", BundleError, "the graph is damaged"),
     "no graph": (b"not a graph", BundleError, "the graph is damaged"),

@@ -244,6 +244,7 @@ def _restore(arguments: argparse.Namespace) -> None:
     if str(arguments.input) != STREAM and arguments.input.is_dir():
         values = _bundle_values(arguments)
         _notes(arguments)
+        _lift_pillows_limit()
         from tilewright.cli.folder import restore_folder
 
         restore_folder(arguments, partial(_open, arguments), _sizes(arguments) | values)
@@ -251,10 +252,11 @@ def _restore(arguments: argparse.Namespace) -> None:
     source, piped = _streams(arguments)
     values = _bundle_values(arguments)
     _notes(arguments)
+    _lift_pillows_limit()
     file = None if piped else beside(arguments.output)
     _note_resume(arguments, file)
     start = time.perf_counter()
-    with Progress(arguments, [p.name for p in arguments.opened.program.passes]) as progress:
+    with Progress(arguments) as progress:
         progress.doing("opening the engines")
         with _open(arguments) as restorer:
             opened = time.perf_counter() - start
@@ -266,7 +268,7 @@ def _restore(arguments: argparse.Namespace) -> None:
             else:
                 check_room(arguments.output, sitting.shape)
             ticket = sitting.begin({}, keep=False)
-            progress.before |= ticket.done_before
+            progress.follow(ticket.forecast)
             if ticket.resumed and not arguments.quiet:
                 progress.say(f"note: goes on from {file}: {ticket.resumed[1]:.0%} was done")
             with contextlib.ExitStack() as stack:
@@ -301,6 +303,13 @@ def _restore(arguments: argparse.Namespace) -> None:
     for text in restoration.notes:
         note(arguments, text)
     answer(arguments, value, _restored(arguments.input, value), to=sys.stderr if piped else None)
+
+
+def _lift_pillows_limit() -> None:
+    """Let `--max-pixels` decide alone. A command may do that, because its process runs nothing else."""
+    from PIL import Image
+
+    Image.MAX_IMAGE_PIXELS = None
 
 
 def _sizes(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -8,8 +8,11 @@ from tilewright.cli.terminal import answer
 from tilewright.runtime.bundle.digests import writing
 from tilewright.runtime.bundle.read import read_bundle
 from tilewright.runtime.errors import UsageError, amount
+from tilewright.runtime.inputs import whole
 
 __all__ = ["simulate", "simulate_arguments"]
+
+MOST = 100_000  # devices, or images at once
 
 
 def simulate_arguments(simulate: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -32,9 +35,8 @@ def simulate(arguments: argparse.Namespace) -> None:
     sides = arguments.size.lower().split("x")
     if len(sides) != 2 or not all(side.isdecimal() and int(side) for side in sides):
         raise UsageError(f"{arguments.size!r} is no size; write WIDTHxHEIGHT, such as 12288x6912")
-    for name, least in (("devices", 1), ("images", 1)):
-        if getattr(arguments, name) < least:
-            raise UsageError(f"--{name} {getattr(arguments, name)} must be at least {least}")
+    for name in ("devices", "images"):
+        whole(name, getattr(arguments, name), 1, MOST)
     if not (0 < arguments.step_ms < math.inf and 0 <= arguments.join_ms < math.inf):
         raise UsageError(f"--step-ms {arguments.step_ms:g}, --join-ms {arguments.join_ms:g}: times must be positive")
     bundle = read_bundle(arguments.bundle, expect=arguments.expect)

@@ -13,9 +13,11 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from tilewright.runtime.errors import ResourceError, TilewrightError, amount
+from tilewright.runtime.plan.forecast import Forecast
 
 __all__ = ["Progress", "answer", "expect_argument", "mebibytes", "note", "say_error", "send_image", "table", "verb"]
 
+REDRAW_S = 0.2
 EVERY_S = 5.0  # between two lines of progress if there is no terminal
 
 
@@ -109,7 +111,7 @@ class Progress:
         self.terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb" and not self.quiet
         self.parts = list(parts)
         self.part = ""
-        self.before: dict[str, int] = {}  # part -> how much of it was done before this command
+        self.forecast: Callable[[], Forecast] | None = None  # of the whole job
         self.begun = self.heard = self.shown = time.monotonic()  # this part; the last news; the last line
         self.ends: float | None = None
         self.line = ""
@@ -154,9 +156,21 @@ class Progress:
         if self.terminal:
             self._draw(what)
 
+    def follow(self, forecast: Callable[[], Forecast]) -> None:
+        """Show one bar for all passes of a job from now on."""
+        self.begun, self.forecast = time.monotonic(), forecast
+
     def tiles(self, name: str, done: int, total: int) -> None:
         """Report finished tiles of a pass, or other countable work."""
-        self._counted(name, done, total, f"{done}/{total}")
+        if self.forecast is None:
+            self._counted(name, done, total, f"{done}/{total}")
+            return
+        now = time.monotonic()
+        if now - self.heard < REDRAW_S or (not self.terminal and now - self.shown <= EVERY_S):
+            return
+        forecast, self.heard = self.forecast(), now
+        self.ends = None if forecast.left_s is None else now + forecast.left_s
+        self._show(f"{forecast.share:.0%} ({name} {done}/{total})", forecast.share, now)
 
     def images(self, done: int, total: int, share: float) -> None:
         """Report finished images of a job, and the share of the whole job's work that is done."""
@@ -171,19 +185,23 @@ class Progress:
         if name != self.part:  # reports come at the end of work, so a part began with the last report before it
             self.part, self.begun = name, self.heard
         self.heard = now
-        now_done = done - self.before.get(name, 0)
-        self.ends = now + (now - self.begun) / now_done * (total - done) if now_done > 0 else None
-        filled = 24 * done // max(1, total)
+        self.ends = now + (now - self.begun) / done * (total - done) if done > 0 else None
         place = (
             f"{self.parts.index(name) + 1} of {len(self.parts)}: {name}"
             if len(self.parts) > 1 and name in self.parts
             else name
         )
+        self._show(count, done / max(1, total), now, place)
+
+    def _show(self, count: str, share: float, now: float, place: str = "") -> None:
+        """Show a bar, or a line if there is no terminal and the last one was long ago."""
         if self.terminal:
-            self.line = f"{place:<9} [{'#' * filled}{'.' * (24 - filled)}] {count}"
+            filled = int(24 * share)
+            self.line = f"{place:<9} [{'#' * filled}{'.' * (24 - filled)}] {count}".lstrip()
         elif not self.quiet and now - self.shown > EVERY_S:
             self.shown = now
-            print(f"{place} {count} after {_span(now - self.begun)}{self._left(now)}", file=sys.stderr, flush=True)
+            text = f"{place} {count} after {_span(now - self.begun)}{self._left(now)}"
+            print(text.lstrip(), file=sys.stderr, flush=True)
 
     def _left(self, now: float) -> str:
         """The remaining time as text; if other parts follow, of this part only."""
@@ -193,7 +211,7 @@ class Progress:
         return f", about {_span(self.ends - now)} left{f' of {self.part}' if more else ''}"
 
     def _tick(self) -> None:
-        while not self.stopped.wait(0.2):
+        while not self.stopped.wait(REDRAW_S):
             if self.line:
                 now = time.monotonic()
                 self._draw(f"{self.line} after {_span(now - self.begun)}{self._left(now)}")

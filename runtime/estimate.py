@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 
 from tilewright.runtime.bundle.program import Pass, Program, Tiles, state_shape
@@ -317,7 +318,7 @@ def estimate(
     `shared`: the devices share their engines. `memory_limit`: bytes that all of the process may take.
     """
     program = bundle.program
-    if width < 1 or height < 1:
+    if not all(isinstance(n, Integral) and not isinstance(n, bool) and n >= 1 for n in (width, height)):
         raise UsageError(f"{width}x{height} is no image size; use 1x1 or more")
     scale = _scale(program, scale)
     shortest = least_px(program, tile)

@@ -18,7 +18,7 @@ import numpy as np
 from tilewright.runtime.errors import InputError, ResourceError, UsageError
 from tilewright.runtime.images.read import SUFFIXES, image_size
 from tilewright.runtime.images.write import check_overwrite, check_room, check_writable, write_or_keep
-from tilewright.runtime.inputs import gather
+from tilewright.runtime.inputs import gather, seconds
 from tilewright.runtime.restore import Restorer, Sitting, Ticket
 from tilewright.runtime.resume.checkpoint import asked_in, beside, require_same
 from tilewright.runtime.resume.keeper import Kept
@@ -80,7 +80,7 @@ def restore_images(
 
     `on_progress` gets how many images have ended, how many there are, and the share of the work that is done. Options
     as for `Restorer.sitting`; wrong ones are refused before any work. An interrupt ends the images in work within one
-    call of an engine; files that are finished stay. Finished parts are kept beside the targets when an image stops, and
+    node of a graph; files that are finished stay. Finished parts are kept beside the targets when an image stops, and
     every so many seconds if not 0. `resume` leaves out images whose result is there from the same image and options,
     and goes on with the others from their finished parts.
     """
@@ -112,7 +112,7 @@ class _Job:
         options: dict[str, Any],
     ) -> None:
         self.restorer, self.force, self.on_progress, self.options = restorer, force, on_progress, options
-        self.resume, self.keep_every_s, self.pairs = resume, keep_every_s, pairs
+        self.resume, self.keep_every_s, self.pairs = resume, seconds("keep_every_s", keep_every_s, none=True), pairs
         smallest = restorer.sitting(np.zeros((1, 1, 3), np.uint8), **options)
         gather(restorer.bundle, smallest.arguments)
         self.asked = {name: value for name, value in smallest.asked({})().items() if name != "image "}

@@ -1,8 +1,9 @@
 """Checking and converting a caller's arguments: numbers, names of choices, words, files of tensors."""
 
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from tilewright.runtime.bundle.safetensors import safetensors_header
 from tilewright.runtime.errors import BundleError, InputError, TilewrightError, UsageError
 from tilewright.runtime.text import token_ids
 
-__all__ = ["check_names", "checked", "gather", "read_tensors", "tensors_of", "value_of", "whole"]
+__all__ = ["check_names", "checked", "gather", "read_tensors", "seconds", "tensors_of", "value_of", "whole"]
 
+LONGEST_S = 1e8  # three years
 SHOWN = 60  # most characters of a value in a message
 
 
@@ -76,6 +78,15 @@ def whole(name: str, value: Any, least: int, most: int | None = None) -> int:
     number = int(value)
     if number < least or (most is not None and number > most):
         raise UsageError(f"{name}={number} is not {takes}")
+    return number
+
+
+def seconds(name: str, value: Any, *, none: bool = False) -> float:
+    """The value of one of our own options, which must be a number of seconds above 0. `none`: 0 is accepted too."""
+    number = float(value) if isinstance(value, Real) and not isinstance(value, bool | np.bool_) else math.nan
+    if not (0 < number <= LONGEST_S or (none and number == 0)):
+        above = "from 0" if none else "above 0"
+        raise UsageError(f"{_shown(name, value)} is not a number of seconds {above} to {LONGEST_S:.0f}")
     return number
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from tilewright.runtime.engines import backend
 from tilewright.runtime.errors import UsageError
 from tilewright.runtime.estimate import peak_bytes, reset_peak
+from tilewright.runtime.inputs import whole
 from tilewright.runtime.restore import Restorer
 
 __all__ = ["engines_text", "hardware", "profile", "resolutions", "table"]
@@ -58,8 +59,7 @@ def profile(
 
     `arguments` are the bundle's, as for `Restorer.restore`.
     """
-    if runs < 5:
-        raise UsageError(f"--runs {runs} is too few for a median; use 5 or more")
+    runs = whole("runs", runs, 5)  # fewer are too few for a median
     rows = []
     for width, height in sizes:
         name = f"{width}x{height}"

@@ -38,7 +38,8 @@ from tilewright.runtime.execute.walk import Job, Walk
 from tilewright.runtime.images.canvas import Enlarged, fill
 from tilewright.runtime.images.read import Picture, read_image
 from tilewright.runtime.images.write import assemble
-from tilewright.runtime.inputs import check_names, gather, read_tensors, whole
+from tilewright.runtime.inputs import check_names, gather, read_tensors, seconds, whole
+from tilewright.runtime.plan.forecast import Forecast
 from tilewright.runtime.plan.noise import WORD_MAX
 from tilewright.runtime.plan.passes import least_px
 from tilewright.runtime.resume.checkpoint import (
@@ -53,6 +54,8 @@ from tilewright.runtime.resume.checkpoint import (
 from tilewright.runtime.resume.keeper import Keeper
 
 __all__ = ["Restoration", "Restorer", "Sitting", "Ticket", "load"]
+
+MOST_THREADS = 1024
 
 
 @dataclass(frozen=True)
@@ -149,6 +152,7 @@ class Restorer:
         """
         check_names(self.bundle, arguments)
         seed = whole("seed", seed, 0, WORD_MAX)
+        max_pixels = whole("max_pixels", max_pixels, 1)
         sizes = {"tile": tile, "overlap": overlap, "steps": steps, "scale": scale}
         tile, overlap, steps, scale = (n if n is None else whole(name, n, 0) for name, n in sizes.items())
         if steps is not None and not any(p.steps for p in self.bundle.program.passes):
@@ -273,9 +277,6 @@ class Sitting:
         if [len(tiles) for tiles in checkpoint.finished.done] != sizes:
             raise InputError(f"{self.resume} has other steps or tiles than this version makes; remove it to begin anew")
         ticket.resumed = self.resume, checkpoint.share
-        tile_blocks, passes = self.walk.graph.tile_blocks, self.bundle.program.passes
-        for p, numbers in zip(passes, tile_blocks, strict=True):
-            ticket.done_before[p.name] = sum(checkpoint.finished.done[n].count(1) for n in numbers)
         for (top, left), pixels in checkpoint.pixels.items():
             ticket.rgb[top : top + pixels.shape[0], left : left + pixels.shape[1]] = pixels
         notes = self.walk.job.notes
@@ -335,7 +336,6 @@ class Ticket:
         self.cancelled = False
         self.restoration: Restoration | None = None
         self.resumed: tuple[Path, float] | None = None  # the file that it went on from, and the share done then
-        self.done_before: dict[str, int] = {}  # pass -> nodes that were done then
         self.before_smaller: Callable[[], object] = lambda: None
         self.gave_up: Walk | None = None  # the walk that found too little memory for any tile
 
@@ -362,7 +362,7 @@ class Ticket:
         It writes the file if an error leaves the block; `error.kept.path` then names it. With `every_s` it also writes
         it whenever so many seconds have passed. `on_stop` is called before the write after an error.
         """
-        return Keeper(self, Path(path), every_s, on_stop)
+        return Keeper(self, Path(path), seconds("every_s", every_s, none=True), on_stop)
 
     def keep(self, path: str | os.PathLike[str]) -> None:
         """Write the finished parts to a file, from which `submit` can go on with `resume`. The restoration goes on."""
@@ -384,6 +384,10 @@ class Ticket:
         """The share of the work that is done."""
         walk = self._walk()
         return walk.share(walk.values.done)
+
+    def forecast(self) -> Forecast:
+        """The share of the work that is done, and the seconds that are left, by the time that calls have taken."""
+        return self._walk().forecast()
 
     def note(self, text: str) -> None:
         """Add a note to the restoration."""
@@ -416,7 +420,7 @@ class Ticket:
         return self.begin_smaller()
 
     def cancel(self) -> None:
-        """Stop within one call of an engine. `result` then raises CancelledError, unless it had a result already."""
+        """Stop within one node of a graph. `result` then raises CancelledError, unless it had a result already."""
         self.cancelled = True
         self.sitting.walk.cancel()
 
@@ -464,11 +468,10 @@ def load(
     """
     if memory not in MEMORY_MODES:
         raise UsageError(f"memory={memory!r} is not one of {', '.join(MEMORY_MODES)}")
-    if threads < 0:
-        raise UsageError(f"threads={threads} must be at least 0")
-    if deadline_s is not None and not 0 < deadline_s < float("inf"):
-        raise UsageError(f"deadline_s={deadline_s} is no time; use seconds above 0")
+    threads = whole("threads", threads, 0, MOST_THREADS)
+    deadline_s = None if deadline_s is None else seconds("deadline_s", deadline_s)
     limit = bytes_of(memory_limit) if isinstance(memory_limit, str) else memory_limit
+    limit = None if limit is None else whole("memory_limit", limit, 1)
     names = cpu_names(devices)
     if len(names) > 1 and not threads:
         threads = max(1, usable_cores() // len(names))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
+from tilewright.runtime.bundle.opening import only_files
 from tilewright.runtime.bundle.strict import one_line
 from tilewright.runtime.errors import InputError, UsageError
 
@@ -89,7 +90,8 @@ def read_scores(path: Path) -> dict[str, dict[str, float]]:
 def _lines(path: Path) -> list[tuple[int, list[str]]]:
     """The lines that are not blank: number and fields, without blanks around fields."""
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:  # -sig: spreadsheets write a byte-order mark
+        # -sig: spreadsheets write a byte-order mark
+        with open(path, encoding="utf-8-sig", newline="", opener=only_files) as file:
             reader = csv.reader(file)
             return [(reader.line_num, [field.strip() for field in fields]) for fields in reader if any(fields)]
     except OSError as error:

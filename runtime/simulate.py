@@ -9,6 +9,7 @@ from tilewright.runtime.bundle.program import Program, state_shape
 from tilewright.runtime.errors import UsageError
 from tilewright.runtime.execute.queue import LANES, Batch, Queue, Work
 from tilewright.runtime.images.canvas import padded
+from tilewright.runtime.inputs import whole
 from tilewright.runtime.plan.lower import Block, Graph, lower
 from tilewright.runtime.plan.passes import least_px, part_bytes, plan_of
 
@@ -76,6 +77,7 @@ def graph_of(
     least = least_px(program, tile)
     wide, high = (padded(side, program.multiple_px, least) for side in (width, height))
     plans = {p.name: plan_of(program, p, high, wide, tile, overlap) for p in program.passes}
+    steps = None if steps is None else whole("steps", steps, 1)
     counts = {p.name: steps or p.steps.count for p in program.passes if p.steps}
     if steps is not None and not counts:
         raise UsageError(f"steps={steps}: this bundle has no steps; leave it out")

@@ -3,6 +3,7 @@
 Padding and truncation are settings in the tokenizer's JSON file, so this code is the same for all tokenizers.
 """
 
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,11 @@ def token_ids(path: Path, text: str, length: int) -> npt.NDArray[np.int64]:
         text.encode()
     except UnicodeEncodeError:  # bytes of a command line that are not UTF-8 arrive as lone surrogates
         raise UsageError(one_line(f"the text {shown} is not valid Unicode; write it in UTF-8")) from None
-    tokenizer = _read(path)
+    try:
+        status = path.stat()
+        tokenizer = _read(path, (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino))
+    except OSError as error:
+        raise BundleError(_unusable(path, error)) from error
     try:
         ids = tokenizer.encode(text).ids
     except Exception as error:  # the package raises nothing more special
@@ -38,14 +43,16 @@ def token_ids(path: Path, text: str, length: int) -> npt.NDArray[np.int64]:
     return np.array([ids], np.int64)
 
 
-def _read(path: Path) -> "Tokenizer":
+@lru_cache(maxsize=8)
+def _read(path: Path, identity: tuple[int, ...]) -> "Tokenizer":
+    """The tokenizer in a file. It is read again only if the file changes."""
     try:
         from tokenizers import Tokenizer
     except ImportError:
         raise EnvironmentMismatch("a text input needs tokenizers: pip install 'tilewright[text]'") from None
     try:
         return Tokenizer.from_file(str(path))
-    except Exception as error:  # even a missing file is a bare Exception
+    except Exception as error:  # the package raises nothing more special
         raise BundleError(_unusable(path, error)) from error
 
 

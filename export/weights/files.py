@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from tilewright.export.system import Origin, Rows, System, Tensors
 from tilewright.export.weights.pickled import PICKLED, as_safetensors, listed
 from tilewright.export.weights.writing import WIDTHS, write_tensors
+from tilewright.runtime.bundle.opening import only_files
 from tilewright.runtime.bundle.program import TensorSpec
 from tilewright.runtime.bundle.safetensors import safetensors_header
 from tilewright.runtime.bundle.strict import one_line
@@ -102,7 +103,7 @@ def _headers(file: Path, name: str) -> dict[str, Reference]:
 
 
 def _note(file: Path) -> str | None:
-    with file.open("rb") as stream:
+    with open(file, "rb", opener=only_files) as stream:
         (length,) = struct.unpack("<Q", stream.read(8))
         note: str | None = (json.loads(stream.read(length)).get("__metadata__") or {}).get("note")
         return note
@@ -150,6 +151,8 @@ def locate(origin: Origin, folders: Mapping[str, Path], *, required: bool) -> Pa
     flag = f"--{origin.argument.replace('_', '-')}"
     if not root.exists():
         raise InputError(f"{origin.what}: {root} is not there; give {flag} PATH")
+    if not (root.is_dir() or root.is_file()):
+        raise InputError(f"{origin.what}: {root} is a device or a pipe, not a file or folder; give {flag} PATH")
     roots = [root, *(sorted(root.glob("*/")) if root.is_dir() and root == base else [])]
     candidates = [folder / place for folder in roots for place in origin.places]
     path = next((path for path in candidates if path.exists()), None)

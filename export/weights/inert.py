@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from tilewright.runtime.bundle.opening import only_files
+
 __all__ = ["Forbidden", "Other", "Tensor", "content", "element"]
 
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # the first two values in a file of the older format
@@ -231,7 +233,7 @@ def content(path: Path) -> Any:
 def element(path: Path, tensor: Tensor) -> bytes:
     """The bytes of a tensor's first element, little-endian."""
     places, (key, offset), width = _read(path)[1], tensor.place, WIDTHS[tensor.dtype]
-    with path.open("rb") as file:
+    with open(path, "rb", opener=only_files) as file:
         if key in places.offsets:
             file.seek(places.offsets[key] + offset)
             return file.read(width)
@@ -242,7 +244,7 @@ def element(path: Path, tensor: Tensor) -> bytes:
 
 
 def _read(path: Path) -> tuple[Any, _Places]:
-    with path.open("rb") as file:
+    with open(path, "rb", opener=only_files) as file:
         if file.read(4) == b"PK\3\4":
             with zipfile.ZipFile(file) as archive:
                 return _read_archive(archive)

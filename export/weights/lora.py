@@ -15,6 +15,7 @@ from typing import Any
 
 from tilewright.export.system import Lora, LoraFile, Tensors
 from tilewright.export.weights.files import mapped_tensor
+from tilewright.runtime.bundle.opening import only_files
 from tilewright.runtime.bundle.strict import one_line
 from tilewright.runtime.bundle.weights import Reference
 from tilewright.runtime.errors import InputError, UsageError
@@ -189,7 +190,7 @@ def _read_notes(tensors: Tensors, file: str, prefixes: Sequence[str]) -> _AlphaN
     beside = source.with_name("adapter_config.json")
     header = None
     if file not in tensors.pickles:
-        with (tensors.folder / file).open("rb") as stream:
+        with open(tensors.folder / file, "rb", opener=only_files) as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
             header = json.loads(stream.read(length)).get("__metadata__")
     try:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from tilewright.export.weights import inert
 from tilewright.export.weights.writing import WIDTHS, write_tensors
 from tilewright.runtime.bundle.digests import cache_dir, sha256_of_bytes, sha256_of_file
+from tilewright.runtime.bundle.opening import only_files
 from tilewright.runtime.bundle.program import TensorSpec
 from tilewright.runtime.bundle.strict import one_line
 from tilewright.runtime.errors import InputError
@@ -171,7 +172,7 @@ def _loaded(path: Path) -> Any:
 
 def _can_be_mapped(path: Path) -> bool:
     """Whether tensors are stored uncompressed. PyTorch maps compressed ones too, and reads nonsense."""
-    with path.open("rb") as file:
+    with open(path, "rb", opener=only_files) as file:
         if file.read(4) != b"PK\3\4":  # PyTorch looks at the same bytes
             return False
     with zipfile.ZipFile(path) as archive:

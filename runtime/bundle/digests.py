@@ -13,6 +13,7 @@ import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from tilewright.runtime.bundle.opening import not_a_file, only_files
 from tilewright.runtime.errors import EnvironmentMismatch
 
 __all__ = ["cache_dir", "next_data", "remembered_sha256", "sha256_of_bytes", "sha256_of_file", "writing"]
@@ -85,7 +86,7 @@ def _identity(path: Path) -> list[str | int]:
 def _sha256(path: Path, on_read: Callable[[int, int], None]) -> str:
     """The SHA-256 by reading the file. The zeros in holes of a sparse file are not read."""
     digest, at, end = hashlib.sha256(), 0, path.stat().st_size
-    with path.open("rb", buffering=0) as file:
+    with open(path, "rb", buffering=0, opener=only_files) as file:
         while at < end:
             start = min(end, next_data(file.fileno(), at, end))
             for hole in range(at, start, len(ZEROS)):
@@ -114,6 +115,8 @@ def next_data(descriptor: int, at: int, end: int) -> int:
 def writing(path: Path) -> Iterator[Path]:
     """A temporary file beside `path`, which replaces `path` on success and is removed on failure."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not (path.is_file() or path.is_dir()):  # it would be replaced
+        raise not_a_file(str(path))
     temporary = path.with_name(f".{secrets.token_hex(8)}.part")  # a name that no other thread uses, and short
     try:
         yield temporary

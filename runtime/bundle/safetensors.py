@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tilewright.runtime.bundle.files import refusals_in_one_line
+from tilewright.runtime.bundle.opening import only_files
 from tilewright.runtime.bundle.program import TensorSpec
 from tilewright.runtime.errors import BundleError
 
@@ -56,7 +57,7 @@ def safetensors_start(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metada
 
 def _header(path: Path) -> tuple[dict[str, tuple[TensorSpec, int, int]], dict[str, str]]:
     size = path.stat().st_size
-    with path.open("rb") as file:
+    with open(path, "rb", opener=only_files) as file:
         (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))
         if length > min(size - 8, 100_000_000):
             raise BundleError(f"{path}: not a safetensors file, or cut short; copy it again")

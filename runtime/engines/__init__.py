@@ -23,7 +23,10 @@ BACKENDS = {"ort": "tilewright.runtime.engines.ort"}
 
 
 class Engine(Protocol):
-    """A component that is ready to run. Several threads may call it."""
+    """A component that is ready to run. Several threads may call it.
+
+    An engine may also have `stop(thread)`, which any thread may call: the call of `run` on that thread raises soon.
+    """
 
     def run(self, inputs: Mapping[str, Any], outputs: Iterable[str]) -> dict[str, Any]:
         """Compute these outputs from the inputs."""

@@ -6,10 +6,13 @@ contains all files, because ONNX Runtime maps no file behind a link.
 """
 
 import importlib.util
+import logging
 import os
 import re
 from collections.abc import Iterable, Mapping
+from concurrent.futures import CancelledError
 from pathlib import Path
+from threading import get_ident
 from typing import Any
 
 from tilewright.runtime.bundle.external_data import external_data, relocated
@@ -21,11 +24,13 @@ from tilewright.runtime.errors import (
     EnvironmentMismatch,
     ResourceError,
     TilewrightError,
+    UsageError,
 )
 
 __all__ = ["PACKAGES", "OrtEngine", "missing", "native_library", "open_engine", "open_graph", "version"]
 
 PACKAGES = ("onnxruntime",)
+LOG = logging.getLogger("tilewright")
 
 # where `make native` puts our kernels in a clone, and where they lie in a platform wheel
 NATIVE = Path(__file__).parents[2] / "kernels" / "native" / "lib" / "libtilewright_cpu.so"
@@ -51,23 +56,25 @@ def native_library() -> Path | None:
     return Path(path) if path and (Path(path).is_file() or "TILEWRIGHT_NATIVE" in os.environ) else None
 
 
-# words of ONNX Runtime's messages, the error that they mean, and what to do
+OTHER_SIZE = "the graph does not take this size: use the bundle's own --tile, or rebuild the bundle for this one"
+OTHER_GRAPH = "the graph is not the one that bundle.json describes: rebuild the bundle"
+NEWER_GRAPH = "this version of ONNX Runtime is too old for the graph: pip install -U onnxruntime"
+
+# words of ONNX Runtime's messages, the error that they mean, and what to do; the first that fit count
 REASONS: tuple[tuple[str, type[TilewrightError], str], ...] = (
-    ("allocate memory|bad_alloc|out of memory", ResourceError, "use a smaller --tile or --memory low"),
     (
-        "invalid dimensions for input|invalid rank for input|unexpected input data type",
-        BundleError,
-        "the graph is made for other sizes: use the bundle's own --tile, or rebuild the bundle for this one",
+        "allocate|bad_alloc|out of memory|size overflowed|exceeds the supported maximum of",
+        ResourceError,
+        "use a smaller --tile or --memory low",
     ),
+    ("invalid (dimensions|rank) for input", UsageError, OTHER_SIZE),
+    ("unexpected input data type|required inputs|invalid (input|output) name", BundleError, OTHER_GRAPH),
     (
-        "shape mismatch|broadcast|reshape|dimension",
-        BundleError,
-        "the graph does not take this size: use the bundle's own --tile, or rebuild the bundle for this one",
-    ),
-    (
-        "unsupported model ir version|opset .* (is under development|not supported)|could not find an implementation",
+        "unsupported model ir version|opset .*(under development|not supported)|could not find an implementation"
+        '|, \\w+, "(?!tilewright)[^"]*", -?\\d+\\).* no op registered'
+        r"|fatal error: (?!tilewright)\S+ is not a registered",
         EnvironmentMismatch,
-        "this version of ONNX Runtime is too old: pip install -U onnxruntime",
+        NEWER_GRAPH,
     ),
     (
         "not a registered function/op|no op registered|fatal error: tilewright",
@@ -75,10 +82,26 @@ REASONS: tuple[tuple[str, type[TilewrightError], str], ...] = (
         "the graph needs our kernels: run make native in a clone, or install Tilewright's wheel",
     ),
     (
-        "protobuf parsing failed|external data|failed to load model|no such file|out of bounds",
+        "protobuf|invalid.graph|invalid model|type error",
+        BundleError,
+        "the graph is damaged: copy the bundle again, or rebuild the bundle",
+    ),
+    (
+        "external (data|initializer)|no such file|out of bounds",
         BundleError,
         "a file is damaged or has moved: name the folder with --weights-dir, or rebuild the bundle",
     ),
+    (
+        "out of data bounds",
+        UsageError,
+        "a number among the inputs is no index of the network: give ids of this bundle's own tokenizers",
+    ),
+    ("while running", UsageError, OTHER_SIZE),  # a node refuses its inputs
+)
+# parts of these messages that help nobody: codes, the place of the graph, places in ONNX Runtime's code
+NOISE = re.compile(
+    r"\[ONNXRuntimeError\] : \d+ : \w+ : |Load model from .*? failed: ?|Non-zero status code returned while (?=running)"
+    r"|/onnxruntime_src/\S+ .*?\) (?=\S)|\b\w+\.(cc|h):\d+ \w+ "
 )
 
 
@@ -87,14 +110,27 @@ class OrtEngine:
 
     def __init__(self, session: Any, graph: Path) -> None:
         self.session, self.graph = session, graph
+        self.running: dict[int, Any] = {}  # thread -> the options of its call
 
     def run(self, inputs: Mapping[str, Any], outputs: Iterable[str]) -> dict[str, Any]:
         """Compute these outputs from the inputs."""
-        names = list(outputs)
+        import onnxruntime as ort
+
+        names, options = list(outputs), ort.RunOptions()
+        self.running[get_ident()] = options
         try:
-            return dict(zip(names, self.session.run(names, dict(inputs)), strict=True))
+            return dict(zip(names, self.session.run(names, dict(inputs), options), strict=True))
         except Exception as error:  # ONNX Runtime's exceptions share no base class
+            if options.terminate:
+                raise CancelledError from error
             raise _explained(self.graph, "failed", error) from error
+        finally:
+            del self.running[get_ident()]
+
+    def stop(self, thread: int) -> None:
+        """End the call of this thread, if it is in one, before the next node of the graph. The call then raises."""
+        if options := self.running.get(thread):
+            options.terminate = True
 
     def close(self) -> None:
         """Free the memory."""
@@ -124,7 +160,8 @@ def open_graph(
 
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
-    options.log_severity_level = 3
+    # errors come as exceptions too, so nothing is logged except with --verbose
+    options.log_severity_level = 2 if LOG.isEnabledFor(logging.DEBUG) else 4
     # each component has its own threads, which must not occupy cores while another component runs
     options.add_session_config_entry("session.force_spinning_stop", "1")
     options.add_session_config_entry("session.load_model_format", "ONNX")  # for any suffix of the file
@@ -155,9 +192,12 @@ def open_graph(
 
 def _explained(graph: Path, what: str, error: Exception) -> TilewrightError:
     """An error of ONNX Runtime with what to do about it."""
-    reason = one_line(str(error))
+    text = " ".join(str(error).split())
+    reason = one_line(NOISE.sub("", text))
+    if isinstance(error, MemoryError):
+        return ResourceError(f"{graph}: {version()} {what} ({reason}); {REASONS[0][2]}")
     for words, kind, advice in REASONS:
-        if re.search(words, reason, re.IGNORECASE):
+        if re.search(words, text, re.IGNORECASE):
             return kind(f"{graph}: {version()} {what} ({reason}); {advice}")
     return BundleError(
         f"{graph}: {version()} {what} ({reason}); verify the bundle with 'tilewright export verify';"

@@ -5,7 +5,7 @@ stays on its device until another device reads it, or until the host joins tiles
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from threading import Lock
+from threading import Lock, get_ident
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,7 +18,10 @@ __all__ = ["CpuDevice", "Device", "OpenEngines", "cpu_names"]
 
 
 class Device(Protocol):
-    """A place with memory where engines run."""
+    """A place with memory where engines run.
+
+    A device may also have `stop()`, which any thread may call: the call that runs, if there is one, raises soon.
+    """
 
     name: str  # "cpu:0"
 
@@ -78,6 +81,7 @@ class CpuDevice:
 
     def __init__(self, name: str, engines: Mapping[str, Engine]) -> None:
         self.name, self.engines = name, engines
+        self.running: tuple[Engine, int] | None = None  # the engine of the call that runs, and its thread
 
     def put(self, array: Any) -> Any:
         """The array itself."""
@@ -99,7 +103,19 @@ class CpuDevice:
 
     def run(self, component: str, inputs: Mapping[str, Any], outputs: Iterable[str]) -> dict[str, Any]:
         """Run the component's engine."""
-        return self.engines[component].run(inputs, outputs)
+        engine = self.engines[component]
+        self.running = engine, get_ident()
+        try:
+            return engine.run(inputs, outputs)
+        finally:
+            self.running = None
+
+    def stop(self) -> None:
+        """End the call that runs, if its engine can."""
+        if running := self.running:
+            stop = getattr(running[0], "stop", None)
+            if stop:
+                stop(running[1])
 
     def close(self, components: Iterable[str] | None = None) -> None:
         """Close engines. No call may be using them."""
@@ -110,6 +126,8 @@ class CpuDevice:
 def cpu_names(names: Sequence[str]) -> list[str]:
     """Check the names of CPU devices: each exists, and is named once."""
     cores = usable_cores()
+    if isinstance(names, str | bytes) or not isinstance(names, Sequence) or not all(isinstance(n, str) for n in names):
+        raise UsageError(f'devices={names!r} is not a list of names; use ["cpu:0"]')
     for name in names:
         kind, _, number = name.partition(":")
         if kind != "cpu" or not number.isdecimal() or number != str(int(number)):

@@ -31,6 +31,7 @@ __all__ = ["Executor", "Task"]
 
 FIRST_DEADLINE_S = 3600.0  # for a call that has not been timed yet; it may open its engine
 LEAST_DEADLINE_S = 60.0
+STOP_AGAIN_S = 0.05
 SLOWER = 20  # a call hangs if it takes so many times as long as the slowest of its kind so far
 
 
@@ -46,6 +47,8 @@ class Task:
     on_pass: Callable[[str], None] = lambda name: None  # a pass has ended
     seconds: dict[str, float] = field(default_factory=dict)  # component -> time in its engine
     notes: list[str] = field(default_factory=list)  # faults that the round has survived
+    timed: dict[str, tuple[int, float]] = field(default_factory=dict)  # component -> nodes that ran it, and their time
+    begun: float = field(default_factory=time.perf_counter)
     lacked_memory: bool = False  # it ended because a call of a single tile found too little memory
     future: "Future[None]" = field(default_factory=Future)
     counts: dict[int, int] = field(default_factory=dict)  # pass -> nodes that are done
@@ -70,6 +73,7 @@ class Running:
     component: str
     start: float
     ends: float  # after this time it hangs
+    stopping: bool = False  # nobody waits for its outputs any more
 
 
 class Executor:
@@ -152,7 +156,7 @@ class Executor:
                 task.on_progress(p.name, done, sum(task.graph.blocks[n].size for n in numbers))
 
     def cancel(self, task: Task) -> None:
-        """Take a round out of the queue. Calls that are running end, and their outputs are dropped."""
+        """Take a round out of the queue. Calls that run for it alone are stopped; outputs of others are dropped."""
         with self.changed:
             for _, work in [(t, w) for t, w in self.tasks if t is task]:
                 self._end(work, CancelledError())
@@ -248,6 +252,8 @@ class Executor:
         try:
             results = device.run(call.run, feed, call.outputs)
         except Exception as error:
+            if running.stopping:
+                raise CancelledError from error
             raise DeviceFault(error, call.run) from error
         finally:
             with self.changed:
@@ -259,6 +265,8 @@ class Executor:
                     for node in batch.nodes:
                         spent = node[0].owner.seconds
                         spent[call.run] = spent.get(call.run, 0.0) + seconds / len(batch.nodes)
+                        nodes, time_of_all = node[0].owner.timed.get(call.run, (0, 0.0))
+                        node[0].owner.timed[call.run] = nodes + 1, time_of_all + seconds / len(batch.nodes)
         return results
 
     def _deadline(self, kind: Hashable) -> float:
@@ -267,7 +275,11 @@ class Executor:
         return max(LEAST_DEADLINE_S, SLOWER * self.slowest[kind]) if kind in self.slowest else FIRST_DEADLINE_S
 
     def _watch(self) -> None:
-        """Retire devices whose call is over its deadline. Nothing wakes this thread while no device runs a call."""
+        """Retire devices whose call is over its deadline, and stop calls that nobody waits for.
+
+        Nothing wakes this thread while no device runs a call. A call may miss the first stop, because it has not
+        reached its engine yet.
+        """
         shortest = LEAST_DEADLINE_S if self.deadline_s is None else self.deadline_s
         with self.changed:
             while not self.closed or any(n for device, n in enumerate(self.lanes) if device not in self.hung):
@@ -275,8 +287,11 @@ class Executor:
                 for device, running in list(self.calls.items()):
                     if running.ends <= now:
                         self._hangs(device, running)
+                    elif running.stopping:
+                        self._stop(device)
                 # a call that begins meanwhile ends no sooner than after the shortest deadline
                 waits = [min(running.ends - now, shortest) for running in self.calls.values()]
+                waits += [STOP_AGAIN_S for running in self.calls.values() if running.stopping]
                 self.watcher_sleeps = not waits
                 self.watched.wait(min(waits, default=None))
 
@@ -290,6 +305,7 @@ class Executor:
         self.hung.add(device)
         self.queue.retired.add(device)
         del self.calls[device]
+        self._stop(device)
         failed_elsewhere = self._failed_elsewhere(running.batch)
         for batch in [b for b in self.flying.values() if b.device == device]:
             del self.flying[id(batch)]
@@ -304,6 +320,11 @@ class Executor:
             self.queue.retired = set(self.hung)  # the others have only failed: they are tried again
         self.free[device].notify_all()
         self.changed.notify_all()
+
+    def _stop(self, device: int) -> None:
+        """Stop the call of a device, if the device can."""
+        if stop := getattr(self.devices[device], "stop", None):
+            stop()
 
     def _land(self, batch: Batch) -> bool:
         """Take a batch off its device. False if another device has its nodes now, because this one hung."""
@@ -474,6 +495,11 @@ class Executor:
             else:
                 task.lacked_memory = lacked_memory
                 task.future.set_exception(error)
+        for device, running in self.calls.items():
+            if not running.stopping and all(each.stopped for each in running.batch.works):
+                running.stopping = True
+                self._stop(device)
+                self.watched.notify()
         self.changed.notify_all()
 
 

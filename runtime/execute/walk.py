@@ -1,5 +1,6 @@
 """Running a program on one image, once or several times with other inputs."""
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from tilewright.runtime.execute.executor import Executor, Task
 from tilewright.runtime.execute.finished import Finished
 from tilewright.runtime.execute.values import Floats, Image, Values
 from tilewright.runtime.inputs import value_of
+from tilewright.runtime.plan.forecast import Forecast, Part, forecast
 from tilewright.runtime.plan.lower import Graph, lower
 from tilewright.runtime.plan.passes import plan_of, smaller_tile
 from tilewright.runtime.plan.rounds import reached, skipped_passes, with_other_writers
@@ -117,6 +119,18 @@ class Walk:
         blocks = self.task.blocks
         return sum(done[n].count(1) for n in blocks) / max(1, sum(self.graph.blocks[n].size for n in blocks))
 
+    def forecast(self) -> Forecast:
+        """How much of the run's work is done, and how long the rest takes."""
+        task, done = self.task, self.values.done
+        before = task.finished.done if task.finished else [b""] * len(done)
+        parts = [
+            Part(tuple(call.run for call in b.calls), b.size, done[b.number].count(1), before[b.number].count(1))
+            for b in self.graph.blocks
+            if b.number in task.blocks
+        ]
+        call_s = {name: spent / nodes for name, (nodes, spent) in list(task.timed.items())}
+        return forecast(parts, call_s, time.perf_counter() - task.begun)
+
     def end(self) -> None:
         """Wait until the run has ended. An interrupt during the wait cancels it."""
         try:
@@ -132,7 +146,7 @@ class Walk:
         return self.task.future.done()
 
     def cancel(self) -> None:
-        """Stop the run within one call."""
+        """Stop the run, and the calls that run for it alone."""
         self.executor.cancel(self.task)
 
     def smaller_tile(self) -> int | None:

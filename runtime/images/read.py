@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import os
 import stat
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import struct
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -31,7 +31,7 @@ Source: TypeAlias = (
 )
 
 
-# The first five need no further plugins, and AVIF is last because a Pillow without it fails on reaching the name.
+# The first five need no further plugins; a Pillow may lack the last.
 _FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM", "WEBP", "TIFF", "JPEG2000", "TGA", "AVIF")
 
 
@@ -56,15 +56,6 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-
-
-_guard = threading.Lock()
-
-
-_reads = 0
-
-
-_pillow_limit: int | None = None
 
 
 @dataclass(frozen=True)
@@ -113,7 +104,7 @@ def _from_array(array: npt.NDArray[Any], max_pixels: int) -> Picture:
 
 def image_size(path: Path) -> tuple[int, int]:
     """The width and the height of an image file, from its header."""
-    with _bomb_check_off(), _opened(path) as file, _identified(file, str(path)) as image:
+    with _opened(path) as file, _identified(file, str(path)) as image:
         return image.size
 
 
@@ -124,7 +115,7 @@ def _from_file(path: Path, max_pixels: int, check: Callable[[int, int], None]) -
 
 
 def _from_bytes(file: BinaryIO, name: str, max_pixels: int, check: Callable[[int, int], None]) -> Picture:
-    with _bomb_check_off(), _identified(file, name) as image:
+    with _identified(file, name) as image:
         _check_size(name, image.size, max_pixels)
         check(*image.size)
         return _from_image(image, name)
@@ -142,23 +133,6 @@ def _read_all(file: BinaryIO) -> bytes:
     return content
 
 
-@contextmanager
-def _bomb_check_off() -> Iterator[None]:
-    """Lift Pillow's own size limit, which callers cannot change, until the last running read has ended."""
-    global _reads, _pillow_limit
-    with _guard:
-        if _reads == 0:
-            _pillow_limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-        _reads += 1
-    try:
-        yield
-    finally:
-        with _guard:
-            _reads -= 1
-            if _reads == 0:
-                Image.MAX_IMAGE_PIXELS = _pillow_limit
-
-
 def _opened(path: Path) -> BinaryIO:
     try:
         mode = path.stat().st_mode
@@ -170,11 +144,31 @@ def _opened(path: Path) -> BinaryIO:
 
 
 def _identified(file: BinaryIO, name: str) -> Image.Image:
+    """The image in a file. `Image.open` would also apply Pillow's own limit of pixels, which is the host process's."""
+    formats = ", ".join(_FORMATS)
+    refusal = f"{name} is damaged or not an image: pass one of the formats {formats}"
     try:
-        return Image.open(file, formats=_FORMATS)
+        Image.preinit()
+        start = file.read(16)
+        for kind in _FORMATS:
+            if kind not in Image.OPEN:
+                Image.init()
+            reads, accepts = Image.OPEN.get(kind, (None, None))
+            accepted = accepts(start) if accepts else True  # a text says why not
+            if reads and accepted and not isinstance(accepted, str):
+                file.seek(0)
+                with suppress(SyntaxError, IndexError, TypeError, struct.error):  # another format begins alike
+                    return reads(file, "")
+    except Image.DecompressionBombError as error:
+        raise _over_pillows_limit(name) from error
     except Exception as error:  # damaged headers cause errors of any type
-        formats = ", ".join(_FORMATS)
-        raise InputError(f"{name} is damaged or not an image: pass one of the formats {formats}") from error
+        raise InputError(refusal) from error
+    raise InputError(refusal)
+
+
+def _over_pillows_limit(name: str) -> InputError:
+    limit = Image.MAX_IMAGE_PIXELS
+    return InputError(f"{name} is over the limit of this process: set PIL.Image.MAX_IMAGE_PIXELS, now {limit}, higher")
 
 
 def reason(error: Exception) -> str:
@@ -199,6 +193,8 @@ def _from_image(image: Image.Image, name: str) -> Picture:
         return _split(_planes(_upright(image), name), image.info.get("icc_profile"))
     except (InputError, MemoryError):
         raise
+    except Image.DecompressionBombError as error:
+        raise _over_pillows_limit(name) from error
     except Exception as error:  # damaged data causes errors of any type
         raise InputError(f"{name} cannot be decoded ({reason(error)}): replace the damaged or cut file") from error
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from tilewright.runtime.bundle.digests import sha256_of_file, writing
+from tilewright.runtime.bundle.opening import only_files
 from tilewright.runtime.bundle.safetensors import safetensors_metadata, safetensors_start
 from tilewright.runtime.errors import BundleError, InputError, UsageError
 from tilewright.runtime.execute.finished import Finished, Key
@@ -172,7 +173,7 @@ def _require_whole(path: Path) -> None:
     """Refuse a file whose digest at its end is another."""
     size = hashlib.sha256().digest_size
     left, digest = path.stat().st_size - size, hashlib.sha256()
-    with path.open("rb") as file:
+    with open(path, "rb", opener=only_files) as file:
         while data := file.read(min(1 << 20, max(0, left))):
             digest.update(data)
             left -= len(data)

@@ -8,6 +8,7 @@ from threading import Lock
 from typing import Any
 
 from tilewright.runtime.bundle.digests import sha256_of_file
+from tilewright.runtime.bundle.opening import only_files
 from tilewright.runtime.resume.checkpoint import require_same
 
 __all__ = ["Results"]
@@ -27,7 +28,9 @@ class Results:
         """Name of a result -> its line, for results whose files have not changed."""
         lines: dict[str, dict[str, Any]] = {}
         with contextlib.suppress(OSError):
-            for text in self.path.read_bytes().splitlines():
+            with open(self.path, "rb", opener=only_files) as file:
+                texts = file.read().splitlines()
+            for text in texts:
                 with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):  # a line that was cut short
                     line = json.loads(text)
                     lines[Path(line["result"]).name] = line
@@ -49,7 +52,7 @@ class Results:
         with self.lock, contextlib.suppress(OSError):
             image = sha256_of_file(source, remember=False)
             line = {"result": target.name, "file": _identity(target), "image": image, "asked": asked}
-            with self.path.open("a", encoding="ascii") as file:
+            with open(self.path, "a", encoding="ascii", opener=only_files) as file:
                 file.write("\n" * self._cut_short() + json.dumps(line) + "\n")
 
     def _cut_short(self) -> bool:

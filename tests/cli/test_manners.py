@@ -21,6 +21,7 @@ import tilewright.runtime
 from tilewright.cli.commands import as_typed
 from tilewright.cli.main import main
 from tilewright.cli.terminal import Progress
+from tilewright.runtime.plan.forecast import Forecast
 
 VERSION = importlib.metadata.version("tilewright")
 COMMAND = [sys.executable, "-m", "tilewright"]
@@ -253,6 +254,33 @@ def test_lines_of_progress_are_seconds_apart_and_tell_what_is_left(
         "2 of 2: decode 1/50 after 6 s, about 5 min left",
         "trace     started, about 2 min",
         "reading model 1.0 GB of 3.0 GB after 3 min, about 7 min left",
+    ]
+
+
+def test_one_bar_goes_over_all_passes_of_a_job(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now, shares = 100.0, [0.0]
+    monkeypatch.setattr("tilewright.cli.terminal.time.monotonic", lambda: now)
+    with Progress() as progress:
+        progress.doing("opening the engines")
+        now += 50
+        progress.follow(lambda: Forecast(shares[-1], 60 * (1 - shares[-1]) if shares[-1] > 0.1 else None))
+        for name, done, total, seconds, share in [
+            ("encode", 1, 2, 6, 0.05),
+            ("encode", 2, 2, 1, 0.1),  # too soon after that line
+            ("sample", 10, 56, 6, 0.25),
+            ("sample", 56, 56, 40, 0.9),
+            ("decode", 1, 2, 6, 0.95),
+        ]:
+            now += seconds
+            shares.append(share)
+            progress.tiles(name, done, total)
+    assert capsys.readouterr().err.splitlines() == [
+        "5% (encode 1/2) after 6 s",
+        "25% (sample 10/56) after 13 s, about 45 s left",
+        "90% (sample 56/56) after 53 s, about 6 s left",
+        "95% (decode 1/2) after 59 s, about 3 s left",
     ]
 
 

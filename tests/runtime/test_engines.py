@@ -311,31 +311,7 @@ def test_a_broken_graph_is_refused_in_one_line(tmp_path, data):
     (tmp_path / "model.onnx").write_bytes(data)
     text = refusal(ort.open_graph, tmp_path / "model.onnx", {})
     assert text.startswith(f"{tmp_path / 'model.onnx'}: onnxruntime ")
-    assert re.search(r"\); (verify the bundle with|a file is damaged or has moved: ).* rebuild the bundle", text)
-
-
-@pytest.mark.parametrize(
-    ("words", "kind", "advice"),
-    [
-        ("Failed to allocate memory for requested buffer of size 8", ResourceError, "use a smaller --tile"),
-        ("std::bad_alloc", ResourceError, "use a smaller --tile"),
-        ("Got invalid dimensions for input: image", BundleError, "use the bundle's own --tile"),
-        ("The input tensor cannot be reshaped to the requested shape", BundleError, "use the bundle's own --tile"),
-        ("Unsupported model IR version: 99, max supported IR version: 13", EnvironmentMismatch, "pip install -U"),
-        ("Could not find an implementation for Attention(24)", EnvironmentMismatch, "pip install -U onnxruntime"),
-        ("tilewright:Norm(-1) is not a registered function/op", EnvironmentMismatch, "run make native in a clone"),
-        ("External data path does not exist", BundleError, "--weights-dir"),
-        ("something else", BundleError, "verify the bundle with 'tilewright export verify'"),
-    ],
-)
-def test_what_onnx_runtime_says_becomes_what_to_do(words, kind, advice):
-    class Session:
-        def run(self, names, inputs):
-            raise RuntimeError(words)
-
-    with pytest.raises(kind) as caught:
-        ort.OrtEngine(Session(), Path("model.onnx")).run({}, ["y"])
-    assert advice in str(caught.value).rpartition(f"({words}); ")[2]
+    assert re.search(r"\); (the graph is damaged|a file is damaged or has moved): .* rebuild the bundle$", text)
 
 
 def test_a_missing_graph_is_refused_in_one_line(tmp_path):
@@ -378,15 +354,9 @@ def test_every_backend_has_the_three_functions(name):
         assert module.version()
 
 
-def test_a_graph_that_fails_while_it_runs_is_one_line(engine):
-    text = refusal(engine.run, {"image": noise(1, 5, 8, 8)}, ["sharp"])  # five colours for a graph of three
-    assert "sharpen.onnx" in text
-    assert "onnxruntime" in text
-
-
 def test_running_out_of_memory_in_the_engine_says_what_to_do(engine, monkeypatch):
     class Full:
-        def run(self, names, inputs):
+        def run(self, names, inputs, options):
             raise RuntimeError("Non-zero status code\nFailed to allocate memory for requested buffer of size 99")
 
     monkeypatch.setattr(engine, "session", Full())

@@ -35,7 +35,7 @@ def test_a_percentile_is_told_only_where_runs_lie_beyond_it(runs, names):
 def test_the_table_shows_what_the_profile_holds(bundle):
     with load(bundle, devices=["cpu:0", "cpu:1"], threads=1) as restorer:
         told = profile(restorer, [(64, 64), (96, 48)], runs=20)
-        with pytest.raises(UsageError, match="--runs 4 is too few for a median; use 5 or more"):
+        with pytest.raises(UsageError, match="runs=4 is not a whole number of at least 5"):
             profile(restorer, [(64, 64)], runs=4)
     assert told["devices"] == ["cpu:0", "cpu:1"]
     assert told["engine"].startswith("onnxruntime ") and list(told["engines"]) == ["sharpen"]

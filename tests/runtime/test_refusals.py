@@ -35,7 +35,7 @@ def test_an_image_of_more_pixels_than_allowed_is_refused(restorer):
     ("options", "words"),
     [
         ({"memory": "medium"}, "memory='medium' is not one of fast, low"),
-        ({"threads": -1}, "threads=-1 must be at least 0"),
+        ({"threads": -1}, "threads=-1 is not a whole number from 0 to 1024"),
         ({"batch": 0}, "batch=0 is not a whole number from 1 to 32"),
         ({"batch": 33}, "batch=33 is not a whole number from 1 to 32"),
         ({"devices": []}, "no device is named; use cpu:0"),

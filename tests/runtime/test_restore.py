@@ -1,5 +1,6 @@
 """Images restored from end to end, against Pillow, padding by index and an integer convolution of the whole image."""
 
+import contextlib
 import json
 import struct
 import subprocess
@@ -174,6 +175,31 @@ def test_progress_is_told_once_a_tile_and_in_order(bundle, devices, options, col
     total = made.tiles["restore"]
     assert total == columns * rows
     assert told == [("restore", done, total) for done in range(1, total + 1)]
+
+
+def test_a_ticket_forecasts_the_rest_of_its_job_and_of_one_that_goes_on(bundle, tmp_path):
+    tickets, there, shares, file = [], threading.Event(), [], tmp_path / "parts"
+
+    def listen(name, done, total):
+        if threading.current_thread() is threading.main_thread():  # what was done before, told before there is a ticket
+            return
+        assert there.wait(20)
+        told = tickets[-1].forecast()
+        assert told.share == pytest.approx(done / total) and told.left_s >= 0
+        shares.append(told.share)
+        if len(shares) == 12:
+            tickets[-1].keep(file)
+            raise KeyError("enough")
+
+    with load(bundle, threads=1) as restorer:
+        for resume in (None, file):
+            there.clear()
+            tickets.append(restorer.submit(scene(100, 130), on_progress=listen, resume=resume))
+            there.set()
+            with contextlib.suppress(KeyError):
+                tickets[-1].result()
+    assert tickets[1].resumed[1] == pytest.approx(shares[12] - 1 / 24) == 12 / 24 and shares[-1] == pytest.approx(1)
+    assert tickets[1].forecast().left_s == 0.0
 
 
 def test_devices_work_at_once(bundle):

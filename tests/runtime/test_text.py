@@ -1,5 +1,6 @@
 """A prompt's ids by a tokenizer of known words, and every text or file that gives none refused in one line."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +55,26 @@ def refusal(kind: type[Exception], *arguments) -> str:
 def test_a_text_becomes_one_row_of_ids_padded_as_the_file_says(file, truncated, text, ids):
     row = token_ids(file(truncated), text, 6)
     assert (row.dtype, row.tolist()) == (np.int64, [ids])
+
+
+def test_a_file_is_read_once_until_it_changes(file, monkeypatch):
+    reads = []
+
+    class Counted:
+        def from_file(path):
+            reads.append(path)
+            return tokenizer.from_file(path)
+
+    tokenizer = tokenizers.Tokenizer
+    path = file()
+    document = json.loads(path.read_text())
+    document["model"]["vocab"] |= {"sharp": 5, "photo": 4}
+    monkeypatch.setattr(tokenizers, "Tokenizer", Counted)
+    for text, number in (("sharp", 4), ("photo", 5), ("sharp", 4)):
+        assert token_ids(path, text, 6)[0, 0] == number
+    assert reads == [str(path)]
+    path.write_text(json.dumps(document))
+    assert token_ids(path, "sharp", 6)[0, 0] == 5 and len(reads) == 2
 
 
 def test_a_long_text_is_cut_where_the_file_says(file):

@@ -8,7 +8,7 @@ import numpy as np
 
 from tilewright.runtime.errors import ResourceError
 
-__all__ = ["Apart", "Cramped", "Failing", "Hanging", "Lodged"]
+__all__ = ["Apart", "Cramped", "Failing", "Hanging", "Lodged", "Stopped"]
 
 
 class Lodged:
@@ -54,6 +54,10 @@ class Over:
     def __init__(self, device):
         self.device, self.name = device, device.name
         self.put, self.get, self.finite, self.close = device.put, device.get, device.finite, device.close
+
+    def stop(self):
+        if stop := getattr(self.device, "stop", None):
+            stop()
 
 
 class Hanging(Over):
@@ -108,3 +112,26 @@ class Failing(Over):
         if fault == "nan":
             return {name: np.full_like(output, np.nan) for name, output in outputs.items()}
         return outputs
+
+
+class Stopped(Over):
+    """Runs each call until it is told to stop, or, once `released`, as its device does."""
+
+    def __init__(self, device):
+        super().__init__(device)
+        self.calls, self.stops = 0, 0
+        self.runs, self.told, self.ended, self.released = Event(), Event(), Event(), Event()
+
+    def run(self, component, inputs, wanted):
+        self.calls += 1
+        self.told.clear()
+        self.runs.set()
+        while not self.released.is_set():
+            if self.told.wait(0.01):
+                self.ended.set()
+                raise RuntimeError(f"{self.name} was told to stop")
+        return self.device.run(component, inputs, wanted)
+
+    def stop(self):
+        self.stops += 1
+        self.told.set()

@@ -8,10 +8,12 @@ import threading
 import warnings
 from collections.abc import Callable
 from io import BytesIO
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -372,17 +374,30 @@ def test_the_limit_is_inclusive_and_can_be_changed(tmp_path: Path) -> None:
             read_image(source, max_pixels=19)
 
 
-@pytest.mark.parametrize("name", ["in.png", "in.tif", "in.webp", "in.gif"])
-@pytest.mark.parametrize("pillow_limit", [1, 15])
+@pytest.mark.parametrize(("name", "pillow_limit"), [*product(["in.png", "in.jpg", "in.gif"], [1, 15]), ("in.webp", 15)])
 def test_pillows_own_limit_neither_warns_nor_refuses_nor_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, pillow_limit: int
 ) -> None:
-    path = saved(tmp_path, Image.new("RGB", (4, 5)), name)
+    path, limits = saved(tmp_path, Image.new("RGB", (4, 5)), name), []
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", pillow_limit)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert read_image(path).rgb.shape == (5, 4, 3)
+        picture = read_image(path, check=lambda *size: limits.append(Image.MAX_IMAGE_PIXELS))
+    assert picture.rgb.shape == (5, 4, 3)
+    assert limits == [pillow_limit]  # during the read
     assert pillow_limit == Image.MAX_IMAGE_PIXELS
+
+
+@pytest.mark.parametrize("name", ["in.webp", "in.tif"])
+def test_a_reader_of_pillow_that_insists_on_the_limit_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    path = saved(tmp_path, Image.new("RGB", (4, 5)), name)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1)
+    if int(PIL.__version__.partition(".")[0]) < 13:
+        pytest.skip("this Pillow reads all sizes")
+    with pytest.raises(InputError, match=r"over the limit of this process: set PIL\.Image\.MAX_IMAGE_PIXELS, now 1,"):
+        read_image(path)
 
 
 def test_pillows_own_limit_outlives_reads_that_overlap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

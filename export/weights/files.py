@@ -129,10 +129,13 @@ def _indexed(folder: Path, variant: str) -> list[Path]:
     if not indices:
         return []
     try:
-        names = sorted(set(json.loads(indices[0].read_bytes())["weight_map"].values()))
+        with open(indices[0], "rb", opener=only_files) as file:
+            names = sorted(set(json.load(file)["weight_map"].values()))
         shards = [folder / Path(shard).name for shard in names]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"weights {indices[0]}: unreadable index ({type(error).__name__}); copy it again") from None
+    except OSError as error:
+        raise InputError(f"weights {indices[0]}: {error.strerror}; copy it again") from None
     if missing := [path.name for path in shards if not path.is_file()]:
         raise InputError(f"weights {indices[0]}: names {missing[0]!r}, which is not there; copy the missing shard")
     return shards

@@ -58,6 +58,7 @@ CASES = {  # the file -> the command that meets it
     "w/config.json": DEMO,
     "w": DEMO,
     "w/more.safetensors": DEMO,
+    "w/hitoksr.safetensors.index.json": DEMO,
     "more.bin": (*DEMO[:4], "more.bin", *DEMO[5:]),
     "only/more.bin": (*DEMO[:4], "only", *DEMO[5:]),
 }

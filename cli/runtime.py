@@ -277,12 +277,18 @@ def _restore(arguments: argparse.Namespace) -> None:
                     stack.enter_context(ticket.keeping(file, every_s=60 * arguments.checkpoint, on_stop=stopping))
                 restoration = ticket.result()
                 restorer.close()  # the engines' memory is free while the image is written
-                progress.doing("writing the image" if piped else f"writing {arguments.output}")
+                writing = "writing the image" if piped else f"writing {arguments.output}"
+                progress.doing(writing)
+                on_share = partial(progress.share, writing)
                 before = time.perf_counter()
                 if piped:
-                    send_image(encode_image(restoration.image, arguments.format or "png", icc=restoration.icc))
+                    send_image(
+                        encode_image(
+                            restoration.image, arguments.format or "png", icc=restoration.icc, on_share=on_share
+                        )
+                    )
                 else:
-                    write_or_keep(arguments.output, restoration.image, icc=restoration.icc)
+                    write_or_keep(arguments.output, restoration.image, icc=restoration.icc, on_share=on_share)
                 now = time.perf_counter()
     seconds = restoration.seconds | {"open": opened, "write": now - before, "total": now - start}
     height, width = restoration.image.shape[:2]

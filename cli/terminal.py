@@ -176,6 +176,10 @@ class Progress:
         """Report finished images of a job, and the share of the whole job's work that is done."""
         self._counted("images", int(1000 * share), 1000, f"{done}/{total}")
 
+    def share(self, name: str, share: float) -> None:
+        """Report the share of some work that is done."""
+        self._counted(name, int(1000 * share), 1000, f"{int(100 * share)}%")
+
     def bytes(self, name: str, done: int, total: int) -> None:
         """Report bytes of a file that are read or written."""
         self._counted(name, done, total, f"{amount(done)} of {amount(total)}")

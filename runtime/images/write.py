@@ -60,6 +60,9 @@ _WRITERS = {
     ".tiff": _TIFF,
     ".bmp": _BMP,
 }
+LARGE_PX = 1 << 23  # smaller pictures are written in a second or two
+BANDS, BAND_PX = 8, 16  # rows of a picture that are encoded first, to estimate the size of its file
+OnShare = Callable[[float], None]
 FORMATS = tuple(suffix[1:] for suffix in _WRITERS)
 
 
@@ -129,15 +132,16 @@ def write_or_keep(
     *,
     icc: bytes | None = None,
     stopped: Callable[[], bool] = lambda: False,
+    on_share: OnShare | None = None,
 ) -> None:
     """Write an image as `write_image` does. If that fails, keep it in the temporary folder; the error says where."""
     try:
-        write_image(path, pixels, icc=icc, stopped=stopped)
+        write_image(path, pixels, icc=icc, stopped=stopped, on_share=on_share)
     except (ResourceError, UsageError) as error:
         try:
             name = f"{Path(path).stem}-{secrets.token_hex(4)}{Path(path).suffix}"
             kept = Path(tempfile.gettempdir()) / name
-            write_image(kept, pixels, icc=icc, stopped=stopped)
+            write_image(kept, pixels, icc=icc, stopped=stopped, on_share=on_share)
         except (ResourceError, UsageError, OSError):
             raise error from None
         elsewhere = ResourceError(f"{error}; the picture is kept as {kept}")
@@ -151,27 +155,35 @@ def write_image(
     *,
     icc: bytes | None = None,
     stopped: Callable[[], bool] = lambda: False,
+    on_share: OnShare | None = None,
 ) -> None:
     """Write [H, W], [H, W, 2], [H, W, 3] or [H, W, 4], completely or not at all. JPEG and BMP drop alpha.
 
-    The write ends with CancelledError soon after `stopped` is true.
+    The write ends with CancelledError soon after `stopped` is true. `on_share` gets the share of a large file that is
+    written, by an estimate of its size.
     """
     check_writable(path)
     image, writer, profile = _prepared(str(path), Path(path).suffix.lower(), pixels, icc)
     try:
-        _replace(Path(path).resolve(), image, writer, profile, stopped)
+        with (
+            writing(Path(path).resolve()) as temporary,
+            _File(temporary, stopped, _shares(image, writer, on_share)) as file,
+        ):
+            image.save(file, writer.format, icc_profile=profile, **writer.options)
     except OSError as error:
         advice = "free space there or choose another path"
         raise ResourceError(f"{path} cannot be written ({reason(error)}): {advice}") from error
 
 
-def encode_image(pixels: Pixels, suffix: str = ".png", *, icc: bytes | None = None) -> bytes:
+def encode_image(
+    pixels: Pixels, suffix: str = ".png", *, icc: bytes | None = None, on_share: OnShare | None = None
+) -> bytes:
     """The bytes that `write_image` would write to a file with this suffix: .png, .jpg, .webp, .tif, .bmp."""
     suffix = f".{suffix.lower().removeprefix('.')}"
     if suffix not in _WRITERS:
         raise UsageError(f"no writer knows the suffix {suffix!r}: use one of {', '.join(_WRITERS)}")
     image, writer, profile = _prepared("the image", suffix, pixels, icc)
-    file = io.BytesIO()
+    file = _Bytes(_shares(image, writer, on_share))
     image.save(file, writer.format, icc_profile=profile, **writer.options)
     return file.getvalue()
 
@@ -191,22 +203,52 @@ def _without_alpha(pixels: Pixels) -> Pixels:
     return pixels[:, :, 0] if pixels.shape[2] == 2 else pixels[:, :, :3]
 
 
-class _File(io.BufferedRandom):
-    """A new file whose writes can be stopped. Without `fileno` Pillow hands every block to `write`."""
+def _shares(image: Image.Image, writer: _Writer, on_share: OnShare | None) -> Callable[[int], None]:
+    """A function to call with the size of each block of an encoded file, which tells the share that is written."""
+    if on_share is None or image.width * image.height < LARGE_PX:
+        return lambda size: None
+    tops = (
+        [(image.height - BAND_PX) * i // (BANDS - 1) for i in range(BANDS)] if image.height > BANDS * BAND_PX else [0]
+    )
+    sample = Image.new(image.mode, (image.width, min(image.height, len(tops) * BAND_PX)))
+    for i, top in enumerate(tops):
+        sample.paste(image.crop((0, top, image.width, min(image.height, top + BAND_PX))), (0, i * BAND_PX))
+    encoded = io.BytesIO()
+    sample.save(encoded, writer.format, **writer.options)
+    expected, written = len(encoded.getvalue()) * image.height / sample.height, 0
 
-    def __init__(self, path: Path, stopped: Callable[[], bool]) -> None:
+    def wrote(size: int) -> None:
+        nonlocal written
+        written += size
+        on_share(min(1.0, written / expected))
+
+    return wrote
+
+
+class _Bytes(io.BytesIO):
+    """A file in memory whose writes are told."""
+
+    def __init__(self, wrote: Callable[[int], None]) -> None:
+        super().__init__()
+        self.wrote = wrote
+
+    def write(self, data: Any) -> int:
+        self.wrote(len(data))
+        return super().write(data)
+
+
+class _File(io.BufferedRandom):
+    """A new file whose writes are told and can be stopped. Without `fileno` Pillow hands every block to `write`."""
+
+    def __init__(self, path: Path, stopped: Callable[[], bool], wrote: Callable[[int], None]) -> None:
         super().__init__(io.FileIO(path, "x+b"))
-        self.stopped = stopped
+        self.stopped, self.wrote = stopped, wrote
 
     def write(self, data: Any) -> int:
         if self.stopped():
             raise CancelledError
+        self.wrote(len(data))
         return super().write(data)
 
     def fileno(self) -> int:
         raise io.UnsupportedOperation
-
-
-def _replace(target: Path, image: Image.Image, writer: _Writer, icc: bytes | None, stopped: Callable[[], bool]) -> None:
-    with writing(target) as temporary, _File(temporary, stopped) as file:
-        image.save(file, writer.format, icc_profile=icc, **writer.options)

@@ -249,11 +249,15 @@ def test_lines_of_progress_are_seconds_apart_and_tell_what_is_left(
         progress.stage("trace", "started", 0.0, usual=130.0)
         now += 200
         progress.bytes("reading model", 10**9, 3 * 10**9)
+        progress.doing("writing out.png")
+        now += 30
+        progress.share("writing out.png", 0.251)
     assert capsys.readouterr().err.splitlines() == [
         "1 of 2: encode 2/4 after 8 s, about 8 s left of encode",
         "2 of 2: decode 1/50 after 6 s, about 5 min left",
         "trace     started, about 2 min",
         "reading model 1.0 GB of 3.0 GB after 3 min, about 7 min left",
+        "writing out.png 25% after 30 s, about 90 s left",
     ]
 
 

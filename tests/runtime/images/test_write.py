@@ -292,3 +292,23 @@ def test_a_write_that_is_stopped_leaves_the_old_file(tmp_path: Path, suffix: str
     with pytest.raises(CancelledError):
         write_image(path, noise(200, 200, 3), stopped=lambda: True)
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".tif", ".bmp"])
+def test_the_share_of_a_large_picture_that_is_written_rises_to_about_one(tmp_path: Path, suffix: str) -> None:
+    pixels = np.repeat(noise(2900, 1, 1, seed=3), 2900, 1)[:, :, 0]
+    pixels[::3, ::2] = noise(967, 1450, 1, seed=4)[:, :, 0]
+    shares: list[float] = []
+    write_image(tmp_path / f"out{suffix}", pixels, on_share=shares.append)
+    assert shares == sorted(shares) and len(shares) > 10
+    assert shares[0] < 0.05 and 0.9 < shares[-1] <= 1
+    assert (tmp_path / f"out{suffix}").read_bytes() == encode_image(pixels, suffix)
+    told: list[float] = []
+    assert encode_image(pixels, suffix, on_share=told.append) == encode_image(pixels, suffix)
+    assert told == shares
+
+
+def test_a_picture_that_is_soon_written_tells_no_share(tmp_path: Path) -> None:
+    shares: list[float] = []
+    write_image(tmp_path / "out.png", noise(100, 100, 3), on_share=shares.append)
+    assert not shares

@@ -320,6 +320,7 @@ def estimate(
     program = bundle.program
     if not all(isinstance(n, Integral) and not isinstance(n, bool) and n >= 1 for n in (width, height)):
         raise UsageError(f"{width}x{height} is no image size; use 1x1 or more")
+    width, height = int(width), int(height)  # small integers of NumPy would overflow
     scale = _scale(program, scale)
     shortest = least_px(program, tile)
     wide, high = (padded(side * scale, program.multiple_px, shortest) for side in (width, height))

@@ -94,3 +94,7 @@ def test_a_number_of_the_bundle_is_a_number(tinted, value) -> None:
     with load(tinted, threads=1) as restorer, pytest.raises(TilewrightError, match="gain") as caught:
         restorer(IMAGE, scale=2, gain=value)
     assert caught.value.exit_code == 2
+
+
+def test_small_integers_of_numpy_do_not_overflow_in_an_estimate(restorer: Restorer) -> None:
+    assert restorer.estimate(np.uint8(200), np.int16(300)).needed_bytes == restorer.estimate(200, 300).needed_bytes

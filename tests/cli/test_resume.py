@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 from PIL import Image
 
 from support.scenes import noise
+from support.shared import Shared
 from tilewright.cli.main import main
 from tilewright.runtime.engines import ort
 
@@ -20,12 +22,12 @@ SOON = ("--checkpoint", "0.0005")  # every 30 ms
 
 
 @pytest.fixture
-def folder(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: Shared) -> Path:
     """The current folder, with the picture in.png, the bundle `b`, and the result of a run without interruption."""
     Image.fromarray(noise(300, 400, 3, seed=1)).save(tmp_path / "in.png")
     (tmp_path / "b").symlink_to(bundle)
     monkeypatch.chdir(tmp_path)
-    assert restore("in.png", "right.png") == 0
+    shutil.copy(shared("right.png", lambda target: restored("in.png", target)), "right.png")
     return tmp_path
 
 
@@ -35,6 +37,10 @@ def words_of(source: str, target: str, *words: str) -> list[str]:
 
 def restore(source: str, target: str, *words: str) -> int:
     return main(words_of(source, target, *words))
+
+
+def restored(source: str, target: Path) -> None:
+    assert restore(source, str(target)) == 0
 
 
 def stopped(number: signal.Signals, source: str, target: str, *words: str, once="out.png.resume", again=None):
@@ -59,9 +65,9 @@ def same(target: str = "out.png") -> bool:
     return Path(target).read_bytes() == Path("right.png").read_bytes()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("number", "code", "word"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interr")]
+    ("number", "code", "word"),
+    [(signal.SIGTERM, 143, "terminated"), pytest.param(signal.SIGINT, 130, "interr", marks=pytest.mark.slow)],
 )
 def test_a_command_that_is_told_to_stop_twice_goes_on_each_time(folder, capsys, number, code, word) -> None:
     for turn in ((), ("--resume",)):
@@ -87,7 +93,6 @@ def test_a_second_signal_does_not_interrupt_the_keeping(folder) -> None:
     assert restore("in.png", "out.png", "--resume") == 0 and same()
 
 
-@pytest.mark.slow
 def test_a_full_disk_says_that_nothing_could_be_kept(folder) -> None:
     command = [sys.executable, "-m", "tilewright", *words_of("in.png", "out.png", "-q")]
     limited = ["sh", "-c", 'ulimit -f 8; exec "$@"', "sh", *command]  # no file may have more than 8 KiB
@@ -98,6 +103,7 @@ def test_a_full_disk_says_that_nothing_could_be_kept(folder) -> None:
     assert sorted(p.name for p in folder.iterdir() if p.is_file()) == ["in.png", "right.png"]
 
 
+@pytest.mark.slow
 def test_a_command_that_is_killed_goes_on_from_its_last_checkpoint(folder, capsys) -> None:
     returned, said = stopped(signal.SIGKILL, "in.png", "out.png", *SOON)
     assert (returned, said) == (-9, "")
@@ -134,7 +140,6 @@ def test_a_command_without_resume_says_that_it_could_go_on(folder, capsys) -> No
     assert same() and not (folder / "out.png.resume").exists()
 
 
-@pytest.mark.slow
 def test_with_nothing_to_go_on_from_it_begins_anew_and_says_so(folder, capsys) -> None:
     capsys.readouterr()
     assert restore("in.png", "out.png", "--resume", "--json") == 0
@@ -189,12 +194,12 @@ def test_a_device_that_fails_for_good_says_that_the_work_is_kept(folder, capsys,
 
 
 @pytest.fixture
-def many(folder: Path) -> Path:
+def many(folder: Path, shared: Shared) -> Path:
     """The folder `in` of 12 pictures, and their results in `right`."""
     (folder / "in").mkdir()
     for i in range(12):
         Image.fromarray(noise(40 + 20 * i, 100, 3, seed=i)).save(folder / "in" / f"{i:02}.png")
-    assert restore("in", "right") == 0
+    shutil.copytree(shared("right", lambda target: restored("in", target)), "right")
     assert not (folder / "right" / "finished.resume").exists()
     return folder
 
@@ -203,8 +208,7 @@ def contents(name: str) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in Path(name).iterdir() if path.suffix == ".png"}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
 def test_a_folder_goes_on_with_the_images_that_are_left(many, capsys, number) -> None:
     returned, said = stopped(number, "in", "out", *SOON, once="out/finished.resume")
     if number == signal.SIGTERM:

@@ -61,6 +61,9 @@ def hitoksr(work: Path) -> None:
     bench("export_cost", "hitoksr", "--weights", full / "weights", stored="export_cost_hitoksr")
     store("accuracy", {"tiny at 512x512": accuracy(tiny, 512), "full at 512x512": accuracy(full, 512)})
     bench("latency", "--bundle", full, "--work", work)
+    many = work / "toksr-tiny"
+    tilewright("export", "build", "toksr", "--preset", "tiny", "--random-weights", 0, "-o", many)
+    bench("devices", "--large", full, "--many", many)
 
 
 def flux(work: Path) -> None:

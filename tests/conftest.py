@@ -1,8 +1,6 @@
 """One cache of builds and one bundle for the whole run, shared by its workers."""
 
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,10 +32,11 @@ def shared(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Shared:
 
 @pytest.fixture(scope="session")
 def hitoksr_tiny(shared: Shared) -> Path:
-    """The tiny bundle, built by the command; do not change it."""
-    words = [sys.executable, "-m", "tilewright.cli.main", "export", "build", "hitoksr", "--preset", "tiny"]
-    words += ["--random-weights", "0", "-o"]
-    return shared("hitoksr-tiny", lambda bundle: subprocess.run([*words, bundle], check=True, capture_output=True))
+    """HiTokSR's tiny bundle with random weights; do not change it."""
+    from tilewright.export.build.request import Request
+    from tilewright.export.build.run import build
+
+    return shared("hitoksr-tiny", lambda bundle: build(Request("hitoksr", "tiny", bundle, seed=0)))
 
 
 @pytest.hookimpl(tryfirst=True)

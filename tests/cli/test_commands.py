@@ -123,8 +123,7 @@ def test_restore_writes_a_picture_and_tells_its_cost(hitoksr_tiny: Path, tmp_pat
     assert "random weights" in result.stderr
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("memory", ["low", "fast"])
+@pytest.mark.parametrize("memory", ["low", pytest.param("fast", marks=pytest.mark.slow)])
 def test_tiles_threads_workers_and_memory_change_nothing_that_shows(
     hitoksr_tiny: Path, tmp_path: Path, memory: str
 ) -> None:
@@ -174,7 +173,7 @@ def test_clean_empties_the_cache_but_not_bundles(tmp_path: Path) -> None:
         (("export", "build", "hitoksr", "--preset", "tiny", "--weights", "nowhere", "-o", "x"), 8, "nowhere"),
         (("export", "build", "hitoksr", "--preset", "tiny", "--random-weights", "-1", "-o", "x"), 2, "-1"),
         (("export", "inspect", "nowhere"), 3, "nowhere"),
-        (("export", "verify", "nowhere"), 3, "nowhere"),
+        pytest.param(("export", "verify", "nowhere"), 3, "nowhere", marks=pytest.mark.slow),  # loads PyTorch
         (("runtime", "plan", "10", "10", "--bundle", "nowhere"), 3, "nowhere"),
         (("runtime", "restore", "in.png", "out.png", "--bundle", "nowhere"), 3, "nowhere"),
     ],

@@ -181,18 +181,24 @@ def test_an_answer_that_does_not_fit_is_exit_5(restoring: Path) -> None:
         assert "cannot be written (No space left on device)" in done.stderr.decode()
 
 
-@pytest.mark.slow
-def test_a_disk_that_is_full_is_named_with_the_file_and_nothing_is_left(restoring: Path, tmp_path: Path) -> None:
+FULL_DISK = [
+    ((*RESTORE, "in.png", "out.png", "--bundle", "b"), "out.png cannot be written (File too large)"),
+    pytest.param(("export", "stand-in", "hitoksr", "-o", "files"), "files/", marks=pytest.mark.slow),  # loads PyTorch
+]
+
+
+@pytest.mark.parametrize(("words", "said"), FULL_DISK)
+def test_a_disk_that_is_full_is_named_with_the_file_and_nothing_is_left(
+    restoring: Path, words: tuple[str, ...], said: str
+) -> None:
     def limit() -> None:  # what a full disk is to a process: its writes end short
         resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))
 
-    before = set(tmp_path.iterdir())
-    done = run(*RESTORE, "in.png", "out.png", "--bundle", "b", "-q", preexec_fn=limit)
-    refused(done, 5, "out.png cannot be written (File too large)")
-    done = run("export", "stand-in", "hitoksr", "-o", "files", "-q", preexec_fn=limit)
-    refused(done, 5, "files/")
+    before = set(restoring.iterdir())
+    done = run(*words, "-q", preexec_fn=limit)
+    refused(done, 5, said)
     assert "File too large" in done.stderr.decode()
-    assert set(tmp_path.iterdir()) == before
+    assert set(restoring.iterdir()) == before
 
 
 def test_quiet_leaves_the_answer_alone(restoring: Path) -> None:

@@ -4,14 +4,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import pytest
-
+from support.quick import few_quick
 from tilewright.export.system import ComponentSpec, Preset, Settings, System, UserFiles
 from tilewright.export.systems import names, system
 from tilewright.export.weights.files import converted, find
 
 # as parameters of tests that build a bundle of each
-EVERY_SYSTEM = [name if name == "hitoksr" else pytest.param(name, marks=pytest.mark.slow) for name in names()]
+EVERY_SYSTEM = few_quick(names(), "hitoksr")
 
 
 def settings_of(name: str, preset: str = "tiny", **options: Any) -> Settings:

@@ -4,7 +4,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -33,18 +33,6 @@ from support.systems import components_of
 for name, source in reversed(components_of("hitoksr", "tiny").items()):
     ir.save(trace(source), f"{sys.argv[1]}/{name}.onnx")
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def fresh(tmp_path_factory) -> Iterator[tuple[Path, subprocess.Popen[bytes]]]:
-    """A process that traces in another order, with other hashes of strings; it works while the first tests run."""
-    folder = tmp_path_factory.mktemp("fresh")
-    command = [sys.executable, "-c", TRACE, str(folder)]
-    with subprocess.Popen(
-        command, stderr=subprocess.PIPE, env=os.environ | {"PYTHONHASHSEED": "12345", "PYTHONPATH": str(TESTS)}
-    ) as process:
-        yield folder, process
-        process.kill()
 
 
 def parameters(component: str) -> dict[str, tuple[int, ...]]:
@@ -246,12 +234,13 @@ def test_tracing_again_gives_the_same_bytes(traced, tmp_path):
 
 
 @pytest.mark.slow
-def test_tracing_in_another_process_and_order_gives_the_same_bytes(traced, fresh):
-    folder, process = fresh
-    _, said = process.communicate(timeout=300)
-    assert process.returncode == 0, said.decode()
+def test_tracing_in_another_process_order_and_hashes_of_strings_gives_the_same_bytes(traced, tmp_path):
+    command = [sys.executable, "-c", TRACE, str(tmp_path)]
+    environment = os.environ | {"PYTHONHASHSEED": "12345", "PYTHONPATH": str(TESTS)}
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
     for component in ("generate", "decode"):
-        assert (folder / f"{component}.onnx").read_bytes() == (traced / f"{component}.onnx").read_bytes()
+        assert (tmp_path / f"{component}.onnx").read_bytes() == (traced / f"{component}.onnx").read_bytes()
 
 
 @pytest.mark.parametrize("preset", ["tiny", "full"])

@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from support.lazily import Lazily
+from support.quick import few_quick
 from support.random_networks import distance, made, random
 from tilewright.export.graph.trace import network_on_meta, trace
 from tilewright.export.networks import vae as vae_networks
@@ -90,12 +92,12 @@ def sources(sizes: Sizes) -> dict[str, ComponentSpec]:
     }
 
 
-GRAPHS = list(sources(SIZES))
+GRAPHS = few_quick(sources(SIZES), "step", "encode")
 
 
 @pytest.fixture(scope="module")
 def graphs(tmp_path_factory) -> dict[str, Opened]:
-    """Every network, traced once; to save time with fewer chunks of queries, and all but three with fewer blocks."""
+    """Every network, traced when it is first used; fewer chunks and, but for three, fewer blocks save time."""
     single, shallow = (
         replace(
             SIZES,
@@ -104,14 +106,17 @@ def graphs(tmp_path_factory) -> dict[str, Opened]:
         )
         for layers in (0, 1)
     )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vae_networks, "QUERY_CHUNKS", 3)
-        taken = sources(shallow) | {"whole step": sources(single)["whole step"]}
-        taken |= {name: sources(SIZES)[name] for name in ("step", "encode", "decode")}
-        return {name: opened(source, tmp_path_factory.mktemp("graph")) for name, source in taken.items()}
+    taken = sources(shallow) | {"whole step": sources(single)["whole step"]}
+    taken |= {name: sources(SIZES)[name] for name in ("step", "encode", "decode")}
+
+    def open_it(name: str) -> Opened:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(vae_networks, "QUERY_CHUNKS", 3)
+            return opened(taken[name], tmp_path_factory.mktemp("graph"))
+
+    return Lazily(open_it)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", GRAPHS)
 def test_the_graph_needs_each_parameter_and_has_plain_operators(graphs, name):
     model, eager = graphs[name].model, graphs[name].eager

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
+from support.lazily import Lazily
 from tilewright.export.networks.text import T5, ClipText
 from tilewright.export.system import ComponentSpec
 from tilewright.runtime.bundle.program import TensorSpec
@@ -119,10 +120,11 @@ def ids_source(module: Callable[[], nn.Module], ids: tuple[int | str, int], outp
 @pytest.fixture(scope="module")
 def t5s(tmp_path_factory, opened) -> dict[int, Any]:
     """T5 for each length of its ids."""
-    return {
-        length: opened(ids_source(lambda: T5(T5_TINY), (1, length), (1, length, 32)), tmp_path_factory.mktemp("t5"))
-        for length in LENGTHS
-    }
+    return Lazily(
+        lambda length: opened(
+            ids_source(lambda: T5(T5_TINY), (1, length), (1, length, 32)), tmp_path_factory.mktemp("t5")
+        )
+    )
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,8 @@ from diffusers import DDIMScheduler
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from support.lazily import Lazily
+from support.quick import few_quick
 from support.toksr import Denoiser, picture_of, tokens_of
 from tilewright.export.networks.toksr import Detokenise, Step, Text, Tokenise
 from tilewright.export.system import ComponentSpec
@@ -68,8 +70,8 @@ def _quick() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def networks(tmp_path_factory, opened) -> dict[str, Any]:
-    """Every network, traced once."""
-    return {name: opened(source, tmp_path_factory.mktemp("toksr")) for name, source in SOURCES.items()}
+    """Every network, traced when it is first used."""
+    return Lazily(lambda name: opened(SOURCES[name], tmp_path_factory.mktemp("toksr")))
 
 
 def inputs_of(name: str, batch: int) -> dict[str, Tensor]:
@@ -119,8 +121,7 @@ def answers(network: nn.Module, inputs: dict[str, Tensor], z: Tensor, t: float) 
     return without + SCALARS["guidance"] * (answer(label) - without)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize("name", few_quick(SOURCES, "default", "detokenise"))
 def test_the_graph_needs_each_parameter_and_has_plain_operators(networks, name):
     model, _, eager = networks[name]
     outside = {n for n, v in model.graph.initializers.items() if isinstance(v.const_value, ir.ExternalTensor)}
@@ -164,7 +165,7 @@ def test_a_patchs_pixels_come_row_by_row_and_the_three_of_a_pixel_together():
 
 
 @pytest.mark.parametrize("t", [0.0, 480.0, 999.0])
-@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("name", few_quick(STEPS, "default"))
 def test_a_step_is_the_formula_of_the_denoisers_answer(networks, name, t):
     inputs = inputs_of(name, 2) | {"t": torch.tensor([t])}
     z, answer = inputs["tokens"].double(), answers(networks[name].eager, inputs, inputs["tokens"], t)
@@ -174,7 +175,7 @@ def test_a_step_is_the_formula_of_the_denoisers_answer(networks, name, t):
 
 
 @BATCHES
-@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("name", few_quick(STEPS, "default"))
 def test_twenty_five_steps_end_where_diffusers_scheduler_does(networks, name, batch):
     prediction = {"eps": "epsilon", "x0": "sample"}[STEPS[name]["prediction"]]
     scheduler: Any = DDIMScheduler(1000, 1e-4, 2e-2, "linear", clip_sample=False, prediction_type=prediction)
@@ -195,7 +196,7 @@ def test_twenty_five_steps_end_where_diffusers_scheduler_does(networks, name, ba
         close(tokens, z)
 
 
-@pytest.mark.parametrize("name", [name for name in SOURCES if name != "text"])
+@pytest.mark.parametrize("name", few_quick([name for name in SOURCES if name != "text"], "default"))
 def test_three_tiles_are_three_times_one(networks, name):
     inputs = inputs_of(name, 3)
     tiled = {i: inputs[i] for i, spec in SOURCES[name].inputs.items() if "batch" in spec.shape}
@@ -204,7 +205,7 @@ def test_three_tiles_are_three_times_one(networks, name):
         close(*way(inputs), torch.cat(alone), 2e-6)
 
 
-@pytest.mark.parametrize("name", [name for name in SOURCES if name not in ("text", "ta-titok")])
+@pytest.mark.parametrize("name", few_quick([n for n in SOURCES if n not in ("text", "ta-titok")], "default"))
 def test_rows_of_their_own_are_as_one_by_one(networks, name):
     """Tiles of other steps and other images in one call: all rows differ, or only every second input's."""
     shared = [i for i, spec in SOURCES[name].inputs.items() if spec.shape[0] == ANY]

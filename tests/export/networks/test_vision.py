@@ -19,6 +19,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
+from support.lazily import Lazily
 from tilewright.export.networks.vision import Bridge, ClipVision, DinoPositions, Redux, Siglip, resize_matrix, resized
 from tilewright.export.system import ComponentSpec
 from tilewright.runtime.bundle.program import TensorSpec
@@ -258,14 +259,15 @@ SOURCES = {
 
 @pytest.fixture(scope="module")
 def networks(tmp_path_factory, opened) -> dict[str, Any]:
-    """Every network, traced once."""
-    return {
-        name: opened(ComponentSpec(module, inputs, outputs, {}, multiples), tmp_path_factory.mktemp("network"))
-        for name, (module, inputs, outputs, multiples) in SOURCES.items()
-    }
+    """Every network, traced when it is first used."""
+
+    def open_it(name: str) -> Any:
+        module, inputs, outputs, multiples = SOURCES[name]
+        return opened(ComponentSpec(module, inputs, outputs, {}, multiples), tmp_path_factory.mktemp("network"))
+
+    return Lazily(open_it)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", SOURCES)
 def test_the_graph_needs_each_parameter_and_has_plain_operators(networks, name):
     model, _, eager = networks[name]

@@ -124,7 +124,7 @@ def test_random_faults_end_in_the_right_picture_or_in_an_error(seed) -> None:
 # Order
 
 
-@pytest.mark.parametrize("seed", [*range(5), *(pytest.param(n, marks=pytest.mark.slow) for n in range(5, 25))])
+@pytest.mark.parametrize("seed", [*range(4), *(pytest.param(n, marks=pytest.mark.slow) for n in range(4, 25))])
 def test_random_orders_of_completion_give_the_same_bytes(seed) -> None:
     random.seed(seed)
     for system in SYSTEMS:

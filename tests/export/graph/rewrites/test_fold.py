@@ -245,7 +245,6 @@ def test_folding_twice_changes_nothing_more():
         assert ir.to_proto(model).SerializeToString() == once
 
 
-@pytest.mark.slow
 def test_a_traced_network_keeps_every_weight(traced):
     for file in sorted(traced.glob("*.onnx")):
         model = ir.load(file)

@@ -376,14 +376,14 @@ def test_an_adapter_without_adaptive_norms_is_plain_and_says_so(
         made = open_engine(opened, component, signature.engines[0], threads=1).run(arrays, signature.outputs)
         return {name: torch.from_numpy(array) for name, array in made.items()}
 
-    fixed = run("words", context=context[1:], negative_context=context[:1]) | {"t": np.float32(301), "z": z}
+    fixed = run("words", context=context[1:], negative_context=context[:1]) | {"t": np.array([301], np.float32), "z": z}
     fixed |= {"pooled": pooled[1:], "negative_pooled": pooled[:1], "control": control}
     sizes = {"batch": 1, "h": 8, "w": 12, "h/2": 4, "w/2": 6}
     added = {n: s for n, s in opened.manifest.components["unet"].inputs.items() if re.fullmatch(r"r\d|mid", n)}
     added = {n: torch.randn([sizes.get(d, d) for d in s.shape], generator=draw) for n, s in added.items()}
     steered = [0.5 * added[f"r{i}"][0] for i in range(4)], 0.5 * added["mid"][0]
     for preview in (False, True):
-        scale = {"lora_scale": np.float32(preview)}
+        scale = {"lora_scale": np.array([preview], np.float32)}
         seen = run("look", features=features[1:], nothing=features[:1], **scale)
         ours = run("unet", **fixed, **seen, **scale, **added)["predicted"][0]
         tokens, twice = eager.tokens(features, preview), torch.cat([z, z])

@@ -8,7 +8,7 @@ import pytest
 
 from support.devices import Cramped, Hanging
 from support.walked_systems import HITOKSR
-from support.walks import Toy, canvas, program_of, toys
+from support.walks import Late, Toy, canvas, program_of, toys
 from tilewright.runtime.bundle.program import Signature, TensorSpec
 from tilewright.runtime.errors import BundleError, DeviceError, ResourceError
 from tilewright.runtime.execute.devices import CpuDevice
@@ -43,8 +43,8 @@ def cpus(count):
 
 @pytest.mark.parametrize("at", [1, 2, 9])
 def test_a_device_that_hangs_is_not_used_again_and_its_late_result_is_ignored(at):
-    bad, good = cpus(2)
-    hanging = Hanging(bad, at)
+    hanging = Hanging(cpus(1)[0], at)
+    good = CpuDevice("cpu:1", toys(HITOKSR, Late))  # slower, so that the other one is sure to get as many calls
     executor = Executor([hanging, good], deadline_s=0.3)
     walk, pixels = walk_on(executor)
     walk.run({})

@@ -91,7 +91,14 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environment)
 
 
-@pytest.mark.parametrize(("file", "kind"), [*((f, "pipe") for f in CASES), *product(OPENED, ("device", "socket"))])
+@pytest.mark.parametrize(
+    ("file", "kind"),
+    [
+        *((f, "pipe") for f in OPENED),
+        *(pytest.param(f, "pipe", marks=pytest.mark.slow) for f in CASES if f not in OPENED),
+        *(pytest.param(f, kind, marks=pytest.mark.slow) for f, kind in product(OPENED, ("device", "socket"))),
+    ],
+)
 def test_what_is_no_file_is_refused_in_one_line(folder: Path, file: str, kind: str) -> None:
     if Path(file).is_dir():
         shutil.rmtree(file)
@@ -102,6 +109,7 @@ def test_what_is_no_file_is_refused_in_one_line(folder: Path, file: str, kind: s
     assert done.stderr.count("\n") == 1 and "internal" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("file", BEGUN)
 def test_where_parts_of_an_earlier_result_would_be(folder: Path, file: str, kind: str) -> None:

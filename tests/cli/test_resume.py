@@ -208,6 +208,7 @@ def contents(name: str) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in Path(name).iterdir() if path.suffix == ".png"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
 def test_a_folder_goes_on_with_the_images_that_are_left(many, capsys, number) -> None:
     returned, said = stopped(number, "in", "out", *SOON, once="out/finished.resume")

@@ -18,8 +18,10 @@ def threads_of(process: subprocess.Popen[str]) -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="only Linux tells which threads work")
-@pytest.mark.parametrize("what", ["image", "folder"])
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("what", ["image", pytest.param("folder", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
 def test_a_signal_ends_an_endless_call(staged, tmp_path: Path, monkeypatch, what, number, code) -> None:
     monkeypatch.chdir(tmp_path)
     endless_bundle(staged, Path("b"))

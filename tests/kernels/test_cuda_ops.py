@@ -22,6 +22,7 @@ from tilewright.kernels.jit import triton
 from tilewright.kernels.table import KERNELS
 
 pytestmark = [
+    pytest.mark.slow,  # the library is compiled first
     pytest.mark.skipif(triton is None, reason="only Triton makes cubins"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="NVIDIA's own driver is here; tests/gpu runs on it"),
 ]

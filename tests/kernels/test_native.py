@@ -188,6 +188,7 @@ def full_size(op: str, rows: int) -> Arrays:
     return {name: generator.standard_normal(shapes[name], np.float32) for name in INPUTS[op]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", INPUTS)
 def test_the_full_size_is_chosen_from_too(native, op):
     assert_best(native, op, full_size(op, 21))

@@ -30,6 +30,7 @@ def in_process(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(words, env=os.environ | path, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_every_op_works_where_triton_is_not_installed():
     code = """
 import torch

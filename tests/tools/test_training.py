@@ -85,6 +85,7 @@ def test_the_shipped_configuration_is_the_one_that_training_writes(tmp_path):
     assert shipped == hitoksr.Training(tmp_path).files()["config.json"]
 
 
+@pytest.mark.slow
 def test_every_stage_of_hitoksr_runs_and_the_system_finds_all_it_needs(tiny_hitoksr, tmp_path):
     tiny_hitoksr.run()
     again = hitoksr.Training(tiny_hitoksr.folder)

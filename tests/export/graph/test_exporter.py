@@ -24,6 +24,7 @@ def parts() -> list[object]:
     return [vars(owner)[name] for owner, name in zip(owners, names, strict=True)]
 
 
+@pytest.mark.slow
 def test_graphs_are_those_that_the_exporter_makes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """`gates` multiplies and adds numbers of other types, which are promoted."""
     quick = traced()

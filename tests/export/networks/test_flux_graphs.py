@@ -92,7 +92,7 @@ def sources(sizes: Sizes) -> dict[str, ComponentSpec]:
     }
 
 
-GRAPHS = few_quick(sources(SIZES), "step", "encode")
+GRAPHS = few_quick(sources(SIZES), "step")
 
 
 @pytest.fixture(scope="module")

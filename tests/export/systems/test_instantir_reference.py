@@ -324,6 +324,7 @@ def test_the_preview_is_a_consistency_step() -> None:
     assert skip == pytest.approx(0.0025, abs=5e-5) and out == pytest.approx(0.9988, abs=5e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", ["lq", "noise"])
 @pytest.mark.parametrize("adares", ["off", "paper", "code"])
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])

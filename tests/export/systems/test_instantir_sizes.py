@@ -186,6 +186,7 @@ def pixels(sizes: Sizes, image: np.ndarray) -> Tensor:
     return ((square - mean[:, None, None]) / deviation[:, None, None])[None]
 
 
+@pytest.mark.slow
 def test_every_size_is_the_files(folder: Folder) -> None:
     sizes, theirs = folder.settings.sizes, folder.sizes
     for name in ("unet", "vae", "text", "text_2", "dino"):

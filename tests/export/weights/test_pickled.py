@@ -372,6 +372,7 @@ print(peak_bytes() - start)
 """
 
 
+@pytest.mark.slow
 def test_a_large_file_is_never_wholly_in_memory(tmp_path):
     content = {f"layer{i}": torch.full((2_500_000,), float(i)) for i in range(20)}
     small, large = saved(tmp_path / "small.pt", {"a": torch.ones(9)}), saved(tmp_path / "large.pt", content)

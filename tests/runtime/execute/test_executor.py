@@ -225,6 +225,7 @@ def test_closing_cancels_what_runs_and_ends_all_threads() -> None:
     assert threading.active_count() == threads
 
 
+@pytest.mark.slow
 def test_many_threads_submit_and_cancel_at_random_without_a_deadlock_or_a_value_left() -> None:
     program, engines, constants, _ = small("hitoksr")
     executor = Executor(cpus(3, engines))

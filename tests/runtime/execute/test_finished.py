@@ -113,6 +113,7 @@ def test_a_walk_that_is_interrupted_at_random_nodes_gives_the_same_bytes(system,
 # Whatever stops it
 
 
+@pytest.mark.slow
 def test_devices_that_fail_for_good_lose_only_the_nodes_that_ran() -> None:
     stops = Counter()
     expected = {system: Interrupted(system, 128, 192, 64, 1).expected() for system in ("in-token", "steered", "vicr")}

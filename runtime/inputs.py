@@ -129,12 +129,8 @@ def check_names(bundle: Bundle, names: Iterable[str]) -> None:
 
 def _specs(bundle: Bundle) -> dict[str, TensorSpec]:
     """The values of passes without tiles, which a caller may give instead. Each is one row."""
-
-    def row(spec: TensorSpec) -> TensorSpec:
-        return TensorSpec(spec.dtype, (1, *spec.shape[1:]))
-
     return {
-        target: row(bundle.manifest.components[call.run].outputs[name])
+        target: bundle.manifest.components[call.run].outputs[name].rows(1)
         for p in bundle.program.passes
         if p.tiles is None
         for *_, call in p.calls()

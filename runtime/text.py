@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from tilewright.runtime.bundle.digests import identity_of
 from tilewright.runtime.bundle.strict import one_line
 from tilewright.runtime.errors import BundleError, EnvironmentMismatch, UsageError
 
@@ -29,8 +30,7 @@ def token_ids(path: Path, text: str, length: int) -> npt.NDArray[np.int64]:
     except UnicodeEncodeError:  # bytes of a command line that are not UTF-8 arrive as lone surrogates
         raise UsageError(one_line(f"the text {shown} is not valid Unicode; write it in UTF-8")) from None
     try:
-        status = path.stat()
-        tokenizer = _read(path, (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino))
+        tokenizer = _read(path, identity_of(path))
     except OSError as error:
         raise BundleError(_unusable(path, error)) from error
     try:
@@ -44,7 +44,7 @@ def token_ids(path: Path, text: str, length: int) -> npt.NDArray[np.int64]:
 
 
 @lru_cache(maxsize=8)
-def _read(path: Path, identity: tuple[int, ...]) -> "Tokenizer":
+def _read(path: Path, identity: tuple[str | int, ...]) -> "Tokenizer":
     """The tokenizer in a file. It is read again only if the file changes."""
     try:
         from tokenizers import Tokenizer

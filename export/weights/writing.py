@@ -1,15 +1,13 @@
 """Writing safetensors files tensor by tensor, and seeded random weights."""
 
-import json
 import math
-import struct
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from tilewright.runtime.bundle.digests import writing
 from tilewright.runtime.bundle.program import TensorSpec
-from tilewright.runtime.bundle.safetensors import SAFETENSORS_DTYPES
+from tilewright.runtime.bundle.safetensors import SAFETENSORS_DTYPES, safetensors_start
 from tilewright.runtime.errors import UsageError
 
 __all__ = ["WIDTHS", "random_weights", "write_tensors"]
@@ -19,19 +17,13 @@ WIDTHS = dict(SAFETENSORS_DTYPES.values())  # type -> bytes of an element
 
 def write_tensors(path: Path, specs: Mapping[str, TensorSpec], tensors: Iterable[bytes], note: str) -> None:
     """Write a safetensors file, one tensor after the other. Without tensors, a hole of the file stands for zeros."""
-    stored = {dtype: (name, width) for name, (dtype, width) in SAFETENSORS_DTYPES.items()}
-    header: dict[str, object] = {"__metadata__": {"note": note}}
-    end = 0
-    for name, spec in specs.items():
-        start, end = end, end + stored[spec.dtype][1] * math.prod(int(d) for d in spec.shape)
-        header[name] = {"dtype": stored[spec.dtype][0], "shape": spec.shape, "data_offsets": [start, end]}
-    text = json.dumps(header, sort_keys=True).encode()
-    text += b" " * (-len(text) % 8)
+    shapes = {name: (spec.dtype, tuple(int(d) for d in spec.shape)) for name, spec in specs.items()}
+    start = safetensors_start(shapes, {"note": note})
     with writing(path) as temporary, temporary.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
+        file.write(start)
         for data in tensors:
             file.write(data)
-        file.truncate(8 + len(text) + end)
+        file.truncate(len(start) + sum(WIDTHS[dtype] * math.prod(shape) for dtype, shape in shapes.values()))
 
 
 def random_weights(shapes: Mapping[str, tuple[int, ...]], seed: int, path: Path) -> None:

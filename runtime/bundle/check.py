@@ -181,7 +181,7 @@ class _Scope:
         for name, target in call.outputs.items():
             spec = signature.outputs[name]
             if alone and spec.shape[:1] == ("batch",):
-                spec = TensorSpec(spec.dtype, (1, *spec.shape[1:]))
+                spec = spec.rows(1)
             self.output(section, f"program: {where}: {name} -> {target}", spec, target, shared)
 
     def source(self, section: str, where: str, source: str) -> TensorSpec:

@@ -16,7 +16,7 @@ from pathlib import Path
 from tilewright.runtime.bundle.opening import not_a_file, only_files
 from tilewright.runtime.errors import EnvironmentMismatch
 
-__all__ = ["cache_dir", "next_data", "remembered_sha256", "sha256_of_bytes", "sha256_of_file", "writing"]
+__all__ = ["cache_dir", "identity_of", "next_data", "remembered_sha256", "sha256_of_bytes", "sha256_of_file", "writing"]
 
 ZEROS = bytes(1 << 20)  # its length is also the size of one read
 
@@ -50,10 +50,10 @@ def sha256_of_file(
         return _sha256(path, on_read)
     if not fresh and (remembered := remembered_sha256(path)):
         return remembered
-    identity = _identity(path)
+    identity = identity_of(path)
     digest = _sha256(path, on_read)
     note = _note(identity)
-    if note and _identity(path) == identity:  # a file that changed while it was read is not remembered
+    if note and identity_of(path) == identity:  # a file that changed while it was read is not remembered
         with contextlib.suppress(OSError), writing(note) as temporary:
             temporary.write_text(digest)
     return digest
@@ -61,7 +61,7 @@ def sha256_of_file(
 
 def remembered_sha256(path: Path) -> str | None:
     """The remembered digest of a file, if the file has not changed since."""
-    if note := _note(_identity(path)):
+    if note := _note(identity_of(path)):
         with contextlib.suppress(OSError, ValueError):
             remembered = note.read_text("ascii")
             if re.fullmatch("[0-9a-f]{64}", remembered):
@@ -69,7 +69,7 @@ def remembered_sha256(path: Path) -> str | None:
     return None
 
 
-def _note(identity: list[str | int]) -> Path | None:
+def _note(identity: tuple[str | int, ...]) -> Path | None:
     """The file that remembers a digest; none if the user has no home."""
     try:
         return cache_dir() / "digests" / sha256_of_bytes(json.dumps(identity).encode())
@@ -77,10 +77,10 @@ def _note(identity: list[str | int]) -> Path | None:
         return None
 
 
-def _identity(path: Path) -> list[str | int]:
+def identity_of(path: Path) -> tuple[str | int, ...]:
     """Values that differ between two files, and change when a file changes."""
     status = path.stat()
-    return [str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+    return str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
 def _sha256(path: Path, on_read: Callable[[int, int], None]) -> str:

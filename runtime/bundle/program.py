@@ -77,6 +77,10 @@ class TensorSpec:
         if any(isinstance(d, int) and d < 1 for d in self.shape):
             raise ValueError(f"shape {list(self.shape)} holds a size below 1")
 
+    def rows(self, count: Dim) -> "TensorSpec":
+        """The same tensor with so many rows."""
+        return TensorSpec(self.dtype, (count, *self.shape[1:]))
+
 
 @dataclass(frozen=True)
 class Signature:

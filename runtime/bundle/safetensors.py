@@ -50,7 +50,7 @@ def safetensors_start(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metada
     for name, (dtype, shape) in tensors.items():
         start, end = end, end + math.prod(shape) * NAMES[dtype][1]
         header[name] = {"dtype": NAMES[dtype][0], "shape": shape, "data_offsets": (start, end)}
-    text = json.dumps(header).encode()
+    text = json.dumps(header, sort_keys=True).encode()
     text = text.ljust(-(-len(text) // 8) * 8)
     return struct.pack("<Q", len(text)) + text
 

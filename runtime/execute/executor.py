@@ -149,11 +149,9 @@ class Executor:
         for region in [region for region, lacking in values.waiting.items() if not lacking]:
             values.on_final(*values.region(region))
             values.handed_on(region)
-        for place, p in enumerate(task.graph.program.passes):
-            numbers = [n for n in task.graph.tile_blocks[place] if n in task.blocks]
-            if done := sum(values.done[n].count(1) for n in numbers):
-                task.counts[place] = done
-                task.on_progress(p.name, done, sum(task.graph.blocks[n].size for n in numbers))
+        for place, numbers in enumerate(task.graph.tile_blocks):
+            if done := sum(values.done[n].count(1) for n in numbers if n in task.blocks):
+                self._tell(task, place, done)
 
     def cancel(self, task: Task) -> None:
         """Take a round out of the queue. Calls that run for it alone are stopped; outputs of others are dropped."""
@@ -386,7 +384,8 @@ class Executor:
                 for region, part in final:
                     task.values.on_final(*part)
                     task.values.handed_on(region)
-                self._tell(task, block, len(batch.nodes))
+                if block.section != "shared":
+                    self._tell(task, block.place, len(batch.nodes))
             except BaseException as error:
                 with self.changed:
                     self.queue.put_back(batch)
@@ -400,13 +399,11 @@ class Executor:
                         self._end(work)
                 self.changed.notify_all()
 
-    def _tell(self, task: Task, block: Block, nodes: int) -> None:
-        p = task.graph.program.passes[block.place]
-        if block.section == "shared":
-            return
-        total = sum(task.graph.blocks[n].size for n in task.graph.tile_blocks[block.place])
-        task.counts[block.place] = task.counts.get(block.place, 0) + nodes
-        task.on_progress(p.name, task.counts[block.place], total)
+    def _tell(self, task: Task, place: int, nodes: int) -> None:
+        """Report that so many more nodes of a pass are done."""
+        total = sum(task.graph.blocks[n].size for n in task.graph.tile_blocks[place])
+        task.counts[place] = task.counts.get(place, 0) + nodes
+        task.on_progress(task.graph.program.passes[place].name, task.counts[place], total)
 
     def _drop_values(self, task: Task, batch: Batch) -> None:
         """Drop the values of tiles that no later pass reads."""

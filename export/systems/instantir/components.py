@@ -26,7 +26,7 @@ class _Specs:
         cells = f"height/{sizes.spatial}", f"width/{sizes.spatial}"
         self.encoded = TensorSpec(FLOAT, ("batch", 4, *cells))
         self.features = TensorSpec(FLOAT, ("batch", sizes.features, sizes.dino["hidden_size"]))
-        self.table = TensorSpec(FLOAT, (ANY, *self.features.shape[1:]))  # DINOv2's positions, and its empty image
+        self.table = self.features.rows(ANY)  # DINOv2's positions, and its empty image
         self.context = TensorSpec(FLOAT, ("batch", sizes.words, sizes.context))
         self.pooled = dict.fromkeys(("pooled", "negative_pooled"), TensorSpec(FLOAT, (ANY, sizes.pooled)))
         width = sizes.keys_and_values
@@ -59,7 +59,7 @@ def _conditions(sizes: Sizes, specs: _Specs) -> dict[str, ComponentSpec]:
     see_inputs = {"image": IMAGE, "positions": specs.table}
     pixels = dict.fromkeys(("height", "width"), sizes.multiple)
     vae = {"config": sizes.vae}
-    words = {"words": TensorSpec(FLOAT, ("batch", *specs.words.shape[1:]))}
+    words = {"words": specs.words.rows("batch")}
     return {
         "words": ComponentSpec("instantir.Words", contexts, words, arguments={"config": sizes.unet}),
         "see": ComponentSpec(

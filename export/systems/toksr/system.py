@@ -75,7 +75,7 @@ def components(settings: Settings) -> dict[str, ComponentSpec]:
     tokens = TensorSpec(FLOAT, ("batch", sizes["token"], 1, sizes["latents"]))
     words = {"words": TensorSpec(FLOAT, (ANY, sizes["words"], sizes["text_width"]))}
     pooled = {"pooled": TensorSpec(FLOAT, (ANY, sizes["text_width"]))}
-    text = {name: TensorSpec(FLOAT, ("batch", *spec.shape[1:])) for name, spec in (words | pooled).items()}
+    text = {name: spec.rows("batch") for name, spec in (words | pooled).items()}
     number = TensorSpec(FLOAT, (ANY,))
     label = pooled if choices["text_mode"] == "pooled" else words
     scalars = dict.fromkeys(("t", "alpha", "beta", "alpha_next", "beta_next"), number)

@@ -54,7 +54,7 @@ def test_a_change_in_place_is_noticed_even_with_the_time_put_back(tmp_path):
 
 def note_of(path: Path) -> Path:
     """Where the digest of a file as it is now is remembered."""
-    return cache_dir() / "digests" / sha256_of_bytes(json.dumps(digests._identity(path)).encode())
+    return cache_dir() / "digests" / sha256_of_bytes(json.dumps(digests.identity_of(path)).encode())
 
 
 def test_a_file_that_looks_unchanged_is_not_read_again_but_when_asked(tmp_path):

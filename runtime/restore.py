@@ -5,7 +5,7 @@ import os
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from threading import Lock
@@ -34,7 +34,7 @@ from tilewright.runtime.estimate import (
 )
 from tilewright.runtime.execute.devices import CpuDevice, OpenEngines, cpu_names
 from tilewright.runtime.execute.executor import Executor
-from tilewright.runtime.execute.walk import Job, Walk
+from tilewright.runtime.execute.walk import Job, Walk, layout
 from tilewright.runtime.images.canvas import Enlarged, fill
 from tilewright.runtime.images.read import Picture, read_image
 from tilewright.runtime.images.write import assemble
@@ -56,6 +56,7 @@ from tilewright.runtime.resume.keeper import Keeper
 __all__ = ["Restoration", "Restorer", "Sitting", "Ticket", "load"]
 
 MOST_THREADS = 1024
+SIZES = 4  # sizes of images whose tiles and nodes are kept for the next image
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,9 @@ class Restorer:
     memory: str = "fast"
     memory_limit: int | None = None
     threads: int = 1  # of a device
+
+    def __post_init__(self) -> None:
+        self.lay = lru_cache(SIZES)(partial(layout, self.bundle.program))
 
     def __enter__(self) -> "Restorer":
         return self
@@ -158,7 +162,7 @@ class Restorer:
         if steps is not None and not any(p.steps for p in self.bundle.program.passes):
             raise UsageError(f"steps={steps}: {self.bundle.manifest.system} has no steps; leave it out")
         clock = _Clock()
-        size = partial(self.estimate, tile=tile, overlap=overlap, scale=scale, steps=steps)
+        size = cache(partial(self.estimate, tile=tile, overlap=overlap, scale=scale, steps=steps))
         picture = read_image(image, max_pixels=max_pixels, check=lambda *sides: size(*sides).require())
         height, width = picture.rgb.shape[:2]
         needs = size(width, height)
@@ -167,7 +171,7 @@ class Restorer:
         program = self.bundle.program
         enlarged = Enlarged(picture.rgb, needs.scale, program.multiple_px, least_px(program, tile))
         job = Job(enlarged, seed, tile, overlap, steps, on_progress=on_progress)
-        walk = Walk(program, self.executor, self.constants, job)
+        walk = Walk(program, self.executor, self.constants, job, self.lay)
         file = None if resume is None else Path(resume)
         return Sitting(self.bundle, picture, needs, walk, arguments, clock, self.ran, self.threads, file, on_part)
 

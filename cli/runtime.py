@@ -419,6 +419,7 @@ def _plan(arguments: argparse.Namespace) -> None:
         "result": [needs.width, needs.height],
         "passes": passes,
         "needed_bytes": needs.needed_bytes,
+        "mapped_bytes": needs.mapped_bytes,
         "available_bytes": needs.available_bytes,
     }
     rows = [
@@ -427,7 +428,8 @@ def _plan(arguments: argparse.Namespace) -> None:
         for p in passes
     ]
     free = "unknown" if needs.available_bytes is None else f"{needs.available_bytes / 2**30:.1f} GiB"
-    rows.append(f"memory: about {needs.needed_bytes / 2**30:.2f} GiB needed, {free} free")
+    mapped = f" besides {needs.mapped_bytes / 2**30:.2f} GiB of mapped weights" if needs.mapped_bytes else ""
+    rows.append(f"memory: about {needs.needed_bytes / 2**30:.2f} GiB needed{mapped}, {free} free")
     answer(arguments, value, "\n".join([f"result: {needs.width}x{needs.height} px", *rows]))
 
 

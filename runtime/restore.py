@@ -17,10 +17,11 @@ import numpy.typing as npt
 
 from tilewright.runtime.bundle.arguments import Argument
 from tilewright.runtime.bundle.manifest import EngineSpec
+from tilewright.runtime.bundle.measured import on_processor
 from tilewright.runtime.bundle.read import Bundle, read_bundle
 from tilewright.runtime.bundle.weights import checked_folder
 from tilewright.runtime.engines import Engine, backend
-from tilewright.runtime.engines.choose import choose_all, require
+from tilewright.runtime.engines.choose import choose_all, largest_batch, require, shortest_tile, tile_sides
 from tilewright.runtime.engines.machine import this_machine, usable_cores
 from tilewright.runtime.errors import InputError, ResourceError, UsageError
 from tilewright.runtime.estimate import (
@@ -171,6 +172,7 @@ class Restorer:
         program = self.bundle.program
         enlarged = Enlarged(picture.rgb, needs.scale, program.multiple_px, least_px(program, tile))
         job = Job(enlarged, seed, tile, overlap, steps, on_progress=on_progress)
+        job.shortest_px = shortest_tile(self.specs.values())
         walk = Walk(program, self.executor, self.constants, job, self.lay)
         file = None if resume is None else Path(resume)
         return Sitting(self.bundle, picture, needs, walk, arguments, clock, self.ran, self.threads, file, on_part)
@@ -186,6 +188,7 @@ class Restorer:
             devices=len(self.executor.devices),
             shared=self.threads == 1,
             memory_limit=self.memory_limit,
+            engines=self.specs,
             **options,
         )
 
@@ -485,10 +488,14 @@ def load(
     components = {name: bundle.manifest.components[name] for name in sorted(bundle.program.components())}
     packages = {package for c in components.values() for spec in c.engines for package in spec.needs.packages}
     kinds = {name.partition(":")[0] for name in names}
-    specs = require(choose_all(components, this_machine(packages, kinds), engine))
+    machine = this_machine(packages, kinds)
+    known = on_processor(bundle.root, machine.processor)
+    specs = require(choose_all(components, machine, engine, measured=known, sides=tile_sides(bundle.program)))
+    most = largest_batch(specs.values())
     if batch is not None:
-        most = min(spec.profile.batch.most for spec in specs.values())
         bundle = replace(bundle, program=bundle.program.batched(whole("batch", batch, 1, most)))
+    elif any(p.tiles.batch > most for p in bundle.program.passes if p.tiles):
+        bundle = replace(bundle, program=bundle.program.batched(most))
 
     def open_engine(name: str) -> Engine:
         module = backend(specs[name].backend)
@@ -504,7 +511,7 @@ def load(
     ]
     constants = read_tensors(bundle.path(bundle.manifest.constants)) if bundle.manifest.constants else {}
     free = available_bytes()
-    fits = all_open(bundle, memory, limit if free is None or (limit is not None and limit < free) else free)
+    fits = all_open(bundle, specs, memory, limit if free is None or (limit is not None and limit < free) else free)
     cpus = [CpuDevice(name, engines) for name, engines in zip(names, engines_of_device, strict=True)]
     executor = Executor(cpus, pass_by_pass=not fits, signatures=bundle.manifest.components, deadline_s=deadline_s)
     if fits:

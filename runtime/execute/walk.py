@@ -42,6 +42,7 @@ class Job:
         None
     )  # called with each final part of the result
     seconds: dict[str, float] = field(default_factory=dict)  # filled in: component -> time in its engine
+    shortest_px: int = 1  # the shortest side of a tile that all engines take
     notes: list[str] = field(default_factory=list)  # filled in: what went otherwise than planned
 
 
@@ -170,7 +171,11 @@ class Walk:
     def smaller_tile(self) -> int | None:
         """The side of the next smaller tiles, if the last run found too little memory for a single tile."""
         plans = [(p, self.graph.plans[p.name]) for p in self.program.passes]
-        return smaller_tile(self.program, plans, self.job.overlap_px) if self.task.lacked_memory else None
+        return (
+            smaller_tile(self.program, plans, self.job.overlap_px, self.job.shortest_px)
+            if self.task.lacked_memory
+            else None
+        )
 
     def _final(self, top: int, left: int, part: Floats) -> None:
         self.told = True

@@ -74,11 +74,11 @@ def test_engines_that_do_not_fit_together_are_opened_one_pass_at_a_time(tinted, 
         assert life.take() == ONE_BY_ONE
 
 
-@pytest.mark.parametrize(("free", "opened"), [(None, True), (309, True), (308, False), (0, False)])
+@pytest.mark.parametrize(("free", "opened"), [(None, True), (155, True), (154, False), (0, False)])
 def test_engines_fit_together_where_their_weights_leave_three_tenths_of_what_is_free(
     bundle, life, monkeypatch, free, opened
 ):
-    monkeypatch.setattr(restore, "available_bytes", lambda: free)  # the weights hold 27 numbers twice: 216 bytes
+    monkeypatch.setattr(restore, "available_bytes", lambda: free)  # the weights hold 27 numbers: 108 bytes
     with load(bundle):
         assert life.take() == (["+sharpen"] if opened else [])
 

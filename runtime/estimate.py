@@ -339,11 +339,12 @@ def estimate(
         raise UsageError(f"{width}x{height} is no image size; use 1x1 or more")
     width, height = int(width), int(height)  # small integers of NumPy would overflow
     scale = _scale(program, scale)
-    shortest = least_px(program, tile)
-    wide, high = (padded(side * scale, program.multiple_px, shortest) for side in (width, height))
-    passes = [(p, plan_of(program, p, high, wide, tile, overlap)) for p in program.passes]
     listed = bundle.manifest.components
     specs = engines or {name: listed[name].engines[0] for name in program.components()}
+    shortest = shortest_tile(specs.values())
+    side = least_px(program, tile, shortest)
+    wide, high = (padded(n * scale, program.multiple_px, side) for n in (width, height))
+    passes = [(p, plan_of(program, p, high, wide, tile, overlap)) for p in program.passes]
     _require_tiles(specs, passes)
     available = available_bytes()
     if available is not None:
@@ -356,9 +357,9 @@ def estimate(
     def least() -> tuple[int, str]:
         """The bytes in low memory with the smallest tiles, and the options that ask for both."""
         size, plans, sides = tile, passes, (high, wide)
-        while (smaller := smaller_tile(program, plans, overlap, shortest_tile(specs.values()))) is not None:
+        while (smaller := smaller_tile(program, plans, overlap, shortest)) is not None:
             size = smaller
-            side = least_px(program, size)
+            side = least_px(program, size, shortest)
             sides = tuple(padded(n * scale, program.multiple_px, side) for n in (height, width))  # type: ignore[assignment]
             plans = [(p, plan_of(program, p, *sides, size, overlap)) for p in program.passes]
         options = [f"--tile {size}"] * (size != tile) + ["--memory low"] * (memory != "low")

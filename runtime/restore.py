@@ -54,7 +54,7 @@ from tilewright.runtime.resume.checkpoint import (
 )
 from tilewright.runtime.resume.keeper import Keeper
 
-__all__ = ["Restoration", "Restorer", "Sitting", "Ticket", "load"]
+__all__ = ["Restoration", "Restorer", "Setup", "Sitting", "Ticket", "load", "set_up"]
 
 MOST_THREADS = 1024
 SIZES = 4  # sizes of images whose tiles and nodes are kept for the next image
@@ -87,6 +87,7 @@ class Restorer:
     memory: str = "fast"
     memory_limit: int | None = None
     threads: int = 1  # of a device
+    tile: int | None = None  # the side of tiles, for images that name no other
 
     def __post_init__(self) -> None:
         self.lay = lru_cache(SIZES)(partial(layout, self.bundle.program))
@@ -158,6 +159,7 @@ class Restorer:
         check_names(self.bundle, arguments)
         seed = whole("seed", seed, 0, WORD_MAX)
         max_pixels = whole("max_pixels", max_pixels, 1)
+        tile = self.tile if tile is None else tile
         sizes = {"tile": tile, "overlap": overlap, "steps": steps, "scale": scale}
         tile, overlap, steps, scale = (n if n is None else whole(name, n, 0) for name, n in sizes.items())
         if steps is not None and not any(p.steps for p in self.bundle.program.passes):
@@ -170,15 +172,17 @@ class Restorer:
         needs.require()
         clock.lap("read")
         program = self.bundle.program
-        enlarged = Enlarged(picture.rgb, needs.scale, program.multiple_px, least_px(program, tile))
-        job = Job(enlarged, seed, tile, overlap, steps, on_progress=on_progress)
-        job.shortest_px = shortest_tile(self.specs.values())
+        shortest = shortest_tile(self.specs.values())
+        enlarged = Enlarged(picture.rgb, needs.scale, program.multiple_px, least_px(program, tile, shortest))
+        job = Job(enlarged, seed, tile, overlap, steps, shortest_px=shortest, on_progress=on_progress)
         walk = Walk(program, self.executor, self.constants, job, self.lay)
         file = None if resume is None else Path(resume)
         return Sitting(self.bundle, picture, needs, walk, arguments, clock, self.ran, self.threads, file, on_part)
 
     def estimate(self, width: int, height: int, **options: Any) -> Estimate:
         """What an image of this size would need here; options as for `estimate`."""
+        if options.get("tile") is None:
+            options["tile"] = self.tile
         return estimate(
             self.bundle,
             width,
@@ -305,7 +309,8 @@ class Sitting:
 
     def _use_tile(self, tile: int | None) -> None:
         walk, program = self.walk, self.bundle.program
-        enlarged = Enlarged(self.picture.rgb, self.estimate.scale, program.multiple_px, least_px(program, tile))
+        least = least_px(program, tile, walk.job.shortest_px)
+        enlarged = Enlarged(self.picture.rgb, self.estimate.scale, program.multiple_px, least)
         self.walk = Walk(program, walk.executor, walk.constants, replace(walk.job, image=enlarged, tile_px=tile))
         self.estimate = replace(self.estimate, passes=[(p, self.walk.graph.plans[p.name]) for p in program.passes])
 
@@ -449,6 +454,49 @@ class _Clock:
         self.last = now
 
 
+@dataclass(frozen=True)
+class Setup:
+    """The engines and devices for a bundle on this machine. Nothing is open."""
+
+    bundle: Bundle  # with the batch that is asked for
+    specs: dict[str, EngineSpec]  # component -> its engine
+    devices: list[str]
+    threads: int  # of a device; 0: all cores
+
+    @property
+    def shared(self) -> bool:
+        """Whether the devices share their engines."""
+        return self.threads == 1
+
+
+def set_up(
+    bundle: Bundle,
+    *,
+    engine: str | None = None,
+    devices: Sequence[str] = ("cpu:0",),
+    threads: int = 0,
+    batch: int | None = None,
+    tile: int | None = None,
+) -> Setup:
+    """Choose engines and devices; options as for `load`."""
+    threads = whole("threads", threads, 0, MOST_THREADS)
+    side = None if tile is None else whole("tile", tile, 0)
+    names = cpu_names(devices)
+    if len(names) > 1 and not threads:
+        threads = max(1, usable_cores() // len(names))
+    components = {name: bundle.manifest.components[name] for name in sorted(bundle.program.components())}
+    packages = {package for c in components.values() for spec in c.engines for package in spec.needs.packages}
+    machine = this_machine(packages, {name.partition(":")[0] for name in names})
+    known, sides = on_processor(bundle.root, machine.processor), tile_sides(bundle.program, side)
+    specs = require(choose_all(components, machine, engine, measured=known, sides=sides))
+    most = largest_batch(specs.values())
+    if batch is not None:
+        bundle = replace(bundle, program=bundle.program.batched(whole("batch", batch, 1, most)))
+    elif any(p.tiles.batch > most for p in bundle.program.passes if p.tiles):
+        bundle = replace(bundle, program=bundle.program.batched(most))
+    return Setup(bundle, specs, names, threads)
+
+
 def load(
     path: str | os.PathLike[str] | Bundle,
     *,
@@ -457,6 +505,7 @@ def load(
     devices: Sequence[str] = ("cpu:0",),
     threads: int = 0,
     batch: int | None = None,
+    tile: int | None = None,
     weights_dir: str | os.PathLike[str] | None = None,
     expect: str | None = None,
     fresh: bool = False,
@@ -469,33 +518,20 @@ def load(
     `expect` and `fresh` as for `read_bundle`. `engine`: the name, precision or backend of the engines; without it the
     best that fit the machine are chosen. `devices`: `cpu:0`, `cpu:1`, ... run tiles at the same time, each with
     `threads` threads. With 0 threads the devices share the cores. `batch`: most tiles in a call of an engine, of any
-    steps and any images, instead of the bundle's. `memory_limit`: bytes, or a text like "2GiB", that a restoration may
+    steps and any images, instead of the bundle's. `tile`: the side of the tiles of every image that names no other;
+    engines that do not take it are not chosen. `memory_limit`: bytes, or a text like "2GiB", that a restoration may
     need with all that the process holds. `deadline_s`: a call of an engine that takes longer hangs, and its device is
     not used again; by default 20 times the slowest call of its kind, and a minute at least.
     """
     if memory not in MEMORY_MODES:
         raise UsageError(f"memory={memory!r} is not one of {', '.join(MEMORY_MODES)}")
-    threads = whole("threads", threads, 0, MOST_THREADS)
     deadline_s = None if deadline_s is None else seconds("deadline_s", deadline_s)
     limit = bytes_of(memory_limit) if isinstance(memory_limit, str) else memory_limit
     limit = None if limit is None else whole("memory_limit", limit, 1)
-    names = cpu_names(devices)
-    if len(names) > 1 and not threads:
-        threads = max(1, usable_cores() // len(names))
     bundle = path if isinstance(path, Bundle) else read_bundle(path, expect=expect, fresh=fresh)
     folder = checked_folder(weights_dir)
-
-    components = {name: bundle.manifest.components[name] for name in sorted(bundle.program.components())}
-    packages = {package for c in components.values() for spec in c.engines for package in spec.needs.packages}
-    kinds = {name.partition(":")[0] for name in names}
-    machine = this_machine(packages, kinds)
-    known = on_processor(bundle.root, machine.processor)
-    specs = require(choose_all(components, machine, engine, measured=known, sides=tile_sides(bundle.program)))
-    most = largest_batch(specs.values())
-    if batch is not None:
-        bundle = replace(bundle, program=bundle.program.batched(whole("batch", batch, 1, most)))
-    elif any(p.tiles.batch > most for p in bundle.program.passes if p.tiles):
-        bundle = replace(bundle, program=bundle.program.batched(most))
+    setup = set_up(bundle, engine=engine, devices=devices, threads=threads, batch=batch, tile=tile)
+    bundle, specs, names, threads = setup.bundle, setup.specs, setup.devices, setup.threads
 
     def open_engine(name: str) -> Engine:
         module = backend(specs[name].backend)
@@ -518,4 +554,4 @@ def load(
         for engines in engines_of_device:
             for name in engines:
                 engines[name]
-    return Restorer(bundle, shared, executor, specs, constants, memory, limit, threads or usable_cores())
+    return Restorer(bundle, shared, executor, specs, constants, memory, limit, threads or usable_cores(), tile)

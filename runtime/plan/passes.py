@@ -9,9 +9,12 @@ from tilewright.runtime.plan.tiles import TilePlan, tile_plan
 __all__ = ["least_px", "part_bytes", "plan_of", "smaller_tile", "table_for_tokens"]
 
 
-def least_px(program: Program, tile: int | None) -> int:
-    """The shortest side of a padded image: the side of a tile if tiles have fixed sides."""
-    return max((tile or p.tiles.px for p in program.passes if p.tiles and p.tiles.fixed_px), default=1)
+def least_px(program: Program, tile: int | None, shortest: int = 1) -> int:
+    """The shortest side of a padded image: the side of a tile if tiles have fixed sides.
+
+    `shortest`: the shortest side of a tile that the engines take.
+    """
+    return max([shortest, *(tile or p.tiles.px for p in program.passes if p.tiles and p.tiles.fixed_px)])
 
 
 def plan_of(program: Program, p: Pass, height: int, width: int, tile: int | None, overlap: int | None) -> TilePlan:

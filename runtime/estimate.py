@@ -114,15 +114,14 @@ def needed_bytes(
     all_open: bool,
     steps: int | None = None,
     devices: int = 1,
-    shared: bool = False,
+    copies: int = 1,
 ) -> int:
     """The peak memory of restoring a padded image of this size in output pixels.
 
-    `shared`: the devices share their engines.
+    `copies`: how many devices have engines of their own.
     """
     passes = list(passes)
     held = Held(bundle, passes, steps, devices)
-    copies = 1 if shared else devices
     every = bundle.program.components()
     most = partial(_call_bytes, specs)
     peak = 0.0
@@ -346,13 +345,14 @@ def estimate(
     wide, high = (padded(n * scale, program.multiple_px, side) for n in (width, height))
     passes = [(p, plan_of(program, p, high, wide, tile, overlap)) for p in program.passes]
     _require_tiles(specs, passes)
+    copies = 1 if shared else devices
     available = available_bytes()
     if available is not None:
-        available += weights_bytes(bundle, {name: specs[name] for name in opened}, memory)
+        available += copies * weights_bytes(bundle, {name: specs[name] for name in opened}, memory)
     limited = memory_limit is not None and (available is None or memory_limit < available)
     available = memory_limit if limited else available
-    needs = partial(needed_bytes, bundle, specs, steps=steps, devices=devices, shared=shared)
-    needed = needs(passes, high, wide, memory, all_open=all_open(bundle, specs, memory, available))
+    needs = partial(needed_bytes, bundle, specs, steps=steps, devices=devices, copies=copies)
+    needed = needs(passes, high, wide, memory, all_open=all_open(bundle, specs, memory, available, copies))
 
     def least() -> tuple[int, str]:
         """The bytes in low memory with the smallest tiles, and the options that ask for both."""
@@ -391,7 +391,10 @@ def _scale(program: Program, scale: int | None) -> int:
     return scale
 
 
-def all_open(bundle: Bundle, engines: Mapping[str, EngineSpec], memory: str, free: int | None) -> bool:
-    """Whether all engines are open at once. With `low`, or if they do not fit, only those of one pass are."""
-    fits = free is None or weights_bytes(bundle, engines, memory) < OPEN_SHARE * free
+def all_open(bundle: Bundle, engines: Mapping[str, EngineSpec], memory: str, free: int | None, copies: int) -> bool:
+    """Whether all engines are open at once. With `low`, or if they do not fit, only those of one pass are.
+
+    `copies`: how many devices have engines of their own.
+    """
+    fits = free is None or copies * weights_bytes(bundle, engines, memory) < OPEN_SHARE * free
     return memory == "fast" and fits

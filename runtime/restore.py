@@ -543,11 +543,12 @@ def load(
     # engines of one thread run on the thread that calls them, so devices of one thread can share them
     shared = OpenEngines(bundle.program.components(), open_engine)
     engines_of_device = [shared] + [
-        shared if threads == 1 else OpenEngines(shared.names, open_engine) for _ in names[1:]
+        shared if setup.shared else OpenEngines(shared.names, open_engine) for _ in names[1:]
     ]
     constants = read_tensors(bundle.path(bundle.manifest.constants)) if bundle.manifest.constants else {}
     free = available_bytes()
-    fits = all_open(bundle, specs, memory, limit if free is None or (limit is not None and limit < free) else free)
+    free = limit if free is None or (limit is not None and limit < free) else free
+    fits = all_open(bundle, specs, memory, free, 1 if setup.shared else len(names))
     cpus = [CpuDevice(name, engines) for name, engines in zip(names, engines_of_device, strict=True)]
     executor = Executor(cpus, pass_by_pass=not fits, signatures=bundle.manifest.components, deadline_s=deadline_s)
     if fits:

@@ -27,8 +27,9 @@ from tilewright.runtime.images.write import (
 )
 from tilewright.runtime.inputs import checked
 from tilewright.runtime.profile import engines_text
-from tilewright.runtime.restore import Restorer, load, set_up
+from tilewright.runtime.restore import Restorer, load
 from tilewright.runtime.resume.checkpoint import beside, share_in
+from tilewright.runtime.setup import set_up
 
 __all__ = ["add_verbs"]
 

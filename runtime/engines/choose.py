@@ -128,7 +128,7 @@ def largest_batch(specs: Iterable[EngineSpec]) -> int:
 
 def shortest_tile(specs: Iterable[EngineSpec]) -> int:
     """The shortest side of a tile that all of these engines take."""
-    return max(spec.profile.side_px.least for spec in specs)
+    return max((spec.profile.side_px.least for spec in specs), default=1)
 
 
 def outside(spec: EngineSpec, side_px: int | None) -> str | None:

@@ -18,7 +18,7 @@ import numpy as np
 
 from tilewright.runtime import Restorer, load
 
-ROUNDS = 5
+ROUNDS = 3
 PICTURES = 16
 
 
@@ -32,13 +32,13 @@ def picture(restorer: Restorer, rows: int, columns: int) -> np.ndarray:
 
 
 def large(restorer: Restorer, share: int) -> None:
-    """A picture of 16 tiles, or a part of it."""
-    restorer.restore(picture(restorer, 4, 4 // share))
+    """A picture of 8 tiles, or a part of it."""
+    restorer.restore(picture(restorer, 2, 4 // share))
 
 
 def many(restorer: Restorer, share: int) -> None:
-    """Pictures of several tiles that are submitted together."""
-    small = picture(restorer, 2, 2)
+    """Pictures of 16 tiles that are submitted together."""
+    small = picture(restorer, 4, 4)
     for ticket in [restorer.submit(small, seed=seed) for seed in range(PICTURES // share)]:
         ticket.result()
 
@@ -90,7 +90,7 @@ if __name__ == "__main__":
     parser.add_argument("--many", type=Path, required=True, help="a bundle of toksr tiny")
     arguments = parser.parse_args()
     results = {
-        "hitoksr full, one picture of 16 tiles": compare(arguments.large, large),
-        f"toksr tiny, {PICTURES} pictures of 4 tiles": compare(arguments.many, many),
+        "hitoksr full, one picture of 8 tiles": compare(arguments.large, large),
+        f"toksr tiny, {PICTURES} pictures of 16 tiles": compare(arguments.many, many),
     }
     print(json.dumps({"rounds": ROUNDS, "threads_of_a_device": 1} | results, indent=1))

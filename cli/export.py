@@ -252,8 +252,9 @@ def _onnx(arguments: argparse.Namespace) -> None:
 
 
 def _verify(arguments: argparse.Namespace) -> None:
-    from tilewright.export.verify.engines import PARTS, require, verify
+    from tilewright.export.verify.engines import PARTS, measurement, require, verify
     from tilewright.runtime.bundle.digests import writing
+    from tilewright.runtime.bundle.measured import remember
     from tilewright.runtime.errors import AccuracyError
 
     with Progress(arguments, PARTS) as progress:
@@ -281,6 +282,8 @@ def _verify(arguments: argparse.Namespace) -> None:
         require(report)
     except AccuracyError as error:
         fault = error
+    else:
+        remember(arguments.bundle, measurement(report))
     answer(arguments, report, "\n".join([*lines, f"written to {path}"]), fault=fault)
 
 

@@ -29,6 +29,7 @@ from tilewright.runtime.inputs import checked
 from tilewright.runtime.profile import engines_text
 from tilewright.runtime.restore import Restorer, load
 from tilewright.runtime.resume.checkpoint import beside, share_in
+from tilewright.runtime.setup import set_up
 
 __all__ = ["add_verbs"]
 
@@ -47,8 +48,7 @@ def add_verbs(verbs: Any) -> None:
     plan.add_argument("width", type=int, help="of the input image")
     plan.add_argument("height", type=int)
     _bundle_arguments(plan)
-    plan.add_argument("--memory", choices=MEMORY_MODES, default="fast", help="as for restore")
-    plan.add_argument("--memory-limit", metavar="SIZE", help="as for restore")
+    _load_arguments(plan)
     plan.add_argument("--scale", type=int, metavar="N", help="as for restore")
 
     _bundle_arguments(simulate_arguments(verb(verbs, "simulate", "time on several devices; nothing is run", simulate)))
@@ -206,6 +206,11 @@ def _bundle_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _engine_arguments(parser: argparse.ArgumentParser) -> None:
+    _load_arguments(parser)
+    parser.add_argument("--weights-dir", type=Path, metavar="DIR", help="where the weights are, if they moved")
+
+
+def _load_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--memory", choices=MEMORY_MODES, default="fast", help="speed, or weights mapped and not copied"
     )
@@ -218,7 +223,6 @@ def _engine_arguments(parser: argparse.ArgumentParser) -> None:
         "--devices", default="cpu:0", metavar="NAMES", help="run tiles at once on cpu:0,cpu:1,... (default: cpu:0)"
     )
     parser.add_argument("--batch", type=int, metavar="N", help="most tiles in a call, instead of the bundle's")
-    parser.add_argument("--weights-dir", type=Path, metavar="DIR", help="where the weights are, if they moved")
 
 
 def _engine_argument(parser: argparse.ArgumentParser) -> None:
@@ -235,6 +239,7 @@ def _open(arguments: argparse.Namespace) -> Restorer:
         threads=arguments.threads,
         devices=arguments.devices.split(","),
         batch=arguments.batch,
+        tile=arguments.tile,
         weights_dir=arguments.weights_dir,
         memory_limit=arguments.memory_limit,
     )
@@ -391,14 +396,25 @@ def _restored(source: Path, value: dict[str, Any]) -> str:
 def _plan(arguments: argparse.Namespace) -> None:
     bundle = read_bundle(arguments.bundle, expect=arguments.expect)
     _note_large_tile(arguments, bundle.program)
-    needs = estimate(
+    setup = set_up(
         bundle,
+        engine=arguments.engine,
+        devices=arguments.devices.split(","),
+        threads=arguments.threads,
+        batch=arguments.batch,
+        tile=arguments.tile,
+    )
+    needs = estimate(
+        setup.bundle,
         arguments.width,
         arguments.height,
         tile=arguments.tile,
         overlap=arguments.overlap,
         memory=arguments.memory,
         scale=arguments.scale,
+        devices=len(setup.devices),
+        shared=setup.shared,
+        engines=setup.specs,
         memory_limit=None if arguments.memory_limit is None else bytes_of(arguments.memory_limit),
     )
     if needs.limited:
@@ -419,6 +435,7 @@ def _plan(arguments: argparse.Namespace) -> None:
         "result": [needs.width, needs.height],
         "passes": passes,
         "needed_bytes": needs.needed_bytes,
+        "mapped_bytes": needs.mapped_bytes,
         "available_bytes": needs.available_bytes,
     }
     rows = [
@@ -427,7 +444,8 @@ def _plan(arguments: argparse.Namespace) -> None:
         for p in passes
     ]
     free = "unknown" if needs.available_bytes is None else f"{needs.available_bytes / 2**30:.1f} GiB"
-    rows.append(f"memory: about {needs.needed_bytes / 2**30:.2f} GiB needed, {free} free")
+    mapped = f" besides {needs.mapped_bytes / 2**30:.2f} GiB of mapped weights" if needs.mapped_bytes else ""
+    rows.append(f"memory: about {needs.needed_bytes / 2**30:.2f} GiB needed{mapped}, {free} free")
     answer(arguments, value, "\n".join([f"result: {needs.width}x{needs.height} px", *rows]))
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from tilewright.runtime.bundle.arguments import Argument, flag
+from tilewright.runtime.bundle.measured import measurements
 from tilewright.runtime.bundle.program import Program
 from tilewright.runtime.bundle.read import Bundle, read_bundle
 from tilewright.runtime.bundle.strict import encode
@@ -48,6 +49,7 @@ def inspect(root: Path, weights_dir: Path | None = None, expect: str | None = No
         "made_with": manifest.made_with,
         "arguments": {name: encode(argument) for name, argument in bundle.arguments.items()},
         "components": components,
+        "measured": encode(measurements(root))["measurements"],
         "passes": _passes(bundle.program),
         "tensors": _accounts(root),
         "bytes": {
@@ -119,6 +121,13 @@ def summary(report: dict[str, Any]) -> str:
         if c["weights"]:
             lines.append(f"    {c['referenced_bytes']:,} bytes referenced in {', '.join(c['weights'])}")
         lines.append(f"    {c['materialised_bytes']:,} bytes in the graph")
+    for m in report["measured"]:
+        lines.append(f"measured on {m['processor']}, {m['threads']} thread(s), {', '.join(m['versions'].values())}:")
+        lines += [
+            f"    {name} {engine}: {v['seconds_per_megapixel']:.3g} s a megapixel, error {v['relative_l2']:.1e}"
+            for name, engines in m["components"].items()
+            for engine, v in engines.items()
+        ]
     for origin, a in report["tensors"].items():
         lines.append(
             f"{origin}: {a['tensors']} tensors; {a['referenced']} referenced, {a['precomputed']} precomputed,"

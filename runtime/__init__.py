@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tilewright.runtime.errors import TilewrightError
     from tilewright.runtime.images.write import encode_image, write_image
-    from tilewright.runtime.restore import Restoration, Restorer, load
+    from tilewright.runtime.restore import Restorer, load
+    from tilewright.runtime.sitting import Restoration
 
     __version__: str
 
@@ -14,7 +15,8 @@ __all__ = ["Restoration", "Restorer", "TilewrightError", "__version__", "encode_
 
 _HOMES = {
     "TilewrightError": "errors",
-    **dict.fromkeys(("Restoration", "Restorer", "load"), "restore"),
+    "Restoration": "sitting",
+    **dict.fromkeys(("Restorer", "load"), "restore"),
     **dict.fromkeys(("encode_image", "write_image"), "images.write"),
 }
 

@@ -1,11 +1,14 @@
 """The devices and backends of this machine, and which engines of a bundle would run on it. Nothing is opened."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from tilewright.runtime.bundle.manifest import Component, EngineSpec
+from tilewright.runtime.bundle.measured import Measured, on_processor
 from tilewright.runtime.bundle.read import Bundle
+from tilewright.runtime.bundle.strict import encode
 from tilewright.runtime.engines import BACKENDS, backend
-from tilewright.runtime.engines.choose import Choice, Machine, choose_all, require
+from tilewright.runtime.engines.choose import Choice, Machine, choose_all, require, tile_sides
 from tilewright.runtime.engines.machine import this_machine
 from tilewright.runtime.errors import EnvironmentMismatch
 from tilewright.runtime.profile import hardware
@@ -31,7 +34,9 @@ def diagnose(bundle: Bundle | None, wish: str | None = None) -> tuple[dict[str, 
     """A report on this machine and on every engine of a bundle, and the fault if a component has no engine here."""
     components = bundle.manifest.components if bundle else {}
     machine = this_machine({p for c in components.values() for spec in c.engines for p in spec.needs.packages})
-    choices = choose_all(components, machine, wish) if components else {}
+    known = on_processor(bundle.root, machine.processor) if bundle else {}
+    sides = tile_sides(bundle.program) if bundle else {}
+    choices = choose_all(components, machine, wish, measured=known, sides=sides) if components else {}
     fault = None
     try:
         require(choices)
@@ -40,7 +45,9 @@ def diagnose(bundle: Bundle | None, wish: str | None = None) -> tuple[dict[str, 
     report = {
         "machine": _machine(machine),
         "bundle": bundle.digest if bundle else None,
-        "components": {name: _component(components[name], choice) for name, choice in sorted(choices.items())},
+        "components": {
+            name: _component(components[name], choice, known.get(name, {})) for name, choice in sorted(choices.items())
+        },
     }
     return report, fault
 
@@ -57,14 +64,14 @@ def _machine(machine: Machine) -> dict[str, Any]:
     }
 
 
-def _component(component: Component, choice: Choice) -> dict[str, Any]:
+def _component(component: Component, choice: Choice, measured: Mapping[str, Measured]) -> dict[str, Any]:
     return {
         "chosen": choice.spec.name if choice.spec else None,
-        "engines": [_engine(spec, choice) for spec in component.engines],
+        "engines": [_engine(spec, choice, measured.get(spec.name)) for spec in component.engines],
     }
 
 
-def _engine(spec: EngineSpec, choice: Choice) -> dict[str, Any]:
+def _engine(spec: EngineSpec, choice: Choice, measured: Measured | None) -> dict[str, Any]:
     reasons = choice.misfits | choice.others
     return {
         "name": spec.name,
@@ -73,6 +80,7 @@ def _engine(spec: EngineSpec, choice: Choice) -> dict[str, Any]:
         "precision": spec.precision,
         "runs": spec.name not in choice.misfits,
         "reason": reasons.get(spec.name),  # why it is not chosen
+        "measured": encode(measured) if measured else None,  # on such a processor
     }
 
 
@@ -98,5 +106,8 @@ def summary(report: dict[str, Any]) -> str:
             verdict = (
                 "chosen" if chosen else f"would run, but {engine['reason']}" if engine["runs"] else engine["reason"]
             )
+            if engine["measured"]:
+                error, seconds = (engine["measured"][key] for key in ("relative_l2", "seconds_per_megapixel"))
+                verdict += f"; measured on such a processor: {seconds:.3g} s a megapixel, error {error:.1e}"
             lines.append(f"  {engine['name']:<{width}}  {engine['device']}  {verdict}")
     return "\n".join(lines)

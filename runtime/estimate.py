@@ -4,15 +4,17 @@ import contextlib
 import math
 import re
 import sys
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from numbers import Integral
 from pathlib import Path
 
+from tilewright.runtime.bundle.manifest import EngineSpec
 from tilewright.runtime.bundle.program import Pass, Program, Tiles, state_shape
 from tilewright.runtime.bundle.read import Bundle
+from tilewright.runtime.bundle.weights import Reference
+from tilewright.runtime.engines.choose import outside, shortest_tile
 from tilewright.runtime.errors import ResourceError, UsageError
 from tilewright.runtime.images.canvas import padded
 from tilewright.runtime.plan.passes import least_px, part_bytes, plan_of, smaller_tile
@@ -33,10 +35,9 @@ __all__ = [
 
 MEMORY_MODES = ("fast", "low")  # re-packed weights, mapped weights
 OPEN_SHARE = 0.7  # share of the free memory for all engines together; the rest is for work
-INTERPRETER_BYTES = 90_000_000  # Python, NumPy, Pillow and ONNX Runtime, measured
-# memory that ONNX Runtime takes for calls, in proportion to the values alive, measured: it keeps it after one call, or
-# after several; with `low` it gives it back
-ONE, ARENA, LOW = 1.4, 2.0, 1.5
+INTERPRETER_BYTES = 80_000_000  # Python, NumPy, Pillow and ONNX Runtime, measured
+# blocks in proportion to the values alive, measured: ONNX Runtime takes blocks of powers of two and keeps them
+ARENA = 1.3
 GRAPH = 30  # bytes of an open engine for each byte of its graph's file, measured 28 to 35
 WIDTHS = {"float64": 8, "int64": 8, "float16": 2, "bfloat16": 2, "int16": 2, "int8": 1, "uint8": 1, "bool": 1}
 UNITS = {"": 1, "b": 1} | {
@@ -104,6 +105,7 @@ def bytes_of(text: str) -> int:
 
 def needed_bytes(
     bundle: Bundle,
+    specs: Mapping[str, EngineSpec],
     passes: Iterable[tuple[Pass, TilePlan]],
     height: int,
     width: int,
@@ -112,33 +114,29 @@ def needed_bytes(
     all_open: bool,
     steps: int | None = None,
     devices: int = 1,
-    shared: bool = False,
+    copies: int = 1,
 ) -> int:
     """The peak memory of restoring a padded image of this size in output pixels.
 
-    `shared`: the devices share their engines.
+    `copies`: how many devices have engines of their own.
     """
     passes = list(passes)
     held = Held(bundle, passes, steps, devices)
-    copies = 1 if shared else devices
     every = bundle.program.components()
+    most = partial(_call_bytes, specs)
     peak = 0.0
     for place, (p, plan) in enumerate(passes):
         called = {call.run for *_, call in p.calls()}
-        calls = {name: _call_bytes(bundle, name, p, plan) for name in called}
         if memory == "low":
-            working = LOW * _at_once(p, plan, devices) * max(calls.values())
+            working = _at_once(p, plan, devices) * max(most(name, p, plan) for name in called)
         else:  # each engine keeps the memory of its largest call
-            open_passes = passes[: place + 1] if all_open else [(p, plan)]
-            largest, times = dict[str, float](), Counter[str]()
-            for q, its_plan in open_passes:
-                for section, _, call in q.calls():
-                    size = _at_once(q, its_plan, devices) * _call_bytes(bundle, call.run, q, its_plan)
+            largest = dict[str, float]()
+            for q, its_plan in passes[: place + 1] if all_open else [(p, plan)]:
+                for *_, call in q.calls():
+                    size = _at_once(q, its_plan, devices) * most(call.run, q, its_plan)
                     largest[call.run] = max(largest.get(call.run, 0.0), size)
-                    repeated = _steps(q, steps) if section == "each" else 1
-                    times[call.run] += repeated * -(-its_plan.count // (q.tiles.batch if q.tiles else 1))
-            working = sum((ONE if times[name] == 1 else ARENA) * size for name, size in largest.items())
-        opened = every if all_open else called
+            working = ARENA * sum(largest.values())
+        opened = {name: specs[name] for name in (every if all_open else called)}
         engines = weights_bytes(bundle, opened, memory) + GRAPH * _graph_bytes(bundle, opened)
         peak = max(peak, held.at(place) + working + copies * engines)
     picture = 3 * height * width + 3 * height * width // bundle.program.scale**2  # the result and the source, 8 bits
@@ -147,23 +145,38 @@ def needed_bytes(
     return int(INTERPRETER_BYTES + picture + fixed + peak)
 
 
-def weights_bytes(bundle: Bundle, components: Iterable[str], memory: str) -> int:
-    """The memory of open components' weights: mapped, and with `fast` also re-packed as float32."""
-    tensors = [r for name in components for r in bundle.weights.tensors.get(name, {}).values()]
+def weights_bytes(bundle: Bundle, engines: Mapping[str, EngineSpec], memory: str) -> int:
+    """The memory that the weights of open engines take for themselves: re-packed, or reordered for convolutions."""
     if memory == "low":
-        return 0  # the system frees mapped pages when needed
-    return sum(r.length + 4 * math.prod(r.shape) for r in tensors)
+        return sum(spec.memory.copied for spec in engines.values())
+    tables = {spec.weights or name for name, spec in engines.items() if spec.precision == "float32"}
+    stored = {spec.weights or name for name, spec in engines.items()} - tables
+    wide = sum(4 * math.prod(r.shape) for r in _references(bundle, tables))
+    return wide + sum(r.length for r in _references(bundle, stored))
 
 
-def _graph_bytes(bundle: Bundle, components: Iterable[str]) -> int:
-    return sum(bundle.manifest.files[bundle.manifest.components[name].graph].size for name in components)
+def mapped_bytes(bundle: Bundle, engines: Mapping[str, EngineSpec], memory: str) -> int:
+    """The most that a pass reads from mapped files of weights. The system takes this memory back when it needs it."""
+    if memory != "low":
+        return 0
+    called = [{call.run for *_, call in p.calls()} for p in bundle.program.passes]
+    tables = [{engines[name].weights or name for name in names} for names in called]
+    return max((sum(r.length for r in set(_references(bundle, each))) for each in tables), default=0)
 
 
-def _call_bytes(bundle: Bundle, name: str, p: Pass, plan: TilePlan) -> float:
+def _references(bundle: Bundle, tables: Iterable[str]) -> list[Reference]:
+    """The tensors of tables; those that two tables share count twice, as every engine packs its own."""
+    return [r for table in sorted(tables) for r in bundle.weights.tensors.get(table, {}).values()]
+
+
+def _graph_bytes(bundle: Bundle, engines: Mapping[str, EngineSpec]) -> int:
+    return sum(bundle.manifest.files[spec.graph].size for spec in engines.values())
+
+
+def _call_bytes(specs: Mapping[str, EngineSpec], name: str, p: Pass, plan: TilePlan) -> float:
     """The memory inside one call of a component with as many tiles as a call may take."""
-    batch, model = min(p.tiles.batch, plan.count) if p.tiles else 1, bundle.manifest.components[name].memory
-    px = plan.tile_height * plan.tile_width
-    return model.fixed + batch * (model.per_px * px + model.per_px2 * px * px)
+    batch = min(p.tiles.batch, plan.count) if p.tiles else 1
+    return specs[name].memory.of_call(batch, plan.tile_height * plan.tile_width)
 
 
 def _at_once(p: Pass, plan: TilePlan, devices: int) -> int:
@@ -281,6 +294,7 @@ class Estimate:
     scale: int
     passes: list[tuple[Pass, TilePlan]]
     needed_bytes: int
+    mapped_bytes: int  # the most of mapped weights, which the system keeps in memory while there is room
     available_bytes: int | None
     limited: bool = False  # what is available is what the caller allows
     # the least bytes, and the options with which so few suffice
@@ -312,38 +326,56 @@ def estimate(
     devices: int = 1,
     shared: bool = False,
     memory_limit: int | None = None,
+    engines: Mapping[str, EngineSpec] | None = None,
 ) -> Estimate:
     """The estimate for an input image of this size; nothing is run. Memory of `opened` engines counts as free.
 
-    `shared`: the devices share their engines. `memory_limit`: bytes that all of the process may take.
+    `engines`: the engine of each component; by default the first that the bundle lists. `shared`: the devices share
+    their engines. `memory_limit`: bytes that all of the process may take.
     """
     program = bundle.program
     if not all(isinstance(n, Integral) and not isinstance(n, bool) and n >= 1 for n in (width, height)):
         raise UsageError(f"{width}x{height} is no image size; use 1x1 or more")
     width, height = int(width), int(height)  # small integers of NumPy would overflow
     scale = _scale(program, scale)
-    shortest = least_px(program, tile)
-    wide, high = (padded(side * scale, program.multiple_px, shortest) for side in (width, height))
+    listed = bundle.manifest.components
+    specs = engines or {name: listed[name].engines[0] for name in program.components()}
+    shortest = shortest_tile(specs.values())
+    side = least_px(program, tile, shortest)
+    wide, high = (padded(n * scale, program.multiple_px, side) for n in (width, height))
     passes = [(p, plan_of(program, p, high, wide, tile, overlap)) for p in program.passes]
+    _require_tiles(specs, passes)
+    copies = 1 if shared else devices
     available = available_bytes()
-    available = None if available is None else available + weights_bytes(bundle, opened, memory)
+    if available is not None:
+        available += copies * weights_bytes(bundle, {name: specs[name] for name in opened}, memory)
     limited = memory_limit is not None and (available is None or memory_limit < available)
     available = memory_limit if limited else available
-    needs = partial(needed_bytes, bundle, steps=steps, devices=devices, shared=shared)
-    needed = needs(passes, high, wide, memory, all_open=all_open(bundle, memory, available))
+    needs = partial(needed_bytes, bundle, specs, steps=steps, devices=devices, copies=copies)
+    needed = needs(passes, high, wide, memory, all_open=all_open(bundle, specs, memory, available, copies))
 
     def least() -> tuple[int, str]:
         """The bytes in low memory with the smallest tiles, and the options that ask for both."""
         size, plans, sides = tile, passes, (high, wide)
-        while (smaller := smaller_tile(program, plans, overlap)) is not None:
+        while (smaller := smaller_tile(program, plans, overlap, shortest)) is not None:
             size = smaller
-            side = least_px(program, size)
+            side = least_px(program, size, shortest)
             sides = tuple(padded(n * scale, program.multiple_px, side) for n in (height, width))  # type: ignore[assignment]
             plans = [(p, plan_of(program, p, *sides, size, overlap)) for p in program.passes]
         options = [f"--tile {size}"] * (size != tile) + ["--memory low"] * (memory != "low")
         return needs(plans, *sides, "low", all_open=False), " and ".join(options)
 
-    return Estimate(width * scale, height * scale, scale, passes, needed, available, limited, least)
+    mapped = mapped_bytes(bundle, specs, memory)
+    return Estimate(width * scale, height * scale, scale, passes, needed, mapped, available, limited, least)
+
+
+def _require_tiles(specs: Mapping[str, EngineSpec], passes: Iterable[tuple[Pass, TilePlan]]) -> None:
+    """Refuse tiles that an engine was not made for."""
+    for p, plan in passes:
+        for name in sorted({call.run for *_, call in p.calls()}) if p.tiles else ():
+            for side in (plan.tile_height, plan.tile_width):
+                if reason := outside(specs[name], side):
+                    raise UsageError(f"engine {specs[name].name} of {name} {reason}; use another --tile or --engine")
 
 
 def _gib(size: int) -> str:
@@ -359,7 +391,10 @@ def _scale(program: Program, scale: int | None) -> int:
     return scale
 
 
-def all_open(bundle: Bundle, memory: str, free: int | None) -> bool:
-    """Whether all engines are open at once. With `low`, or if they do not fit, only those of one pass are."""
-    fits = free is None or weights_bytes(bundle, bundle.program.components(), memory) < OPEN_SHARE * free
+def all_open(bundle: Bundle, engines: Mapping[str, EngineSpec], memory: str, free: int | None, copies: int) -> bool:
+    """Whether all engines are open at once. With `low`, or if they do not fit, only those of one pass are.
+
+    `copies`: how many devices have engines of their own.
+    """
+    fits = free is None or copies * weights_bytes(bundle, engines, memory) < OPEN_SHARE * free
     return memory == "fast" and fits

@@ -19,10 +19,11 @@ from tilewright.runtime.errors import InputError, ResourceError, UsageError
 from tilewright.runtime.images.read import SUFFIXES, image_size
 from tilewright.runtime.images.write import check_overwrite, check_room, check_writable, write_or_keep
 from tilewright.runtime.inputs import gather, seconds
-from tilewright.runtime.restore import Restorer, Sitting, Ticket
+from tilewright.runtime.restore import Restorer
 from tilewright.runtime.resume.checkpoint import asked_in, beside, require_same
 from tilewright.runtime.resume.keeper import Kept
 from tilewright.runtime.resume.results import Results
+from tilewright.runtime.sitting import Sitting, Ticket
 
 __all__ = ["Outcome", "images_of", "restore_images"]
 

@@ -3,16 +3,15 @@
 A percentile needs runs beyond it: median and maximum are always told, p90 from 20 runs, p99 from 200.
 """
 
-import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tilewright.runtime.engines import backend
+from tilewright.runtime.engines.machine import processor, usable_cores
 from tilewright.runtime.errors import UsageError
 from tilewright.runtime.estimate import peak_bytes, reset_peak
 from tilewright.runtime.inputs import whole
@@ -36,12 +35,7 @@ def resolutions(text: str) -> list[tuple[int, int]]:
 
 def hardware() -> dict[str, Any]:
     """The machine of a measurement."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return {"cpu": model, "cores": len(os.sched_getaffinity(0)), "system": f"{platform.system()} {platform.machine()}"}
+    return {"cpu": processor(), "cores": usable_cores(), "system": f"{platform.system()} {platform.machine()}"}
 
 
 def profile(

@@ -35,6 +35,7 @@ RUNTIME = (
     {"inputs.py", "select.py"},
     {"execute", "estimate.py"},
     {"resume"},
+    {"setup.py", "sitting.py"},
     {"restore.py", "simulate.py"},
     {"profile.py", "doctor.py", "folder.py"},
 )

@@ -3,7 +3,7 @@
 import importlib
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tilewright.export.build.cache import write
@@ -51,8 +51,7 @@ class Assembly:
                 f"{name}.onnx",
                 spec.inputs,
                 spec.outputs,
-                tuple(_engine(root, name, target) for target in TARGETS),
-                Memory(**memory[name]),
+                tuple(_engine(root, name, target, Memory(**memory[name][target])) for target in TARGETS),
             )
             for name, spec in request.components.items()
         }
@@ -82,10 +81,10 @@ class Assembly:
         }
 
 
-def _engine(root: Path, component: str, target: str) -> EngineSpec:
+def _engine(root: Path, component: str, target: str, memory: Memory) -> EngineSpec:
     """The engine of a target. It shares the portable graph if the target changed nothing."""
     graph = f"{engine_folder(component, target)}/model.onnx"
     spec: EngineSpec = importlib.import_module(TARGETS[target]).spec(
         target, graph if (root / graph).is_file() else f"{component}.onnx"
     )
-    return spec
+    return replace(spec, memory=memory)

@@ -109,4 +109,13 @@ def _measured(report: Mapping[str, Any] | None) -> list[str]:
         "| of | PSNR | relative L2 |",
         "|---|---|---|",
         *(f"| {subject} | {error['psnr_db']:.1f} dB | {error['relative_l2']:.1e} |" for subject, error in rows.items()),
+        "",
+        f"On this picture, with {report['threads']} thread(s) of {report['processor']}:",
+        "",
+        "| component | engine | seconds a megapixel |",
+        "|---|---|---|",
+        *(
+            f"| {name} | {component['engine']} | {component['seconds_per_megapixel']:.3g} |"
+            for name, component in sorted(report["components"].items())
+        ),
     ]

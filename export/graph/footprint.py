@@ -1,4 +1,4 @@
-"""The working memory of a graph as a function of the picture's size.
+"""The working memory of a graph as a function of the tile's size and of the number of tiles in a call.
 
 Shapes in a graph are expressions of the free sizes. They are evaluated for two sizes, and a walk in the order of
 execution counts the most bytes alive at once; a line over the number of pixels goes through the two results. The
@@ -9,7 +9,7 @@ peak together.
 import ast
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 import numpy as np
@@ -43,9 +43,35 @@ def footprint(model: ir.Model, sizes_at: Callable[[int], Mapping[str, int]]) -> 
     """The memory a graph needs. `sizes_at(side)` gives the free sizes for a square of this side in output pixels."""
     small, large = 256**2, 1024**2
     alive = [peak_alive(model, sizes_at(side)) for side in (256, 1024)]
+    both = peak_alive(model, {**sizes_at(256), "batch": 2})
     per_px = (alive[1] - alive[0]) / (large - small)
-    scores = max(_scores(node, sizes_at(1024)) for node in model.graph)
-    return Memory(max(0.0, float(alive[0] - round(per_px * small))), _short(per_px), _short(scores / large**2))
+    constant = max(0, alive[0] - round(per_px * small))
+    per_tile = min(constant, max(0, both - alive[0] - round(per_px * small)))
+    at_small, at_large = (max(_scores(node, sizes_at(side)) for node in model.graph) for side in (256, 1024))
+    if at_small == at_large:  # the engine's tiles have a fixed size
+        return Memory(constant - per_tile, per_tile + at_large, _short(per_px), 0.0, _copied(model))
+    return Memory(constant - per_tile, per_tile, _short(per_px), _short(at_large / large**2), _copied(model))
+
+
+def _copied(model: ir.Model) -> int:
+    """Bytes of the weights of convolutions. ONNX Runtime keeps them in another order, for the CPU's registers."""
+    weights = {weight for node in model.graph for weight in _convolved(model, node) if weight.is_initializer()}
+    return sum(4 * int(np.prod(weight.shape.numpy())) for weight in weights if weight.shape is not None)
+
+
+def _convolved(model: ir.Model, node: ir.Node) -> Iterator[ir.Value]:
+    """The weights of the convolutions in a node."""
+    if node.op_type == "Conv" and node.domain == "":
+        weight = node.inputs[1]
+        if weight is not None:
+            yield weight
+    elif function := model.functions.get(node.op_identifier()):
+        inputs = list(function.inputs)
+        for inner in function:
+            for weight in _convolved(model, inner):
+                outer = node.inputs[inputs.index(weight)] if weight in inputs else None
+                if outer is not None:
+                    yield outer
 
 
 def _short(value: float) -> float:

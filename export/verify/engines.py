@@ -22,10 +22,11 @@ from tilewright.export.systems import system
 from tilewright.export.verify.memory import VERIFY_COPIES
 from tilewright.export.verify.seams import PICTURES, seam_excess
 from tilewright.export.weights.files import mapped_tensor
+from tilewright.runtime.bundle.measured import Measured, Measurement
 from tilewright.runtime.bundle.program import Program
 from tilewright.runtime.bundle.read import Bundle, read_bundle
 from tilewright.runtime.engines import Engine, backend
-from tilewright.runtime.engines.machine import usable_cores
+from tilewright.runtime.engines.machine import processor, usable_cores
 from tilewright.runtime.errors import AccuracyError, ResourceError, UsageError
 from tilewright.runtime.estimate import available_bytes
 from tilewright.runtime.execute.walk import Job, run
@@ -35,7 +36,7 @@ from tilewright.runtime.plan.passes import least_px, plan_of
 from tilewright.runtime.restore import Restorer, load
 from tilewright.runtime.text import token_ids
 
-__all__ = ["PARTS", "RELATIVE_L2_GATE", "require", "sample_photo", "verify"]
+__all__ = ["PARTS", "RELATIVE_L2_GATE", "measurement", "require", "sample_photo", "verify"]
 
 RELATIVE_L2_GATE = 1e-4  # for float outputs of a component, in float32; measured are 1e-6 to 1e-5
 SMALL = 2**24  # a bundle with fewer parameters is small
@@ -83,10 +84,12 @@ def verify(
         job.inputs = gather(bundle, example_inputs(bundle))
         told = {part: replace(job, on_progress=_percent(on_progress, part, program)) for part in PARTS}
         engine_image = run(program, restorer.engines, restorer.constants, told["engines"])
+        seconds = dict(job.seconds)  # of the engines alone
         eager_image = run(program, pairs, restorer.constants, told["engines and eager"])
         few = _few_steps(restorer, SMALL_SEAM_STEPS if small else SEAM_STEPS)
         pictures = (PICTURES | {"photo": _photo}).items()
         seams = {name: _seam(restorer, told[f"seams, {name}"], few, make) for name, make in pictures}
+    megapixels = engine_image.shape[1] * engine_image.shape[2] / 1e6
     ran = sorted({f"{backend(spec.backend).version()}, {spec.precision}" for spec in restorer.specs.values()})
     return {
         "bundle": bundle.digest,
@@ -94,11 +97,32 @@ def verify(
         "reference": f"torch {torch.__version__} eager, float32",
         "image": f"{job.image.shape[2]}x{job.image.shape[1]} px in tiles of {job.tile_px or 'the program'}",
         "steps": job.steps or max(p.steps.count if p.steps else 1 for p in program.passes),
-        "components": {name: pair.report() for name, pair in sorted(pairs.items())},
+        "processor": processor(),
+        "threads": restorer.threads,
+        "versions": {spec.backend: backend(spec.backend).version() for spec in restorer.specs.values()},
+        "components": {
+            name: pair.report()
+            | {"engine": restorer.specs[name].name, "seconds_per_megapixel": seconds.get(name, 0.0) / megapixels}
+            for name, pair in sorted(pairs.items())
+        },
         "restore": _difference(engine_image, eager_image) | {"deviation": float(engine_image.std())},
         "seams": seams,
         "gate": {"relative_l2": RELATIVE_L2_GATE, "seam_excess": SEAM_GATE},
     }
+
+
+def measurement(report: Mapping[str, Any]) -> Measurement:
+    """The part of a report that engines are chosen by."""
+    components = {
+        name: {
+            component["engine"]: Measured(
+                max((output["relative_l2"] for output in component["outputs"].values()), default=0.0),
+                component["seconds_per_megapixel"],
+            )
+        }
+        for name, component in report["components"].items()
+    }
+    return Measurement(report["processor"], report["threads"], report["versions"], components)
 
 
 def _percent(report: Report, part: str, program: Program) -> Report:

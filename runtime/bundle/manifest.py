@@ -23,7 +23,6 @@ __all__ = [
     "EngineSpec",
     "File",
     "Manifest",
-    "Measured",
     "Memory",
     "Needs",
     "OlderSchema",
@@ -39,6 +38,7 @@ DEVICES = ("cpu", "cuda")
 PRECISIONS = ("float32", "bfloat16", "float16", "fp8", "int8")  # the most accurate first
 NAME = "[a-z0-9]+([-_.][a-z0-9]+)*"
 MOST_BYTES = 2**63 - 1
+BYTES = {"minimum": 0, "maximum": MOST_BYTES}
 VERSION = re.compile(r"\d+(\.\d+)*")
 
 
@@ -59,11 +59,20 @@ class File:
 
 @dataclass(frozen=True)
 class Memory:
-    """Working memory of a component, in bytes: fixed + per_px * p + per_px2 * p * p for p output pixels."""
+    """The memory that an engine needs besides its weights, in bytes.
 
-    fixed: float = field(metadata={"minimum": 0, "maximum": MOST_BYTES})
-    per_px: float = field(metadata={"minimum": 0, "maximum": MOST_BYTES})
-    per_px2: float = field(metadata={"minimum": 0, "maximum": MOST_BYTES})
+    A call with b tiles of p output pixels takes fixed + b * (per_tile + per_px * p + per_px2 * p * p).
+    """
+
+    fixed: float = field(default=0, metadata=BYTES)
+    per_tile: float = field(default=0, metadata=BYTES)
+    per_px: float = field(default=0, metadata=BYTES)
+    per_px2: float = field(default=0, metadata=BYTES)
+    copied: int = field(default=0, metadata=BYTES)  # weights that an open engine copies even if they are mapped
+
+    def of_call(self, batch: int, px: int) -> float:
+        """The bytes of one call with so many tiles of so many output pixels."""
+        return self.fixed + batch * (self.per_tile + self.per_px * px + self.per_px2 * px * px)
 
     def __post_init__(self) -> None:
         check_limits(self)
@@ -85,36 +94,27 @@ class Needs:
 
 @dataclass(frozen=True)
 class Range:
-    """The least, the usual and the most of a size."""
+    """The least and the most of a size."""
 
     least: int = field(metadata={"minimum": 1})
-    usual: int = field(metadata={"minimum": 1})
     most: int = field(metadata={"minimum": 1})
 
     def __post_init__(self) -> None:
         check_limits(self)
-        if not self.least <= self.usual <= self.most:
-            raise ValueError(f"least {self.least}, usual {self.usual}, most {self.most} must ascend")
+        if self.least > self.most:
+            raise ValueError(f"least {self.least} must not exceed most {self.most}")
 
 
 @dataclass(frozen=True)
 class Profile:
-    """The sizes that an engine was made for."""
+    """The sizes that an engine takes."""
 
-    batch: Range = Range(1, 1, 32)  # tiles in one call
-    side_px: Range = Range(16, 512, 8192)  # side of a tile, in output pixels
-
-
-@dataclass(frozen=True)
-class Measured:
-    """An engine's accuracy and speed on one machine."""
-
-    relative_l2: float = field(metadata={"minimum": 0})  # error against float32
-    seconds_per_megapixel: float = field(metadata={"minimum": 0})  # of output
-    where: str  # processor or GPU
+    batch: Range = Range(1, 32)  # tiles in one call
+    side_px: Range = Range(1, 2**20)  # side of a tile, in output pixels
 
     def __post_init__(self) -> None:
-        check_limits(self)
+        if self.batch.least != 1:  # the last call of a pass has the tiles that are left
+            raise ValueError(f"batch.least {self.batch.least} must be 1")
 
 
 @dataclass(frozen=True)
@@ -128,9 +128,8 @@ class EngineSpec:
     files: tuple[str, ...] = field(metadata={"minItems": 1})  # the first is the graph
     needs: Needs = field(default_factory=Needs)
     profile: Profile = field(default_factory=Profile)
-    memory: Memory | None = None  # none: the component's
+    memory: Memory = field(default_factory=Memory)
     weights: str | None = None  # the table of weights.json, for an engine that has its own; none: the component's
-    measured: Measured | None = None
 
     def __post_init__(self) -> None:
         check_limits(self)
@@ -149,7 +148,6 @@ class Component:
     inputs: dict[str, TensorSpec]
     outputs: dict[str, TensorSpec]
     engines: tuple[EngineSpec, ...] = field(metadata={"minItems": 1})
-    memory: Memory
 
     def __post_init__(self) -> None:
         check_limits(self)

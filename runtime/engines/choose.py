@@ -3,7 +3,7 @@
 Nothing is opened or imported here. The order of engines that fit is fixed:
 
 1. float32 before every other precision, because accuracy comes first
-2. engines that were measured before engines that were not, the fastest first
+2. engines that were measured on such a processor before engines that were not, the fastest first
 3. the most accurate precision, then the order of BACKENDS, then the order of names
 
 A caller's wish leaves only the engines with that name, precision or backend.
@@ -15,9 +15,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from tilewright.runtime.bundle.manifest import PRECISIONS, Component, EngineSpec
+from tilewright.runtime.bundle.measured import Measured
+from tilewright.runtime.bundle.program import Program
 from tilewright.runtime.errors import EnvironmentMismatch, UsageError
 
-__all__ = ["Choice", "Machine", "choose", "choose_all", "require"]
+__all__ = [
+    "Choice",
+    "Machine",
+    "choose",
+    "choose_all",
+    "largest_batch",
+    "outside",
+    "require",
+    "shortest_tile",
+    "tile_sides",
+]
 
 BACKENDS = ("tensorrt", "cuda", "aoti", "openvino", "ort")  # those that are made for the least hardware come first
 
@@ -33,6 +45,7 @@ class Machine:
     backends: tuple[str, ...] = ()  # those that can run
     missing: Mapping[str, str] = field(default_factory=dict)  # other backends -> what they need, and how to install it
     packages: Mapping[str, str] = field(default_factory=dict)  # installed package -> version
+    processor: str = "unknown"  # the name and the numbers of the CPU
 
 
 @dataclass(frozen=True)
@@ -44,25 +57,52 @@ class Choice:
     others: dict[str, str]  # engine that would run here -> why it was not chosen
 
 
-def choose(specs: Sequence[EngineSpec], machine: Machine, wish: str | None = None) -> Choice:
-    """Choose among the engines of a component."""
-    wished = _wished(specs, wish)
-    misfits = {spec.name: reason for spec in specs if (reason := _misfit(spec, machine))}
-    fitting = sorted((spec for spec in specs if spec.name not in misfits), key=_rank)
+def choose(
+    specs: Sequence[EngineSpec],
+    machine: Machine,
+    wish: str | None = None,
+    *,
+    measured: Mapping[str, Measured] | None = None,
+    side_px: int | None = None,
+) -> Choice:
+    """Choose among the engines of a component.
+
+    `measured`: the engines that were measured on such a processor. `side_px`: the side of the tiles that they get.
+    """
+    wished, known = _wished(specs, wish), measured or {}
+    misfits = {s.name: reason for s in specs if (reason := _misfit(s, machine) or outside(s, side_px))}
+    fitting = sorted((spec for spec in specs if spec.name not in misfits), key=lambda spec: _rank(spec, known))
     best = next((spec for spec in fitting if spec.name in wished), None)
     others = {
-        spec.name: _why(best, spec) if best and spec.name in wished else f"--engine {wish} asks for another"
+        spec.name: _why(best, spec, known) if best and spec.name in wished else f"--engine {wish} asks for another"
         for spec in fitting
         if spec is not best
     }
     return Choice(best, misfits, others)
 
 
-def choose_all(components: Mapping[str, Component], machine: Machine, wish: str | None = None) -> dict[str, Choice]:
-    """Choose the engine of each component. A wish holds for those components that can fulfil it."""
+def choose_all(
+    components: Mapping[str, Component],
+    machine: Machine,
+    wish: str | None = None,
+    *,
+    measured: Mapping[str, Mapping[str, Measured]] | None = None,
+    sides: Mapping[str, int] | None = None,
+) -> dict[str, Choice]:
+    """Choose the engine of each component. A wish holds for those components that can fulfil it.
+
+    `measured` and `sides`: as for `choose`, by component.
+    """
+    known, tiles = measured or {}, sides or {}
     _wished([spec for component in components.values() for spec in component.engines], wish)
     return {
-        name: choose(c.engines, machine, wish if any(_meets(spec, wish) for spec in c.engines) else None)
+        name: choose(
+            c.engines,
+            machine,
+            wish if any(_meets(spec, wish) for spec in c.engines) else None,
+            measured=known.get(name),
+            side_px=tiles.get(name),
+        )
         for name, c in components.items()
     }
 
@@ -74,6 +114,29 @@ def require(choices: Mapping[str, Choice]) -> dict[str, EngineSpec]:
         reasons = sorted({f"{engine} {why}" for name in lacking for engine, why in choices[name].misfits.items()})
         raise EnvironmentMismatch(f"no engine of {', '.join(lacking)} can run here: {'; '.join(reasons)}")
     return {name: choice.spec for name, choice in choices.items() if choice.spec}
+
+
+def tile_sides(program: Program, tile: int | None = None) -> dict[str, int]:
+    """The side of the tiles that each component gets, where its passes have tiles."""
+    return {call.run: tile or p.tiles.px for p in program.passes if p.tiles for *_, call in p.calls()}
+
+
+def largest_batch(specs: Iterable[EngineSpec]) -> int:
+    """The most tiles that one call of any of these engines takes."""
+    return min(spec.profile.batch.most for spec in specs)
+
+
+def shortest_tile(specs: Iterable[EngineSpec]) -> int:
+    """The shortest side of a tile that all of these engines take."""
+    return max((spec.profile.side_px.least for spec in specs), default=1)
+
+
+def outside(spec: EngineSpec, side_px: int | None) -> str | None:
+    """The reason why an engine does not take tiles with this side."""
+    sides = spec.profile.side_px
+    if side_px is None or sides.least <= side_px <= sides.most:
+        return None
+    return f"takes tiles of {sides.least} to {sides.most} px, and these have {side_px}"
 
 
 def _wished(specs: Sequence[EngineSpec], wish: str | None) -> set[str]:
@@ -124,20 +187,20 @@ def _release(version: str) -> tuple[int, ...]:
     return tuple(parts)
 
 
-def _rank(spec: EngineSpec) -> tuple[bool, float, int, int, str]:
+def _rank(spec: EngineSpec, measured: Mapping[str, Measured]) -> tuple[bool, float, int, int, str]:
     """The place of an engine in the order."""
-    seconds = spec.measured.seconds_per_megapixel if spec.measured else math.inf
+    seconds = measured[spec.name].seconds_per_megapixel if spec.name in measured else math.inf
     backend = BACKENDS.index(spec.backend) if spec.backend in BACKENDS else len(BACKENDS)
     return spec.precision != "float32", seconds, PRECISIONS.index(spec.precision), backend, spec.name
 
 
-def _why(best: EngineSpec, spec: EngineSpec) -> str:
+def _why(best: EngineSpec, spec: EngineSpec, measured: Mapping[str, Measured]) -> str:
     """The reason why an engine comes after the best one."""
     if best.precision == "float32" != spec.precision:
         return f"{best.name} is more accurate; --engine {spec.name} asks for this one"
-    if best.measured and spec.measured and best.measured.seconds_per_megapixel < spec.measured.seconds_per_megapixel:
-        one, other = (f"{m.seconds_per_megapixel:.3g}" for m in (best.measured, spec.measured))
-        return f"{best.name} is faster: {one} s a megapixel, this one {other}"
-    if best.measured and not spec.measured:
+    one, other = (measured[s.name].seconds_per_megapixel if s.name in measured else None for s in (best, spec))
+    if one is not None and other is not None and one < other:
+        return f"{best.name} is faster: {one:.3g} s a megapixel, this one {other:.3g}"
+    if one is not None and other is None:
         return f"{best.name} was measured, this one was not"
     return f"{best.name} comes first in the fixed order"

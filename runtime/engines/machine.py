@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import importlib
 import os
+import platform
 from collections.abc import Collection, Iterable
 from importlib import metadata
 from pathlib import Path
@@ -12,11 +13,12 @@ from tilewright.runtime.bundle.manifest import DEVICES
 from tilewright.runtime.engines import BACKENDS
 from tilewright.runtime.engines.choose import Machine
 
-__all__ = ["this_machine", "usable_cores"]
+__all__ = ["processor", "this_machine", "usable_cores"]
 
 CPUINFO = Path("/proc/cpuinfo")
 CUDA = "libcuda.so.1"
 MAJOR, MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
+NUMBERS = ("cpu family", "model", "stepping", "CPU implementer", "CPU part")  # x86, Arm
 VARIANTS = {"onnxruntime": ("onnxruntime-gpu", "onnxruntime-openvino")}  # other packages with the same module
 
 
@@ -36,6 +38,7 @@ def this_machine(packages: Iterable[str] = (), kinds: Collection[str] = DEVICES)
         backends=tuple(name for name in modules if name not in missing),
         missing=missing,
         packages=versions,
+        processor=processor(),
     )
 
 
@@ -44,14 +47,27 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def processor() -> str:
+    """The name of the CPU with its numbers. Virtual machines give one name to many kinds of CPU."""
+    facts = _cpu_facts()
+    numbers = [f"{key.removeprefix('cpu ')} {facts[key]}" for key in NUMBERS if key in facts]
+    return ", ".join([facts.get("model name", platform.machine()), *numbers])
+
+
 def _instructions() -> tuple[str, ...]:
     """The instruction sets of the CPU; none where the system does not tell."""
-    with contextlib.suppress(OSError):
-        for line in CPUINFO.read_text().splitlines():
-            name, _, names = line.partition(":")
-            if name.strip() in ("flags", "Features"):  # x86, Arm
-                return tuple(sorted(names.split()))
-    return ()
+    facts = _cpu_facts()
+    return tuple(sorted(facts.get("flags", facts.get("Features", "")).split()))  # x86, Arm
+
+
+def _cpu_facts() -> dict[str, str]:
+    """What the kernel says of the first core; nothing where there is no such file."""
+    try:
+        first = CPUINFO.read_text().strip().partition("\n\n")[0]
+    except OSError:
+        return {}
+    pairs = (line.partition(":") for line in first.splitlines())
+    return {name.strip(): value.strip() for name, _, value in pairs}
 
 
 def _version(package: str) -> str | None:

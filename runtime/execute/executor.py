@@ -2,8 +2,7 @@
 
 Each device has two threads: while one runs an engine, the other prepares the inputs of the next call. A node has no
 side effects: its outputs are stored once all of its calls have ended. So it can run again on another device if one
-fails. A further thread watches for calls that take far too long. A thread that hangs in a call cannot be ended; it is
-left alone, and what it may still return is ignored.
+fails.
 """
 
 import itertools
@@ -15,24 +14,18 @@ from functools import partial
 from threading import Condition, RLock, Thread
 from typing import Any
 
-import numpy as np
-
-from tilewright.runtime.bundle.program import Call
 from tilewright.runtime.bundle.strict import one_line
 from tilewright.runtime.errors import DeviceError, ResourceError
+from tilewright.runtime.execute.calls import Calls, DeviceFault, Running
 from tilewright.runtime.execute.checks import not_finite, wrong_shape
 from tilewright.runtime.execute.devices import Device
+from tilewright.runtime.execute.feeds import Feeds
 from tilewright.runtime.execute.finished import Finished
 from tilewright.runtime.execute.queue import LANES, Batch, Queue, Work
-from tilewright.runtime.execute.values import Outputs, Values, on_host
+from tilewright.runtime.execute.values import Outputs, Values
 from tilewright.runtime.plan.lower import Block, Graph
 
 __all__ = ["Executor", "Task"]
-
-FIRST_DEADLINE_S = 3600.0  # for a call that has not been timed yet; it may open its engine
-LEAST_DEADLINE_S = 60.0
-STOP_AGAIN_S = 0.05
-SLOWER = 20  # a call hangs if it takes so many times as long as the slowest of its kind so far
 
 
 @dataclass(eq=False)
@@ -57,25 +50,6 @@ class Task:
     number: int = field(default_factory=itertools.count().__next__)
 
 
-class DeviceFault(Exception):
-    """A device failed while it ran a node. The node may run on another device."""
-
-    def __init__(self, error: Exception, component: str) -> None:
-        super().__init__(str(error))
-        self.error, self.component = error, component
-
-
-@dataclass(eq=False)
-class Running:
-    """A call that a device runs now."""
-
-    batch: Batch
-    component: str
-    start: float
-    ends: float  # after this time it hangs
-    stopping: bool = False  # nobody waits for its outputs any more
-
-
 class Executor:
     """Devices that share one queue of nodes. Any thread may call it.
 
@@ -92,22 +66,18 @@ class Executor:
         deadline_s: float | None = None,
     ) -> None:
         self.devices, self.closes_engines = list(devices), pass_by_pass
-        self.signatures, self.deadline_s = signatures or {}, deadline_s
+        self.signatures = signatures or {}
         self.queue = Queue(len(self.devices), pass_by_pass=pass_by_pass)
         lock = RLock()
         self.changed = Condition(lock)
-        self.free = [Condition(lock) for _ in self.devices]  # the call that a device ran has ended
-        self.watched = Condition(lock)  # there is something to watch
-        self.watcher_sleeps = False
+        self.calls = Calls(self.devices, lock, deadline_s, self._lost, self._hangs)
+        self.feeds = Feeds()
         self.closed = False
         self.flying: dict[int, Batch] = {}  # id of a batch that a device has -> the batch
-        self.calls: dict[int, Running] = {}  # device -> the call that it runs
-        self.slowest: dict[Hashable, float] = {}  # kind of call -> seconds
         self.hung: set[int] = set()  # devices that will not be used again
         self.lanes = [0 for _ in self.devices]  # threads that have not ended
         self.suspects: dict[tuple[int, int, int], set[int]] = {}  # node of a call that failed -> devices it failed on
         self.retired_by: dict[int, int] = {}  # device -> the task whose node it failed at
-        self.uploads: dict[tuple[int, int], tuple[Any, Any]] = {}  # (device, constant) -> the constant, its buffer
         self.tasks: list[tuple[Task, Work]] = []
         self.threads: list[Thread] = []
 
@@ -134,7 +104,7 @@ class Executor:
                     for lane in range(LANES)
                 ]
                 self.lanes = [LANES for _ in self.devices]
-                self.threads.append(Thread(target=self._watch, name="watcher", daemon=True))
+                self.threads.append(Thread(target=self.calls.watch, args=(self._ended,), name="watcher", daemon=True))
                 for thread in self.threads:
                     thread.start()
             self.changed.notify_all()
@@ -167,7 +137,7 @@ class Executor:
                 self._end(work, CancelledError())
             self.changed.notify_all()
             self.changed.wait_for(lambda: all(not n or device in self.hung for device, n in enumerate(self.lanes)))
-            self.watched.notify_all()
+            self.calls.wake()
         for place, thread in enumerate(self.threads):
             if place // LANES not in self.hung:
                 thread.join()
@@ -197,7 +167,6 @@ class Executor:
                     return
                 assert batch is not None
                 self.flying[id(batch)] = batch
-                self.changed.notify_all()  # a busy device may have waited until no other was idle
             self._run(batch)
             del batch  # otherwise its values would stay in memory until the next batch
 
@@ -223,75 +192,22 @@ class Executor:
         work, block, _ = batch.nodes[0]
         outputs = [Outputs(values=w.owner.values.begun(its_block, tile)) for w, its_block, tile in batch.nodes]
         for call in block.calls:
-            feed = {name: self._input(device, batch, source, outputs) for name, source in call.inputs.items()}
-            results = self._call(device, batch, call, feed)
+            feed = {name: self.feeds.input(device, batch, source, outputs) for name, source in call.inputs.items()}
+            results = self.calls.run(batch, call, feed)
             wrong = wrong_shape(batch, call, feed, results, self.signatures.get(call.run))
             if error := wrong or not_finite(device, work.graph, block, call, results):
                 raise DeviceFault(error, call.run)
             for name, target in call.outputs.items():
-                self._keep(batch, target, results[name], outputs)
+                self.feeds.keep(batch, target, results[name], outputs)
         return outputs
 
-    def _call(self, device: Device, batch: Batch, call: Call, feed: Mapping[str, Any]) -> dict[str, Any]:
-        """Run a component as soon as the device is free."""
-        work, block, _ = batch.nodes[0]
-        plan = work.graph.plan(block)
-        kind = (device.name.partition(":")[0], call.run, plan.tile_height, plan.tile_width, len(batch.nodes))
-        with self.changed:
-            while batch.device in self.calls and id(batch) in self.flying:
-                self.free[batch.device].wait()
-            if all(each.stopped for each in batch.works) or id(batch) not in self.flying:
-                raise CancelledError
-            start = time.perf_counter()
-            running = Running(batch, call.run, start, start + self._deadline(kind))
-            self.calls[batch.device] = running
-            if self.watcher_sleeps:
-                self.watched.notify()
-        try:
-            results = device.run(call.run, feed, call.outputs)
-        except Exception as error:
-            if running.stopping:
-                raise CancelledError from error
-            raise DeviceFault(error, call.run) from error
-        finally:
-            with self.changed:
-                if self.calls.get(batch.device) is running:
-                    del self.calls[batch.device]
-                    self.free[batch.device].notify()
-                    seconds = time.perf_counter() - start
-                    self.slowest[kind] = max(seconds, self.slowest.get(kind, 0.0))
-                    for node in batch.nodes:
-                        spent = node[0].owner.seconds
-                        spent[call.run] = spent.get(call.run, 0.0) + seconds / len(batch.nodes)
-                        nodes, time_of_all = node[0].owner.timed.get(call.run, (0, 0.0))
-                        node[0].owner.timed[call.run] = nodes + 1, time_of_all + seconds / len(batch.nodes)
-        return results
+    def _lost(self, batch: Batch) -> bool:
+        """Whether other devices have its nodes now, because its own hung."""
+        return id(batch) not in self.flying
 
-    def _deadline(self, kind: Hashable) -> float:
-        if self.deadline_s is not None:
-            return self.deadline_s
-        return max(LEAST_DEADLINE_S, SLOWER * self.slowest[kind]) if kind in self.slowest else FIRST_DEADLINE_S
-
-    def _watch(self) -> None:
-        """Retire devices whose call is over its deadline, and stop calls that nobody waits for.
-
-        Nothing wakes this thread while no device runs a call. A call may miss the first stop, because it has not
-        reached its engine yet.
-        """
-        shortest = LEAST_DEADLINE_S if self.deadline_s is None else self.deadline_s
-        with self.changed:
-            while not self.closed or any(n for device, n in enumerate(self.lanes) if device not in self.hung):
-                now = time.perf_counter()
-                for device, running in list(self.calls.items()):
-                    if running.ends <= now:
-                        self._hangs(device, running)
-                    elif running.stopping:
-                        self._stop(device)
-                # a call that begins meanwhile ends no sooner than after the shortest deadline
-                waits = [min(running.ends - now, shortest) for running in self.calls.values()]
-                waits += [STOP_AGAIN_S for running in self.calls.values() if running.stopping]
-                self.watcher_sleeps = not waits
-                self.watched.wait(min(waits, default=None))
+    def _ended(self) -> bool:
+        """Whether no thread is left that could run a call."""
+        return self.closed and not any(n for device, n in enumerate(self.lanes) if device not in self.hung)
 
     def _hangs(self, device: int, running: Running) -> None:
         """Retire a device for good, and give its nodes to others."""
@@ -302,8 +218,6 @@ class Executor:
         )
         self.hung.add(device)
         self.queue.retired.add(device)
-        del self.calls[device]
-        self._stop(device)
         failed_elsewhere = self._failed_elsewhere(running.batch)
         for batch in [b for b in self.flying.values() if b.device == device]:
             del self.flying[id(batch)]
@@ -316,13 +230,7 @@ class Executor:
                 self._end(work, error)
         elif len(self.queue.retired) == len(self.devices):
             self.queue.retired = set(self.hung)  # the others have only failed: they are tried again
-        self.free[device].notify_all()
         self.changed.notify_all()
-
-    def _stop(self, device: int) -> None:
-        """Stop the call of a device, if the device can."""
-        if stop := getattr(self.devices[device], "stop", None):
-            stop()
 
     def _land(self, batch: Batch) -> bool:
         """Take a batch off its device. False if another device has its nodes now, because this one hung."""
@@ -331,32 +239,6 @@ class Executor:
     def _note(self, batch: Batch, text: str) -> None:
         for work in batch.works:
             work.owner.notes.append(text)
-
-    def _keep(self, batch: Batch, target: str, result: Any, outputs: list[Outputs]) -> None:
-        for i, (work, block, tile) in enumerate(batch.nodes):
-            array = result if len(batch.nodes) == 1 else on_host(result)[i : i + 1]
-            if target in work.graph.program.grids:
-                outputs[i].parts[target] = work.owner.values.weighted(block, target, tile, array)
-            else:
-                outputs[i].values[target] = array
-
-    def _input(self, device: Device, batch: Batch, source: str, outputs: list[Outputs]) -> Any:
-        """An input of a call, as one buffer of the device: a row for each node, or one that all nodes share."""
-        nodes = zip(batch.nodes, outputs, strict=True)
-        rows = [work.owner.values.feed(block, tile, source, its) for (work, block, tile), its in nodes]
-        (value, of_tile), others = rows[0], [row for row, _ in rows[1:]]
-        if others and (of_tile or not all(_same(value, row) for row in others)):
-            return device.put(np.concatenate([on_host(row) for row in (value, *others)]))
-        if source[0] == "#":
-            key = (id(device), id(value))
-            if key not in self.uploads:
-                self.uploads[key] = (value, device.put(value))
-            return self.uploads[key][1]
-        if getattr(value, "holder", None) is device:
-            return value
-        array = on_host(value)
-        contiguous = not isinstance(array, np.ndarray) or array.flags.c_contiguous
-        return device.put(array if contiguous else np.ascontiguousarray(array))
 
     def _count(self, batch: Batch, outputs: list[Outputs]) -> None:
         """Store the outputs of one job's nodes, report progress, and end the round if it is done."""
@@ -397,7 +279,8 @@ class Executor:
                     self._pass_ended(task, work, block)
                     if work.done():
                         self._end(work)
-                self.changed.notify_all()
+                if self.queue.waiting:
+                    self.changed.notify_all()
 
     def _tell(self, task: Task, place: int, nodes: int) -> None:
         """Report that so many more nodes of a pass are done."""
@@ -408,14 +291,13 @@ class Executor:
     def _drop_values(self, task: Task, batch: Batch) -> None:
         """Drop the values of tiles that no later pass reads."""
         place = batch.nodes[0][1].place
-        p, later = task.graph.program.passes[place], task.graph.program.passes[place + 1 :]
+        p = task.graph.program.passes[place]
         if task.keep or p.tiles is None:
             return
-        read = {name for each in later for name in each.reads()}
         last = task.graph.of_pass[p.name][-1]
         for tile in [tile for _, block, tile in batch.nodes if block.number == last]:
             names = task.values.names_in_tile(p.tiles, tile)
-            task.values.forget(place, tile, set(names) - read)
+            task.values.forget(place, tile, set(names) - task.graph.read_later[place])
 
     def _pass_ended(self, task: Task, work: Work, block: Block) -> None:
         p = task.graph.program.passes[block.place]
@@ -492,19 +374,5 @@ class Executor:
             else:
                 task.lacked_memory = lacked_memory
                 task.future.set_exception(error)
-        for device, running in self.calls.items():
-            if not running.stopping and all(each.stopped for each in running.batch.works):
-                running.stopping = True
-                self._stop(device)
-                self.watched.notify()
+        self.calls.stop_unwanted()
         self.changed.notify_all()
-
-
-def _same(one: Any, other: Any) -> bool:
-    """Whether two rows are equal. Rows on a device must be the same buffer, as it is costly to look at their values."""
-    if one is other or not (isinstance(one, np.ndarray) and isinstance(other, np.ndarray)):
-        return one is other
-    if (one.shape, one.dtype) != (other.shape, other.dtype):
-        return False
-    place = one.__array_interface__["data"], one.strides
-    return place == (other.__array_interface__["data"], other.strides) or np.array_equal(one, other)

@@ -43,6 +43,13 @@ class Image(Protocol):
         """The planes of a rectangle."""
 
 
+class Table:
+    """A schedule's numbers: all as one row [1, steps, ...], and a row [1, ...] for each step."""
+
+    def __init__(self, numbers: Any) -> None:
+        self.whole, self.rows = numbers[None], tuple(numbers[step, None] for step in range(len(numbers)))
+
+
 @dataclass
 class Outputs:
     """What one node wrote, before it is committed."""
@@ -60,7 +67,7 @@ class Values:
         image: Image,
         seed: int,
         constants: Mapping[str, Any],
-        tables: Mapping[str, Mapping[str, Any]],
+        tables: Mapping[str, Mapping[str, "Table"]],
         on_final: Callable[[int, int, Floats], None],
     ) -> None:
         self.graph, self.image, self.seed, self.constants, self.tables = graph, image, seed, constants, tables
@@ -324,13 +331,13 @@ class Values:
         """This step's row of a table; the whole table outside `each`."""
         tables = self.tables[p.name]
         if name in tables:
-            return (tables[name][None] if block.section != "each" else tables[name][block.step, None]), False
+            return (tables[name].whole if block.section != "each" else tables[name].rows[block.step]), False
         here = self.graph.plan(block).tiles[tile]
         if table := table_for_tokens(p, name, here.height * here.width, self.constants):
             name = table
         value, of_tile = self._value(p, tile, name, outputs) or (self.constants[name], False)
         whole = on_host(value)
-        rows, steps = whole.shape[1], len(next(iter(tables.values())))
+        rows, steps = whole.shape[1], len(next(iter(tables.values())).rows)
         if rows != steps:  # a table for another number of steps has other sigmas
             raise UsageError(f"table {name!r} has {rows} rows for {steps} steps; use --steps {rows}")
         return whole[:, block.step], of_tile

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from tilewright.runtime.errors import DeviceError, UsageError
 from tilewright.runtime.execute.devices import CpuDevice
 from tilewright.runtime.execute.executor import Executor, Task
 from tilewright.runtime.execute.finished import Finished
-from tilewright.runtime.execute.values import Floats, Image, Values
+from tilewright.runtime.execute.values import Floats, Image, Table, Values
 from tilewright.runtime.inputs import value_of
 from tilewright.runtime.plan.forecast import Forecast, Part, forecast
 from tilewright.runtime.plan.lower import Graph, lower
@@ -23,7 +24,7 @@ from tilewright.runtime.plan.rounds import reached, skipped_passes, with_other_w
 from tilewright.runtime.plan.schedules import SCHEDULES
 from tilewright.runtime.plan.tiles import TilePlan
 
-__all__ = ["Job", "Walk", "run"]
+__all__ = ["Job", "Walk", "layout", "run"]
 
 
 @dataclass
@@ -41,19 +42,37 @@ class Job:
         None
     )  # called with each final part of the result
     seconds: dict[str, float] = field(default_factory=dict)  # filled in: component -> time in its engine
+    shortest_px: int = 1  # the shortest side of a tile that all engines take
     notes: list[str] = field(default_factory=list)  # filled in: what went otherwise than planned
+
+
+Layout = tuple[Graph, Mapping[str, Mapping[str, Table]]]  # the nodes, and pass -> table -> rows
+
+
+def layout(
+    program: Program, height: int, width: int, tile_px: int | None, overlap_px: int | None, steps: int | None
+) -> Layout:
+    """All that depends on the size of an image and not on its pixels. `steps`: instead of the program's."""
+    plans = {p.name: plan_of(program, p, height, width, tile_px, overlap_px) for p in program.passes}
+    tables = {p.name: _tables(p, plans[p.name], steps) for p in program.passes}
+    counts = {name: len(next(iter(t.values())).rows) for name, t in tables.items() if t}
+    return lower(program, plans, counts), tables
 
 
 class Walk:
     """A job that can run several times. With other inputs, only the passes that depend on them run again."""
 
-    def __init__(self, program: Program, executor: Executor, constants: Mapping[str, Any], job: Job) -> None:
+    def __init__(
+        self,
+        program: Program,
+        executor: Executor,
+        constants: Mapping[str, Any],
+        job: Job,
+        lay: Callable[..., Layout] | None = None,
+    ) -> None:
         self.program, self.executor, self.constants, self.job = program, executor, constants, job
-        height, width = job.image.shape[1:]
-        plans = {p.name: plan_of(program, p, height, width, job.tile_px, job.overlap_px) for p in program.passes}
-        tables = {p.name: _tables(p, plans[p.name], job.steps) for p in program.passes}
-        steps = {name: len(next(iter(t.values()))) for name, t in tables.items() if t}
-        self.graph: Graph = lower(program, plans, steps)
+        lay = lay or partial(layout, program)
+        self.graph, tables = lay(*job.image.shape[1:], job.tile_px, job.overlap_px, job.steps)
         self.values = Values(self.graph, job.image, job.seed, constants, tables, self._final)
         self.inputs: dict[str, Any] = {}  # as the caller gave them
         self.reached = reached(program)
@@ -152,7 +171,11 @@ class Walk:
     def smaller_tile(self) -> int | None:
         """The side of the next smaller tiles, if the last run found too little memory for a single tile."""
         plans = [(p, self.graph.plans[p.name]) for p in self.program.passes]
-        return smaller_tile(self.program, plans, self.job.overlap_px) if self.task.lacked_memory else None
+        return (
+            smaller_tile(self.program, plans, self.job.overlap_px, self.job.shortest_px)
+            if self.task.lacked_memory
+            else None
+        )
 
     def _final(self, top: int, left: int, part: Floats) -> None:
         self.told = True
@@ -191,9 +214,10 @@ def run(
     return whole
 
 
-def _tables(p: Pass, plan: TilePlan, steps: int | None) -> dict[str, Any]:
+def _tables(p: Pass, plan: TilePlan, steps: int | None) -> dict[str, Table]:
     if p.steps is None:
         return {}
     tokens = plan.tile_height * plan.tile_width // p.steps.px_per_token
     options: dict[str, Any] = p.steps.options
-    return dict(SCHEDULES[p.steps.schedule](p.steps.count if steps is None else steps, tokens, **options))
+    tables = SCHEDULES[p.steps.schedule](p.steps.count if steps is None else steps, tokens, **options)
+    return {name: Table(whole) for name, whole in tables.items()}

@@ -173,6 +173,12 @@ class Graph:
         return tuple(ranks)
 
     @cached_property
+    def read_later(self) -> tuple[set[str], ...]:
+        """For each pass the names that later passes read."""
+        passes = self.program.passes
+        return tuple({name for p in passes[place + 1 :] for name in p.reads()} for place in range(len(passes)))
+
+    @cached_property
     def readers(self) -> Mapping[tuple[str, int], tuple[tuple[int, Beneath], ...]]:
         """For what a block wrote on a grid, the blocks that read it, and how their tiles lie over it."""
         readers: dict[tuple[str, int], list[tuple[int, Beneath]]] = {}

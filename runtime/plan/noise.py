@@ -42,12 +42,13 @@ def normal(
     field = np.empty((channels, height, width), dtype=np.float32)
     # x and y are broadcast, so the first two of the ten rounds work on small arrays
     x, y = _span(left, width)[None], _span(top, height)[:, None]
-    rows = max(1, BLOCK // max(1, width))
-    for channel in range(channels):
-        c, s = _span(channel, 1)[None], _span(stream, 1)[None]
+    c, s = _span(0, channels)[:, None, None], _span(stream, 1)[None]
+    rows = max(1, min(height, BLOCK // max(1, width)))
+    planes = max(1, BLOCK // max(1, rows * width))
+    for channel in range(0, channels, planes):
         for row in range(0, height, rows):
-            w0, w1, _, _ = _rounds(x, y[row : row + rows], c, s, (seed, region))
-            field[channel, row : row + rows] = _normal_from_words(w0, w1)
+            w0, w1, _, _ = _rounds(x, y[row : row + rows], c[channel : channel + planes], s, (seed, region))
+            field[channel : channel + planes, row : row + rows] = _normal_from_words(w0, w1)
     return field
 
 

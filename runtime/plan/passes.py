@@ -9,9 +9,12 @@ from tilewright.runtime.plan.tiles import TilePlan, tile_plan
 __all__ = ["least_px", "part_bytes", "plan_of", "smaller_tile", "table_for_tokens"]
 
 
-def least_px(program: Program, tile: int | None) -> int:
-    """The shortest side of a padded image: the side of a tile if tiles have fixed sides."""
-    return max((tile or p.tiles.px for p in program.passes if p.tiles and p.tiles.fixed_px), default=1)
+def least_px(program: Program, tile: int | None, shortest: int = 1) -> int:
+    """The shortest side of a padded image: the side of a tile if tiles have fixed sides.
+
+    `shortest`: the shortest side of a tile that the engines take.
+    """
+    return max([shortest, *(tile or p.tiles.px for p in program.passes if p.tiles and p.tiles.fixed_px)])
 
 
 def plan_of(program: Program, p: Pass, height: int, width: int, tile: int | None, overlap: int | None) -> TilePlan:
@@ -29,14 +32,17 @@ def plan_of(program: Program, p: Pass, height: int, width: int, tile: int | None
     return tile_plan(width, height, size, fitting if overlap is None else overlap, program.multiple_px)
 
 
-def smaller_tile(program: Program, passes: Iterable[tuple[Pass, TilePlan]], overlap: int | None) -> int | None:
+def smaller_tile(
+    program: Program, passes: Iterable[tuple[Pass, TilePlan]], overlap: int | None, shortest: int = 1
+) -> int | None:
     """The side of the next smaller tiles for all passes: a fixed side, or half, with room for both overlaps.
 
-    None if there is no smaller side.
+    `shortest`: the shortest side that the engines take. None if there is no smaller side.
     """
     tiled = [(p.tiles, plan) for p, plan in passes if p.tiles]
     side = max((max(plan.tile_height, plan.tile_width) for _, plan in tiled), default=0)
     least = max([2 * (tiles.overlap_px if overlap is None else overlap) for tiles, _ in tiled], default=0)
+    least = max(least, shortest)
     fixed = [set(tiles.fixed_px) for tiles, _ in tiled if tiles.fixed_px]
     if fixed:
         return max((px for px in set.intersection(*fixed) if least <= px < side), default=None)

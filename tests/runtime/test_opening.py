@@ -74,13 +74,21 @@ def test_engines_that_do_not_fit_together_are_opened_one_pass_at_a_time(tinted, 
         assert life.take() == ONE_BY_ONE
 
 
-@pytest.mark.parametrize(("free", "opened"), [(None, True), (309, True), (308, False), (0, False)])
+@pytest.mark.parametrize(("free", "opened"), [(None, True), (155, True), (154, False), (0, False)])
 def test_engines_fit_together_where_their_weights_leave_three_tenths_of_what_is_free(
     bundle, life, monkeypatch, free, opened
 ):
-    monkeypatch.setattr(restore, "available_bytes", lambda: free)  # the weights hold 27 numbers twice: 216 bytes
+    monkeypatch.setattr(restore, "available_bytes", lambda: free)  # the weights hold 27 numbers: 108 bytes
     with load(bundle):
         assert life.take() == (["+sharpen"] if opened else [])
+
+
+@pytest.mark.skipif(len(CPUS) < 2, reason="needs two cores, for two devices")
+@pytest.mark.parametrize(("free", "opened"), [(309, True), (308, False)])
+def test_devices_with_engines_of_their_own_open_them_all_where_all_of_them_fit(bundle, life, monkeypatch, free, opened):
+    monkeypatch.setattr(restore, "available_bytes", lambda: free)  # 216 bytes for both devices
+    with load(bundle, devices=CPUS[:2], threads=2):
+        assert life.take() == (["+sharpen", "+sharpen"] if opened else [])
 
 
 def test_rounds_in_low_memory_open_only_the_engines_they_call(tinted, life):

@@ -41,7 +41,7 @@ PROGRAM = Program(
 
 def engine(*files: str, name: str = "ort-float32") -> EngineSpec:
     """A float32 engine of ONNX Runtime."""
-    return EngineSpec(name, "ort", "cpu", "float32", files)
+    return EngineSpec(name, "ort", "cpu", "float32", files, memory=Memory(fixed=1_000_000, per_px=24))
 
 
 @pytest.fixture
@@ -164,7 +164,7 @@ def tint(tmp_path) -> Callable[..., Path]:
             file = f"{component}.onnx"
             onnx.save(model, staging / file)
             engines = (engine(file),)
-            components[component] = Component(file, inputs, outputs, engines, Memory(1_000_000, 24, 0))
+            components[component] = Component(file, inputs, outputs, engines)
         (staging / "weights.json").write_text(to_json(Weights({}, {})))
         (staging / "program.json").write_text(to_json(program))
         listed = tuple(sorted({file for text in program.texts.values() for file in text.ids.values()}))
@@ -281,7 +281,7 @@ def two_folder_bundle(tmp_path, two_folders) -> Callable[..., Path]:
         (staging / "weights.json").write_text(to_json(Weights(folders, {"add": references})))
         onnx.save(_adding(references), staging / "add.onnx")
         engines = (engine("add.onnx"),)
-        components = {"add": Component("add.onnx", {"image": IMAGE}, {"sum": IMAGE}, engines, Memory(1_000_000, 24, 0))}
+        components = {"add": Component("add.onnx", {"image": IMAGE}, {"sum": IMAGE}, engines)}
         once = (Call("add", {"image": "image"}, {"sum": "result"}),)
         program = replace(PROGRAM, scale=1, passes=(Pass("add", Tiles(64, 16), once=once),))
         (staging / "program.json").write_text(to_json(program))
@@ -345,7 +345,6 @@ MANIFEST = Manifest(
             {"image": IMAGE},
             {"sharp": IMAGE},
             (engine("sharpen.onnx"),),
-            Memory(1_000_000, 24, 0),
         )
     },
     files={},

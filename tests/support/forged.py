@@ -108,9 +108,8 @@ REQUIRED = {
     "bundle.json": [
         *((key,) for key in ("schema_version", "system", "preset", "licence", "components", "files")),
         ("made_with",),
-        *(("components", "sharpen", key) for key in ("graph", "inputs", "outputs", "engines", "memory")),
+        *(("components", "sharpen", key) for key in ("graph", "inputs", "outputs", "engines")),
         *(("components", "sharpen", "engines", 0, key) for key in ("name", "backend", "device", "precision", "files")),
-        *(("components", "sharpen", "memory", key) for key in ("fixed", "per_px", "per_px2")),
         *(("components", "sharpen", "inputs", "image", key) for key in ("dtype", "shape")),
         *(("files", "program.json", key) for key in ("size", "sha256")),
     ],

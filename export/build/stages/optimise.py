@@ -39,11 +39,11 @@ def _work(request: Request, traced: Path, attached: Path, directory: Path) -> No
     from tilewright.export.graph.rewrites.forget_shapes import forget_shapes
 
     weights = read_weights(attached)
-    memory, read = {}, {}
+    memory: dict[str, dict[str, Any]] = {}
+    read = {}
     for name, spec in request.components.items():
         model = ir.load(traced / f"{name}.onnx")
         fold(model)
-        memory[name] = footprint(model, partial(_sizes, spec))
         if request.ops == "standard":
             inline(model)
             fold(model)
@@ -51,7 +51,9 @@ def _work(request: Request, traced: Path, attached: Path, directory: Path) -> No
         cast(model)
         for target, module in TARGETS.items():
             copy = model.clone()
-            if importlib.import_module(module).prepare(copy):
+            changed = importlib.import_module(module).prepare(copy)
+            memory.setdefault(name, {})[target] = footprint(copy, partial(_sizes, spec))
+            if changed:
                 engine = directory / engine_folder(name, target) / "model.onnx"
                 engine.parent.mkdir(parents=True)
                 ir.save(copy, engine)

@@ -11,6 +11,7 @@ from tilewright.export.build.card import card
 from tilewright.export.build.code import code
 from tilewright.export.build.stages.verify import REPORT
 from tilewright.export.build.versions import version
+from tilewright.runtime.bundle.measured import remember
 from tilewright.runtime.bundle.write import seal
 
 __all__ = ["stage"]
@@ -26,11 +27,14 @@ def stage(assembly: Assembly, before: Mapping[str, Stage]) -> Stage:
 
 
 def _work(assembly: Assembly, verified: Path | None, folder: Path) -> None:
+    from tilewright.export.verify.engines import measurement
+
     request, report = assembly.request, None
     (folder / "reports").mkdir(exist_ok=True)
     if verified is not None and (verified / REPORT).is_file():
         shutil.copyfile(verified / REPORT, folder / "reports" / REPORT)
         report = json.loads((verified / REPORT).read_text())
+        remember(folder, measurement(report))
     manifest = assembly.assemble(folder, "yes" if report else "no")
     for name, weights in assembly.weights().folders.items():
         if weights.path is None:

@@ -58,7 +58,8 @@ def _rewrite(graph: ir.Graph, node: ir.Node, prefix: str) -> None:
     scaled = op("Mul", x, op("Reshape", scale, batch_channel))
     shifted = op("Add", scaled, op("Reshape", shift, batch_channel))
     output = node.outputs[0]
-    shifted.shape, shifted.type = output.shape, output.type
+    for whole in (scaled, shifted):
+        whole.shape, whole.type = output.shape, output.type
     shifted.name, output.name = output.name, None  # graph outputs are found by name
     graph.insert_before(node, nodes)
     output.replace_all_uses_with(shifted, replace_graph_outputs=True)

@@ -147,7 +147,7 @@ def test_attention_adds_its_scores():
     tokens = {side: (side // 16) ** 2 for side in (256, 1024)}
     alive = {side: 4 * 3 * 8 * (2 * n + 2 * (n + 5)) for side, n in tokens.items()}  # q, y, k, v
     assert memory.per_px == pytest.approx((alive[1024] - alive[256]) / (1024**2 - 256**2), rel=1e-5)
-    assert memory.fixed == 4 * 3 * 8 * 2 * 5
+    assert (memory.fixed, memory.per_tile) == (0, 4 * 3 * 8 * 2 * 5)
 
 
 def test_the_largest_attention_counts_and_not_all_of_them():
@@ -168,16 +168,16 @@ def test_the_need_of_a_plain_network_is_a_line_over_the_pixels():
     model = chain(("batch", 3, "height", "width"), ("batch", 8, "height", "width"), ("batch", "h*w + 5", 32))
     memory = footprint(model, sizes_at)
     assert memory.per_px == pytest.approx(12 + 32 + 4 * 32 / 256, rel=1e-5)
-    assert memory.fixed == 5 * 32 * 4
+    assert (memory.fixed, memory.per_tile) == (0, 5 * 32 * 4)
     assert memory.per_px2 == 0
 
 
 def test_a_constant_need_is_fixed():
-    assert footprint(chain((10,), (20,)), sizes_at) == Memory(120.0, 0.0, 0.0)
+    assert footprint(chain((10,), (20,)), sizes_at) == Memory(fixed=120.0)
 
 
 def need(memory: Memory, pixels: float) -> float:
-    return memory.fixed + memory.per_px * pixels + memory.per_px2 * pixels**2
+    return memory.fixed + memory.per_tile + memory.per_px * pixels + memory.per_px2 * pixels**2
 
 
 def tiny_sizes(component: str, batch: int, rows: int, columns: int) -> dict[str, int]:

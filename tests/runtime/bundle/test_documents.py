@@ -74,7 +74,7 @@ def test_an_unknown_key_is_refused(bundle, name, keys):
     assert "unknown key 'surprise'; known are " in text
 
 
-MEMORY = ("components", "sharpen", "memory")
+MEMORY = ("components", "sharpen", "engines", 0, "memory")
 PROFILE = ("components", "sharpen", "engines", 0, "profile")
 NEEDS = ("components", "sharpen", "engines", 0, "needs")
 WEIGHT = ("tensors", "sharpen", "weight")
@@ -103,7 +103,9 @@ WEIGHT = ("tensors", "sharpen", "weight")
             "weights.json has no table 'a'; rebuild",
         ),
         ("bundle.json", (*PROFILE, "batch", "most"), 0, "profile.batch: most 0 must be at least 1"),
-        ("bundle.json", (*PROFILE, "batch", "usual"), 33, "least 1, usual 33, most 32 must ascend"),
+        ("bundle.json", (*PROFILE, "batch", "least"), 2, "profile: batch.least 2 must be 1"),
+        ("bundle.json", (*PROFILE, "side_px", "most"), 0, "profile.side_px: most 0 must be at least 1"),
+        ("bundle.json", (*PROFILE, "batch", "least"), 33, "profile.batch: least 33 must not exceed most 32"),
         ("bundle.json", (*NEEDS, "packages"), {"a": "new"}, "needs: least version 'new' of 'a' is not like 1.22"),
         ("bundle.json", ("components", "sharpen", "graph"), "sharpen/a.onnx", "'sharpen/a.onnx' is used but not"),
         (

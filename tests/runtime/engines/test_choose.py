@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from packaging.version import Version
 
-from tilewright.runtime.bundle.manifest import PRECISIONS, Component, EngineSpec, Measured, Memory, Needs
-from tilewright.runtime.engines.choose import Machine, choose, choose_all, require
+from tilewright.runtime.bundle.manifest import PRECISIONS, Component, EngineSpec, Needs, Profile, Range
+from tilewright.runtime.bundle.measured import Measured
+from tilewright.runtime.engines.choose import Machine, choose, choose_all, largest_batch, require
 from tilewright.runtime.errors import EnvironmentMismatch, UsageError
 
 KNOWN = ("ort", "openvino", "cuda")
@@ -22,19 +23,18 @@ needs = st.builds(
     compute_capability=st.none() | capabilities,
     packages=st.dictionaries(st.sampled_from(["onnxruntime", "openvino"]), versions),
 )
-measured = st.builds(
-    Measured, relative_l2=st.just(1e-6), seconds_per_megapixel=st.sampled_from([1.0, 2.0, 3.0]), where=st.just("EPYC")
-)
+measured = st.builds(Measured, relative_l2=st.just(1e-6), seconds_per_megapixel=st.sampled_from([1.0, 2.0, 3.0]))
+names = st.from_regex("[a-d]-[0-9]", fullmatch=True)
+measured_engines = st.dictionaries(names, measured)
 specs_of_a_component = st.lists(
     st.builds(
         EngineSpec,
-        name=st.from_regex("[a-d]-[0-9]", fullmatch=True),
+        name=names,
         backend=st.sampled_from((*KNOWN, "abacus")),
         device=st.sampled_from(["cpu", "cuda"]),
         precision=st.sampled_from(PRECISIONS),
         files=st.just(("model.onnx",)),
         needs=st.just(Needs()) | needs,
-        measured=st.none() | measured,
     ),
     min_size=1,
     max_size=6,
@@ -74,15 +74,14 @@ def test_the_chosen_engine_fits_and_every_other_one_has_a_reason(specs, machine)
         assert reason and reason.isprintable()
 
 
-@given(specs_of_a_component, machines)
-def test_no_engine_that_fits_is_more_accurate_or_measured_to_be_faster(specs, machine):
-    best = choose(specs, machine).spec
+@given(specs_of_a_component, machines, measured_engines)
+def test_no_engine_that_fits_is_more_accurate_or_measured_to_be_faster(specs, machine, known):
+    best = choose(specs, machine, measured=known).spec
     for spec in (spec for spec in specs if fits(spec, machine)):
         if spec.precision == "float32":
             assert best.precision == "float32"
-        if spec.measured and (spec.precision == "float32") == (best.precision == "float32"):
-            assert best.measured
-            assert best.measured.seconds_per_megapixel <= spec.measured.seconds_per_megapixel
+        if spec.name in known and (spec.precision == "float32") == (best.precision == "float32"):
+            assert known[best.name].seconds_per_megapixel <= known[spec.name].seconds_per_megapixel
 
 
 @given(specs_of_a_component, machines, st.randoms())
@@ -151,27 +150,24 @@ def test_a_misfit_says_what_is_needed_and_what_is_here(changes, machine, reason)
 
 
 @pytest.mark.parametrize(
-    ("best", "other", "reason"),
+    ("other", "seconds", "reason"),
     [
-        ({}, {"precision": "int8"}, "best is more accurate; --engine other asks for this one"),
-        (
-            {"measured": Measured(0, 1.25, "EPYC")},
-            {"measured": Measured(0, 3, "EPYC")},
-            "best is faster: 1.25 s a megapixel, this one 3",
-        ),
-        ({"measured": Measured(0, 1.25, "EPYC")}, {}, "best was measured, this one was not"),
+        ({"precision": "int8"}, {}, "best is more accurate; --engine other asks for this one"),
+        ({"precision": "int8"}, {"other": 0.1}, "best is more accurate; --engine other asks for this one"),
+        ({}, {"best": 1.25, "other": 3}, "best is faster: 1.25 s a megapixel, this one 3"),
+        ({}, {"best": 1.25}, "best was measured, this one was not"),
         ({}, {}, "best comes first in the fixed order"),
     ],
 )
-def test_an_engine_that_would_run_says_why_another_was_chosen(best, other, reason):
-    specs = [replace(SPEC, name="other", **other), replace(SPEC, name="best", **best)]
-    choice = choose(specs, MACHINE)
+def test_an_engine_that_would_run_says_why_another_was_chosen(other, seconds, reason):
+    specs = [replace(SPEC, name="other", **other), replace(SPEC, name="best")]
+    choice = choose(specs, MACHINE, measured={name: Measured(0, value) for name, value in seconds.items()})
     assert choice.spec.name == "best"
     assert choice.others == {"other": reason}
 
 
 def components(**engines: tuple[EngineSpec, ...]) -> dict[str, Component]:
-    return {name: Component("a.onnx", {}, {}, specs, Memory(0, 0, 0)) for name, specs in engines.items()}
+    return {name: Component("a.onnx", {}, {}, specs) for name, specs in engines.items()}
 
 
 def test_a_wish_holds_for_the_components_that_can_fulfil_it():
@@ -200,3 +196,16 @@ def test_components_that_no_engine_can_run_are_refused_with_all_reasons_in_one_l
         " vino-float32 needs OpenVINO: pip install openvino"
     )
     assert caught.value.exit_code == 4
+
+
+@pytest.mark.parametrize(("side", "chosen"), [(None, "a"), (256, "a"), (512, "a"), (255, "b"), (513, "b")])
+def test_an_engine_that_was_made_for_other_tiles_is_refused(side, chosen):
+    fixed = replace(SPEC, name="a", profile=Profile(Range(1, 4), Range(256, 512)))
+    choice = choose([fixed, replace(SPEC, name="b")], MACHINE, side_px=side)
+    assert choice.spec.name == chosen
+    if chosen == "b":
+        assert choice.misfits == {"a": f"takes tiles of 256 to 512 px, and these have {side}"}
+
+
+def test_the_largest_batch_is_that_of_the_engine_that_takes_the_fewest_tiles():
+    assert largest_batch([replace(SPEC, profile=Profile(Range(1, n))) for n in (8, 3, 32)]) == 3

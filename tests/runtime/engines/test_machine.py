@@ -1,5 +1,6 @@
 """This machine is read from the system and from the metadata of packages."""
 
+import platform
 import shutil
 import subprocess
 import sys
@@ -53,6 +54,29 @@ def test_instruction_sets_are_read_as_the_kernel_writes_them(text, names, tmp_pa
         (tmp_path / "cpuinfo").write_text(text)
     monkeypatch.setattr(machine, "CPUINFO", tmp_path / "cpuinfo")
     assert this_machine().instructions == names
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        (
+            "cpu family\t: 6\nmodel\t\t: 167\nmodel name\t: Intel(R) Xeon(R)\nstepping\t: 1\n\nmodel\t\t: 85\n",
+            "Intel(R) Xeon(R), family 6, model 167, stepping 1",
+        ),
+        (
+            "processor\t: 0\nCPU implementer\t: 0x41\nCPU part\t: 0xd0c\n",
+            f"{platform.machine()}, CPU implementer 0x41, CPU part 0xd0c",
+        ),
+        ("processor\t: 0\n", platform.machine()),
+        (None, platform.machine()),
+    ],
+    ids=["x86", "Arm", "neither", "no such file"],
+)
+def test_a_processor_is_told_by_its_name_and_its_numbers(text, name, tmp_path, monkeypatch):
+    if text is not None:
+        (tmp_path / "cpuinfo").write_text(text)
+    monkeypatch.setattr(machine, "CPUINFO", tmp_path / "cpuinfo")
+    assert this_machine().processor == name
 
 
 @pytest.mark.parametrize(("fails", "capability"), [(0, (8, 6)), (100, None)])

@@ -75,10 +75,10 @@ def test_a_call_for_two_jobs_is_stopped_only_when_both_are_cancelled(device) -> 
         two.begin({})
     assert device.runs.wait(20)
     with executor.changed:
-        assert len(executor.calls[0].batch.works) == 2
+        assert len(executor.calls.running[0].batch.works) == 2
     one.cancel()
     cancelled(one)
-    assert device.stops == 0 and len(executor.calls) == 1
+    assert device.stops == 0 and len(executor.calls.running) == 1
     two.cancel()
     cancelled(two)
     executor.close()
@@ -155,7 +155,7 @@ def test_a_cancelled_restoration_leaves_an_endless_call(staged, tmp_path, memory
     with load(endless_bundle(staged, tmp_path / "b"), memory=memory, threads=1) as restorer:
         ticket = restorer.submit(picture, tile=32, overlap=16)
         with restorer.executor.changed:
-            while not restorer.executor.calls:
+            while not restorer.executor.calls.running:
                 restorer.executor.changed.wait(0.01)
         ticket.cancel()
         with pytest.raises(CancelledError):

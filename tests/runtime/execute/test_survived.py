@@ -107,12 +107,12 @@ def test_closing_while_a_device_hangs_ends_after_its_deadline():
 
 def test_a_deadline_follows_from_the_slowest_call_of_its_kind():
     executor = Executor(cpus(1))
-    assert executor._deadline("kind") == 3600
-    executor.slowest["kind"] = 0.5
-    assert executor._deadline("kind") == 60
-    executor.slowest["kind"] = 30
-    assert executor._deadline("kind") == 600
-    assert Executor(cpus(1), deadline_s=2)._deadline("kind") == 2
+    assert executor.calls._deadline("kind") == 3600
+    executor.calls.slowest["kind"] = 0.5
+    assert executor.calls._deadline("kind") == 60
+    executor.calls.slowest["kind"] = 30
+    assert executor.calls._deadline("kind") == 600
+    assert Executor(cpus(1), deadline_s=2).calls._deadline("kind") == 2
 
 
 # Memory

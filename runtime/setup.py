@@ -1,0 +1,59 @@
+"""The engines and devices for a bundle on this machine. Nothing is opened."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from tilewright.runtime.bundle.manifest import EngineSpec
+from tilewright.runtime.bundle.measured import on_processor
+from tilewright.runtime.bundle.read import Bundle
+from tilewright.runtime.engines.choose import choose_all, largest_batch, require, tile_sides
+from tilewright.runtime.engines.machine import this_machine, usable_cores
+from tilewright.runtime.execute.devices import cpu_names
+from tilewright.runtime.inputs import whole
+
+__all__ = ["Setup", "set_up"]
+
+MOST_THREADS = 1024
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The engines and devices for a bundle on this machine. Nothing is open."""
+
+    bundle: Bundle  # with the batch that is asked for
+    specs: dict[str, EngineSpec]  # component -> its engine
+    devices: list[str]
+    threads: int  # of a device; 0: all cores
+
+    @property
+    def shared(self) -> bool:
+        """Whether the devices share their engines."""
+        return self.threads == 1
+
+
+def set_up(
+    bundle: Bundle,
+    *,
+    engine: str | None = None,
+    devices: Sequence[str] = ("cpu:0",),
+    threads: int = 0,
+    batch: int | None = None,
+    tile: int | None = None,
+) -> Setup:
+    """Choose engines and devices; options as for `load`."""
+    threads = whole("threads", threads, 0, MOST_THREADS)
+    side = None if tile is None else whole("tile", tile, 0)
+    names = cpu_names(devices)
+    if len(names) > 1 and not threads:
+        threads = max(1, usable_cores() // len(names))
+    components = {name: bundle.manifest.components[name] for name in sorted(bundle.program.components())}
+    packages = {package for c in components.values() for spec in c.engines for package in spec.needs.packages}
+    machine = this_machine(packages, {name.partition(":")[0] for name in names})
+    known, sides = on_processor(bundle.root, machine.processor), tile_sides(bundle.program, side)
+    specs = require(choose_all(components, machine, engine, measured=known, sides=sides))
+    most = largest_batch(specs.values())
+    if batch is not None:
+        bundle = replace(bundle, program=bundle.program.batched(whole("batch", batch, 1, most)))
+    elif any(p.tiles.batch > most for p in bundle.program.passes if p.tiles):
+        bundle = replace(bundle, program=bundle.program.batched(most))
+    return Setup(bundle, specs, names, threads)

@@ -1,21 +1,21 @@
 """Assembling a bundle from the results of stages: everything but packed weights, reports and the seal."""
 
-import importlib
 import json
+import math
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from tilewright.export.build.cache import write
 from tilewright.export.build.request import Request
 from tilewright.export.build.stages.attach import read_weights
 from tilewright.export.build.versions import TRACERS, version
-from tilewright.export.targets import TARGETS, engine_folder
+from tilewright.export.targets import engine_folder, target_module
 from tilewright.runtime.bundle.manifest import SCHEMA_VERSION, Component, EngineSpec, Manifest, Memory
 from tilewright.runtime.bundle.strict import to_json
 from tilewright.runtime.bundle.weights import Weights
 
-__all__ = ["Assembly"]
+__all__ = ["Assembly", "engine"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,8 @@ class Assembly:
             shutil.copyfile(self.optimised / f"{name}.onnx", root / f"{name}.onnx")
         if (self.optimised / "engines").is_dir():
             shutil.copytree(self.optimised / "engines", root / "engines")
-        write(root / "weights.json", to_json(self.weights()))
+        weights = self.weights()
+        write(root / "weights.json", to_json(weights))
         shutil.copytree(self.constants, root, dirs_exist_ok=True)
         write(root / "program.json", to_json(request.program))
         memory = json.loads((self.optimised / "memory.json").read_text())
@@ -51,7 +52,10 @@ class Assembly:
                 f"{name}.onnx",
                 spec.inputs,
                 spec.outputs,
-                tuple(_engine(root, name, target, Memory(**memory[name][target])) for target in TARGETS),
+                tuple(
+                    engine(root, name, target, precision, Memory(**memory[name][target]), weights)
+                    for target, precision in request.engines
+                ),
             )
             for name, spec in request.components.items()
         }
@@ -81,10 +85,10 @@ class Assembly:
         }
 
 
-def _engine(root: Path, component: str, target: str, memory: Memory) -> EngineSpec:
+def engine(root: Path, component: str, target: str, precision: str, memory: Memory, weights: Weights) -> EngineSpec:
     """The engine of a target. It shares the portable graph if the target changed nothing."""
     graph = f"{engine_folder(component, target)}/model.onnx"
-    spec: EngineSpec = importlib.import_module(TARGETS[target]).spec(
-        target, graph if (root / graph).is_file() else f"{component}.onnx"
-    )
-    return replace(spec, memory=memory)
+    graph = graph if (root / graph).is_file() else f"{component}.onnx"
+    parameters = sum(math.prod(r.shape) for r in weights.tensors.get(component, {}).values())
+    spec: EngineSpec = target_module(target).spec(precision, graph, memory, parameters)
+    return spec

@@ -146,9 +146,10 @@ def open_engine(
     *,
     memory: str = "fast",
     threads: int = 0,
+    calls: int = 1,
     weights_dir: Path | None = None,
 ) -> OrtEngine:
-    """Open an engine of a component. Weights are read from their own files."""
+    """Open an engine of a component. Weights are read from their own files. It takes any number of calls at once."""
     files = bundle.files_of(spec.weights or component, weights_dir)
     native = spec.precision == "float32"  # our kernels compute in float32 only
     return open_graph(bundle.path(spec.graph), files, memory=memory, threads=threads, native=native)

@@ -14,24 +14,12 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from support.loops import filtered
 from tilewright.runtime import load
 from tilewright.runtime.bundle.digests import sha256_of_file
 from tilewright.runtime.bundle.read import Bundle, read_bundle
 from tilewright.runtime.engines import BACKENDS, backend, ort
 from tilewright.runtime.errors import BundleError, EnvironmentMismatch, ResourceError
-
-
-def filtered(images: np.ndarray, kernels: np.ndarray) -> np.ndarray:
-    """Correlate every colour with its own filter, borders reflected, one pixel at a time, and clip."""
-    batch, colours, height, width = images.shape
-    result = np.zeros(images.shape)
-    for n, c, y, x in np.ndindex(batch, colours, height, width):
-        for dy in (-1, 0, 1):
-            for dx in (-1, 0, 1):
-                row, column = abs(y + dy), abs(x + dx)
-                row, column = min(row, 2 * (height - 1) - row), min(column, 2 * (width - 1) - column)
-                result[n, c, y, x] += images[n, c, row, column] * kernels[c, dy + 1, dx + 1] / 7
-    return result.clip(0, 1)
 
 
 def noise(*shape: int, seed: int = 0) -> np.ndarray:

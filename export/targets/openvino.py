@@ -10,6 +10,8 @@ __all__ = ["FROM_BUNDLE", "PRECISIONS", "prepare", "spec"]
 FROM_BUNDLE = True
 PRECISIONS = ("float32", "bfloat16")
 INSTRUCTIONS = {"bfloat16": ("avx512_bf16",)}  # without them OpenVINO would compute in float32, and not say so
+CORES = {"bfloat16": 2}  # as in runtime/engines/openvino.py
+VERSION = "2026.4"  # the least that was tested
 WIDTHS = {"float32": 4, "bfloat16": 2}
 
 
@@ -27,6 +29,6 @@ def prepare(model: Any) -> bool:
 
 def spec(precision: str, graph: str, memory: Memory, parameters: int) -> EngineSpec:
     """The description of the engine. It copies all weights, as it re-packs them."""
-    needs = Needs(INSTRUCTIONS.get(precision, ()), packages={"openvino": "2025.4"})
+    needs = Needs(INSTRUCTIONS.get(precision, ()), None, {"openvino": VERSION}, CORES.get(precision, 1))
     copied = replace(memory, copied=WIDTHS[precision] * parameters)
     return EngineSpec(f"openvino-{precision}", "openvino", "cpu", precision, (graph,), needs, memory=copied)

@@ -167,6 +167,8 @@ def _misfit(spec: EngineSpec, machine: Machine) -> str | None:
         return machine.missing.get(spec.backend) or f"has a backend that is not known here, {spec.backend!r}"
     if lacking := [name for name in needs.instructions if name not in machine.instructions]:
         return f"needs {', '.join(lacking)}, which this CPU lacks"
+    if machine.cores < needs.cores:
+        return f"needs {needs.cores} cores, and this process may use {machine.cores}"
     if needs.compute_capability and (has or (0, 0)) < needs.compute_capability:
         there = "this GPU's is {}.{}".format(*has) if has else "this GPU's is unknown"
         return f"needs compute capability {needs.compute_capability[0]}.{needs.compute_capability[1]}, {there}"

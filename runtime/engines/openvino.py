@@ -26,6 +26,9 @@ __all__ = ["PACKAGES", "OpenvinoEngine", "missing", "open_engine", "open_graph",
 
 PACKAGES = ("openvino",)
 HINTS = {"float32": "f32", "bfloat16": "bf16"}
+# OpenVINO divides by half the number of threads where it fuses a gated layer for AMX, and the process dies with one
+# thread: github.com/openvinotoolkit/openvino/issues/33300
+LEAST_THREADS = 2
 WIDTHS = {"bfloat16": np.uint16}  # NumPy has no type for it
 
 OTHER_SIZE = "the graph does not take this size: use the bundle's own --tile, or rebuild the bundle for this one"
@@ -167,9 +170,14 @@ def open_graph(
     threads: int = 0,
     calls: int = 1,
 ) -> OpenvinoEngine:
-    """Open a graph. `files`: path of weights in the graph -> real path. `threads` 0: OpenVINO chooses."""
+    """Open a graph. `files`: path of weights in the graph -> real path. `threads` 0: OpenVINO chooses.
+
+    A call in bfloat16 has two threads at least.
+    """
     data = graph.read_bytes()
     weights = external_data(data, str(graph))
+    if precision == "bfloat16" and threads == 1:  # see LEAST_THREADS
+        threads, calls = LEAST_THREADS, max(1, calls // LEAST_THREADS)
     settings = {
         "INFERENCE_PRECISION_HINT": HINTS[precision],
         "NUM_STREAMS": calls,

@@ -264,8 +264,8 @@ def _job(restorer: Restorer, size_px: int | None) -> Job:
 def require(report: Mapping[str, Any], precisions: Collection[str] = PRECISIONS) -> None:
     """Refuse a report with an engine of these precisions that misses its gate, and tiles that show."""
     for name, engine in report["engines"].items():
-        if engine["fault"] and engine["precision"] in precisions:
-            raise AccuracyError(f"{name}: {engine['fault']}")
+        if engine["precision"] in precisions and (fault := _fault(engine)):
+            raise AccuracyError(f"{name}: {fault}")
     for picture, excess in report["seams"].items():
         if not excess <= SEAM_GATE:
             raise AccuracyError(

@@ -2,6 +2,9 @@
 
 OpenVINO reads a graph without its weights. It gets them as constants over the mapped files, and packs them anew for
 the CPU as it compiles the graph. So an open engine has a copy of all weights, in its precision.
+
+In bfloat16 an angle of 30 would be off by a tenth. So sines and cosines of times and positions, with all that leads to
+them, are a graph of their own in float32, whose outputs are inputs of the other graph.
 """
 
 import functools
@@ -29,6 +32,7 @@ HINTS = {"float32": "f32", "bfloat16": "bf16"}
 # OpenVINO divides by half the number of threads where it fuses a gated layer for AMX, and the process dies with one
 # thread: github.com/openvinotoolkit/openvino/issues/33300
 LEAST_THREADS = 2
+PRODUCTS = ("MatMul", "Convolution", "GroupConvolution")  # too much work for float32
 WIDTHS = {"bfloat16": np.uint16}  # NumPy has no type for it
 
 OTHER_SIZE = "the graph does not take this size: use the bundle's own --tile, or rebuild the bundle for this one"
@@ -82,9 +86,14 @@ class _Call:
 class OpenvinoEngine:
     """One compiled graph. Calls that run at the same time have a request each."""
 
-    def __init__(self, compiled: Any, maps: list[Any], graph: Path, *, low: bool) -> None:
-        self.compiled, self.maps, self.graph, self.low = compiled, maps, graph, low
-        self.inputs = {name: _numpy_type(port) for port in compiled.inputs for name in port.get_names()}
+    def __init__(
+        self, compiled: Any, maps: list[Any], graph: Path, *, low: bool, angles: "OpenvinoEngine | None" = None
+    ) -> None:
+        self.compiled, self.maps, self.graph, self.low, self.angles = compiled, maps, graph, low, angles
+        computed = angles.outputs if angles else {}
+        # a port also has the names of values that equal it
+        ports = {port.get_node().get_friendly_name(): port for port in compiled.inputs}
+        self.inputs = {name: port.get_element_type().to_dtype() for name, port in ports.items() if name not in computed}
         self.outputs = {name: i for i, port in enumerate(compiled.outputs) for name in port.get_names()}
         self.free: list[Any] = []  # requests
         self.running: dict[int, _Call] = {}  # thread -> its call
@@ -92,13 +101,15 @@ class OpenvinoEngine:
 
     def run(self, inputs: Mapping[str, Any], outputs: Iterable[str]) -> dict[str, Any]:
         """Compute these outputs from the inputs."""
-        names = list(outputs)
+        names, feed = list(outputs), dict(inputs)
         self._check(inputs, names)
+        if self.angles:
+            feed |= self.angles.run({name: inputs[name] for name in self.angles.inputs}, self.angles.outputs)
         with self.lock:
             call = _Call(self.free.pop() if self.free else self.compiled.create_infer_request())
             self.running[get_ident()] = call
         try:
-            call.request.start_async(dict(inputs), share_inputs=True)
+            call.request.start_async(feed, share_inputs=True)
             if call.stopped:  # before it began
                 call.request.cancel()
             call.request.wait()
@@ -141,7 +152,7 @@ class OpenvinoEngine:
     def close(self) -> None:
         """Free the memory."""
         self.free.clear()
-        self.compiled = None
+        self.compiled = self.angles = None
         self.maps.clear()
 
 
@@ -187,10 +198,13 @@ def open_graph(
     try:
         model = _core().read_model(with_inputs(data))
         maps = _attach(model, {name: files[weight.location] for name, weight in weights.items()}, weights)
+        angles = _without_angles(model) if precision == "bfloat16" else None
+        exact = settings | {"INFERENCE_PRECISION_HINT": HINTS["float32"]}
+        before = angles and OpenvinoEngine(_core().compile_model(angles, "CPU", exact), [], graph, low=memory == "low")
         compiled = _core().compile_model(model, "CPU", settings)
     except Exception as error:
         raise _explained(graph, "refuses the graph", error) from error
-    return OpenvinoEngine(compiled, maps, graph, low=memory == "low")
+    return OpenvinoEngine(compiled, maps, graph, low=memory == "low", angles=before)
 
 
 @functools.cache
@@ -219,8 +233,37 @@ def _attach(model: Any, files: Mapping[str, Path], weights: Mapping[str, Externa
     return list(maps.values())
 
 
-def _numpy_type(port: Any) -> Any:
-    return port.get_element_type().to_dtype()
+def _without_angles(model: Any) -> Any:
+    """Cut the sines and cosines of angles off a model, and return the model that computes them; none without angles."""
+    import openvino
+
+    copy = model.clone()
+    copies = {op.get_friendly_name(): op for op in copy.get_ordered_ops()}
+    outputs, inputs = {}, {}
+    for op in model.get_ordered_ops():
+        names = op.output(0).get_names() if op.get_type_name() in ("Sin", "Cos") else ()
+        before = _before(copies[op.get_friendly_name()]) if names else {}
+        if not names or any(each.get_type_name() in PRODUCTS for each in before.values()):
+            continue
+        name = min(names)
+        outputs[name] = openvino.opset13.result(copies[op.get_friendly_name()].output(0))
+        inputs |= {n: each for n, each in before.items() if each.get_type_name() == "Parameter"}
+        shape, kind = op.output(0).get_partial_shape(), op.output(0).get_element_type()
+        parameter = openvino.opset13.parameter(shape, kind, name)
+        op.output(0).replace(parameter.output(0))
+        model.add_parameters([parameter])
+    return openvino.Model(list(outputs.values()), list(inputs.values())) if outputs else None
+
+
+def _before(node: Any) -> dict[str, Any]:
+    """All nodes that a node depends on, by name."""
+    nodes, pending = {}, [node]
+    while pending:
+        for source in (value.get_node() for value in pending.pop().input_values()):
+            if source.get_friendly_name() not in nodes:
+                nodes[source.get_friendly_name()] = source
+                pending.append(source)
+    return nodes
 
 
 def _explained(graph: Path, what: str, error: Exception) -> TilewrightError:

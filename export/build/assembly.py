@@ -3,8 +3,11 @@
 import json
 import math
 import shutil
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from tilewright.export.build.cache import write
 from tilewright.export.build.request import Request
@@ -15,7 +18,7 @@ from tilewright.runtime.bundle.manifest import SCHEMA_VERSION, Component, Engine
 from tilewright.runtime.bundle.strict import to_json
 from tilewright.runtime.bundle.weights import Weights
 
-__all__ = ["Assembly", "engine"]
+__all__ = ["Assembly", "engines"]
 
 
 @dataclass(frozen=True)
@@ -52,10 +55,7 @@ class Assembly:
                 f"{name}.onnx",
                 spec.inputs,
                 spec.outputs,
-                tuple(
-                    engine(root, name, target, precision, Memory(**memory[name][target]), weights)
-                    for target, precision in request.engines
-                ),
+                engines(root, name, request.engines, weights, partial(_memory, memory[name])),
             )
             for name, spec in request.components.items()
         }
@@ -85,10 +85,24 @@ class Assembly:
         }
 
 
-def engine(root: Path, component: str, target: str, precision: str, memory: Memory, weights: Weights) -> EngineSpec:
-    """The engine of a target. It shares the portable graph if the target changed nothing."""
-    graph = f"{engine_folder(component, target)}/model.onnx"
-    graph = graph if (root / graph).is_file() else f"{component}.onnx"
+def _memory(of_targets: Mapping[str, Any], target: str) -> Memory:
+    return Memory(**of_targets[target])
+
+
+def engines(
+    root: Path,
+    component: str,
+    pairs: Iterable[tuple[str, str]],
+    weights: Weights,
+    memory: Callable[[str], Memory],
+) -> tuple[EngineSpec, ...]:
+    """The engines of pairs of a target and a precision. They share the portable graph if the target changed nothing."""
     parameters = sum(math.prod(r.shape) for r in weights.tensors.get(component, {}).values())
-    spec: EngineSpec = target_module(target).spec(precision, graph, memory, parameters)
-    return spec
+    specs = []
+    for target, precision in pairs:
+        graph = f"{engine_folder(component, target)}/model.onnx"
+        graph = graph if (root / graph).is_file() else f"{component}.onnx"
+        specs.append(target_module(target).spec(precision, graph, memory(target), parameters))
+    exact = [spec for spec in specs if spec.precision == "float32"]
+    # without weights, another precision would lose digits and gain no time
+    return tuple(exact if exact and not parameters else specs)

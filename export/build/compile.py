@@ -5,12 +5,13 @@ import re
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
-from tilewright.export.build.assembly import engine
+from tilewright.export.build.assembly import engines
 from tilewright.export.build.cache import staging
 from tilewright.export.targets import engine_folder, engines_of, target_module
-from tilewright.runtime.bundle.manifest import Component, EngineSpec
+from tilewright.runtime.bundle.manifest import Component, EngineSpec, Memory
 from tilewright.runtime.bundle.read import Bundle, read_bundle
 from tilewright.runtime.bundle.write import seal
 from tilewright.runtime.errors import UsageError
@@ -42,14 +43,18 @@ def compile_engines(
         for name, component in bundle.manifest.components.items():
             for target in targets:
                 _prepare(bundle, name, target, folder)
-            memory = component.engines[0].memory
-            added = [engine(folder, name, t, precision, memory, bundle.weights) for t, precision in pairs]
+            added = engines(folder, name, pairs, bundle.weights, partial(_memory, component))
             components[name] = _with(component, added)
         names = tuple(dict.fromkeys(f"{target}-{precision}" for target, precision in pairs))
         _list_in_card(folder / "README.md", components.values())
         (folder / "bundle.json").unlink()  # a link to the one that stays in use until the end
         seal(folder, replace(bundle.manifest, components=components), root)
     return Compiled(names, bundle.digest, read_bundle(root).digest)
+
+
+def _memory(component: Component, target: str) -> Memory:
+    """The memory of the first engine: those of a component hold the same values."""
+    return component.engines[0].memory
 
 
 def _link(source: str, target: str) -> None:
@@ -74,8 +79,8 @@ def _prepare(bundle: Bundle, component: str, target: str, folder: Path) -> None:
 
 def _with(component: Component, added: Iterable[EngineSpec]) -> Component:
     """A component with these engines, in the place of those with their names."""
-    engines = {spec.name: spec for spec in (*component.engines, *added)}
-    return replace(component, engines=tuple(engines.values()))
+    named = {spec.name: spec for spec in (*component.engines, *added)}
+    return replace(component, engines=tuple(named.values()))
 
 
 def _list_in_card(card: Path, components: Iterable[Component]) -> None:

@@ -90,11 +90,11 @@ class OpenvinoEngine:
         self, compiled: Any, maps: list[Any], graph: Path, *, low: bool, angles: "OpenvinoEngine | None" = None
     ) -> None:
         self.compiled, self.maps, self.graph, self.low, self.angles = compiled, maps, graph, low, angles
-        computed = angles.outputs if angles else {}
+        computed = set(angles.outputs) if angles else set()
         # a port also has the names of values that equal it
         ports = {port.get_node().get_friendly_name(): port for port in compiled.inputs}
         self.inputs = {name: port.get_element_type().to_dtype() for name, port in ports.items() if name not in computed}
-        self.outputs = {name: i for i, port in enumerate(compiled.outputs) for name in port.get_names()}
+        self.outputs: dict[str, int] = {name: i for i, port in enumerate(compiled.outputs) for name in port.get_names()}
         self.free: list[Any] = []  # requests
         self.running: dict[int, _Call] = {}  # thread -> its call
         self.lock = Lock()
@@ -239,7 +239,8 @@ def _without_angles(model: Any) -> Any:
 
     copy = model.clone()
     copies = {op.get_friendly_name(): op for op in copy.get_ordered_ops()}
-    outputs, inputs = {}, {}
+    outputs: dict[str, Any] = {}
+    inputs: dict[str, Any] = {}
     for op in model.get_ordered_ops():
         names = op.output(0).get_names() if op.get_type_name() in ("Sin", "Cos") else ()
         before = _before(copies[op.get_friendly_name()]) if names else {}
@@ -249,7 +250,7 @@ def _without_angles(model: Any) -> Any:
         outputs[name] = openvino.opset13.result(copies[op.get_friendly_name()].output(0))
         inputs |= {n: each for n, each in before.items() if each.get_type_name() == "Parameter"}
         shape, kind = op.output(0).get_partial_shape(), op.output(0).get_element_type()
-        parameter = openvino.opset13.parameter(shape, kind, name)
+        parameter = openvino.opset13.parameter(shape, kind, name=name)
         op.output(0).replace(parameter.output(0))
         model.add_parameters([parameter])
     return openvino.Model(list(outputs.values()), list(inputs.values())) if outputs else None

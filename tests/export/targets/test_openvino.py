@@ -68,6 +68,9 @@ def test_every_component_gives_the_numbers_of_onnx_runtime_for_one_tile_and_for_
         pytest.skip("this CPU has no avx512_bf16")
     bundle = read_bundle(several(system))
     for component, (inputs, first) in recorded(bundle.root).items():
+        if f"openvino-{precision}" not in {spec.name for spec in bundle.manifest.components[component].engines}:
+            assert precision == "bfloat16" and component not in bundle.weights.tensors  # it has no weights
+            continue
         for feed in (inputs, twice(bundle, component, inputs)):
             ours = run(bundle, component, "ort-float32", feed, list(first))
             theirs = run(bundle, component, f"openvino-{precision}", feed, list(first))

@@ -57,8 +57,9 @@ def _rewrite(graph: ir.Graph, attention: ir.Node) -> bool:
 def _transposed(value: Any) -> Any:
     """The tokens with heads [B, N, H, D] behind a value [B, H, N, D], or the other way round."""
     node = value.producer() if value is not None else None
-    is_one = node is not None and node.op_type == "Transpose" and not value.is_graph_output()
-    return node.inputs[0] if is_one and list(node.attributes["perm"].as_ints()) == TO_HEADS else None
+    if node is None or node.op_type != "Transpose" or value.is_graph_output():
+        return None
+    return node.inputs[0] if list(node.attributes["perm"].as_ints()) == TO_HEADS else None
 
 
 def _reshaped(graph: ir.Graph, before: ir.Node, value: Any, target: list[int], sizes: list[Any]) -> ir.Value:

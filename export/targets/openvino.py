@@ -18,12 +18,12 @@ WIDTHS = {"float32": 4, "bfloat16": 2}
 def prepare(model: Any) -> bool:
     """Replace our nodes by standard operators, as OpenVINO does not read functions; returns whether there were any."""
     from tilewright.export.graph.ops import inline
-    from tilewright.export.graph.rewrites.fold import fold
+    from tilewright.export.graph.tidy import tidy
 
     if not model.functions:
         return False
     inline(model)
-    fold(model)
+    tidy(model)
     return True
 
 

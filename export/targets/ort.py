@@ -12,10 +12,18 @@ PRECISIONS = ("float32",)
 
 def prepare(model: Any) -> bool:
     """Rewrite a graph in place; returns whether it changed. Measured in bench/latency.py."""
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
+
     from tilewright.export.graph.rewrites.group_norm import group_norm
+    from tilewright.export.graph.rewrites.heads import heads
+    from tilewright.export.graph.rewrites.reshape import reshape
     from tilewright.export.graph.rewrites.silu_conv import silu_conv
 
-    return group_norm(model) + silu_conv(model) > 0
+    changed = heads(model) + group_norm(model)
+    reshape(model)
+    changed += silu_conv(model)
+    RemoveUnusedNodesPass()(model)
+    return changed > 0
 
 
 def spec(precision: str, graph: str, memory: Memory, parameters: int) -> EngineSpec:

@@ -37,18 +37,18 @@ def _work(request: Request, traced: Path, attached: Path, directory: Path) -> No
     from tilewright.export.graph.footprint import footprint
     from tilewright.export.graph.ops import inline
     from tilewright.export.graph.rewrites.cast import cast
-    from tilewright.export.graph.rewrites.fold import fold
     from tilewright.export.graph.rewrites.forget_shapes import forget_shapes
+    from tilewright.export.graph.tidy import tidy
 
     weights = read_weights(attached)
     memory: dict[str, dict[str, Any]] = {}
     read = {}
     for name, spec in request.components.items():
         model = ir.load(traced / f"{name}.onnx")
-        fold(model)
+        tidy(model)
         if request.ops == "standard":
             inline(model)
-            fold(model)
+            tidy(model)
         read[name] = _refer(model, weights.tensors.get(name, {}))
         cast(model)
         for target in request.targets:

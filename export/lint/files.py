@@ -18,7 +18,6 @@ def too_large(size: int) -> Complaint | None:
     if size <= LARGEST:
         return None
     return Complaint(
-        "size",
         f"the graph's file has {amount(size)}, and a protocol buffer holds 2 GiB",
         "keep the weights in files beside the graph, as external data",
     )
@@ -29,13 +28,11 @@ def versions(graph: Graph) -> Iterator[Complaint]:
     model, opsets, irs = graph.model, TABLE.opsets, TABLE.ir_versions
     if model.ir_version not in irs:
         yield Complaint(
-            "ir version",
             f"IR version {model.ir_version} is not within {irs[0]} to {irs[-1]}",
             "write the graph with an older IR version, such as 10",
         )
     if graph.opset not in opsets:
         yield Complaint(
-            "opset",
             f"opset {graph.opset or 'without a number'} is not within {opsets[0]} to {opsets[-1]}",
             "convert the graph with onnx.version_converter, or export it again",
         )
@@ -43,7 +40,6 @@ def versions(graph: Graph) -> Iterator[Complaint]:
         opset = function.opset_imports.get("", graph.opset)
         if opset != graph.opset:
             yield Complaint(
-                "opset",
                 f"function {'::'.join(identifier[:2])} is of opset {opset}, and the graph of opset {graph.opset}",
                 "write both in one opset",
                 value="::".join(identifier[:2]),
@@ -56,7 +52,7 @@ def places(graph: Graph) -> Iterator[Complaint]:
         if isinstance(value.const_value, ir.ExternalTensor):
             fault = _fault(graph, value.const_value)
             if fault:
-                yield Complaint("external data", *fault, value=name)
+                yield Complaint(*fault, value=name)
 
 
 def _fault(graph: Graph, tensor: ir.ExternalTensor) -> tuple[str, str] | None:

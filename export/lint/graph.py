@@ -11,7 +11,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 from onnx_ir.passes.common.shape_inference import infer_shapes
 
-from tilewright.export.lint.table import TABLE, kind
+from tilewright.export.lint.table import kind
 from tilewright.kernels.face import DOMAIN
 from tilewright.kernels.forms import PLUGINS
 
@@ -25,7 +25,6 @@ SIZES = {"Shape", "Size"}
 class Complaint:
     """What is wrong with a node, a value or the whole graph, and what to do."""
 
-    rule: str
     problem: str
     remedy: str
     node: ir.Node | None = None

@@ -17,22 +17,23 @@ from tilewright.runtime.errors import BundleError
 
 __all__ = ["RULES", "Finding", "lint", "lint_graph"]
 
-RULES: tuple[Rule, ...] = (
-    files.versions,
-    files.places,
-    operators.operators,
-    operators.plugins,
-    types.value_types,
-    types.operator_types,
-    types.mixed_types,
-    sizes.shapes,
-    sizes.sizes_from_data,
-    restrictions.restrictions,
-    quantized.quantize_linear,
-    quantized.weights_directly,
-    quantized.one_eight_bit_type,
-    quantized.attention_all_or_none,
-)
+SIZE = "size of the file"
+RULES: dict[str, Rule] = {
+    "versions of ONNX": files.versions,
+    "places of weights": files.places,
+    "operators": operators.operators,
+    "plugins": operators.plugins,
+    "types": types.value_types,
+    "types of operators": types.operator_types,
+    "one type a node": types.mixed_types,
+    "shapes": sizes.shapes,
+    "sizes from data": sizes.sizes_from_data,
+    "restrictions of operators": restrictions.restrictions,
+    "quantization": quantized.quantize_linear,
+    "fusion of quantized weights": quantized.weights_directly,
+    "one quantized type": quantized.one_eight_bit_type,
+    "quantized attention": quantized.attention_all_or_none,
+}
 
 
 @dataclass(frozen=True)
@@ -55,13 +56,16 @@ def lint(root: Path, target: str, *, weights_dir: Path | None = None, expect: st
         of_graph, counts = lint_graph(name, path, find)
         findings += of_graph
         graphs[name] = counts
+    faulty = len({finding.graph for finding in findings})
+    count = f"{len(findings)} finding{'s' * (len(findings) > 1)} in {faulty} of {len(graphs)} graphs"
     return {
         "bundle": str(root),
         "target": target,
         "versions": list(TABLE.versions),
-        "checked": [(rule.__doc__ or "").partition("\n")[0] for rule in RULES],
+        "checked": [SIZE, *RULES],
         "graphs": graphs,
         "findings": [asdict(finding) for finding in findings],
+        "summary": f"{count if findings else 'no findings'} for {TABLE.named}",
     }
 
 
@@ -92,18 +96,18 @@ def _finder(places: Mapping[str, Path], root: Path) -> Callable[[str], Path]:
 def lint_graph(name: str, path: Path, find: Callable[[str], Path]) -> tuple[list[Finding], dict[str, int]]:
     """Check one graph; returns its findings, and the numbers of all that was checked."""
     if large := files.too_large(path.stat().st_size):
-        return [_finding(name, large)], {}
+        return [_finding(name, SIZE, large)], {}
     try:
         graph = prepared(ir.load(path), find)
     except Exception as error:  # the readers' exceptions share no base class
         raise BundleError(f"{path}: not an ONNX graph ({one_line(str(error))}); export it again") from error
-    findings = [_finding(name, complaint) for rule in RULES for complaint in rule(graph)]
+    findings = [_finding(name, title, complaint) for title, rule in RULES.items() for complaint in rule(graph)]
     return findings, dict(_counts(graph))
 
 
-def _finding(graph: str, complaint: Complaint) -> Finding:
+def _finding(graph: str, rule: str, complaint: Complaint) -> Finding:
     node, op = ("", "") if complaint.node is None else name_of(complaint.node)
-    return Finding(graph, node or complaint.value, op, complaint.rule, complaint.problem, complaint.remedy)
+    return Finding(graph, node or complaint.value, op, rule, complaint.problem, complaint.remedy)
 
 
 def _counts(graph: Graph) -> Iterator[tuple[str, int]]:
@@ -113,4 +117,5 @@ def _counts(graph: Graph) -> Iterator[tuple[str, int]]:
     yield "plugins", sum(node.domain == DOMAIN for node in graph.nodes)
     yield "functions", len(graph.functions)
     yield "external", sum(isinstance(tensor, ir.ExternalTensor) for tensor in weights)
-    yield "unknown", sum(value.dtype is None for node in graph.nodes for value in node.outputs)
+    results = [value for node in graph.nodes for value in node.outputs]
+    yield "unknown", sum(value.dtype is None or value.shape is None for value in results)

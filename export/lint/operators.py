@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import onnx
 import onnx_ir as ir
 
-from tilewright.export.lint.graph import Complaint, Graph, dims, type_of
+from tilewright.export.lint.graph import Complaint, Graph, type_of
 from tilewright.export.lint.table import TABLE
 from tilewright.kernels.face import DOMAIN, plain
 from tilewright.kernels.forms import PLUGINS, TABLES, forms
@@ -43,21 +43,18 @@ def operators(graph: Graph) -> Iterator[Complaint]:
         elif node.op_type in TABLE.missing or (node.op_type not in TABLE.types):
             known = node.op_type in TABLE.missing or onnx.defs.has(node.op_type)
             yield Complaint(
-                "operator",
                 f"{'TensorRT' if known else 'ONNX'} has no {node.op_type}",
                 INSTEAD.get(node.op_type, "write it in operators that TensorRT has"),
                 node,
             )
         elif node.op_type in TABLE.since:
             yield Complaint(
-                "operator",
                 f"{node.op_type} came with TensorRT {TABLE.since[node.op_type]}, and {TABLE.versions[0]} has none",
                 "write it in older operators",
                 node,
             )
         elif onnx.defs.has(node.op_type) and schema(node, graph) is None:
             yield Complaint(
-                "operator",
                 f"opset {graph.opset} has no {node.op_type}",
                 "export the graph in the opset that has it",
                 node,
@@ -68,7 +65,6 @@ def _others(graph: Graph, node: ir.Node) -> Iterator[Complaint]:
     if (node.domain == DOMAIN and node.op_type in PLUGINS) or node.op_identifier() in graph.model.functions:
         return
     yield Complaint(
-        "operator",
         "it is no operator of ONNX and no plugin of ours, and the graph has no function for it",
         "give the graph a function of standard operators for it",
         node,
@@ -84,16 +80,13 @@ def plugins(graph: Graph) -> Iterator[Complaint]:
         face, names = faces[node.op_type]
         if len(node.inputs) != len(names) or None in node.inputs:
             yield Complaint(
-                "plugin",
                 f"it has {sum(v is not None for v in node.inputs)} inputs, and the plugin takes {', '.join(names)}",
                 "name the node for the inputs that it has, as tilewright.kernels.face does",
                 node,
             )
             continue
         if unwritten := [name for name in plain(face.attributes) if name not in node.attributes]:
-            yield Complaint(
-                "plugin", f"attribute {unwritten[0]!r} is not written", "write out every attribute of a plugin", node
-            )
+            yield Complaint(f"attribute {unwritten[0]!r} is not written", "write out every attribute of a plugin", node)
         inputs = dict(zip(names, node.inputs, strict=True))
         types = {name: kind for name, value in inputs.items() if (kind := type_of(value))}
         main = next((kind for name, kind in types.items() if name not in TABLES), "FP32")
@@ -101,19 +94,22 @@ def plugins(graph: Graph) -> Iterator[Complaint]:
             allowed = (main, "FP32") if name in TABLES else (main,)
             if kind not in FLOATS or kind not in allowed:
                 yield Complaint(
-                    "plugin",
                     f"input {name!r} is {kind}, and the plugin takes {' or '.join(dict.fromkeys(allowed))} there",
                     "give all inputs the same type of FP32, FP16 and BF16",
                     node,
                 )
                 break
         for name, value in inputs.items():
-            shape = dims(value) or []
-            if any(d is None for i, d in enumerate(shape) if i not in (0, len(shape) - 2)):
+            shape = value.shape if value is not None and value.shape is not None else ()
+            if any(_dynamic(d) for i, d in enumerate(shape) if i not in (0, len(shape) - 2)):
                 yield Complaint(
-                    "plugin",
                     f"input {name!r} has a dynamic dimension beside batch and tokens",
                     "fix channels, heads and codes: the plugin is compiled for them",
                     node,
                 )
                 break
+
+
+def _dynamic(dimension: int | ir.SymbolicDim) -> bool:
+    """Whether a dimension is free. onnx names those that it cannot infer `unk__1`."""
+    return not isinstance(dimension, int) and not str(dimension.value).startswith("unk__")

@@ -19,8 +19,11 @@ def quantize_linear(graph: Graph) -> Iterator[Complaint]:
     """Every Q and DQ is symmetric, has constant positive scales of a fitting type and shape, and stands in a pair."""
     for node in graph.nodes:
         if node.op_type in QDQ and not node.domain:
-            for problem, remedy in (*_zero_point(graph, node), *_scale(graph, node), *_pairing(graph, node)):
-                yield Complaint("quantization", problem, remedy, node)
+            before = _quantize(node)
+            told = before is not None and before.inputs[1:] == node.inputs[1:]  # both share scale and zero point
+            faults = [] if told else [*_zero_point(graph, node), *_scale(graph, node)]
+            for fault in (*faults, *_pairing(graph, node)):
+                yield Complaint(*fault, node)
 
 
 def _place(node: ir.Node, i: int) -> ir.Value | None:
@@ -48,72 +51,61 @@ def _zero_point(graph: Graph, node: ir.Node) -> Iterator[tuple[str, str]]:
 
 
 def _scale(graph: Graph, node: ir.Node) -> Iterator[tuple[str, str]]:
-    scale, x = node.inputs[1], node.inputs[0]
-    numbers = graph.array(scale)
+    scale, x = node.inputs[:2]
     if scale is None or x is None:
         return
+    numbers = graph.array(scale)
     if numbers is None:
         yield f"its scale {scale.name!r} is computed", "calibrate, and give the scale as a constant"
         return
     values = numbers.astype(np.float32)
     if not np.all(np.isfinite(values) & (values > 0)):
         yield f"its scale {scale.name!r} is not positive", "calibrate again: a scale must be finite and above 0"
-    of_weight = x in graph.constants
-    rank, shape = numbers.ndim, dims(x)
-    if rank == 1 and numbers.size > 1 or rank > 1:
-        if node.op_type == "QuantizeLinear" and not of_weight or node.op_type == "DequantizeLinear" and _by_q(node):
-            if not of_weight and not _of_weight(graph, node):
-                yield f"an activation has {numbers.size} scales", "quantize activations with one scale for the tensor"
-                return
-    if rank == 1 and numbers.size > 1 and shape is not None:
-        axis = _axis(node, len(shape))
-        if shape[axis] not in (None, numbers.size):
-            yield (
-                f"its {numbers.size} scales do not fit axis {axis} of {shape[axis]}",
-                "give a scale for each output channel",
-            )
-        else:
-            yield from _channels(node, axis, len(shape))
-    kind, other = type_of(scale), type_of(x)
-    if node.op_type == "QuantizeLinear" and other in ("FP16", "BF16") and kind != other:
-        yield f"its scale is {kind}, and its input {other}", f"store the scale as {other}"
-    yield from _opset(graph, node, kind, rank)
+    quantize = _quantize(node)
+    origin = x if quantize is None else quantize.inputs[0]
+    if numbers.size > 1 and origin not in graph.constants:
+        yield f"an activation has {numbers.size} scales", "quantize activations with one scale for the tensor"
+    elif numbers.size > 1 and numbers.ndim == 1:
+        yield from _channels(node, dims(x), numbers.size)
+    if node.op_type == "QuantizeLinear" and type_of(x) in ("FP16", "BF16") and type_of(scale) != type_of(x):
+        yield f"its scale is {type_of(scale)}, and its input {type_of(x)}", f"store the scale as {type_of(x)}"
+    yield from _opset(graph, node, type_of(scale), numbers.ndim)
 
 
-def _by_q(node: ir.Node) -> bool:
-    producer = node.inputs[0].producer() if node.inputs[0] is not None else None
-    return producer is not None and producer.op_type == "QuantizeLinear"
+def _quantize(node: ir.Node) -> ir.Node | None:
+    """The QuantizeLinear before a DequantizeLinear."""
+    if node.op_type == "QuantizeLinear" or node.inputs[0] is None:
+        return None
+    producer = node.inputs[0].producer()
+    return producer if producer is not None and producer.op_type == "QuantizeLinear" else None
 
 
-def _of_weight(graph: Graph, node: ir.Node) -> bool:
-    producer = node.inputs[0].producer() if node.inputs[0] is not None else None
-    return producer is not None and producer.inputs[0] in graph.constants
-
-
-def _axis(node: ir.Node, rank: int) -> int:
-    axis = node.attributes.get_int("axis", 1)
-    return (1 if axis is None else axis) % max(1, rank)
-
-
-def _channels(node: ir.Node, axis: int, rank: int) -> Iterator[tuple[str, str]]:
-    """A weight's scales belong to its output channels."""
-    if node.op_type != "DequantizeLinear":
+def _channels(node: ir.Node, shape: list[int | None] | None, scales: int) -> Iterator[tuple[str, str]]:
+    """A weight has a scale for each of its output channels."""
+    if shape is None:
+        return
+    axis = _axis(node, len(shape))
+    if shape[axis] not in (None, scales):
+        yield f"its {scales} scales do not fit axis {axis} of {shape[axis]}", "give a scale for each output channel"
         return
     for use in node.outputs[0].uses():
         reader = use.node
         if reader.domain or WEIGHTED.get(reader.op_type) != use.idx:
             continue
         if reader.op_type == "Conv" or (reader.op_type == "Gemm" and reader.attributes.get_int("transB", 0)):
-            expected = 0
-        elif reader.op_type == "MatMul":
-            expected = rank - 1
+            outputs = 0
         else:
-            expected = 1
-        if axis != expected:
+            outputs = len(shape) - 1 if reader.op_type == "MatMul" else 1
+        if axis != outputs:
             yield (
-                f"its scales belong to axis {axis} of the weight of a {reader.op_type}, whose outputs are axis {expected}",
-                f"give a scale for each output channel, with axis {expected}",
+                f"its scales are for axis {axis} of a weight whose output channels are axis {outputs}",
+                f"give a scale for each output channel, with axis {outputs}",
             )
+
+
+def _axis(node: ir.Node, rank: int) -> int:
+    axis = node.attributes.get_int("axis", 1)
+    return (1 if axis is None else axis) % max(1, rank)
 
 
 def _opset(graph: Graph, node: ir.Node, scale: str | None, rank: int) -> Iterator[tuple[str, str]]:
@@ -137,7 +129,7 @@ def _pairing(graph: Graph, node: ir.Node) -> Iterator[tuple[str, str]]:
             )
         return
     x = node.inputs[0]
-    if x is not None and x not in graph.constants and not _by_q(node) and not x.is_graph_input():
+    if x is not None and x not in graph.constants and _quantize(node) is None and not x.is_graph_input():
         producer = x.producer()
         if producer is not None and producer.op_type not in QDQ:
             yield (
@@ -155,7 +147,6 @@ def weights_directly(graph: Graph) -> Iterator[Complaint]:
             for i in (0, 1):
                 if passed := _passed(_place(node, i)):
                     yield Complaint(
-                        "quantization",
                         f"a {passed.op_type} is between DequantizeLinear and {node.op_type}, so they do not fuse",
                         "store the weight as it is read" if i else f"move the {passed.op_type} before QuantizeLinear",
                         passed,
@@ -163,7 +154,7 @@ def weights_directly(graph: Graph) -> Iterator[Complaint]:
             bias = _place(node, 2)
             producer = bias.producer() if bias is not None else None
             if producer is not None and producer.op_type == "DequantizeLinear":
-                yield Complaint("quantization", "its bias is quantized", "keep biases in the graph's own type", node)
+                yield Complaint("its bias is quantized", "keep biases in the graph's own type", node)
 
 
 def _passed(value: ir.Value | None) -> ir.Node | None:
@@ -185,7 +176,6 @@ def one_eight_bit_type(graph: Graph) -> Iterator[Complaint]:
     if len(first) == 2:
         kind, node = list(first.items())[1]
         yield Complaint(
-            "quantization",
             f"it is {kind}, and {next(iter(first))} is used before; GPUs before Blackwell take one of them",
             "quantize the whole graph to one type",
             node,
@@ -208,7 +198,6 @@ def attention_all_or_none(graph: Graph) -> Iterator[Complaint]:
         if 0 < len(quantized) < len(parts):
             rest = ", ".join(name for name in parts if name not in quantized)
             yield Complaint(
-                "quantization",
                 f"{', '.join(quantized)} of its attention is quantized, and {rest} is not, so it does not fuse",
                 "quantize all of Q, K, V and the result of Softmax, or none",
                 node,

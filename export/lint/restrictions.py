@@ -21,7 +21,7 @@ def restrictions(graph: Graph) -> Iterator[Complaint]:
         restriction = RESTRICTIONS.get(node.op_type) if node.domain in STANDARD else None
         if restriction is not None:
             for fault in restriction(graph, node):
-                yield Complaint("restriction", *fault, node)
+                yield Complaint(*fault, node)
 
 
 def _input(node: ir.Node, i: int) -> ir.Value | None:

@@ -32,26 +32,25 @@ def shapes(graph: Graph) -> Iterator[Complaint]:
     for owner in graph.model.graphs():
         for value in owner.initializers.values():
             if fault := _fault(value):
-                yield Complaint("shape", *fault, value=str(value.name))
+                yield Complaint(*fault, value=str(value.name))
     for value in graph.model.graph.inputs:
         if value.is_initializer():
             continue
         if value.shape is None:
             yield Complaint(
-                "shape",
                 "the rank of this input is not told, and a profile needs a range for every dimension",
                 "write the input's shape, with names for free sizes",
                 value=str(value.name),
             )
         elif fault := _fault(value):
-            yield Complaint("shape", *fault, value=str(value.name))
+            yield Complaint(*fault, value=str(value.name))
     for node in graph.nodes:
         inputs = [v for v in node.inputs if v is not None]
         if any(_fault(value) for value in inputs):
             continue  # of the same origin
         for value in node.outputs:
             if fault := _fault(value):
-                yield Complaint("shape", *fault, node)
+                yield Complaint(*fault, node)
                 break
 
 
@@ -86,7 +85,6 @@ def sizes_from_data(graph: Graph) -> Iterator[Complaint]:
             continue
         if node.op_type in COUNTED:
             yield Complaint(
-                "size from data",
                 f"its size is the number of {COUNTED[node.op_type].removeprefix('the ')}, known only after it ran",
                 "use a mask of a fixed size, with Where",
                 node,
@@ -95,7 +93,6 @@ def sizes_from_data(graph: Graph) -> Iterator[Complaint]:
             value = node.inputs[i] if i < len(node.inputs) else None
             if value is not None and value in graph.data:
                 yield Complaint(
-                    "size from data",
                     f"its size comes from {value.name!r}, which depends on the numbers of an input",
                     "compute sizes from Shape and constants",
                     node,

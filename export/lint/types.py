@@ -33,7 +33,10 @@ NUMBERS = {
     "Where": ("T",),
 }
 # operators whose inputs may have several types
-MIXED = {"Cast", "CastLike", "DequantizeLinear", "Dropout", "If", "Loop", "QuantizeLinear", "Resize", "Scan", "Upsample"}
+MIXED = {"Cast", "CastLike", "Dropout", "If", "Loop", "Resize", "Scan", "Upsample"} | {
+    "QuantizeLinear",
+    "DequantizeLinear",
+}
 
 
 def value_types(graph: Graph) -> Iterator[Complaint]:
@@ -41,16 +44,17 @@ def value_types(graph: Graph) -> Iterator[Complaint]:
     inputs = [value for owner in graph.model.graphs() for value in owner.inputs]
     weights = [value for owner in graph.model.graphs() for value in owner.initializers.values()]
     for value in dict.fromkeys([*inputs, *weights]):
-        if fault := _fault(graph, value):
-            yield Complaint("type", *fault, value=str(value.name))
+        if fault := _fault(value):
+            yield Complaint(*fault, value=str(value.name))
     for node in graph.nodes:
+        read = {value.type for value in node.inputs if value is not None}
         for value in node.outputs:
-            if fault := _fault(graph, value):
-                yield Complaint("type", *fault, node)
+            if value.type not in read and (fault := _fault(value)):  # told once, where the type begins
+                yield Complaint(*fault, node)
                 break
 
 
-def _fault(graph: Graph, value: ir.Value) -> tuple[str, str] | None:
+def _fault(value: ir.Value) -> tuple[str, str] | None:
     if value.type is not None and not isinstance(value.type, ir.TensorType):
         return f"{value.name!r} is no tensor, but a {type(value.type).__name__}", "use tensors alone"
     kind = type_of(value)
@@ -59,12 +63,11 @@ def _fault(graph: Graph, value: ir.Value) -> tuple[str, str] | None:
     if kind == "UINT8":
         uses = [use.node.op_type for use in value.uses()]
         producer = value.producer()
-        quantized = {"DequantizeLinear", "QuantizeLinear"}
         if value.is_graph_input() and not value.is_initializer() and set(uses) <= {"Cast"}:
             return None
         if value.is_graph_output() and producer is not None and producer.op_type == "Cast" and not uses:
             return None
-        if quantized & {*uses, producer.op_type if producer else ""}:
+        if QUANTIZED & {*uses, producer.op_type if producer else ""}:
             return None  # a rule of its own
         return f"{value.name!r} is UINT8 within the graph", "cast an input before its first use, an output at the end"
     if kind == "DOUBLE":
@@ -88,7 +91,6 @@ def operator_types(graph: Graph) -> Iterator[Complaint]:
             kind = type_of(value)
             if kind in TABLE.tensors and kind not in allowed:
                 yield Complaint(
-                    "type of operator",
                     f"{label} is {kind}, and {node.op_type} takes {_listed(allowed)}",
                     f"cast around the node, for example to {_nearest(str(kind), allowed)}",
                     node,
@@ -134,7 +136,5 @@ def mixed_types(graph: Graph) -> Iterator[Complaint]:
         for kinds in groups.values():
             if len(set(kinds.values())) > 1:
                 listed = ", ".join(f"{name!r} {kind}" for name, kind in kinds.items())
-                yield Complaint(
-                    "mixed types", f"its inputs have several types: {listed}", "cast all of them to one type", node
-                )
+                yield Complaint(f"its inputs have several types: {listed}", "cast all of them to one type", node)
                 break

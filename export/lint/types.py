@@ -32,11 +32,9 @@ NUMBERS = {
     "RandomUniformLike": ("T2",),
     "Where": ("T",),
 }
+QUANTIZED = {"DequantizeLinear", "QuantizeLinear"}
 # operators whose inputs may have several types
-MIXED = {"Cast", "CastLike", "Dropout", "If", "Loop", "Resize", "Scan", "Upsample"} | {
-    "QuantizeLinear",
-    "DequantizeLinear",
-}
+MIXED = {"Cast", "CastLike", "Dropout", "If", "Loop", "Resize", "Scan", "Upsample"} | QUANTIZED
 
 
 def value_types(graph: Graph) -> Iterator[Complaint]:

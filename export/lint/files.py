@@ -72,8 +72,8 @@ def _fault(graph: Graph, tensor: ir.ExternalTensor) -> tuple[str, str] | None:
         return f"its shape and type need {needed} bytes, and {length} are named", "export the graph again"
     if offset + length > path.stat().st_size:
         return f"its bytes reach past the end of {location!r}", "copy the file again, or export again"
-    if offset % max(1, tensor.dtype.itemsize):
-        size = tensor.dtype.itemsize
+    size = max(1, int(tensor.dtype.itemsize))
+    if offset % size:
         return (
             f"its bytes begin at {offset}, which {size} does not divide, so no array can be mapped there",
             f"align weights to multiples of {size} bytes or more",

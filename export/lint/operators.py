@@ -41,9 +41,8 @@ def operators(graph: Graph) -> Iterator[Complaint]:
         if node.domain not in STANDARD:
             yield from _others(graph, node)
         elif node.op_type in TABLE.missing or (node.op_type not in TABLE.types):
-            known = node.op_type in TABLE.missing or onnx.defs.has(node.op_type)
             yield Complaint(
-                f"{'TensorRT' if known else 'ONNX'} has no {node.op_type}",
+                f"{'TensorRT' if onnx.defs.has(node.op_type) else 'ONNX'} has no {node.op_type}",
                 INSTEAD.get(node.op_type, "write it in operators that TensorRT has"),
                 node,
             )
@@ -53,7 +52,7 @@ def operators(graph: Graph) -> Iterator[Complaint]:
                 "write it in older operators",
                 node,
             )
-        elif onnx.defs.has(node.op_type) and schema(node, graph) is None:
+        elif onnx.defs.has(node.op_type) and ((known := schema(node, graph)) is None or known.deprecated):
             yield Complaint(
                 f"opset {graph.opset} has no {node.op_type}",
                 "export the graph in the opset that has it",

@@ -22,7 +22,7 @@ def quantize_linear(graph: Graph) -> Iterator[Complaint]:
             before = _quantize(node)
             told = before is not None and before.inputs[1:] == node.inputs[1:]  # both share scale and zero point
             faults = [] if told else [*_zero_point(graph, node), *_scale(graph, node)]
-            for fault in (*faults, *_pairing(graph, node)):
+            for fault in (*faults, *_pairing(node)):
                 yield Complaint(*fault, node)
 
 
@@ -51,7 +51,7 @@ def _zero_point(graph: Graph, node: ir.Node) -> Iterator[tuple[str, str]]:
 
 
 def _scale(graph: Graph, node: ir.Node) -> Iterator[tuple[str, str]]:
-    scale, x = node.inputs[:2]
+    x, scale = node.inputs[:2]
     if scale is None or x is None:
         return
     numbers = graph.array(scale)
@@ -92,7 +92,7 @@ def _channels(node: ir.Node, shape: list[int | None] | None, scales: int) -> Ite
         reader = use.node
         if reader.domain or WEIGHTED.get(reader.op_type) != use.idx:
             continue
-        if reader.op_type == "Conv" or (reader.op_type == "Gemm" and reader.attributes.get_int("transB", 0)):
+        if reader.op_type == "Conv" or (reader.op_type == "Gemm" and reader.attributes.get_int("transB", 0) == 1):
             outputs = 0
         else:
             outputs = len(shape) - 1 if reader.op_type == "MatMul" else 1
@@ -119,23 +119,13 @@ def _opset(graph: Graph, node: ir.Node, scale: str | None, rank: int) -> Iterato
         yield f"it needs opset {needed}, and the graph is of {graph.opset}", f"export the graph in opset {needed}"
 
 
-def _pairing(graph: Graph, node: ir.Node) -> Iterator[tuple[str, str]]:
-    if node.op_type == "QuantizeLinear":
-        others = [use.node for use in node.outputs[0].uses() if use.node.op_type != "DequantizeLinear"]
-        if others:
-            yield (
-                f"its result goes to {others[0].op_type}, and not to a DequantizeLinear",
-                "place QuantizeLinear and DequantizeLinear next to each other",
-            )
-        return
-    x = node.inputs[0]
-    if x is not None and x not in graph.constants and _quantize(node) is None and not x.is_graph_input():
-        producer = x.producer()
-        if producer is not None and producer.op_type not in QDQ:
-            yield (
-                f"its input comes from {producer.op_type}, and not from a QuantizeLinear or a weight",
-                "place QuantizeLinear and DequantizeLinear next to each other",
-            )
+def _pairing(node: ir.Node) -> Iterator[tuple[str, str]]:
+    others = [use.node for use in node.outputs[0].uses() if use.node.op_type != "DequantizeLinear"]
+    if node.op_type == "QuantizeLinear" and others:
+        yield (
+            f"its result goes to {others[0].op_type}, and not to a DequantizeLinear",
+            "place QuantizeLinear and DequantizeLinear next to each other",
+        )
 
 
 def weights_directly(graph: Graph) -> Iterator[Complaint]:

@@ -36,7 +36,7 @@ def shapes(graph: Graph) -> Iterator[Complaint]:
     for value in graph.model.graph.inputs:
         if value.is_initializer():
             continue
-        if value.shape is None:
+        if value.shape is None and isinstance(value.type, ir.TensorType):
             yield Complaint(
                 "the rank of this input is not told, and a profile needs a range for every dimension",
                 "write the input's shape, with names for free sizes",

@@ -86,7 +86,9 @@ def operator_types(graph: Graph) -> Iterator[Complaint]:
         if node.domain not in STANDARD or allowed is None:
             continue
         for label, value in _numbers(graph, node):
-            kind = type_of(value)
+            kind, producer = type_of(value), value.producer()
+            if kind in TABLE.quantized and producer is not None and producer.op_type == "QuantizeLinear":
+                continue  # a rule of its own
             if kind in TABLE.tensors and kind not in allowed:
                 yield Complaint(
                     f"{label} is {kind}, and {node.op_type} takes {_listed(allowed)}",

@@ -91,30 +91,35 @@ def type_of(value: ir.Value | None) -> str | None:
 
 def prepared(model: ir.Model, files: Callable[[str], Path]) -> Graph:
     """Make a graph ready for the rules, in place."""
-    inlined = {
-        identifier
-        for identifier, function in model.functions.items()
-        if not (identifier[0] == DOMAIN and identifier[1] in PLUGINS)
-        and function.opset_imports.get("", 0) in (0, model.opset_imports.get("", 0))
-    }
+    opset = model.opset_imports.get("", 0)
+    fitting = {i for i, f in model.functions.items() if f.opset_imports.get("", opset) == opset}
+    inlined = {i for i in fitting if not (i[0] == DOMAIN and i[1] in PLUGINS)}
     for identifier in inlined:
         for node in model.functions[identifier].all_nodes():
             node.metadata_props[FUNCTION] = "::".join(identifier[:2])
     InlinePass(lambda function: function.identifier() in inlined)(model)
-    _infer(model)
+    _infer(model, fitting)
     graph = Graph(model, files, list(model.graph.all_nodes()), frozenset("::".join(i[:2]) for i in inlined))
     _trace(graph)
     return graph
 
 
-def _infer(model: ir.Model) -> None:
-    """Infer types and shapes. onnx infers nothing behind a GroupNormalization, so another norm stands in for it."""
-    norms = [node for node in model.graph.all_nodes() if node.op_type == "GroupNormalization" and not node.domain]
-    for node in norms:
-        node.op_type = "InstanceNormalization"
-    infer_shapes(model, check_type=False, strict_mode=False, data_prop=True)
-    for node in norms:
-        node.op_type = "GroupNormalization"
+def _infer(model: ir.Model, functions: set[ir.OperatorIdentifier]) -> None:
+    """Infer types and shapes, in a copy whose plugins are inlined too."""
+    copy = model.clone()
+    InlinePass(lambda function: function.identifier() in functions)(copy)
+    for node in copy.graph.all_nodes():
+        if node.op_type == "GroupNormalization" and not node.domain:
+            node.op_type = "InstanceNormalization"  # onnx infers nothing behind the other
+    infer_shapes(copy, check_type=False, strict_mode=False, data_prop=True)
+    inferred = {value.name: value for node in copy.graph.all_nodes() for value in node.outputs}
+    for node in model.graph.all_nodes():
+        for value in node.outputs:
+            known = inferred.get(value.name)
+            if known is not None and known.shape is not None:  # a scalar's shape is empty
+                value.shape = known.shape
+            if known is not None and known.type is not None:
+                value.type = known.type
 
 
 def _trace(graph: Graph) -> None:

@@ -1,4 +1,4 @@
-"""The verbs of `tilewright export`: list, build, compile, stand-in, inspect, onnx, verify, clean."""
+"""The verbs of `tilewright export`: list, build, compile, stand-in, inspect, onnx, lint, verify, clean."""
 
 import argparse
 import json
@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tilewright.cli.lint import add_lint
 from tilewright.cli.terminal import Progress, answer, expect_argument, verb
 from tilewright.runtime.errors import amount
 
@@ -80,6 +81,8 @@ def add_verbs(verbs: Any) -> None:
         "--fold", action="store_true", help="standard operators, and weights as initializers that quantizers find"
     )
     onnx.add_argument("--weights-dir", type=Path, metavar="DIR", help="where the weights are, if they moved")
+
+    add_lint(verbs)
 
     verify = verb(verbs, "verify", "compare a bundle's engines with eager PyTorch; exit 7 on a miss", _verify)
     verify.add_argument("bundle", type=Path, metavar="BUNDLE", help="its directory")

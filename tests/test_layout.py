@@ -24,7 +24,7 @@ EXPORT = (
     {"weights", "tokenizers.py"},
     {"networks", "graph"},
     {"targets", "systems"},
-    {"verify"},
+    {"verify", "lint"},
     {"build"},
     {"inspect.py", "kernels_bench.py", "kernels_check.py", "onnx_folder.py"},
 )

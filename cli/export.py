@@ -1,4 +1,4 @@
-"""The verbs of `tilewright export`: list, build, stand-in, inspect, onnx, verify, clean."""
+"""The verbs of `tilewright export`: list, build, stand-in, inspect, onnx, triton-repo, verify, clean."""
 
 import argparse
 import json
@@ -71,6 +71,16 @@ def add_verbs(verbs: Any) -> None:
         "--fold", action="store_true", help="standard operators, and weights as initializers that quantizers find"
     )
     onnx.add_argument("--weights-dir", type=Path, metavar="DIR", help="where the weights are, if they moved")
+
+    triton = verb(verbs, "triton-repo", "write a model repository for NVIDIA Triton Inference Server", _triton_repo)
+    triton.add_argument("bundle", type=Path, metavar="BUNDLE", help="its directory")
+    expect_argument(triton)
+    triton.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="a new or empty folder")
+    triton.add_argument("--pack", action="store_true", help="copy the bundle and its weights into it")
+    triton.add_argument(
+        "--devices", default="cpu:0", metavar="NAMES", help="run tiles at once on cpu:0,cpu:1,... (default: cpu:0)"
+    )
+    triton.add_argument("--weights-dir", type=Path, metavar="DIR", help="where the weights are, if they moved")
 
     verify = verb(verbs, "verify", "compare a bundle's engines with eager PyTorch; exit 7 on a miss", _verify)
     verify.add_argument("bundle", type=Path, metavar="BUNDLE", help="its directory")
@@ -249,6 +259,28 @@ def _onnx(arguments: argparse.Namespace) -> None:
         )
     total = amount(sum(written["files"].values()))
     answer(arguments, written, f"{written['folder']}: {', '.join(written['graphs'])}; {total} with weights")
+
+
+def _triton_repo(arguments: argparse.Namespace) -> None:
+    from tilewright.export.triton_repo import triton_repo
+
+    with Progress(arguments) as progress:
+        written = triton_repo(
+            arguments.bundle,
+            arguments.out,
+            pack=arguments.pack,
+            devices=arguments.devices.split(","),
+            weights_dir=arguments.weights_dir,
+            expect=arguments.expect,
+            on_bytes=partial(progress.bytes, "copying"),
+        )
+    copied = f"{amount(written['copied_bytes'])} copied" if arguments.pack else f"refers to {arguments.bundle}"
+    answer(
+        arguments,
+        written,
+        f"{written['folder']}: model {written['model']}; inputs {', '.join(written['inputs'])};"
+        f" outputs {', '.join(written['outputs'])}; {copied}",
+    )
 
 
 def _verify(arguments: argparse.Namespace) -> None:

@@ -29,7 +29,8 @@ EXPORT = (
     {"targets", "systems"},
     {"verify"},
     {"build"},
-    {"inspect.py", "kernels_bench.py", "kernels_check.py", "onnx_folder.py"},
+    {"new_folder.py"},
+    {"inspect.py", "kernels_bench.py", "kernels_check.py", "onnx_folder.py", "triton_repo.py"},
 )
 RUNTIME = (
     {"errors.py"},
@@ -40,7 +41,7 @@ RUNTIME = (
     {"resume"},
     {"setup.py", "sitting.py"},
     {"restore.py", "simulate.py"},
-    {"profile.py", "doctor.py", "folder.py"},
+    {"profile.py", "doctor.py", "folder.py", "triton_server.py"},
 )
 HEAVY = {"torch", "diffusers", "transformers", "onnx", "onnx_ir", "onnxruntime"}
 LAYERS = {"export": EXPORT, "runtime": RUNTIME}

@@ -1,4 +1,4 @@
-"""The verbs of `tilewright export`: list, build, stand-in, inspect, onnx, triton-repo, verify, clean."""
+"""The verbs of `tilewright export`: list, build, stand-in, inspect, space, onnx, triton-repo, verify, clean."""
 
 import argparse
 import json
@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tilewright.cli.space import space
 from tilewright.cli.terminal import Progress, answer, expect_argument, verb
 from tilewright.runtime.errors import amount
 
@@ -61,6 +62,11 @@ def add_verbs(verbs: Any) -> None:
     inspect.add_argument("bundle", type=Path, metavar="BUNDLE", help="its directory")
     expect_argument(inspect)
     inspect.add_argument("--weights-dir", type=Path, metavar="DIR", help="where the weights are, if they moved")
+
+    sizes = verb(verbs, "space", "the bytes of each component and file, and what a copy would take", space)
+    sizes.add_argument("bundle", type=Path, metavar="BUNDLE", help="its directory")
+    expect_argument(sizes)
+    sizes.add_argument("--weights-dir", type=Path, metavar="DIR", help="where the weights are, if they moved")
 
     onnx = verb(verbs, "onnx", "write a folder of graphs and weights that any ONNX tool opens", _onnx)
     onnx.add_argument("bundle", type=Path, metavar="BUNDLE", help="its directory")

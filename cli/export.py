@@ -1,4 +1,4 @@
-"""The verbs of `tilewright export`: list, build, stand-in, inspect, space, onnx, triton-repo, verify, clean."""
+"""The verbs of `tilewright export`: those that build bundles, look into them, and write them for other tools."""
 
 import argparse
 import json
@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tilewright.cli.explain import explain
 from tilewright.cli.space import space
 from tilewright.cli.terminal import Progress, answer, expect_argument, verb
 from tilewright.runtime.errors import amount
@@ -67,6 +68,10 @@ def add_verbs(verbs: Any) -> None:
     sizes.add_argument("bundle", type=Path, metavar="BUNDLE", help="its directory")
     expect_argument(sizes)
     sizes.add_argument("--weights-dir", type=Path, metavar="DIR", help="where the weights are, if they moved")
+
+    why = verb(verbs, "explain", "what decided each stage of a build, what runs again, and which engines", explain)
+    why.add_argument("bundle", type=Path, metavar="BUNDLE", help="its directory")
+    expect_argument(why)
 
     onnx = verb(verbs, "onnx", "write a folder of graphs and weights that any ONNX tool opens", _onnx)
     onnx.add_argument("bundle", type=Path, metavar="BUNDLE", help="its directory")

@@ -30,7 +30,15 @@ EXPORT = (
     {"verify"},
     {"build"},
     {"new_folder.py"},
-    {"inspect.py", "kernels_bench.py", "kernels_check.py", "onnx_folder.py", "space.py", "triton_repo.py"},
+    {
+        "explain.py",
+        "inspect.py",
+        "kernels_bench.py",
+        "kernels_check.py",
+        "onnx_folder.py",
+        "space.py",
+        "triton_repo.py",
+    },
 )
 RUNTIME = (
     {"errors.py"},

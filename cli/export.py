@@ -26,7 +26,9 @@ def add_verbs(verbs: Any) -> None:
 
     build = verb(verbs, "build", "build a bundle from a system's weights", _build)
     build.add_argument("system", help="a name that 'export list' shows")
-    build.add_argument("--preset", help="sizes for random weights (default: full); files say their own")
+    build.add_argument(
+        "--preset", help="sizes for random weights (default: full); weights from files bring their own sizes"
+    )
     build.add_argument(
         "--weights", type=Path, metavar="DIR", help="folder with the system's files, or ORG/NAME; not copied"
     )
@@ -73,7 +75,7 @@ def add_verbs(verbs: Any) -> None:
     why.add_argument("bundle", type=Path, metavar="BUNDLE", help="its directory")
     expect_argument(why)
 
-    onnx = verb(verbs, "onnx", "write a folder of graphs and weights that any ONNX tool opens", _onnx)
+    onnx = verb(verbs, "onnx", "write the graphs and copies of the weights into a folder, for other ONNX tools", _onnx)
     onnx.add_argument("bundle", type=Path, metavar="BUNDLE", help="its directory")
     expect_argument(onnx)
     onnx.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="a new or empty folder")

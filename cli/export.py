@@ -1,4 +1,4 @@
-"""The verbs of `tilewright export`: list, build, compile, stand-in, inspect, onnx, lint, verify, clean."""
+"""The verbs of `tilewright export`: those that build bundles, look into them, and write them for other tools."""
 
 import argparse
 import json
@@ -10,7 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tilewright.cli.explain import explain
 from tilewright.cli.lint import add_lint
+from tilewright.cli.space import space
 from tilewright.cli.terminal import Progress, answer, expect_argument, verb
 from tilewright.runtime.errors import amount
 
@@ -72,6 +74,15 @@ def add_verbs(verbs: Any) -> None:
     expect_argument(inspect)
     inspect.add_argument("--weights-dir", type=Path, metavar="DIR", help="where the weights are, if they moved")
 
+    sizes = verb(verbs, "space", "the bytes of each component and file, and what a copy would take", space)
+    sizes.add_argument("bundle", type=Path, metavar="BUNDLE", help="its directory")
+    expect_argument(sizes)
+    sizes.add_argument("--weights-dir", type=Path, metavar="DIR", help="where the weights are, if they moved")
+
+    why = verb(verbs, "explain", "what decided each stage of a build, what runs again, and which engines", explain)
+    why.add_argument("bundle", type=Path, metavar="BUNDLE", help="its directory")
+    expect_argument(why)
+
     onnx = verb(verbs, "onnx", "write the graphs and copies of the weights into a folder, for other ONNX tools", _onnx)
     onnx.add_argument("bundle", type=Path, metavar="BUNDLE", help="its directory")
     expect_argument(onnx)
@@ -83,6 +94,16 @@ def add_verbs(verbs: Any) -> None:
     onnx.add_argument("--weights-dir", type=Path, metavar="DIR", help="where the weights are, if they moved")
 
     add_lint(verbs)
+
+    triton = verb(verbs, "triton-repo", "write a model repository for NVIDIA Triton Inference Server", _triton_repo)
+    triton.add_argument("bundle", type=Path, metavar="BUNDLE", help="its directory")
+    expect_argument(triton)
+    triton.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="a new or empty folder")
+    triton.add_argument("--pack", action="store_true", help="copy the bundle and its weights into it")
+    triton.add_argument(
+        "--devices", default="cpu:0", metavar="NAMES", help="run tiles at once on cpu:0,cpu:1,... (default: cpu:0)"
+    )
+    triton.add_argument("--weights-dir", type=Path, metavar="DIR", help="where the weights are, if they moved")
 
     verify = verb(verbs, "verify", "compare a bundle's engines with eager PyTorch; exit 7 on a miss", _verify)
     verify.add_argument("bundle", type=Path, metavar="BUNDLE", help="its directory")
@@ -290,6 +311,28 @@ def _onnx(arguments: argparse.Namespace) -> None:
         )
     total = amount(sum(written["files"].values()))
     answer(arguments, written, f"{written['folder']}: {', '.join(written['graphs'])}; {total} with weights")
+
+
+def _triton_repo(arguments: argparse.Namespace) -> None:
+    from tilewright.export.triton_repo import triton_repo
+
+    with Progress(arguments) as progress:
+        written = triton_repo(
+            arguments.bundle,
+            arguments.out,
+            pack=arguments.pack,
+            devices=arguments.devices.split(","),
+            weights_dir=arguments.weights_dir,
+            expect=arguments.expect,
+            on_bytes=partial(progress.bytes, "copying"),
+        )
+    copied = f"{amount(written['copied_bytes'])} copied" if arguments.pack else f"refers to {arguments.bundle}"
+    answer(
+        arguments,
+        written,
+        f"{written['folder']}: model {written['model']}; inputs {', '.join(written['inputs'])};"
+        f" outputs {', '.join(written['outputs'])}; {copied}",
+    )
 
 
 def _verify(arguments: argparse.Namespace) -> None:

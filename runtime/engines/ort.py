@@ -120,7 +120,9 @@ class OrtEngine:
         names, options = list(outputs), ort.RunOptions()
         self.running[get_ident()] = options
         try:
-            return dict(zip(names, self.session.run(names, dict(inputs), options), strict=True))
+            values = self.session.run(names, dict(inputs), options)
+            # a value lies in the arena, and as long as it is kept, its block of the arena stays in pieces
+            return {name: value.copy() for name, value in zip(names, values, strict=True)}
         except Exception as error:  # ONNX Runtime's exceptions share no base class
             if options.terminate:
                 raise CancelledError from error

@@ -1,7 +1,8 @@
 """The memory that the runtime estimates, against the most that a process held, for several sizes. Prints JSON.
 
 Each restoration is a process of its own, so that its peak is its own. `--steps` keeps samplers short: a step holds no
-more than the one before it, and the estimate is told.
+more than the one before it, and the estimate is told. The peak counts weights that are mapped from files, because the
+system keeps them while memory is free. So the ratio counts them too.
 """
 
 import argparse
@@ -9,39 +10,44 @@ import json
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 THREADS = 2
 PROMPT = "a photo"
+WAYS = ("fast", "low", "low,devices=2,batch=4")
 
 
-def measured(bundle: Path, side: int, memory: str, devices: int, steps: int) -> dict[str, object]:
+def measured(bundle: Path, side: int, way: str, steps: int) -> dict[str, object]:
     """One restoration in this process: its estimate, and its peak."""
     import numpy as np
 
     from tilewright.runtime import load
     from tilewright.runtime.estimate import peak_bytes
 
+    memory, *options = way.split(",")
+    numbers = {name: int(value) for name, value in (option.split("=") for option in options)}
+    devices, batch = numbers.get("devices", 1), numbers.get("batch")
     names = [f"cpu:{i}" for i in range(devices)]
-    with load(bundle, memory=memory, devices=names, threads=THREADS // devices) as restorer:
+    with load(bundle, memory=memory, devices=names, threads=THREADS // devices, batch=batch) as restorer:
         program = restorer.bundle.program
         source = side // program.scale
         pixels = np.random.Generator(np.random.Philox(key=0)).integers(0, 256, (source, source, 3), np.uint8)
-        options = {"steps": steps} if any(p.steps for p in program.passes) else {}
+        stepped = {"steps": steps} if any(p.steps for p in program.passes) else {}
         words = {name: PROMPT for name, argument in restorer.arguments.items() if argument.needed}
-        needed = restorer.estimate(source, source, **options).needed_bytes
-        restoration = restorer.restore(pixels, **options, **words)
+        needs = restorer.estimate(source, source, **stepped)
+        restoration = restorer.restore(pixels, **stepped, **words)
         peak = peak_bytes()
         return {
             "system": restorer.bundle.manifest.system,
             "preset": restorer.bundle.manifest.preset,
             "side_px": side,
-            "memory": memory,
-            "devices": devices,
+            "way": way,
             "tiles": max(restoration.tiles.values()),
-            "needed_bytes": needed,
+            "needed_bytes": needs.needed_bytes,
+            "mapped_bytes": needs.mapped_bytes,
             "peak_bytes": peak,
-            "ratio": round(needed / peak, 3),
+            "ratio": round((needs.needed_bytes + needs.mapped_bytes) / peak, 3),
         }
 
 
@@ -49,26 +55,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("bundles", type=Path, nargs="+", metavar="BUNDLE")
     parser.add_argument("--sides", default="128,256,512", help="of the result, in pixels")
-    parser.add_argument("--memory", default="fast")
-    parser.add_argument("--devices", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument(
+        "--ways", default=";".join(WAYS), help="memory, devices and batch, as fast,devices=2,batch=4;low"
+    )
+    parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--here", action="store_true", help="measure one bundle at one side, in this process")
     arguments = parser.parse_args()
     if arguments.here:
-        side = int(arguments.sides)
-        row = measured(arguments.bundles[0], side, arguments.memory, arguments.devices, arguments.steps)
+        row = measured(arguments.bundles[0], int(arguments.sides), arguments.ways, arguments.steps)
         print(json.dumps(row))
         return
     rows = []
-    options = ["--memory", arguments.memory, "--devices", str(arguments.devices), "--steps", str(arguments.steps)]
-    for bundle in arguments.bundles:
-        for side in arguments.sides.split(","):
-            words = [sys.executable, __file__, str(bundle), "--sides", side, *options, "--here"]
-            printed = subprocess.run(
-                words, check=True, stdout=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}
-            )
-            rows.append(json.loads(printed.stdout))
-            print("{system} {side_px} px: {needed_bytes} / {peak_bytes} = {ratio}".format(**rows[-1]), file=sys.stderr)
+    for bundle, way, side in product(arguments.bundles, arguments.ways.split(";"), arguments.sides.split(",")):
+        words = [sys.executable, __file__, str(bundle), "--sides", side, "--ways", way, "--steps", str(arguments.steps)]
+        printed = subprocess.run(
+            [*words, "--here"], check=True, stdout=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        )
+        rows.append(json.loads(printed.stdout))
+        text = "{system} {preset} {side_px} px, {way}: ({needed_bytes} + {mapped_bytes}) / {peak_bytes} = {ratio}"
+        print(text.format(**rows[-1]), file=sys.stderr)
     print(json.dumps({"rows": rows, "threads": THREADS, "steps": arguments.steps}))
 
 

@@ -128,7 +128,9 @@ def memory(work: Path) -> None:
         words = ("--preset", "tiny", "--random-weights", 0, "--verify", "never")
         tilewright("export", "build", system, *words, "-o", bundle)
     bench("memory", *bundles)
-    bench("memory", work / "memory-hitoksr", "--sides", "1024,2048", stored="memory_large")
+    full = work / "memory-full"
+    tilewright("export", "build", "hitoksr", "--preset", "full", "--random-weights", 0, "--verify", "never", "-o", full)
+    bench("memory", full, "--sides", "512", "--ways", "fast;low", stored="memory_full")
 
 
 SYSTEMS = {

@@ -37,7 +37,7 @@ MEMORY_MODES = ("fast", "low")  # re-packed weights, mapped weights
 OPEN_SHARE = 0.7  # share of the free memory for all engines together; the rest is for work
 INTERPRETER_BYTES = 80_000_000  # Python, NumPy, Pillow and ONNX Runtime, measured
 # memory for calls in proportion to the values alive, measured: between the values in use lie gaps that are too small
-ARENA = 1.3
+ARENA = 1.4
 GRAPH = 30  # bytes of an open engine for each byte of its graph's file, measured 28 to 35
 WIDTHS = {"float64": 8, "int64": 8, "float16": 2, "bfloat16": 2, "int16": 2, "int8": 1, "uint8": 1, "bool": 1}
 UNITS = {"": 1, "b": 1} | {

@@ -71,7 +71,7 @@ def test_the_build_reports_the_nodes_of_each_graph(hitoksr_tiny: Path) -> None:
 
     nodes = json.loads((hitoksr_tiny / "reports" / "nodes.json").read_text())
     files = {("generate", "portable"): "generate.onnx", ("decode", "portable"): "decode.onnx"}
-    files["generate", "ort-float32"] = "engines/generate.ort-float32/model.onnx"
+    files["generate", "ort"] = "engines/generate.ort/model.onnx"
     for (component, form), file in files.items():
         graph = onnx.load(hitoksr_tiny / file, load_external_data=False).graph
         assert nodes[component][form] == len(graph.node) < nodes[component]["traced"]

@@ -42,26 +42,30 @@ def _work(request: Request, traced: Path, attached: Path, directory: Path) -> No
 
     weights = read_weights(attached)
     memory: dict[str, dict[str, Any]] = {}
-    read = {}
+    read, nodes = {}, {}
     for name, spec in request.components.items():
         model = ir.load(traced / f"{name}.onnx")
+        nodes[name] = {"traced": model.graph.num_nodes()}
         tidy(model)
         if request.ops == "standard":
             inline(model)
             tidy(model)
         read[name] = _refer(model, weights.tensors.get(name, {}))
         cast(model)
+        nodes[name]["portable"] = model.graph.num_nodes()
         for target in request.targets:
             copy = model.clone()
             changed = target_module(target).prepare(copy)
             memory.setdefault(name, {})[target] = footprint(copy, partial(_sizes, spec))
             if changed:
+                nodes[name][target] = copy.graph.num_nodes()
                 engine = directory / engine_folder(name, target) / "model.onnx"
                 engine.parent.mkdir(parents=True)
                 ir.save(copy, engine)
         forget_shapes(model)
         ir.save(model, directory / f"{name}.onnx")
     write(directory / "memory.json", json.dumps(encode(memory), indent=1, sort_keys=True))
+    write(directory / "nodes.json", json.dumps(nodes, indent=1, sort_keys=True))
     write(directory / "read.json", json.dumps(read, indent=1, sort_keys=True))
 
 

@@ -41,5 +41,6 @@ def _work(assembly: Assembly, verified: Path | None, folder: Path) -> None:
         if weights.path is None:
             shutil.copytree(assembly.attached / "weights" / name, folder / "weights" / name)
     shutil.copyfile(assembly.attached / "accounts.json", folder / "reports" / "weights.json")
+    shutil.copyfile(assembly.optimised / "nodes.json", folder / "reports" / "nodes.json")
     write(folder / "README.md", card(request, manifest, report))
     seal(folder, manifest, request.out)

@@ -66,6 +66,17 @@ def test_pack_copies_only_what_is_read(hitoksr_tiny: Path, tmp_path: Path) -> No
     assert read_bundle(tmp_path / "b").folder("hitoksr") == tmp_path / "b" / "weights" / "hitoksr"
 
 
+def test_the_build_reports_the_nodes_of_each_graph(hitoksr_tiny: Path) -> None:
+    import onnx
+
+    nodes = json.loads((hitoksr_tiny / "reports" / "nodes.json").read_text())
+    files = {("generate", "portable"): "generate.onnx", ("decode", "portable"): "decode.onnx"}
+    files["generate", "ort"] = "engines/generate.ort/model.onnx"
+    for (component, form), file in files.items():
+        graph = onnx.load(hitoksr_tiny / file, load_external_data=False).graph
+        assert nodes[component][form] == len(graph.node) < nodes[component]["traced"]
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_weights_stored_in_half_precision_are_read_as_they_lie(hitoksr_tiny: Path, tmp_path: Path, dtype: str) -> None:
     import torch

@@ -122,8 +122,8 @@ def _misuse(node: ir.Node, opset: int) -> str:
         if name not in node.attributes:
             if attribute.required:
                 return f"its attribute {name!r} is left out"
-        elif node.attributes[name].type.name != attribute.type.name:
-            return f"its attribute {name!r} is no {attribute.type.name}"
+        elif node.attributes[name].type.name != (kind := str(attribute.type).rpartition(".")[2]):
+            return f"its attribute {name!r} is no {kind}"
     return ""
 
 

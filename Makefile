@@ -15,6 +15,7 @@ PREFIX := kernels/native
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[cpu,export,dev]'
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt --no-deps tritonclient # for the format of a file
 	touch $@
 
 # both systems at once: tracing keeps one core busy

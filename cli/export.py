@@ -1,7 +1,8 @@
-"""The verbs of `tilewright export`: list, build, stand-in, inspect, onnx, lint, verify, clean."""
+"""The verbs of `tilewright export`: those that build bundles, look into them, and write them for other tools."""
 
 import argparse
 import json
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -9,7 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tilewright.cli.explain import explain
 from tilewright.cli.lint import add_lint
+from tilewright.cli.space import space
 from tilewright.cli.terminal import Progress, answer, expect_argument, verb
 from tilewright.runtime.errors import amount
 
@@ -25,7 +28,9 @@ def add_verbs(verbs: Any) -> None:
 
     build = verb(verbs, "build", "build a bundle from a system's weights", _build)
     build.add_argument("system", help="a name that 'export list' shows")
-    build.add_argument("--preset", help="sizes for random weights (default: full); files say their own")
+    build.add_argument(
+        "--preset", help="sizes for random weights (default: full); weights from files bring their own sizes"
+    )
     build.add_argument(
         "--weights", type=Path, metavar="DIR", help="folder with the system's files, or ORG/NAME; not copied"
     )
@@ -46,6 +51,7 @@ def add_verbs(verbs: Any) -> None:
         default="tilewright",
         help="keep our ops as nodes with functions, or inline them as standard ONNX",
     )
+    _engine_options(build, "ort", "float32")
     build.add_argument("--allow-nonfinite", action="store_true", help="build from weights that hold NaN or infinity")
     build.add_argument(
         "--dry-run", action="store_true", help="check all files, predict stages, disk and memory; build nothing"
@@ -53,6 +59,11 @@ def add_verbs(verbs: Any) -> None:
     build.add_argument("--explain", action="store_true", help="say which inputs changed since the last build")
 
     build.set_defaults(more_arguments=_system_options)
+
+    more = verb(verbs, "compile", "add engines to a bundle", _compile)
+    more.add_argument("bundle", type=Path, metavar="BUNDLE", help="its directory")
+    expect_argument(more)
+    _engine_options(more, "openvino", "float32,bfloat16")
 
     stand_in = verb(verbs, "stand-in", "write zeros in the place of a system's published files", _stand_in)
     stand_in.add_argument("system", help="a name that 'export list' shows")
@@ -63,7 +74,16 @@ def add_verbs(verbs: Any) -> None:
     expect_argument(inspect)
     inspect.add_argument("--weights-dir", type=Path, metavar="DIR", help="where the weights are, if they moved")
 
-    onnx = verb(verbs, "onnx", "write a folder of graphs and weights that any ONNX tool opens", _onnx)
+    sizes = verb(verbs, "space", "the bytes of each component and file, and what a copy would take", space)
+    sizes.add_argument("bundle", type=Path, metavar="BUNDLE", help="its directory")
+    expect_argument(sizes)
+    sizes.add_argument("--weights-dir", type=Path, metavar="DIR", help="where the weights are, if they moved")
+
+    why = verb(verbs, "explain", "what decided each stage of a build, what runs again, and which engines", explain)
+    why.add_argument("bundle", type=Path, metavar="BUNDLE", help="its directory")
+    expect_argument(why)
+
+    onnx = verb(verbs, "onnx", "write the graphs and copies of the weights into a folder, for other ONNX tools", _onnx)
     onnx.add_argument("bundle", type=Path, metavar="BUNDLE", help="its directory")
     expect_argument(onnx)
     onnx.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="a new or empty folder")
@@ -74,6 +94,16 @@ def add_verbs(verbs: Any) -> None:
     onnx.add_argument("--weights-dir", type=Path, metavar="DIR", help="where the weights are, if they moved")
 
     add_lint(verbs)
+
+    triton = verb(verbs, "triton-repo", "write a model repository for NVIDIA Triton Inference Server", _triton_repo)
+    triton.add_argument("bundle", type=Path, metavar="BUNDLE", help="its directory")
+    expect_argument(triton)
+    triton.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="a new or empty folder")
+    triton.add_argument("--pack", action="store_true", help="copy the bundle and its weights into it")
+    triton.add_argument(
+        "--devices", default="cpu:0", metavar="NAMES", help="run tiles at once on cpu:0,cpu:1,... (default: cpu:0)"
+    )
+    triton.add_argument("--weights-dir", type=Path, metavar="DIR", help="where the weights are, if they moved")
 
     verify = verb(verbs, "verify", "compare a bundle's engines with eager PyTorch; exit 7 on a miss", _verify)
     verify.add_argument("bundle", type=Path, metavar="BUNDLE", help="its directory")
@@ -86,6 +116,21 @@ def add_verbs(verbs: Any) -> None:
     clean.add_argument(
         "--converted", action="store_true", help="also weights converted from .pt and .bin, which bundles may point at"
     )
+
+
+def _engine_options(parser: argparse.ArgumentParser, targets: str, precisions: str) -> None:
+    """Add the options that say which engines to make."""
+    for name, default, text in (
+        ("target", targets, "backends to make engines for, of ort and openvino"),
+        ("precision", precisions, "precisions of the engines, of float32 and bfloat16"),
+    ):
+        parser.add_argument(
+            f"--{name}", type=_names, default=_names(default), metavar="NAMES", help=f"{text} (default: {default})"
+        )
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(","))
 
 
 def _system_options(build: argparse.ArgumentParser, words: Sequence[str]) -> None:
@@ -174,6 +219,8 @@ def _build(arguments: argparse.Namespace) -> None:
         arguments.ops,
         _option_values(arguments),
         arguments.allow_nonfinite,
+        arguments.target,
+        arguments.precision,
     )
     start, usual, explained = time.perf_counter(), _usual(arguments.out), dict[str, Any]()
     with Progress(arguments) as progress:
@@ -200,6 +247,18 @@ def _build(arguments: argparse.Namespace) -> None:
     seconds = time.perf_counter() - start
     done = f"{arguments.out}: built in {seconds:.1f} s" if cost else f"{arguments.out}: up to date, nothing to do"
     answer(arguments, {"bundle": str(arguments.out), "built": bool(cost), "stages": cost} | explained, done)
+
+
+def _compile(arguments: argparse.Namespace) -> None:
+    from tilewright.export.build.compile import compile_engines
+
+    done = compile_engines(arguments.bundle, arguments.target, arguments.precision, expect=arguments.expect)
+    answer(
+        arguments,
+        asdict(done),
+        f"{arguments.bundle}: has {', '.join(done.engines)}, digest {done.digest[:12]}\n"
+        f"next: tilewright export verify {shlex.quote(str(arguments.bundle))}, which measures all engines",
+    )
 
 
 def _usual(out: Path) -> dict[str, float]:
@@ -254,6 +313,28 @@ def _onnx(arguments: argparse.Namespace) -> None:
     answer(arguments, written, f"{written['folder']}: {', '.join(written['graphs'])}; {total} with weights")
 
 
+def _triton_repo(arguments: argparse.Namespace) -> None:
+    from tilewright.export.triton_repo import triton_repo
+
+    with Progress(arguments) as progress:
+        written = triton_repo(
+            arguments.bundle,
+            arguments.out,
+            pack=arguments.pack,
+            devices=arguments.devices.split(","),
+            weights_dir=arguments.weights_dir,
+            expect=arguments.expect,
+            on_bytes=partial(progress.bytes, "copying"),
+        )
+    copied = f"{amount(written['copied_bytes'])} copied" if arguments.pack else f"refers to {arguments.bundle}"
+    answer(
+        arguments,
+        written,
+        f"{written['folder']}: model {written['model']}; inputs {', '.join(written['inputs'])};"
+        f" outputs {', '.join(written['outputs'])}; {copied}",
+    )
+
+
 def _verify(arguments: argparse.Namespace) -> None:
     from tilewright.export.verify.engines import PARTS, measurement, require, verify
     from tilewright.runtime.bundle.digests import writing
@@ -272,21 +353,26 @@ def _verify(arguments: argparse.Namespace) -> None:
     path = arguments.bundle / "reports" / "accuracy.json"
     with writing(path) as temporary:
         temporary.write_text(json.dumps(report, indent=2, sort_keys=True) + "\n")
-    lines = [f"{report['engine']} against {report['reference']}, {report['image']}"]
-    for name, component in report["components"].items():
-        for output, d in component["outputs"].items():
-            lines.append(f"{name}.{output}: relative L2 {d['relative_l2']:.1e}, max {d['max_abs']:.1e}")
-        if choices := component.get("choices"):
-            lines.append(f"{name}: " + ", ".join(f"{count} {what}" for what, count in choices.items()) + " choices")
-    lines.append(f"picture: PSNR {report['restore']['psnr_db']:.1f} dB")
+    lines = [f"against {report['reference']}, {report['image']}"]
+    for engine, judged in report["engines"].items():
+        lines.append(f"{engine}, {judged['version']}:")
+        for name, component in judged["components"].items():
+            for output, d in component["outputs"].items():
+                lines.append(f"  {name}.{output}: relative L2 {d['relative_l2']:.1e}, max {d['max_abs']:.1e}")
+            if choices := component.get("choices"):
+                counts = ", ".join(f"{count} {what}" for what, count in choices.items())
+                lines.append(f"  {name}: {counts} choices")
+        lines.append(f"  picture: PSNR {judged['restore']['psnr_db']:.1f} dB")
+        if judged["fault"]:
+            lines.append(f"  misses its gate: {judged['fault']}")
+    lines += [f"{engine} was not judged: it {reason}" for engine, reason in report["skipped"].items()]
     lines.append("seams: " + ", ".join(f"{picture} {excess:+.0%}" for picture, excess in report["seams"].items()))
     fault = None
     try:
         require(report)
     except AccuracyError as error:
         fault = error
-    else:
-        remember(arguments.bundle, measurement(report))
+    remember(arguments.bundle, measurement(report))
     answer(arguments, report, "\n".join([*lines, f"written to {path}"]), fault=fault)
 
 

@@ -202,7 +202,9 @@ def _bundle_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tile", type=int, metavar="PX", help="side of a tile in output pixels, instead of the bundle's"
     )
-    parser.add_argument("--overlap", type=int, metavar="PX", help="what neighbours share, instead of the bundle's")
+    parser.add_argument(
+        "--overlap", type=int, metavar="PX", help="pixels that two neighbouring tiles share, instead of the bundle's"
+    )
 
 
 def _engine_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,6 +1,5 @@
 """Writing a folder that any ONNX tool opens: graphs and copies of weights. Tools refuse links and paths outside."""
 
-import shutil
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from tilewright.export.build.cache import staging
+from tilewright.export.new_folder import new_folder
 from tilewright.export.weights.files import open_reference
 from tilewright.export.weights.writing import WIDTHS, write_tensors
 from tilewright.runtime.bundle.external_data import external_data, relocated
@@ -17,7 +16,7 @@ from tilewright.runtime.bundle.read import Bundle, read_bundle
 from tilewright.runtime.bundle.safetensors import safetensors_header
 from tilewright.runtime.bundle.strict import one_line
 from tilewright.runtime.bundle.weights import Reference, location
-from tilewright.runtime.errors import ResourceError, UsageError
+from tilewright.runtime.errors import UsageError
 
 __all__ = ["onnx_folder"]
 
@@ -55,17 +54,11 @@ def onnx_folder(
     if unknown := set(names) - bundle.manifest.components.keys():
         listed = ", ".join(sorted(bundle.manifest.components))
         raise UsageError(f"--component {one_line(unknown.pop())!r} is not in {root}; there are {listed}")
-    out = out.resolve()
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UsageError(f"-o {one_line(str(out))} is not an empty folder; choose another")
     read = {name: _read(bundle, name) for name in names}
-    folders = {
-        n: bundle.folder(n, weights_dir)
-        for n in sorted({r.folder for references in read.values() for r in references.values()})
-    }
-    counted = _Counted(_size(read, fold), on_bytes)
-    _check_room(out, counted.total)
-    with staging(out) as folder:
+    out, counted = out.resolve(), _Counted(_size(read, fold), on_bytes)
+    with new_folder(out, counted.total) as folder:
+        names_of_folders = sorted({r.folder for references in read.values() for r in references.values()})
+        folders = {n: bundle.folder(n, weights_dir) for n in names_of_folders}
         if fold:
             folded = _fold(bundle, read, folders, folder, counted)
         else:
@@ -75,7 +68,6 @@ def onnx_folder(
                 graph = bundle.path(bundle.manifest.components[name].graph).read_bytes()
                 (folder / f"{name}.onnx").write_bytes(relocated(graph, places[name]))
         sizes = {f.relative_to(folder).as_posix(): f.stat().st_size for f in folder.rglob("*") if f.is_file()}
-        folder.rename(out)
     return {
         "folder": str(out),
         "graphs": [f"{name}.onnx" for name in names],
@@ -100,12 +92,6 @@ def _size(read: Mapping[str, Mapping[str, Reference]], fold: bool) -> int:
     return sum(
         {(r.folder, r.file, r.offset): r.length for references in read.values() for r in references.values()}.values()
     )
-
-
-def _check_room(out: Path, size: int) -> None:
-    free = shutil.disk_usage(next(p for p in out.parents if p.exists())).free
-    if size > free:
-        raise ResourceError(f"-o {out}: needs {size / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; make room")
 
 
 def _copy(

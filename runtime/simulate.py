@@ -237,10 +237,12 @@ def svg(simulation: Simulation) -> str:
     ]
     for device in range(rows):
         parts.append(f'<text x="4" y="{ROW * device + 13}">device {device}</text>')
-    for run in (run for run in simulation.runs if run.device < rows):
-        what = f"{run.pass_name}, step {run.step + 1}, tiles {', '.join(map(str, run.tiles))}, image {run.image + 1}"
+    for bar in _bars([run for run in simulation.runs if run.device < rows], 1 / scale):
+        run, tiles = bar[0], [tile for run in bar for tile in run.tiles]
+        named = f"tiles {', '.join(map(str, tiles))}" if len(bar) == 1 else f"{len(tiles)} tiles"
+        what = f"{run.pass_name}, step {run.step + 1}, {named}, image {run.image + 1}"
         colour = _colour(run.step / max(1, last) if run.pass_name in stepped else None, run.image)
-        x, width = LEFT + run.start_s * scale, max(0.2, (run.end_s - run.start_s) * scale - 0.6)
+        x, width = LEFT + run.start_s * scale, max(0.2, (bar[-1].end_s - run.start_s) * scale - 0.6)
         parts.append(
             f'<rect x="{x:.2f}" y="{ROW * run.device + 2}" height="{ROW - 4}" width="{width:.2f}"'
             f' fill="{colour}"><title>{what}</title></rect>'
@@ -259,6 +261,25 @@ def svg(simulation: Simulation) -> str:
     parts.append(f'<text x="{LEFT + 278}" y="{below + 38}">a pass without steps</text>')
     parts.append(f'<text x="{LEFT + 440}" y="{below + 38}">engines ran {simulation.utilisation:.1%} of the time</text>')
     return "".join(f"{part}\n" if part.endswith(">") else part for part in [*parts, "</svg>"])
+
+
+def _bars(runs: Sequence[Run], pixel_s: float) -> list[list[Run]]:
+    """Runs that are drawn as one bar: alike, side by side, and each too narrow to be seen."""
+    bars: list[list[Run]] = []
+    last: dict[int, list[Run]] = {}  # device -> its last bar
+    for run in sorted(runs, key=lambda run: run.start_s):
+        bar = last.get(run.device)
+        narrow = run.end_s - run.start_s < 2 * pixel_s
+        if bar and narrow and _kind(run) == _kind(bar[0]) and run.start_s - bar[-1].end_s < pixel_s:
+            bar.append(run)
+        else:
+            last[run.device] = [run]
+            bars.append(last[run.device])
+    return bars
+
+
+def _kind(run: Run) -> tuple[str, int, int]:
+    return run.pass_name, run.step, run.image
 
 
 def _colour(progress: float | None, image: int) -> str:

@@ -10,7 +10,10 @@ import tomllib
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("cli", "export", "kernels", "runtime", "calib")
-COMMAND = Path("cli") / "module"  # what `python -m tilewright` runs
+ELSEWHERE = {  # folder -> its name, where that is not `tilewright` and the folder
+    "cli/module": "tilewright",  # what `python -m tilewright` runs
+    "cli/optimum": "optimum.commands.register",  # what `optimum-cli` loads
+}
 MAY_IMPORT = {
     "cli": {"export", "runtime", "kernels", "calib"},
     "runtime": set(),
@@ -26,7 +29,16 @@ EXPORT = (
     {"targets", "systems"},
     {"verify", "lint"},
     {"build"},
-    {"inspect.py", "kernels_bench.py", "kernels_check.py", "onnx_folder.py"},
+    {"new_folder.py"},
+    {
+        "explain.py",
+        "inspect.py",
+        "kernels_bench.py",
+        "kernels_check.py",
+        "onnx_folder.py",
+        "space.py",
+        "triton_repo.py",
+    },
 )
 RUNTIME = (
     {"errors.py"},
@@ -37,7 +49,7 @@ RUNTIME = (
     {"resume"},
     {"setup.py", "sitting.py"},
     {"restore.py", "simulate.py"},
-    {"profile.py", "doctor.py", "folder.py"},
+    {"profile.py", "doctor.py", "folder.py", "triton_server.py"},
 )
 HEAVY = {"torch", "diffusers", "transformers", "onnx", "onnx_ir", "onnxruntime"}
 LAYERS = {"export": EXPORT, "runtime": RUNTIME}
@@ -123,14 +135,15 @@ def test_the_manifest_reader_needs_only_the_standard_library() -> None:
 def test_every_sub_folder_with_sources_is_packaged() -> None:
     packaged = set(PROJECT["tool"]["setuptools"]["packages"])
     folders = {file.parent.relative_to(ROOT) for folder in FOLDERS for file in sources(folder)}
-    names = {"tilewright" if folder == COMMAND else "tilewright." + ".".join(folder.parts) for folder in folders}
+    names = {ELSEWHERE.get(folder.as_posix(), "tilewright." + ".".join(folder.parts)) for folder in folders}
     assert packaged == names
-    assert set(PROJECT["tool"]["setuptools"]["package-dir"].values()) == {*FOLDERS, COMMAND.as_posix()}
+    mapped = {f"tilewright.{folder}": folder for folder in FOLDERS} | {name: f for f, name in ELSEWHERE.items()}
+    assert PROJECT["tool"]["setuptools"]["package-dir"] == mapped
 
 
-def test_the_top_of_the_namespace_holds_the_command_alone_and_no_init() -> None:
-    assert [file.name for file in sources(COMMAND.as_posix())] == ["__main__.py"]
-    assert PROJECT["tool"]["setuptools"]["package-dir"]["tilewright"] == COMMAND.as_posix()
+@pytest.mark.parametrize(("folder", "file"), [("cli/module", "__main__.py"), ("cli/optimum", "tilewright.py")])
+def test_a_namespace_that_others_share_gets_one_file_and_no_init(folder: str, file: str) -> None:
+    assert [path.name for path in sources(folder)] == [file]
 
 
 @pytest.mark.parametrize("folder", FOLDERS)

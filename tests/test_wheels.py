@@ -197,6 +197,7 @@ def test_the_wheels_differ_by_the_library_and_their_tags(archives):
     pure, ours = contents(archives["pure"]), contents(archives["platform"])
     described = {name for name in pure if name.endswith(("/WHEEL", "/RECORD"))}
     assert "tilewright/runtime/restore.py" in pure and "tilewright/runtime/removed.py" not in pure
+    assert [name for name in pure if name.startswith("optimum/")] == ["optimum/commands/register/tilewright.py"]
     assert ours.keys() - pure.keys() == {LIBRARY} and pure.keys() <= ours.keys()
     assert {name for name in pure if pure[name] != ours[name]} == described and len(described) == 2
     assert not any(name.endswith((".cc", ".h", ".sh", "CMakeLists.txt")) for name in ours)

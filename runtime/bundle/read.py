@@ -1,7 +1,8 @@
 """Reading a bundle: a directory with a manifest, a program, graphs and references to weights.
 
 All files that the runtime reads are listed in `bundle.json` with size and SHA-256. Weights are listed in `weights.json`
-and may lie outside of the bundle. `reports/` and `README.md` are for people and are not sealed.
+and may lie outside of the bundle. `reports/` and `README.md` are not sealed. They are for people, except for
+`reports/measured.json`, by which the runtime chooses among the engines.
 """
 
 import logging

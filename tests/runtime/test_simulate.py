@@ -1,5 +1,6 @@
 """The executor's queue on a virtual clock, against bounds that hold for any order of the nodes."""
 
+import re
 from itertools import pairwise
 from xml.etree import ElementTree
 
@@ -84,3 +85,12 @@ def test_the_timeline_shows_every_device_and_every_batch() -> None:
     picture = ElementTree.fromstring(svg(ran))
     bars = [bar for bar in picture.iter("{http://www.w3.org/2000/svg}rect") if bar.find("{*}title") is not None]
     assert len(bars) == len(ran.runs)
+
+
+def test_bars_too_narrow_to_be_seen_are_drawn_as_one() -> None:
+    ran = simulate([graph(40, 40, steps=3)], 2, COST)
+    picture = ElementTree.fromstring(svg(ran))
+    titles = [title.text or "" for title in picture.iter("{http://www.w3.org/2000/svg}title")]
+    assert len(titles) < len(ran.runs) / 20
+    counts = [int(found[1]) if (found := re.search(r"(\d+) tiles,", title)) else 1 for title in titles]
+    assert sum(counts) == sum(len(run.tiles) for run in ran.runs)

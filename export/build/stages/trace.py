@@ -16,9 +16,11 @@ __all__ = ["stage"]
 
 
 def stage(request: Request) -> Stage:
-    """The stage; its inputs are the recipe and the code of every network."""
-    keys = {f"graph {name}": _graph(spec).key for name, spec in request.components.items()}
-    return Stage("trace", keys | code(__name__), lambda folder: _work(request, folder))
+    """The stage; its inputs are the recipe and the code of every network, and the versions of what traces it."""
+    graphs = {f"graph {name}": _graph(spec) for name, spec in request.components.items()}
+    inputs = {name: value for graph in graphs.values() for name, value in graph.inputs.items() if name != "recipe"}
+    inputs |= {name: graph.key for name, graph in graphs.items()} | code(__name__)
+    return Stage("trace", inputs, lambda folder: _work(request, folder))
 
 
 def _graph(spec: ComponentSpec) -> Stage:

@@ -38,7 +38,7 @@ def _text(report: Mapping[str, Any]) -> str:
         rows: dict[tuple[str, ...], list[str]] = {}  # a finding without its node -> its nodes
         for f in report["findings"]:
             rows.setdefault((f["graph"], f["op"], f["problem"], f["remedy"]), []).append(f["node"])
-        heads = ["graph", "node", "operator", "what is wrong", "what to do"]
+        heads = ["graph", "node or value", "operator", "what is wrong", "what to do"]
         cells = [[graph, _several(nodes), op, *texts] for (graph, op, *texts), nodes in rows.items()]
         return f"{table(heads, [[one_line(cell) for cell in row] for row in cells])}\n{report['summary']}"
     heads = ["graph", "nodes", "operators", "plugins", "functions", "weights outside", "of unknown shape"]

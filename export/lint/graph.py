@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 from onnx_ir.passes.common.shape_inference import infer_shapes
@@ -15,8 +16,9 @@ from tilewright.export.lint.table import kind
 from tilewright.kernels.face import DOMAIN
 from tilewright.kernels.forms import PLUGINS
 
-__all__ = ["Complaint", "Graph", "Rule", "name_of", "prepared"]
+__all__ = ["STANDARD", "Complaint", "Graph", "Rule", "definition", "dims", "name_of", "prepared", "type_of"]
 
+STANDARD = ("", "ai.onnx")  # the domains of standard operators
 FUNCTION = "function"  # the key of metadata that names the function of an inlined node
 SIZES = {"Shape", "Size"}
 
@@ -37,7 +39,8 @@ class Graph:
 
     model: ir.Model
     files: Callable[[str], Path]  # location of external data -> the file
-    nodes: list[ir.Node]  # also those of subgraphs
+    nodes: list[ir.Node]  # also those of subgraphs, without those that are misused
+    misused: list[tuple[ir.Node, str]]  # nodes that are not as ONNX defines their operators, and why
     functions: frozenset[str]  # operators whose functions were inlined
     constants: set[ir.Value] = field(default_factory=set)  # weights, and all that is computed from weights alone
     data: set[ir.Value] = field(default_factory=set)  # all that depends on the numbers of an input, not on sizes alone
@@ -63,6 +66,10 @@ class Graph:
             tensor = ir.ExternalTensor(
                 path.name, tensor.offset, tensor.length, tensor.dtype, shape=shape, name=named, base_dir=path.parent
             )
+            try:
+                return np.asarray(tensor.numpy())
+            except (OSError, ValueError):  # the rule about places says so
+                return np.zeros(0)
         return np.asarray(tensor.numpy())
 
 
@@ -89,6 +96,37 @@ def type_of(value: ir.Value | None) -> str | None:
     return None if value is None or value.dtype is None else kind(value.dtype)
 
 
+def definition(node: ir.Node, opset: int) -> onnx.defs.OpSchema | None:
+    """ONNX's definition of a standard operator in this opset."""
+    try:
+        return onnx.defs.get_schema(node.op_type, opset, "")
+    except (onnx.defs.SchemaError, ValueError):
+        return None
+
+
+def _misuse(node: ir.Node, opset: int) -> str:
+    """The first way in which a node is not as ONNX defines its operator, or nothing."""
+    known = definition(node, opset) if node.domain in STANDARD else None
+    if known is None or known.deprecated:
+        return ""
+    for what, values, least, most in (
+        ("inputs", node.inputs, known.min_input, known.max_input),
+        ("outputs", node.outputs, known.min_output, known.max_output),
+    ):
+        if not least <= len(values) <= most:
+            return f"it has {len(values)} {what}, and {node.op_type} at least {least} and at most {most}"
+    for formal, value in zip(known.inputs, node.inputs, strict=False):
+        if value is None and formal.option == onnx.defs.OpSchema.FormalParameterOption.Single:
+            return f"its input {formal.name!r} is left out"
+    for name, attribute in known.attributes.items():
+        if name not in node.attributes:
+            if attribute.required:
+                return f"its attribute {name!r} is left out"
+        elif node.attributes[name].type.name != (kind := str(attribute.type).rpartition(".")[2]):
+            return f"its attribute {name!r} is no {kind}"
+    return ""
+
+
 def prepared(model: ir.Model, files: Callable[[str], Path]) -> Graph:
     """Make a graph ready for the rules, in place."""
     opset = model.opset_imports.get("", 0)
@@ -99,7 +137,10 @@ def prepared(model: ir.Model, files: Callable[[str], Path]) -> Graph:
             node.metadata_props[FUNCTION] = "::".join(identifier[:2])
     InlinePass(lambda function: function.identifier() in inlined)(model)
     _infer(model, fitting)
-    graph = Graph(model, files, list(model.graph.all_nodes()), frozenset("::".join(i[:2]) for i in inlined))
+    misused = [(node, why) for node in model.graph.all_nodes() if (why := _misuse(node, opset))]
+    excluded = {node for node, _ in misused}
+    nodes = [node for node in model.graph.all_nodes() if node not in excluded]
+    graph = Graph(model, files, nodes, misused, frozenset("::".join(i[:2]) for i in inlined))
     _trace(graph)
     return graph
 

@@ -13,7 +13,7 @@ from tilewright.export.lint.table import TABLE
 from tilewright.kernels.face import DOMAIN
 from tilewright.runtime.bundle.read import read_bundle
 from tilewright.runtime.bundle.strict import one_line
-from tilewright.runtime.errors import BundleError
+from tilewright.runtime.errors import BundleError, UsageError
 
 __all__ = ["RULES", "Finding", "lint", "lint_graph"]
 
@@ -75,6 +75,8 @@ def _graphs(
     """Name -> the file of a graph, and a function from the location of external data to its file."""
     loose = [root] if root.suffix == ".onnx" and root.is_file() else sorted(root.glob("*.onnx"))
     if not (root / "bundle.json").is_file() and loose:
+        if expect or weights_dir:
+            raise UsageError(f"{root} is no bundle; --expect and --weights-dir are for bundles, leave them out")
         return {path.stem: (path, path.parent.joinpath) for path in loose}
     bundle = read_bundle(root, expect=expect)
     graphs = {}

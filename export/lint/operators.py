@@ -5,14 +5,13 @@ from collections.abc import Iterator
 import onnx
 import onnx_ir as ir
 
-from tilewright.export.lint.graph import Complaint, Graph, type_of
+from tilewright.export.lint.graph import STANDARD, Complaint, Graph, definition, type_of
 from tilewright.export.lint.table import TABLE
 from tilewright.kernels.face import DOMAIN, plain
 from tilewright.kernels.forms import PLUGINS, TABLES, forms
 
-__all__ = ["operators", "plugins", "schema"]
+__all__ = ["operators", "plugins"]
 
-STANDARD = ("", "ai.onnx")
 INSTEAD = {
     "BitShift": "multiply or divide by a power of two",
     "Col2Im": "write it as ConvTranspose with a constant weight, or as Reshape, Transpose and Pad",
@@ -27,16 +26,10 @@ INSTEAD = {
 FLOATS = ("FP32", "FP16", "BF16")
 
 
-def schema(node: ir.Node, graph: Graph) -> onnx.defs.OpSchema | None:
-    """The definition of a standard operator in the graph's opset."""
-    try:
-        return onnx.defs.get_schema(node.op_type, graph.opset, "")
-    except (onnx.defs.SchemaError, ValueError):
-        return None
-
-
 def operators(graph: Graph) -> Iterator[Complaint]:
-    """Every operator is in the table, or is a plugin, or has a function of standard operators."""
+    """Every operator is in the table, is a plugin or has a function of standard operators, and is used as defined."""
+    for node, why in graph.misused:
+        yield Complaint(why, "check the graph with onnx.checker, and export it again", node)
     for node in graph.nodes:
         if node.domain not in STANDARD:
             yield from _others(graph, node)
@@ -52,7 +45,7 @@ def operators(graph: Graph) -> Iterator[Complaint]:
                 "write it in older operators",
                 node,
             )
-        elif onnx.defs.has(node.op_type) and ((known := schema(node, graph)) is None or known.deprecated):
+        elif onnx.defs.has(node.op_type) and ((known := definition(node, graph.opset)) is None or known.deprecated):
             yield Complaint(
                 f"opset {graph.opset} has no {node.op_type}",
                 "export the graph in the opset that has it",

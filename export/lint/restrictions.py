@@ -5,8 +5,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from tilewright.export.lint.graph import Complaint, Graph, dims, type_of
-from tilewright.export.lint.operators import STANDARD
+from tilewright.export.lint.graph import STANDARD, Complaint, Graph, dims, type_of
 from tilewright.export.lint.table import TABLE
 
 __all__ = ["RESTRICTIONS", "restrictions"]
@@ -142,7 +141,7 @@ def _grid_sample(graph: Graph, node: ir.Node) -> Faults:
 
 def _hardmax(graph: Graph, node: ir.Node) -> Faults:
     shape = dims(_input(node, 0))
-    if shape is not None and shape[_number(node, "axis", -1)] is None:
+    if shape is not None and shape and shape[_number(node, "axis", -1) % len(shape)] is None:
         yield "the size of its axis is dynamic", "fix this size"
 
 
@@ -164,6 +163,9 @@ def _layer_norm(graph: Graph, node: ir.Node) -> Faults:
 def _loop(graph: Graph, node: ir.Node) -> Faults:
     body: Any = node.attributes["body"].as_graph()
     carried = len(node.inputs) - 2
+    if len(body.inputs) < 2 or not body.outputs:
+        yield "its body has no counter, or no condition", "check the graph with onnx.checker, and export it again"
+        return
     if len(node.outputs) > carried and not _counted(graph, node, body):
         yield "it collects results, and the number of rounds is not a constant", "give the rounds as a constant"
     for before, after in zip(body.inputs[2:], body.outputs[1 : 1 + carried], strict=False):

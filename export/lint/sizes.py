@@ -5,8 +5,7 @@ from math import prod
 
 import onnx_ir as ir
 
-from tilewright.export.lint.graph import Complaint, Graph, dims
-from tilewright.export.lint.operators import STANDARD
+from tilewright.export.lint.graph import STANDARD, Complaint, Graph, dims
 from tilewright.export.lint.table import TABLE
 
 __all__ = ["shapes", "sizes_from_data"]

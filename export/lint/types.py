@@ -5,8 +5,7 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
-from tilewright.export.lint.graph import Complaint, Graph, type_of
-from tilewright.export.lint.operators import STANDARD, schema
+from tilewright.export.lint.graph import STANDARD, Complaint, Graph, definition, type_of
 from tilewright.export.lint.table import TABLE
 
 __all__ = ["mixed_types", "operator_types", "value_types"]
@@ -105,14 +104,14 @@ def _nearest(kind: str, allowed: frozenset[str]) -> str:
 
 def _numbers(graph: Graph, node: ir.Node) -> Iterator[tuple[str, ir.Value]]:
     """The inputs and outputs that hold an operator's numbers, with names."""
-    definition = schema(node, graph)
-    if definition is None:
+    known = definition(node, graph.opset)
+    if known is None:
         return
-    first = (definition.inputs or definition.outputs)[0].type_str
+    first = (known.inputs or known.outputs)[0].type_str
     names = NUMBERS.get(node.op_type, (first,))
     for what, values, formals in (
-        ("input", node.inputs, definition.inputs),
-        ("output", node.outputs, definition.outputs),
+        ("input", node.inputs, known.inputs),
+        ("output", node.outputs, known.outputs),
     ):
         for i, value in enumerate(values):
             if value is not None and formals and formals[min(i, len(formals) - 1)].type_str in names:
@@ -122,15 +121,15 @@ def _numbers(graph: Graph, node: ir.Node) -> Iterator[tuple[str, ir.Value]]:
 def mixed_types(graph: Graph) -> Iterator[Complaint]:
     """All numbers that a node reads have one type: nothing is cast that the graph does not cast."""
     for node in graph.nodes:
-        definition = schema(node, graph) if node.domain in STANDARD and node.op_type not in MIXED else None
-        if definition is None or not definition.inputs:
+        known = definition(node, graph.opset) if node.domain in STANDARD and node.op_type not in MIXED else None
+        if known is None or not known.inputs:
             continue
         groups: dict[str, dict[str, str]] = defaultdict(dict)  # type's name in the definition -> input -> type
         for i, value in enumerate(node.inputs):
             kind = type_of(value)
             if value is None or kind is None:
                 continue
-            variable = definition.inputs[min(i, len(definition.inputs) - 1)].type_str
+            variable = known.inputs[min(i, len(known.inputs) - 1)].type_str
             groups["floats" if kind in FLOATS else variable][str(value.name)] = kind
             groups[variable][str(value.name)] = kind
         for kinds in groups.values():

@@ -7,8 +7,8 @@ from support.systems import EVERY_SYSTEM, components_of
 from tilewright.export.build.request import Request
 from tilewright.export.build.run import build
 from tilewright.export.graph.ops import inline
-from tilewright.export.graph.rewrites.fold import fold
 from tilewright.export.graph.rewrites.forget_shapes import forget_shapes
+from tilewright.export.graph.tidy import tidy
 from tilewright.export.graph.trace import UNRESOLVED, trace
 from tilewright.export.lint.graph import prepared
 from tilewright.export.lint.lint import RULES, lint
@@ -50,7 +50,7 @@ def test_our_ops_as_standard_operators_have_no_findings_either(bundle):
 def test_the_full_graphs_have_no_findings_but_that_their_weights_have_no_file_yet(system, tmp_path):
     for spec in components_of(system, "full").values():
         model = trace(spec)
-        fold(model)
+        tidy(model)
         forget_shapes(model)
         ir.save(model, tmp_path / "full.onnx")
         graph = prepared(ir.load(tmp_path / "full.onnx"), tmp_path.joinpath)

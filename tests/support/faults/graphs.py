@@ -215,3 +215,23 @@ def range_up_to_a_brightness(g):
 @fault("sizes from data", "depends on the numbers of an input")
 def reshape_to_a_brightness(g):
     g.node("Reshape", g.x, g.also("Unsqueeze", g.size(), g.ints(0)))
+
+
+@fault("operators", "its attribute 'axis' is no INT")
+def attribute_of_another_type(g):
+    g.node("Softmax", g.x, axis=1.0)
+
+
+@fault("operators", "its input 'W' is left out")
+def convolution_without_a_weight(g):
+    g.node("Conv", g.x, "", g.weight(np.zeros(4)))
+
+
+@fault("operators", "its attribute 'body' is left out")
+def loop_without_a_body(g):
+    g.node("Loop", g.weight(np.array(3), T.INT64), "", g.x)
+
+
+@fault("operators", "it has 1 inputs, and Gather at least 2")
+def gather_of_nothing(g):
+    g.node("Gather", g.x)

@@ -80,7 +80,10 @@ def _config(bundle: Bundle, parameters: Mapping[str, str]) -> str:
             f"# {one_line(spec.help)}",
             f'input [ {{ name: "{spec.name}" data_type: {spec.type} dims: [ 1 ]{optional} }} ]',
         ]
-    for name, text in ((RESTORED, "the bytes of a PNG file"), (NOTES, "notes on exceptions, such as smaller tiles; usually empty")):
+    for name, text in (
+        (RESTORED, "the bytes of a PNG file"),
+        (NOTES, "notes on exceptions, such as smaller tiles; usually empty"),
+    ):
         lines += [f"# {text}", f'output [ {{ name: "{name}" data_type: TYPE_STRING dims: [ 1 ] }} ]']
     lines.append("# options of the runtime; a path that is not absolute begins at this folder")
     for key, value in parameters.items():

@@ -19,7 +19,7 @@ COMPLETION = "completion"
 SHELLS = ("bash", "zsh", "fish")
 
 EXIT_CODES = """exit codes: 0 ok, 1 internal error, 2 usage, 3 bundle invalid, 4 missing dependency or environment
-mismatch, 5 not enough memory or disk, 6 build failed, 7 accuracy gate, 8 bad input image or weights,
+mismatch, 5 not enough memory or disk, 6 build failed or lint finding, 7 accuracy gate, 8 bad input image or weights,
 9 a device hangs, 130 interrupted, 143 terminated"""
 
 

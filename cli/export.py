@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tilewright.cli.explain import explain
+from tilewright.cli.lint import add_lint
 from tilewright.cli.space import space
 from tilewright.cli.terminal import Progress, answer, expect_argument, span, verb
 from tilewright.runtime.errors import ResourceError, amount
@@ -50,6 +52,7 @@ def add_verbs(verbs: Any) -> None:
         default="tilewright",
         help="keep our ops as nodes with functions, or inline them as standard ONNX",
     )
+    _engine_options(build, "ort", "float32")
     build.add_argument("--allow-nonfinite", action="store_true", help="build from weights that hold NaN or infinity")
     build.add_argument(
         "--dry-run", action="store_true", help="check all files, predict stages, disk, memory and time; build nothing"
@@ -57,6 +60,11 @@ def add_verbs(verbs: Any) -> None:
     build.add_argument("--explain", action="store_true", help="say which inputs changed since the last build")
 
     build.set_defaults(more_arguments=_system_options)
+
+    more = verb(verbs, "compile", "add engines to a bundle", _compile)
+    more.add_argument("bundle", type=Path, metavar="BUNDLE", help="its directory")
+    expect_argument(more)
+    _engine_options(more, "openvino", "float32,bfloat16")
 
     stand_in = verb(verbs, "stand-in", "write zeros in the place of a system's published files", _stand_in)
     stand_in.add_argument("system", help="a name that 'export list' shows")
@@ -86,6 +94,8 @@ def add_verbs(verbs: Any) -> None:
     )
     onnx.add_argument("--weights-dir", type=Path, metavar="DIR", help="where the weights are, if they moved")
 
+    add_lint(verbs)
+
     triton = verb(verbs, "triton-repo", "write a model repository for NVIDIA Triton Inference Server", _triton_repo)
     triton.add_argument("bundle", type=Path, metavar="BUNDLE", help="its directory")
     expect_argument(triton)
@@ -107,6 +117,21 @@ def add_verbs(verbs: Any) -> None:
     clean.add_argument(
         "--converted", action="store_true", help="also weights converted from .pt and .bin, which bundles may point at"
     )
+
+
+def _engine_options(parser: argparse.ArgumentParser, targets: str, precisions: str) -> None:
+    """Add the options that say which engines to make."""
+    for name, default, text in (
+        ("target", targets, "backends to make engines for, of ort and openvino"),
+        ("precision", precisions, "precisions of the engines, of float32 and bfloat16"),
+    ):
+        parser.add_argument(
+            f"--{name}", type=_names, default=_names(default), metavar="NAMES", help=f"{text} (default: {default})"
+        )
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(","))
 
 
 def _system_options(build: argparse.ArgumentParser, words: Sequence[str]) -> None:
@@ -196,6 +221,8 @@ def _build(arguments: argparse.Namespace) -> None:
         arguments.ops,
         _option_values(arguments),
         arguments.allow_nonfinite,
+        arguments.target,
+        arguments.precision,
     )
     start, usual, explained = time.perf_counter(), cache(partial(usual_seconds, request)), dict[str, Any]()
     with Progress(arguments) as progress:
@@ -222,6 +249,18 @@ def _build(arguments: argparse.Namespace) -> None:
     seconds = time.perf_counter() - start
     done = f"{arguments.out}: built in {seconds:.1f} s" if cost else f"{arguments.out}: up to date, nothing to do"
     answer(arguments, {"bundle": str(arguments.out), "built": bool(cost), "stages": cost} | explained, done)
+
+
+def _compile(arguments: argparse.Namespace) -> None:
+    from tilewright.export.build.compile import compile_engines
+
+    done = compile_engines(arguments.bundle, arguments.target, arguments.precision, expect=arguments.expect)
+    answer(
+        arguments,
+        asdict(done),
+        f"{arguments.bundle}: has {', '.join(done.engines)}, digest {done.digest[:12]}\n"
+        f"next: tilewright export verify {shlex.quote(str(arguments.bundle))}, which measures all engines",
+    )
 
 
 def _dry_run(arguments: argparse.Namespace, request: "Request", explained: dict[str, Any]) -> None:
@@ -323,21 +362,26 @@ def _verify(arguments: argparse.Namespace) -> None:
     path = arguments.bundle / "reports" / "accuracy.json"
     with writing(path) as temporary:
         temporary.write_text(json.dumps(report, indent=2, sort_keys=True) + "\n")
-    lines = [f"{report['engine']} against {report['reference']}, {report['image']}"]
-    for name, component in report["components"].items():
-        for output, d in component["outputs"].items():
-            lines.append(f"{name}.{output}: relative L2 {d['relative_l2']:.1e}, max {d['max_abs']:.1e}")
-        if choices := component.get("choices"):
-            lines.append(f"{name}: " + ", ".join(f"{count} {what}" for what, count in choices.items()) + " choices")
-    lines.append(f"picture: PSNR {report['restore']['psnr_db']:.1f} dB")
+    lines = [f"against {report['reference']}, {report['image']}"]
+    for engine, judged in report["engines"].items():
+        lines.append(f"{engine}, {judged['version']}:")
+        for name, component in judged["components"].items():
+            for output, d in component["outputs"].items():
+                lines.append(f"  {name}.{output}: relative L2 {d['relative_l2']:.1e}, max {d['max_abs']:.1e}")
+            if choices := component.get("choices"):
+                counts = ", ".join(f"{count} {what}" for what, count in choices.items())
+                lines.append(f"  {name}: {counts} choices")
+        lines.append(f"  picture: PSNR {judged['restore']['psnr_db']:.1f} dB")
+        if judged["fault"]:
+            lines.append(f"  misses its gate: {judged['fault']}")
+    lines += [f"{engine} was not judged: it {reason}" for engine, reason in report["skipped"].items()]
     lines.append("seams: " + ", ".join(f"{picture} {excess:+.0%}" for picture, excess in report["seams"].items()))
     fault = None
     try:
         require(report)
     except AccuracyError as error:
         fault = error
-    else:
-        remember(arguments.bundle, measurement(report))
+    remember(arguments.bundle, measurement(report))
     answer(arguments, report, "\n".join([*lines, f"written to {path}"]), fault=fault)
 
 

@@ -1,11 +1,9 @@
 """The kernels inside TensorRT, as ahead-of-time Quick plugins of the namespace `tilewright`.
 
     register()        makes the plugins known; call it before a graph is parsed
-    PLUGINS           name of a plugin -> its inputs, in order
 
-TensorRT chooses a plugin by its name alone, and a plugin's inputs are fixed. So an op with optional inputs has one
-plugin for each form that systems use, named like the node: `QkvNormRope_without_c`. Before a graph goes to TensorRT,
-every attribute of a node must be written out, and the functions of nodes that are not in PLUGINS must be inlined.
+The plugins' names and inputs are in `forms.py`. Before a graph goes to TensorRT, every attribute of a node must be
+written out, and the functions of nodes that are no plugins must be inlined.
 
 The launches of an op are made here with tensors without data, whose dynamic dimensions are symbols. So sizes, grid and
 output shapes become expressions of the inputs' dimensions. Dimensions that a launch has as constants (channels, heads,
@@ -40,22 +38,13 @@ from torch.utils._sympy.functions import FloorDiv
 
 from tilewright.kernels.ahead import Compiled, compiled
 from tilewright.kernels.face import DOMAIN, Face, plain
+from tilewright.kernels.forms import TABLES, forms
 from tilewright.kernels.jit import Launch
-from tilewright.kernels.table import KERNELS, Op
+from tilewright.kernels.table import Op
 
-__all__ = ["PLUGINS", "ptx_of", "register"]
+__all__ = ["ptx_of", "register"]
 
-# op -> for each form that systems use, the inputs that it leaves out
-FORMS: dict[str, tuple[tuple[str, ...], ...]] = {
-    "concat_project": ((),),
-    "qkv_norm_rope": (("c",), ("c", "cos", "sin"), ("c", "hq", "hk", "hv", "norm_q", "norm_k")),
-    "joint_attention": ((),),
-    "codebook_nearest": ((),),
-    "codebook_from_logits": ((),),
-    "codebook_from_hidden": ((),),
-}
 ONE_KERNEL: dict[str, dict[str, int]] = {"codebook_from_hidden": {"shares": 1}}  # options that make it one launch
-TABLES = ("cos", "sin")  # these inputs are float32 or of the network's type
 TYPES = {
     trt.float16: torch.float16,
     trt.bfloat16: torch.bfloat16,
@@ -76,26 +65,13 @@ ANY = inspect.Parameter.empty
 _target: dict[str, int] = {}
 
 
-def _forms() -> dict[str, tuple[Op, Face, tuple[str, ...]]]:
-    forms = {}
-    for op in map(KERNELS.__getitem__, FORMS):
-        assert op.face is not None
-        for missing in FORMS[op.name]:
-            inputs = tuple(name for name in plain(op.face.inputs) if name not in missing)
-            forms[op.face.node_name(inputs)] = op, op.face, inputs
-    return forms
-
-
-PLUGINS = {name: inputs for name, (_, _, inputs) in _forms().items()}
-
-
 def register(arch: int | None = None) -> None:
     """Make the plugins known to TensorRT in this process, for a compute capability (90) or for this machine's GPU.
 
     Without a GPU the capability is 90. Another call changes it.
     """
     if not _target:
-        for name, form in _forms().items():
+        for name, form in forms().items():
             _register(name, *form)
     _target["arch"] = arch or _arch_here()
 

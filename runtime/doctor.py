@@ -107,7 +107,10 @@ def summary(report: dict[str, Any]) -> str:
                 "chosen" if chosen else f"would run, but {engine['reason']}" if engine["runs"] else engine["reason"]
             )
             if engine["measured"]:
-                error, seconds = (engine["measured"][key] for key in ("relative_l2", "seconds_per_megapixel"))
+                error, psnr, seconds = (
+                    engine["measured"][key] for key in ("relative_l2", "psnr_db", "seconds_per_megapixel")
+                )
                 verdict += f"; measured on such a processor: {seconds:.3g} s a megapixel, error {error:.1e}"
+                verdict += "" if psnr is None else f", picture {psnr:.1f} dB"
             lines.append(f"  {engine['name']:<{width}}  {engine['device']}  {verdict}")
     return "\n".join(lines)

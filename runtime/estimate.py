@@ -36,7 +36,7 @@ __all__ = [
 MEMORY_MODES = ("fast", "low")  # re-packed weights, mapped weights
 OPEN_SHARE = 0.7  # share of the free memory for all engines together; the rest is for work
 INTERPRETER_BYTES = 80_000_000  # Python, NumPy, Pillow and ONNX Runtime, measured
-# blocks in proportion to the values alive, measured: ONNX Runtime takes blocks of powers of two and keeps them
+# memory for calls in proportion to the values alive, measured: between the values in use lie gaps that are too small
 ARENA = 1.3
 GRAPH = 30  # bytes of an open engine for each byte of its graph's file, measured 28 to 35
 WIDTHS = {"float64": 8, "int64": 8, "float16": 2, "bfloat16": 2, "int16": 2, "int8": 1, "uint8": 1, "bool": 1}
@@ -127,15 +127,12 @@ def needed_bytes(
     peak = 0.0
     for place, (p, plan) in enumerate(passes):
         called = {call.run for *_, call in p.calls()}
-        if memory == "low":
-            working = _at_once(p, plan, devices) * max(most(name, p, plan) for name in called)
-        else:  # each engine keeps the memory of its largest call
-            largest = dict[str, float]()
-            for q, its_plan in passes[: place + 1] if all_open else [(p, plan)]:
-                for *_, call in q.calls():
-                    size = _at_once(q, its_plan, devices) * most(call.run, q, its_plan)
-                    largest[call.run] = max(largest.get(call.run, 0.0), size)
-            working = ARENA * sum(largest.values())
+        before = passes[: place + 1] if all_open else [(p, plan)]  # the engines keep the memory of the largest calls
+        working = ARENA * max(
+            _at_once(q, its_plan, devices) * most(call.run, q, its_plan)
+            for q, its_plan in before
+            for *_, call in q.calls()
+        )
         opened = {name: specs[name] for name in (every if all_open else called)}
         engines = weights_bytes(bundle, opened, memory) + GRAPH * _graph_bytes(bundle, opened)
         peak = max(peak, held.at(place) + working + copies * engines)
@@ -159,9 +156,13 @@ def mapped_bytes(bundle: Bundle, engines: Mapping[str, EngineSpec], memory: str)
     """The most that a pass reads from mapped files of weights. The system takes this memory back when it needs it."""
     if memory != "low":
         return 0
-    called = [{call.run for *_, call in p.calls()} for p in bundle.program.passes]
-    tables = [{engines[name].weights or name for name in names} for names in called]
-    return max((sum(r.length for r in set(_references(bundle, each))) for each in tables), default=0)
+    most = 0
+    for p in bundle.program.passes:
+        called = {call.run: engines[call.run] for *_, call in p.calls()}
+        tables = {spec.weights or name for name, spec in called.items()}
+        stored = sum(r.length for r in set(_references(bundle, tables)))
+        most = max(most, stored - weights_bytes(bundle, called, memory))  # what is copied is mapped no longer
+    return most
 
 
 def _references(bundle: Bundle, tables: Iterable[str]) -> list[Reference]:

@@ -193,11 +193,12 @@ def load(
     folder = checked_folder(weights_dir)
     setup = set_up(bundle, engine=engine, devices=devices, threads=threads, batch=batch, tile=tile)
     bundle, specs, names, threads = setup.bundle, setup.specs, setup.devices, setup.threads
+    calls = len(names) if setup.shared else 1
 
     def open_engine(name: str) -> Engine:
         module = backend(specs[name].backend)
         opened: Engine = module.open_engine(
-            bundle, name, specs[name], memory=memory, threads=threads, weights_dir=folder
+            bundle, name, specs[name], memory=memory, threads=threads, calls=calls, weights_dir=folder
         )
         return opened
 

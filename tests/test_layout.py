@@ -27,7 +27,7 @@ EXPORT = (
     {"weights", "tokenizers.py"},
     {"networks", "graph"},
     {"targets", "systems"},
-    {"verify"},
+    {"verify", "lint"},
     {"build"},
     {"new_folder.py"},
     {

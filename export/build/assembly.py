@@ -1,21 +1,24 @@
 """Assembling a bundle from the results of stages: everything but packed weights, reports and the seal."""
 
-import importlib
 import json
+import math
 import shutil
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from tilewright.export.build.cache import write
 from tilewright.export.build.request import Request
 from tilewright.export.build.stages.attach import read_weights
 from tilewright.export.build.versions import TRACERS, version
-from tilewright.export.targets import TARGETS, engine_folder
+from tilewright.export.targets import engine_folder, target_module
 from tilewright.runtime.bundle.manifest import SCHEMA_VERSION, Component, EngineSpec, Manifest, Memory
 from tilewright.runtime.bundle.strict import to_json
 from tilewright.runtime.bundle.weights import Weights
 
-__all__ = ["Assembly"]
+__all__ = ["Assembly", "engines"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,8 @@ class Assembly:
             shutil.copyfile(self.optimised / f"{name}.onnx", root / f"{name}.onnx")
         if (self.optimised / "engines").is_dir():
             shutil.copytree(self.optimised / "engines", root / "engines")
-        write(root / "weights.json", to_json(self.weights()))
+        weights = self.weights()
+        write(root / "weights.json", to_json(weights))
         shutil.copytree(self.constants, root, dirs_exist_ok=True)
         write(root / "program.json", to_json(request.program))
         memory = json.loads((self.optimised / "memory.json").read_text())
@@ -51,7 +55,7 @@ class Assembly:
                 f"{name}.onnx",
                 spec.inputs,
                 spec.outputs,
-                tuple(_engine(root, name, target, Memory(**memory[name][target])) for target in TARGETS),
+                engines(root, name, request.engines, weights, partial(_memory, memory[name])),
             )
             for name, spec in request.components.items()
         }
@@ -81,10 +85,24 @@ class Assembly:
         }
 
 
-def _engine(root: Path, component: str, target: str, memory: Memory) -> EngineSpec:
-    """The engine of a target. It shares the portable graph if the target changed nothing."""
-    graph = f"{engine_folder(component, target)}/model.onnx"
-    spec: EngineSpec = importlib.import_module(TARGETS[target]).spec(
-        target, graph if (root / graph).is_file() else f"{component}.onnx"
-    )
-    return replace(spec, memory=memory)
+def _memory(of_targets: Mapping[str, Any], target: str) -> Memory:
+    return Memory(**of_targets[target])
+
+
+def engines(
+    root: Path,
+    component: str,
+    pairs: Iterable[tuple[str, str]],
+    weights: Weights,
+    memory: Callable[[str], Memory],
+) -> tuple[EngineSpec, ...]:
+    """The engines of pairs of a target and a precision. They share the portable graph if the target changed nothing."""
+    parameters = sum(math.prod(r.shape) for r in weights.tensors.get(component, {}).values())
+    specs = []
+    for target, precision in pairs:
+        graph = f"{engine_folder(component, target)}/model.onnx"
+        graph = graph if (root / graph).is_file() else f"{component}.onnx"
+        specs.append(target_module(target).spec(precision, graph, memory(target), parameters))
+    exact = [spec for spec in specs if spec.precision == "float32"]
+    # without weights, another precision would lose digits and gain no time
+    return tuple(exact if exact and not parameters else specs)

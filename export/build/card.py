@@ -99,23 +99,32 @@ def _measured(report: Mapping[str, Any] | None) -> list[str]:
     """The error of the engine against eager PyTorch, for the picture and for the worst output of a component."""
     if report is None:
         return ["Not verified against eager PyTorch: `tilewright export verify` does that."]
-    outputs = {f"{c}.{o}": d for c, component in report["components"].items() for o, d in component["outputs"].items()}
-    worst = max(outputs, key=lambda name: float(outputs[name]["relative_l2"]))
-    rows = {"the restored picture": report["restore"], f"the worst output of a component, `{worst}`": outputs[worst]}
+    rows, times = [], []
+    for engine, judged in report["engines"].items():
+        components = judged["components"].items()
+        outputs = {f"{c}.{o}": d for c, component in components for o, d in component["outputs"].items()}
+        worst = max(outputs, key=lambda name: float(outputs[name]["relative_l2"]))
+        rows += [
+            f"| {engine}: {subject} | {error['psnr_db']:.1f} dB | {error['relative_l2']:.1e} |"
+            for subject, error in (
+                ("the restored picture", judged["restore"]),
+                (f"the worst output of a component, `{worst}`", outputs[worst]),
+            )
+        ]
+        times += [f"| {name} | {engine} | {c['seconds_per_megapixel']:.3g} |" for name, c in components]
+    versions = sorted({judged["version"] for judged in report["engines"].values()})
     return [
-        f"{report['engine']}, against {report['reference']}, on the same inputs: {report['image']},"
+        f"{', '.join(versions)}, against {report['reference']}, on the same inputs: {report['image']},"
         f" {report['steps']} step{'s' if report['steps'] > 1 else ''}.",
         "",
         "| of | PSNR | relative L2 |",
         "|---|---|---|",
-        *(f"| {subject} | {error['psnr_db']:.1f} dB | {error['relative_l2']:.1e} |" for subject, error in rows.items()),
+        *rows,
+        *(f"\n{engine} was not judged: it {reason}." for engine, reason in report["skipped"].items()),
         "",
         f"On this picture, with {report['threads']} thread(s) of {report['processor']}:",
         "",
         "| component | engine | seconds a megapixel |",
         "|---|---|---|",
-        *(
-            f"| {name} | {component['engine']} | {component['seconds_per_megapixel']:.3g} |"
-            for name, component in sorted(report["components"].items())
-        ),
+        *sorted(times),
     ]

@@ -100,4 +100,5 @@ def unverifiable(request: Request) -> str | None:
 
 
 def _verify_bytes(request: Request) -> int:
-    return VERIFY_COPIES * 4 * count({name: request.parameters[name] for name in request.components}) + TRACE_BYTES
+    copies = VERIFY_COPIES + len(request.engines) - 1
+    return copies * 4 * count({name: request.parameters[name] for name in request.components}) + TRACE_BYTES

@@ -9,6 +9,7 @@ from typing import Any
 from tilewright.export.build.parameters import Shapes, parameter_shapes
 from tilewright.export.system import ComponentSpec, Lora, Preset, Settings, System, Tensors, UserFiles
 from tilewright.export.systems import system
+from tilewright.export.targets import engines_of
 from tilewright.export.weights.files import find, locate
 from tilewright.export.weights.lora import lora_of, path_and_strength
 from tilewright.runtime.bundle.program import Program
@@ -34,6 +35,8 @@ class Request:
     ops: str = "tilewright"
     system_options: Mapping[str, Any] = field(default_factory=dict)  # options that only some systems have
     allow_nonfinite: bool = False
+    targets: tuple[str, ...] = ("ort",)
+    precisions: tuple[str, ...] = ("float32",)
 
     def __post_init__(self) -> None:
         s = self.system
@@ -43,6 +46,7 @@ class Request:
             raise UsageError(f"verify={self.verify!r} is not one of {', '.join(VERIFY_MODES)}")
         if self.ops not in OPS:
             raise UsageError(f"ops={self.ops!r} is not one of {', '.join(OPS)}")
+        engines_of(self.targets, self.precisions)
         first = next((o.argument for o in s.origins.values() if o.needed), "weights")
         if self.weights is None and self.seed is None and first not in self.system_options:
             flag = "--weights DIR" if first == "weights" else f"--{first.replace('_', '-')} PATH"
@@ -55,6 +59,11 @@ class Request:
     def system(self) -> System:
         """The system to build."""
         return system(self.name)
+
+    @property
+    def engines(self) -> list[tuple[str, str]]:
+        """The target and the precision of every engine."""
+        return engines_of(self.targets, self.precisions)
 
     @cached_property
     def options(self) -> dict[str, Any]:

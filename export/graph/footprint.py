@@ -20,6 +20,7 @@ from tilewright.runtime.bundle.manifest import Memory
 
 __all__ = ["footprint", "peak_alive"]
 
+SAME_MEMORY = {"Reshape", "Squeeze", "Unsqueeze"}
 BLOCK = 16  # channels that a convolution computes at once
 OPERATORS: dict[type, Callable[..., float]] = {
     ast.Add: operator.add,
@@ -81,17 +82,27 @@ def _short(value: float) -> float:
 def peak_alive(model: ir.Model, sizes: Mapping[str, int]) -> int:
     """The most bytes of activations alive at once, for these values of the free sizes."""
     nodes = list(model.graph)
-    last_use = {value: i for i, node in enumerate(nodes) for value in node.inputs if value is not None}
-    outputs = set(model.graph.outputs)
+    last_use = {_block(value): i for i, node in enumerate(nodes) for value in node.inputs if value is not None}
+    outputs = {_block(value) for value in model.graph.outputs}
     held = partial(_held, sizes=sizes)
     alive = sum(_bytes(value, sizes) for value in model.graph.inputs)
     peak = alive
     for i, node in enumerate(nodes):
-        alive += sum(map(held, node.outputs))
+        alive += sum(held(value) for value in node.outputs if _block(value) is value)
         peak = max(peak, alive + _inside(node, sizes))
-        ended = {v for v in (*node.inputs, *node.outputs) if v is not None and last_use.get(v, i) == i} - outputs
+        blocks = {_block(v) for v in (*node.inputs, *node.outputs) if v is not None}
+        ended = {block for block in blocks if last_use.get(block, i) == i} - outputs
         alive -= sum(held(value) for value in ended if value.producer() is not None)
     return peak
+
+
+def _block(value: ir.Value) -> ir.Value:
+    """The value in whose memory a value lies. A Reshape copies nothing."""
+    producer = value.producer()
+    while producer is not None and producer.op_type in SAME_MEMORY and producer.inputs[0] is not None:
+        value = producer.inputs[0]
+        producer = value.producer()
+    return value
 
 
 def _held(value: ir.Value, sizes: Mapping[str, int]) -> int:
@@ -121,6 +132,10 @@ def _scores(node: ir.Node, sizes: Mapping[str, int]) -> int:
     if node.op_type != "Attention":
         return 0
     query, key = (_shape(value, sizes) for value in node.inputs[:2])
+    if "q_num_heads" in node.attributes:  # on tokens, whose channels are those of all heads
+        return (
+            4 * node.attributes["q_num_heads"].as_int() * math.prod(query[:2]) * key[1] if query[1:] and key[1:] else 0
+        )
     return 4 * query[0] * query[1] * query[2] * key[2] if len(query) == len(key) == 4 else 0
 
 

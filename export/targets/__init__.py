@@ -1,14 +1,47 @@
-"""From a portable graph to an engine, one file for each backend.
+"""From a portable graph to engines. Each target is one file:
 
-prepare(model) -> bool       rewrites a copy of the portable graph in place for the backend; returns whether it changed
-spec(name, graph) -> spec    the description of the engine of that name with this graph
+FROM_BUNDLE                                   whether a sealed bundle's portable graph is enough to prepare from
+PRECISIONS                                    the precisions of its engines, the most accurate first
+prepare(model) -> bool                        rewrites a copy of the portable graph for the backend; whether it changed
+spec(precision, graph, memory, parameters)    the description of the engine of this precision with this graph
 """
 
-__all__ = ["TARGETS", "engine_folder"]
+import importlib
+from collections.abc import Sequence
+from types import ModuleType
 
-TARGETS = {"ort-float32": "tilewright.export.targets.ort"}  # name of the engine -> its module
+from tilewright.runtime.bundle.manifest import PRECISIONS
+from tilewright.runtime.errors import UsageError
+
+__all__ = ["TARGETS", "engine_folder", "engines_of", "target_module"]
+
+TARGETS = {name: f"tilewright.export.targets.{name}" for name in ("ort", "openvino")}
 
 
-def engine_folder(component: str, engine: str) -> str:
-    """The folder in a bundle for the files of one engine."""
-    return f"engines/{component}.{engine}"
+def target_module(name: str) -> ModuleType:
+    """The module of a target."""
+    return importlib.import_module(TARGETS[name])
+
+
+def engines_of(targets: Sequence[str], precisions: Sequence[str]) -> list[tuple[str, str]]:
+    """The target and the precision of every engine that these targets make in these precisions."""
+    for option, names, known in (("target", targets, tuple(TARGETS)), ("precision", precisions, PRECISIONS)):
+        if unknown := [name for name in names if name not in known]:
+            raise UsageError(f"{option}={unknown[0]!r} is not one of {', '.join(known)}")
+        if not names or len(set(names)) < len(names):
+            raise UsageError(f"{option}={','.join(names)!r} must name each {option} once")
+    able = {target: target_module(target).PRECISIONS for target in targets}
+    for target in targets:
+        if not set(able[target]) & set(precisions):
+            wants = f"precision={','.join(precisions)!r}: target {target!r} makes {', '.join(able[target])}"
+            raise UsageError(f"{wants} only; add one of these, or leave the target out")
+    if lacking := [p for p in precisions if not any(p in able[target] for target in targets)]:
+        makers = [target for target in TARGETS if lacking[0] in target_module(target).PRECISIONS]
+        advice = f"add target {makers[0]!r}" if makers else "leave it out"
+        raise UsageError(f"precision={lacking[0]!r} is none that {' or '.join(targets)} makes; {advice}")
+    return [(target, p) for target in targets for p in able[target] if p in precisions]
+
+
+def engine_folder(component: str, target: str) -> str:
+    """The folder in a bundle for the files that the engines of a target share."""
+    return f"engines/{component}.{target}"

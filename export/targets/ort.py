@@ -1,19 +1,32 @@
 """Engines of ONNX Runtime on the CPU, and the form of a graph that it runs fastest."""
 
-import onnx_ir as ir
+from typing import Any
 
-from tilewright.export.graph.rewrites.group_norm import group_norm
-from tilewright.export.graph.rewrites.silu_conv import silu_conv
-from tilewright.runtime.bundle.manifest import EngineSpec, Needs
+from tilewright.runtime.bundle.manifest import EngineSpec, Memory, Needs
 
-__all__ = ["prepare", "spec"]
+__all__ = ["FROM_BUNDLE", "PRECISIONS", "prepare", "spec"]
+
+FROM_BUNDLE = False  # its rewrites need shapes, which the portable graph does not keep
+PRECISIONS = ("float32",)
 
 
-def prepare(model: ir.Model) -> bool:
+def prepare(model: Any) -> bool:
     """Rewrite a graph in place; returns whether it changed. Measured in bench/latency.py."""
-    return group_norm(model) + silu_conv(model) > 0
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+    from tilewright.export.graph.rewrites.group_norm import group_norm
+    from tilewright.export.graph.rewrites.heads import heads
+    from tilewright.export.graph.rewrites.reshape import reshape
+    from tilewright.export.graph.rewrites.silu_conv import silu_conv
+
+    changed = heads(model) + group_norm(model)
+    reshape(model)
+    changed += silu_conv(model)
+    RemoveUnusedNodesPass()(model)
+    return changed > 0
 
 
-def spec(name: str, graph: str) -> EngineSpec:
+def spec(precision: str, graph: str, memory: Memory, parameters: int) -> EngineSpec:
     """The description of the engine."""
-    return EngineSpec(name, "ort", "cpu", "float32", (graph,), Needs(packages={"onnxruntime": "1.22"}))
+    needs = Needs(packages={"onnxruntime": "1.22"})
+    return EngineSpec(f"ort-{precision}", "ort", "cpu", precision, (graph,), needs, memory=memory)

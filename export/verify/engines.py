@@ -7,7 +7,7 @@ differ by less than their rounding; values that follow from a different choice a
 import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,14 @@ from tilewright.export.systems import system
 from tilewright.export.verify.memory import VERIFY_COPIES
 from tilewright.export.verify.seams import PICTURES, seam_excess
 from tilewright.export.weights.files import mapped_tensor
-from tilewright.runtime.bundle.measured import Measured, Measurement
+from tilewright.runtime.bundle.manifest import PRECISIONS
+from tilewright.runtime.bundle.measured import PSNR_GATE, Measured, Measurement
 from tilewright.runtime.bundle.program import Program
 from tilewright.runtime.bundle.read import Bundle, read_bundle
 from tilewright.runtime.engines import Engine, backend
-from tilewright.runtime.engines.machine import processor, usable_cores
+from tilewright.runtime.engines.choose import choose_all
+from tilewright.runtime.engines.choose import require as require_engines
+from tilewright.runtime.engines.machine import processor, this_machine, usable_cores
 from tilewright.runtime.errors import AccuracyError, ResourceError, UsageError
 from tilewright.runtime.estimate import available_bytes
 from tilewright.runtime.execute.walk import Job, run
@@ -48,8 +51,8 @@ LEAST_TILE_PX = 96  # side of tiles when seams are judged: convolutions reach fu
 SEAM_GATE = 0.15  # for `seam_excess`: blended tiles of random networks reach 0.09, averaged ones of the demo 0.4
 UNDECIDED = 4.0  # a choice may differ if its scores differ by fewer roundings
 PARTS = (
-    "engines",
     "engines and eager",
+    "engines",
     *(f"seams, {name}" for name in (*PICTURES, "photo")),
 )  # parts of a verification, for progress
 Floats = npt.NDArray[np.floating[Any]]
@@ -71,64 +74,119 @@ def verify(
     With `fresh` the digest of every file is computed anew. The picture is a square of `size_px` in the program's tiles,
     or by default a small picture in smaller tiles.
     """
-    small = _parameters(read_bundle(root)) < SMALL
+    bundle = read_bundle(root, expect=expect, fresh=fresh)
+    names, skipped = _engines(bundle)
+    small = _parameters(bundle) < SMALL
     # in a small network, threads would mostly wait for each other, so tiles run at the same time instead
     threads, devices = (1, [f"cpu:{i}" for i in range(usable_cores())]) if small else (0, ["cpu:0"])
-    opened = load(root, threads=threads, devices=devices, weights_dir=weights_dir, expect=expect, fresh=fresh)
-    with _torch_threads(threads), opened as restorer:
-        bundle, program = restorer.bundle, restorer.bundle.program
-        _require_memory(bundle)
-        eager = {n: eager_network(bundle, n, weights_dir) for n in sorted(program.components())}
-        pairs = {n: _Paired(restorer.engines[n], e) for n, e in eager.items()}
-        job = _job(restorer, size_px)
+    _require_memory(bundle, len(names))
+    with _torch_threads(threads), contextlib.ExitStack() as stack:
+        restorers = {
+            name: stack.enter_context(
+                load(bundle, engine=name, threads=threads, devices=devices, weights_dir=weights_dir)
+            )
+            for name in names
+        }
+        judge, program = restorers[names[0]], bundle.program
+        pairs = {
+            n: _Paired(_alike(restorers, n), eager_network(bundle, n, weights_dir))
+            for n in sorted(program.components())
+        }
+        job = _job(judge, size_px)
         job.inputs = gather(bundle, example_inputs(bundle))
-        told = {part: replace(job, on_progress=_percent(on_progress, part, program)) for part in PARTS}
-        engine_image = run(program, restorer.engines, restorer.constants, told["engines"])
-        seconds = dict(job.seconds)  # of the engines alone
-        eager_image = run(program, pairs, restorer.constants, told["engines and eager"])
-        few = _few_steps(restorer, SMALL_SEAM_STEPS if small else SEAM_STEPS)
+        eager_image = run(program, pairs, judge.constants, _told(job, on_progress, PARTS[0], program))
+        images, seconds = {}, {}
+        for i, (name, restorer) in enumerate(restorers.items()):  # after a call of each size, as the first takes longer
+            timed = _told(job, on_progress, PARTS[1], program, i, len(restorers))
+            images[name] = run(program, restorer.engines, restorer.constants, timed)
+            seconds[name] = timed.seconds
+        few = _few_steps(judge, SMALL_SEAM_STEPS if small else SEAM_STEPS)
         pictures = (PICTURES | {"photo": _photo}).items()
-        seams = {name: _seam(restorer, told[f"seams, {name}"], few, make) for name, make in pictures}
-    megapixels = engine_image.shape[1] * engine_image.shape[2] / 1e6
-    ran = sorted({f"{backend(spec.backend).version()}, {spec.precision}" for spec in restorer.specs.values()})
-    return {
+        seams = {
+            name: _seam(judge, _told(job, on_progress, f"seams, {name}", program), few, make) for name, make in pictures
+        }
+        megapixels = eager_image.shape[1] * eager_image.shape[2] / 1e6
+        specs = {name: next(s for s in r.specs.values() if s.name == name) for name, r in restorers.items()}
+    report: dict[str, Any] = {
         "bundle": bundle.digest,
-        "engine": "; ".join(ran),
         "reference": f"torch {torch.__version__} eager, float32",
         "image": f"{job.image.shape[2]}x{job.image.shape[1]} px in tiles of {job.tile_px or 'the program'}",
         "steps": job.steps or max(p.steps.count if p.steps else 1 for p in program.passes),
         "processor": processor(),
-        "threads": restorer.threads,
-        "versions": {spec.backend: backend(spec.backend).version() for spec in restorer.specs.values()},
-        "components": {
-            name: pair.report()
-            | {"engine": restorer.specs[name].name, "seconds_per_megapixel": seconds.get(name, 0.0) / megapixels}
-            for name, pair in sorted(pairs.items())
+        "threads": judge.threads,
+        "engines": {
+            name: {
+                "backend": spec.backend,
+                "version": backend(spec.backend).version(),
+                "precision": spec.precision,
+                "components": {
+                    component: pair.report(name)
+                    | {"seconds_per_megapixel": seconds[name].get(component, 0) / megapixels}
+                    for component, pair in pairs.items()
+                    if name in pair.engines
+                },
+                "restore": _difference(images[name], eager_image) | {"deviation": float(images[name].std())},
+            }
+            for name, spec in specs.items()
         },
-        "restore": _difference(engine_image, eager_image) | {"deviation": float(engine_image.std())},
+        "skipped": skipped,
         "seams": seams,
-        "gate": {"relative_l2": RELATIVE_L2_GATE, "seam_excess": SEAM_GATE},
+        "gate": {"relative_l2": RELATIVE_L2_GATE, "psnr_db": PSNR_GATE, "seam_excess": SEAM_GATE},
     }
+    for engine in report["engines"].values():
+        engine["fault"] = _fault(engine)
+    return report
+
+
+def _engines(bundle: Bundle) -> tuple[list[str], dict[str, str]]:
+    """The names of the engines that can run here, float32 first, and for the others why not."""
+    components = {name: bundle.manifest.components[name] for name in bundle.program.components()}
+    specs = {spec.name: spec for component in components.values() for spec in component.engines}
+    machine = this_machine({package for spec in specs.values() for package in spec.needs.packages})
+    skipped = {
+        name: reason for choice in choose_all(components, machine).values() for name, reason in choice.misfits.items()
+    }
+    names = sorted(specs.keys() - skipped.keys(), key=lambda name: specs[name].precision != "float32")
+    if not names:
+        require_engines(choose_all(components, machine))
+    return names, dict(sorted(skipped.items()))
+
+
+def _alike(restorers: Mapping[str, Restorer], component: str) -> dict[str, Engine]:
+    """The engines of a component, without those that stand in for an engine that the component lacks."""
+    return {name: r.engines[component] for name, r in restorers.items() if r.specs[component].name == name}
 
 
 def measurement(report: Mapping[str, Any]) -> Measurement:
     """The part of a report that engines are chosen by."""
-    components = {
-        name: {
-            component["engine"]: Measured(
-                max((output["relative_l2"] for output in component["outputs"].values()), default=0.0),
-                component["seconds_per_megapixel"],
+    components: dict[str, dict[str, Measured]] = {}
+    for name, engine in report["engines"].items():
+        if engine["precision"] == "float32" and engine["fault"]:
+            continue
+        for component, c in engine["components"].items():
+            error = max((output["relative_l2"] for output in c["outputs"].values()), default=0.0)
+            components.setdefault(component, {})[name] = Measured(
+                error, c["seconds_per_megapixel"], engine["restore"]["psnr_db"]
             )
-        }
-        for name, component in report["components"].items()
-    }
-    return Measurement(report["processor"], report["threads"], report["versions"], components)
+    versions = {engine["backend"]: engine["version"] for engine in report["engines"].values()}
+    return Measurement(report["processor"], report["threads"], versions, components)
 
 
-def _percent(report: Report, part: str, program: Program) -> Report:
-    """Report the finished share of a restoration, as if all passes took the same time."""
+def _told(job: Job, report: Report, part: str, program: Program, index: int = 0, count: int = 1) -> Job:
+    """The job with times of its own. It reports its progress as the part with this index of so many."""
+    percent = _percent(report, part, program, index, count)
+    return replace(job, seconds={}, on_progress=percent)
+
+
+def _percent(report: Report, part: str, program: Program, index: int, count: int) -> Report:
+    """Report the finished share of one of `count` restorations, as if all passes took the same time."""
     names = [p.name for p in program.passes]
-    return lambda name, done, total: report(part, round(100 * (names.index(name) + done / total) / len(names)), 100)
+
+    def tell(name: str, done: int, total: int) -> None:
+        share = (names.index(name) + done / total) / len(names)
+        report(part, round(100 * (index + share) / count), 100)
+
+    return tell
 
 
 @contextlib.contextmanager
@@ -145,9 +203,9 @@ def _parameters(bundle: Bundle) -> int:
     return sum(math.prod(r.shape) for references in bundle.weights.tensors.values() for r in references.values())
 
 
-def _require_memory(bundle: Bundle) -> None:
+def _require_memory(bundle: Bundle, engines: int) -> None:
     """Refuse early if memory is too small: the system would kill the process."""
-    needed, free = 4 * VERIFY_COPIES * _parameters(bundle), available_bytes()
+    needed, free = 4 * (VERIFY_COPIES + engines - 1) * _parameters(bundle), available_bytes()
     if free is not None and needed > free:
         raise ResourceError(
             f"{bundle.root}: verifying needs about {needed / 2**30:.0f} GiB of memory, {free / 2**30:.0f} GiB are"
@@ -203,31 +261,45 @@ def _job(restorer: Restorer, size_px: int | None) -> Job:
     )
 
 
-def require(report: Mapping[str, Any]) -> None:
-    """Refuse a report with an engine that misses a gate or gives a constant or infinite picture."""
-    for name, component in report["components"].items():
-        for output, difference in component["outputs"].items():
-            if not difference["relative_l2"] <= RELATIVE_L2_GATE:  # written this way, NaN fails
-                raise AccuracyError(
-                    f"{name}.{output}: relative L2 {difference['relative_l2']:.2e} against eager PyTorch, the gate is"
-                    f" {RELATIVE_L2_GATE:.0e}; compare the versions of torch and the engine with the manifest's"
-                )
-        if component.get("choices", {}).get("wrong"):
-            raise AccuracyError(
-                f"{name}: {component['choices']['wrong']} of {component['choices']['total']} choices differ from eager"
-                " PyTorch by more than rounding explains; compare the versions of torch and the engine"
-            )
+def require(report: Mapping[str, Any], precisions: Collection[str] = PRECISIONS) -> None:
+    """Refuse a report with an engine of these precisions that misses its gate, and tiles that show."""
+    for name, engine in report["engines"].items():
+        if engine["precision"] in precisions and (fault := _fault(engine)):
+            raise AccuracyError(f"{name}: {fault}")
     for picture, excess in report["seams"].items():
         if not excess <= SEAM_GATE:
             raise AccuracyError(
                 f"tiles show on the {picture} picture: it changes {excess:.0%} more across their borders than beside"
                 f" them, the gate is {SEAM_GATE:.0%}; use a larger overlap"
             )
-    if not report["restore"]["deviation"] > 1e-4:
-        raise AccuracyError(
-            f"the restored picture is constant or not finite (deviation {report['restore']['deviation']:.1e});"
-            " check the weights"
+
+
+def _fault(engine: Mapping[str, Any]) -> str | None:
+    """The reason why an engine misses its gate, or gives a constant or infinite picture; none if it passes."""
+    if not engine["restore"]["deviation"] > 1e-4:  # written this way, NaN fails
+        deviation = engine["restore"]["deviation"]
+        return f"the restored picture is constant or not finite (deviation {deviation:.1e}); check the weights"
+    if engine["precision"] != "float32":
+        psnr = engine["restore"]["psnr_db"]
+        return (
+            None
+            if psnr >= PSNR_GATE
+            else f"the restored picture has {psnr:.1f} dB against eager PyTorch in float32, the gate is"
+            f" {PSNR_GATE:.0f} dB; use an engine in float32, or judge the pictures and ask for this engine"
         )
+    for name, component in engine["components"].items():
+        for output, difference in component["outputs"].items():
+            if not difference["relative_l2"] <= RELATIVE_L2_GATE:
+                return (
+                    f"{name}.{output}: relative L2 {difference['relative_l2']:.2e} against eager PyTorch, the gate is"
+                    f" {RELATIVE_L2_GATE:.0e}; compare the versions of torch and the engine with the manifest's"
+                )
+        if component.get("choices", {}).get("wrong"):
+            return (
+                f"{name}: {component['choices']['wrong']} of {component['choices']['total']} choices differ from eager"
+                " PyTorch by more than rounding explains; compare the versions of torch and the engine"
+            )
+    return None
 
 
 def example_inputs(bundle: Bundle) -> dict[str, Any]:
@@ -293,49 +365,59 @@ class Eager:
 
 
 class _Paired:
-    """Runs an engine and its eager network on the same inputs, and returns the network's outputs."""
+    """Runs the engines of a component and its eager network on the same inputs, and returns the network's outputs."""
 
-    def __init__(self, engine: Engine, eager: Eager) -> None:
-        self.engine, self.eager = engine, eager
+    def __init__(self, engines: Mapping[str, Engine], eager: Eager) -> None:
+        self.engines, self.eager = engines, eager
         self.exact = copy.deepcopy(eager.network).double() if hasattr(eager.network, "winners") else None
-        self.pairs: dict[str, list[tuple[Floats, Floats]]] = {}
-        self.choices = dict.fromkeys(("total", "undecided", "differ", "wrong"), 0)
+        self.pairs: dict[str, dict[str, list[tuple[Floats, Floats]]]] = {name: {} for name in engines}
+        self.choices = {name: dict.fromkeys(("total", "undecided", "differ", "wrong"), 0) for name in engines}
 
     def run(self, inputs: Mapping[str, Any], outputs: Iterable[str]) -> dict[str, Any]:
-        ours, theirs = self.engine.run(inputs, self.eager.names), self.eager.run(inputs, self.eager.names)
-        same = self._compare_choices(inputs, ours, theirs)
-        for name, array in ours.items():
-            if array.dtype.kind == "f":
-                compared = np.broadcast_to(same, array.shape) if same is not None else np.ones(array.shape, bool)
-                self.pairs.setdefault(name, []).append((array[compared], theirs[name][compared]))
+        theirs = self.eager.run(inputs, self.eager.names)
+        exact = self._exact(inputs)
+        for engine, its_engine in self.engines.items():
+            ours = its_engine.run(inputs, self.eager.names)
+            same = self._compare_choices(engine, exact, ours, theirs)
+            for name, array in ours.items():
+                if array.dtype.kind == "f":
+                    compared = np.broadcast_to(same, array.shape) if same is not None else np.ones(array.shape, bool)
+                    self.pairs[engine].setdefault(name, []).append((array[compared], theirs[name][compared]))
         return {name: theirs[name] for name in outputs}
 
-    def _compare_choices(
-        self, inputs: Mapping[str, Any], ours: dict[str, Any], theirs: dict[str, Any]
-    ) -> npt.NDArray[np.bool_] | None:
-        """Where all choices at a position agree [B, 1, rows, columns]; none for a component without choices."""
+    def _exact(self, inputs: Mapping[str, Any]) -> tuple[Any, Any] | None:
+        """The choices in float64, and where they are decided; none for a component without choices."""
         if self.exact is None:
             return None
-        name = next(n for n, array in ours.items() if array.dtype.kind == "i")
         image = torch.from_numpy(*inputs.values())
         with torch.no_grad():
             scores, exact = self.eager.network.winners(image)[0], self.exact.winners(image.double())
         rounding = float((scores.double() - exact[0]).abs().max())
-        decided = (exact[0][..., 0] - exact[0][..., 1] > UNDECIDED * rounding).numpy()
-        self.choices["total"] += decided.size
-        self.choices["undecided"] += int((~decided).sum())
-        self.choices["differ"] += int((ours[name] != theirs[name]).sum())
-        self.choices["wrong"] += int(((ours[name] != exact[1].numpy()) & decided).sum())
+        return exact[1].numpy(), (exact[0][..., 0] - exact[0][..., 1] > UNDECIDED * rounding).numpy()
+
+    def _compare_choices(
+        self, engine: str, exact: tuple[Any, Any] | None, ours: dict[str, Any], theirs: dict[str, Any]
+    ) -> npt.NDArray[np.bool_] | None:
+        """Where all choices at a position agree [B, 1, rows, columns]; none for a component without choices."""
+        if exact is None:
+            return None
+        (chosen, decided), counts = exact, self.choices[engine]
+        name = next(n for n, array in ours.items() if array.dtype.kind == "i")
+        counts["total"] += decided.size
+        counts["undecided"] += int((~decided).sum())
+        counts["differ"] += int((ours[name] != theirs[name]).sum())
+        counts["wrong"] += int(((ours[name] != chosen) & decided).sum())
         return np.asarray((ours[name] == theirs[name]).all(1, keepdims=True))
 
-    def report(self) -> dict[str, Any]:
-        """The differences over all calls."""
-        both = {name: [np.concatenate(side) for side in zip(*pairs, strict=True)] for name, pairs in self.pairs.items()}
+    def report(self, engine: str) -> dict[str, Any]:
+        """The differences of an engine over all calls."""
+        pairs = self.pairs[engine].items()
+        both = {name: [np.concatenate(side) for side in zip(*calls, strict=True)] for name, calls in pairs}
         report: dict[str, Any] = {"outputs": {name: _difference(*sides) for name, sides in both.items()}}
-        return report | ({"choices": self.choices} if self.exact is not None else {})
+        return report | ({"choices": self.choices[engine]} if self.exact is not None else {})
 
     def close(self) -> None:
-        """Nothing to free: the engine belongs to the restorer."""
+        """Nothing to free: the engines belong to the restorers."""
 
 
 def _difference(ours: Floats, reference: Floats) -> dict[str, float]:

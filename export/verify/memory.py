@@ -2,4 +2,4 @@
 
 __all__ = ["VERIFY_COPIES"]
 
-VERIFY_COPIES = 6  # copies of float32 weights in memory: mapped, re-packed by the engine, eager, and eager in float64
+VERIFY_COPIES = 6  # copies of float32 weights in memory: mapped, re-packed by one engine, eager, and eager in float64

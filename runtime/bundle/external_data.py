@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from tilewright.runtime.errors import BundleError
 
-__all__ = ["External", "external_data", "relocated"]
+__all__ = ["External", "external_data", "relocated", "with_inputs"]
 
 T = TypeVar("T")
 Value = int | tuple[int, int]  # a number, or begin and end of bytes
@@ -91,6 +91,35 @@ def relocated(graph: bytes, places: Mapping[str, tuple[str, int, int]]) -> bytes
         return _changed(data, 13, lambda entry: None) + b"".join(entries)
 
     return _changed(graph, 7, lambda whole: _changed(whole, 5, moved))
+
+
+def with_inputs(graph: bytes) -> bytes:
+    """The graph with an input in the place of every initializer whose bytes are in another file."""
+
+    def changed(whole: bytes) -> bytes:
+        inputs: list[bytes] = []
+
+        def taken(data: bytes) -> bytes | None:
+            name, external = _tensor(data, 0, len(data))
+            if external is None:
+                return data
+            inputs.append(_message(11, _input(name, external)))
+            return None
+
+        return _changed(whole, 5, taken) + b"".join(inputs)
+
+    return _changed(graph, 7, changed)
+
+
+def _input(name: str, external: External) -> bytes:
+    """The onnx.ValueInfoProto of a tensor with this type and shape."""
+    kind = next(number for number, dtype in KINDS.items() if dtype == external.dtype)
+    shape = b"".join(_message(1, _number_field(1, size)) for size in external.shape)
+    return _message(1, name.encode()) + _message(2, _message(1, _number_field(1, kind) + _message(2, shape)))
+
+
+def _number_field(number: int, value: int) -> bytes:
+    return _written(number << 3) + _written(value)
 
 
 def _changed(data: bytes, number: int, change: Callable[[bytes], bytes | None]) -> bytes:

@@ -85,8 +85,10 @@ class Needs:
     instructions: tuple[str, ...] = ()  # of the CPU, by the names in /proc/cpuinfo: "avx512_vnni"
     compute_capability: tuple[int, int] | None = None  # of the GPU, at least
     packages: dict[str, str] = field(default_factory=dict)  # package -> least version
+    cores: int = field(default=1, metadata={"minimum": 1})  # of the CPU, at least
 
     def __post_init__(self) -> None:
+        check_limits(self)
         for package, version in self.packages.items():
             if not VERSION.fullmatch(version):
                 raise ValueError(f"least version {version!r} of {package!r} is not like 1.22")

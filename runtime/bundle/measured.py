@@ -12,8 +12,9 @@ from tilewright.runtime.bundle.digests import writing
 from tilewright.runtime.bundle.strict import check_limits, from_json, one_line, to_json
 from tilewright.runtime.errors import BundleError
 
-__all__ = ["Measured", "Measurement", "Measurements", "measurements", "on_processor", "remember"]
+__all__ = ["PSNR_GATE", "Measured", "Measurement", "Measurements", "measurements", "on_processor", "remember"]
 
+PSNR_GATE = 40.0  # an engine in another precision than float32 must restore the picture so closely, in dB
 PLACE = "reports/measured.json"
 LOG = logging.getLogger("tilewright")
 
@@ -24,6 +25,7 @@ class Measured:
 
     relative_l2: float = field(metadata={"minimum": 0})  # of its worst output, against eager PyTorch in float32
     seconds_per_megapixel: float = field(metadata={"minimum": 0})  # of the result, for all calls of the component
+    psnr_db: float | None = None  # of the picture that engines of this name restore, against eager PyTorch's in float32
 
     def __post_init__(self) -> None:
         check_limits(self)

@@ -4,6 +4,8 @@ PACKAGES                                             the packages that it runs o
 missing() -> str | None                              what the backend needs and lacks here, and how to install it
 version() -> str                                     name and version of the backend, for reports
 open_engine(bundle, component, spec, ...) -> Engine  the component, ready to run
+
+`open_engine` takes memory, a mode; threads of a call, or 0 for all cores; calls that run at the same time; weights_dir.
 """
 
 import importlib
@@ -19,7 +21,7 @@ from tilewright.runtime.errors import EnvironmentMismatch
 __all__ = ["BACKENDS", "Array", "Engine", "backend"]
 
 Array = npt.NDArray[np.generic]
-BACKENDS = {"ort": "tilewright.runtime.engines.ort"}
+BACKENDS = {name: f"tilewright.runtime.engines.{name}" for name in ("ort", "openvino")}
 
 
 class Engine(Protocol):

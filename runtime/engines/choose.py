@@ -2,7 +2,7 @@
 
 Nothing is opened or imported here. The order of engines that fit is fixed:
 
-1. float32 before every other precision, because accuracy comes first
+1. engines in float32, and those whose measured picture is close to float32's, before all others: accuracy comes first
 2. engines that were measured on such a processor before engines that were not, the fastest first
 3. the most accurate precision, then the order of BACKENDS, then the order of names
 
@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from tilewright.runtime.bundle.manifest import PRECISIONS, Component, EngineSpec
-from tilewright.runtime.bundle.measured import Measured
+from tilewright.runtime.bundle.measured import PSNR_GATE, Measured
 from tilewright.runtime.bundle.program import Program
 from tilewright.runtime.errors import EnvironmentMismatch, UsageError
 
@@ -31,7 +31,8 @@ __all__ = [
     "tile_sides",
 ]
 
-BACKENDS = ("tensorrt", "cuda", "aoti", "openvino", "ort")  # those that are made for the least hardware come first
+# those that are made for the least hardware come first; OpenVINO last, as it is slower on small graphs
+BACKENDS = ("tensorrt", "cuda", "aoti", "ort", "openvino")
 
 
 @dataclass(frozen=True)
@@ -167,6 +168,8 @@ def _misfit(spec: EngineSpec, machine: Machine) -> str | None:
         return machine.missing.get(spec.backend) or f"has a backend that is not known here, {spec.backend!r}"
     if lacking := [name for name in needs.instructions if name not in machine.instructions]:
         return f"needs {', '.join(lacking)}, which this CPU lacks"
+    if machine.cores < needs.cores:
+        return f"needs {needs.cores} cores, and this process may use {machine.cores}"
     if needs.compute_capability and (has or (0, 0)) < needs.compute_capability:
         there = "this GPU's is {}.{}".format(*has) if has else "this GPU's is unknown"
         return f"needs compute capability {needs.compute_capability[0]}.{needs.compute_capability[1]}, {there}"
@@ -191,13 +194,20 @@ def _rank(spec: EngineSpec, measured: Mapping[str, Measured]) -> tuple[bool, flo
     """The place of an engine in the order."""
     seconds = measured[spec.name].seconds_per_megapixel if spec.name in measured else math.inf
     backend = BACKENDS.index(spec.backend) if spec.backend in BACKENDS else len(BACKENDS)
-    return spec.precision != "float32", seconds, PRECISIONS.index(spec.precision), backend, spec.name
+    return not _accurate(spec, measured), seconds, PRECISIONS.index(spec.precision), backend, spec.name
+
+
+def _accurate(spec: EngineSpec, measured: Mapping[str, Measured]) -> bool:
+    psnr = measured[spec.name].psnr_db if spec.name in measured else None
+    return spec.precision == "float32" or (psnr is not None and psnr >= PSNR_GATE)
 
 
 def _why(best: EngineSpec, spec: EngineSpec, measured: Mapping[str, Measured]) -> str:
     """The reason why an engine comes after the best one."""
-    if best.precision == "float32" != spec.precision:
-        return f"{best.name} is more accurate; --engine {spec.name} asks for this one"
+    if _accurate(best, measured) and not _accurate(spec, measured):
+        psnr = measured[spec.name].psnr_db if spec.name in measured else None
+        lacks = "not measured" if psnr is None else f"{psnr:.1f} dB, the gate is {PSNR_GATE:.0f} dB"
+        return f"{best.name} is more accurate ({lacks}); --engine {spec.name} asks for this one"
     one, other = (measured[s.name].seconds_per_megapixel if s.name in measured else None for s in (best, spec))
     if one is not None and other is not None and one < other:
         return f"{best.name} is faster: {one:.3g} s a megapixel, this one {other:.3g}"

@@ -5,8 +5,6 @@ Graphs name their weights by the paths in a packed bundle. A graph is opened wit
 contains all files, because ONNX Runtime maps no file behind a link.
 """
 
-import contextlib
-import ctypes
 import importlib.util
 import logging
 import os
@@ -21,6 +19,7 @@ from tilewright.runtime.bundle.external_data import external_data, relocated
 from tilewright.runtime.bundle.manifest import EngineSpec
 from tilewright.runtime.bundle.read import Bundle
 from tilewright.runtime.bundle.strict import one_line
+from tilewright.runtime.engines.arena import give_back, take_shared
 from tilewright.runtime.errors import (
     BundleError,
     EnvironmentMismatch,
@@ -137,6 +136,7 @@ class OrtEngine:
     def close(self) -> None:
         """Free the memory."""
         self.session = None
+        give_back()
 
 
 def open_engine(
@@ -146,9 +146,10 @@ def open_engine(
     *,
     memory: str = "fast",
     threads: int = 0,
+    calls: int = 1,
     weights_dir: Path | None = None,
 ) -> OrtEngine:
-    """Open an engine of a component. Weights are read from their own files."""
+    """Open an engine of a component. Weights are read from their own files. It takes any number of calls at once."""
     files = bundle.files_of(spec.weights or component, weights_dir)
     native = spec.precision == "float32"  # our kernels compute in float32 only
     return open_graph(bundle.path(spec.graph), files, memory=memory, threads=threads, native=native)
@@ -164,6 +165,7 @@ def open_graph(
     options.intra_op_num_threads = threads
     # errors come as exceptions too, so nothing is logged except with --verbose
     options.log_severity_level = 2 if LOG.isEnabledFor(logging.DEBUG) else 4
+    take_shared(options)
     # a pattern is one block for all values of a call, beside the blocks of the first call: twice the memory, same speed
     options.enable_mem_pattern = False
     # each component has its own threads, which must not occupy cores while another component runs
@@ -183,22 +185,15 @@ def open_graph(
             ) from error
     disabled = []
     if memory == "low":
-        # folding, pre-packing and the arena would each copy the mapped weights
+        # folding and pre-packing would each copy the mapped weights
         options.add_session_config_entry("session.disable_prepacking", "1")
-        options.enable_cpu_mem_arena = False
         disabled = ["ConstantFolding", "FuseFp16InitializerToFp32NodeTransformer"]
     try:
         session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled)
     except Exception as error:  # ONNX Runtime's exceptions share no base class
         raise _explained(graph, "refuses the graph", error) from error
-    _give_back()  # re-packing leaves a fifth of the weights' size in free blocks
+    give_back()  # re-packing leaves a fifth of the weights' size in free blocks
     return OrtEngine(session, graph)
-
-
-def _give_back() -> None:
-    """Give the free blocks of the C library's allocator back to the system, where that is possible."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # other C libraries than glibc keep none, or cannot
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _explained(graph: Path, what: str, error: Exception) -> TilewrightError:

@@ -109,8 +109,9 @@ def test_verify_writes_its_report(hitoksr_tiny: Path, tmp_path: Path) -> None:
     (bundle / "reports" / "accuracy.json").unlink()
     report = json.loads(tilewright("export", "verify", bundle, "--json").stdout)
     assert json.loads((bundle / "reports" / "accuracy.json").read_text()) == report
-    assert report["components"]["generate"]["choices"]["wrong"] == 0
-    assert report["components"]["decode"]["outputs"]["image"]["relative_l2"] <= 1e-5
+    judged = report["engines"]["ort-float32"]["components"]
+    assert judged["generate"]["choices"]["wrong"] == 0
+    assert judged["decode"]["outputs"]["image"]["relative_l2"] <= 1e-5
 
 
 def test_restore_writes_a_picture_and_tells_its_cost(hitoksr_tiny: Path, tmp_path: Path) -> None:

@@ -91,13 +91,21 @@ def test_a_failure_under_json_is_one_object_and_the_line(tmp_path: Path) -> None
 def test_a_check_that_measured_and_failed_tells_both_in_one_object(
     bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    report = {"components": {"c": {"outputs": {"o": {"relative_l2": 1.0, "max_abs": 2.0}}}}, "seams": {}}
-    report |= {"restore": {"psnr_db": 3.0, "deviation": 1.0}, "engine": "e", "reference": "r", "image": "i"}
+    judged = {
+        "backend": "b",
+        "version": "b 1",
+        "precision": "float32",
+        "fault": "c.o: differs",
+        "restore": {"psnr_db": 3.0, "deviation": 1.0},
+    }
+    judged |= {"components": {"c": {"outputs": {"o": {"relative_l2": 1.0, "max_abs": 2.0}}}}}
+    report = {"engines": {"e": judged}, "skipped": {"f": "needs more"}, "seams": {}, "reference": "r", "image": "i"}
+    report |= {"processor": "p", "threads": 1}
     monkeypatch.setattr("tilewright.export.verify.engines.verify", lambda root, **options: report)
     assert main(["export", "verify", str(tmp_path), "--json"]) == 7
     said = capsys.readouterr()
     told = json.loads(said.out)
-    assert told["components"] == report["components"] and told["error"]["kind"] == "AccuracyError"
+    assert told["engines"] == report["engines"] and told["error"]["kind"] == "AccuracyError"
     assert said.err == f"tilewright: {told['error']['message']}\n"
     assert main(["export", "verify", str(tmp_path)]) == 7
     said = capsys.readouterr()

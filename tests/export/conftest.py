@@ -9,7 +9,7 @@ from torch import nn
 
 from support.shared import Shared
 from support.systems import components_of
-from tilewright.export.graph.rewrites.fold import fold
+from tilewright.export.graph.tidy import tidy
 from tilewright.export.graph.trace import network_on_meta, trace
 from tilewright.export.systems.hitoksr.system import SYSTEM as HITOKSR
 from tilewright.export.targets.ort import prepare
@@ -31,7 +31,7 @@ def traced(shared: Shared) -> Path:
 
 @pytest.fixture(scope="session")
 def graphs(traced: Path, shared: Shared) -> Path:
-    """COMPONENT.FORM.onnx with weights.safetensors beside; FORM: traced, model (folded), ort. Do not change them."""
+    """COMPONENT.FORM.onnx with weights.safetensors beside; FORM: traced, model (portable), ort. Do not change them."""
     return shared("graphs", lambda folder: _write_graphs(traced, folder))
 
 
@@ -55,7 +55,7 @@ def _write_graphs(traced: Path, folder: Path) -> None:
                 r.file, r.offset, r.length, ir.DataType.FLOAT, shape=ir.Shape(r.shape), name=name
             )
         ir.save(model, folder / f"{component}.traced.onnx")
-        fold(model)
+        tidy(model)
         ir.save(model, folder / f"{component}.model.onnx")
         prepare(model)
         ir.save(model, folder / f"{component}.ort.onnx")

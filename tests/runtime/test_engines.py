@@ -14,24 +14,12 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from support.loops import filtered
 from tilewright.runtime import load
 from tilewright.runtime.bundle.digests import sha256_of_file
 from tilewright.runtime.bundle.read import Bundle, read_bundle
 from tilewright.runtime.engines import BACKENDS, backend, ort
 from tilewright.runtime.errors import BundleError, EnvironmentMismatch, ResourceError
-
-
-def filtered(images: np.ndarray, kernels: np.ndarray) -> np.ndarray:
-    """Correlate every colour with its own filter, borders reflected, one pixel at a time, and clip."""
-    batch, colours, height, width = images.shape
-    result = np.zeros(images.shape)
-    for n, c, y, x in np.ndindex(batch, colours, height, width):
-        for dy in (-1, 0, 1):
-            for dx in (-1, 0, 1):
-                row, column = abs(y + dy), abs(x + dx)
-                row, column = min(row, 2 * (height - 1) - row), min(column, 2 * (width - 1) - column)
-                result[n, c, y, x] += images[n, c, row, column] * kernels[c, dy + 1, dx + 1] / 7
-    return result.clip(0, 1)
 
 
 def noise(*shape: int, seed: int = 0) -> np.ndarray:
@@ -130,12 +118,42 @@ print(held() - before)
 
 
 def test_low_memory_turns_off_what_copies_the_weights(bundle):
-    low, fast = (
-        opened(read_bundle(bundle), "sharpen", memory=memory).session.get_session_options()
-        for memory in ("low", "fast")
+    options = opened(read_bundle(bundle), "sharpen", memory="low").session.get_session_options()
+    assert options.get_session_config_entry("session.disable_prepacking") == "1"
+
+
+def test_calls_of_all_engines_share_memory_which_goes_back_when_one_is_closed(tmp_path):
+    nodes = [helper.make_node("Exp", ["x"], ["a"]), helper.make_node("Neg", ["a"], ["b"])]
+    nodes.append(helper.make_node("ReduceSum", ["b"], ["y"]))
+    ends = (
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)] for name, shape in (("x", ["n"]), ("y", [1]))
     )
-    assert low.get_session_config_entry("session.disable_prepacking") == "1"
-    assert (low.enable_cpu_mem_arena, fast.enable_cpu_mem_arena) == (False, True)
+    graph = helper.make_graph(nodes, "large", *ends)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    onnx.save(model, tmp_path / "model.onnx")
+    code = f"""
+from pathlib import Path
+import numpy as np
+from tilewright.runtime.engines.ort import open_graph
+def held():
+    return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("RssAnon"))
+x = np.ones(20_000_000, np.float32)
+engines = [open_graph(Path({str(tmp_path / "model.onnx")!r}), {{}}, threads=1) for _ in range(3)]
+before = held()
+for engine in engines:
+    engine.run({{"x": x}}, ["y"])
+    print(held() - before)
+engines[0].close()
+print(held() - before)
+"""
+    if not Path("/proc/self/status").exists():
+        pytest.skip("only Linux tells what a process holds of its own")
+    printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    first, second, third, closed = map(int, printed.split())
+    value = 4 * 20_000_000 / 1024
+    assert value / 2 < first < 3 * value
+    assert second < first + value / 2 and third < first + value / 2
+    assert closed < value / 8
 
 
 @pytest.mark.parametrize("threads", [0, 1, 2])

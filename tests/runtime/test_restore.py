@@ -95,8 +95,10 @@ def test_the_number_of_threads_changes_no_level_by_more_than_one(bundle):
 def test_low_and_fast_memory_give_the_same_picture(bundle):
     image = scene(60, 70)
     with load(bundle, memory="low") as low, load(bundle, memory="fast") as fast:
-        arenas = [r.engines["sharpen"].session.get_session_options().enable_cpu_mem_arena for r in (low, fast)]
-        assert arenas == [False, True]
+        low_options, fast_options = (r.engines["sharpen"].session.get_session_options() for r in (low, fast))
+        assert low_options.get_session_config_entry("session.disable_prepacking") == "1"
+        with pytest.raises(RuntimeError, match="disable_prepacking"):  # the key is not set
+            fast_options.get_session_config_entry("session.disable_prepacking")
         assert difference(low(image), fast(image)).max() <= 1
 
 

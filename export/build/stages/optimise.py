@@ -1,6 +1,5 @@
 """optimise: graphs folded and rewritten for each target, with references to the weights; their working memory."""
 
-import importlib
 import json
 from collections.abc import Mapping
 from functools import partial
@@ -13,7 +12,7 @@ from tilewright.export.build.request import Request
 from tilewright.export.build.stages.attach import read_weights
 from tilewright.export.build.versions import versions
 from tilewright.export.system import ComponentSpec, part_of
-from tilewright.export.targets import TARGETS, engine_folder
+from tilewright.export.targets import TARGETS, engine_folder, target_module
 from tilewright.runtime.bundle.strict import encode
 from tilewright.runtime.bundle.weights import Reference, location
 
@@ -25,7 +24,10 @@ STORED = {"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16", "int
 def stage(request: Request, traced: Stage, attached: Stage) -> Stage:
     """The stage; its inputs are graphs, weights, and the code of rewrites and targets."""
     inputs = {"trace": traced.key, "attach": attached.key, "ops": request.ops}
-    inputs |= code(__name__, *TARGETS.values()) | versions("onnxscript", "onnx-ir", "onnx")
+    inputs |= {"targets": ",".join(request.targets)}
+    inputs |= code(__name__, *(TARGETS[target] for target in request.targets)) | versions(
+        "onnxscript", "onnx-ir", "onnx"
+    )
     return Stage("optimise", inputs, lambda folder: _work(request, traced.directory, attached.directory, folder))
 
 
@@ -35,23 +37,23 @@ def _work(request: Request, traced: Path, attached: Path, directory: Path) -> No
     from tilewright.export.graph.footprint import footprint
     from tilewright.export.graph.ops import inline
     from tilewright.export.graph.rewrites.cast import cast
-    from tilewright.export.graph.rewrites.fold import fold
     from tilewright.export.graph.rewrites.forget_shapes import forget_shapes
+    from tilewright.export.graph.tidy import tidy
 
     weights = read_weights(attached)
     memory: dict[str, dict[str, Any]] = {}
     read = {}
     for name, spec in request.components.items():
         model = ir.load(traced / f"{name}.onnx")
-        fold(model)
+        tidy(model)
         if request.ops == "standard":
             inline(model)
-            fold(model)
+            tidy(model)
         read[name] = _refer(model, weights.tensors.get(name, {}))
         cast(model)
-        for target, module in TARGETS.items():
+        for target in request.targets:
             copy = model.clone()
-            changed = importlib.import_module(module).prepare(copy)
+            changed = target_module(target).prepare(copy)
             memory.setdefault(name, {})[target] = footprint(copy, partial(_sizes, spec))
             if changed:
                 engine = directory / engine_folder(name, target) / "model.onnx"

@@ -20,6 +20,7 @@ __all__ = ["stage"]
 def stage(assembly: Assembly, before: Mapping[str, Stage]) -> Stage:
     """The stage; its inputs are the keys of all stages before."""
     inputs = {name: stage.key for name, stage in before.items()} | {"version": version("tilewright")}
+    inputs |= {"precisions": ",".join(assembly.request.precisions)}
     inputs |= {"preset": str(assembly.request.preset), "licence": assembly.request.licence}
     inputs |= code(__name__, assembly.request.system.module)
     verified = before["verify"].directory if "verify" in before else None

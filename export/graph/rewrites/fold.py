@@ -1,5 +1,7 @@
 """Fold constants and shapes, merge equal nodes, drop dead nodes. Weights are not touched."""
 
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import Sequential
@@ -38,8 +40,9 @@ def fold(model: ir.Model) -> None:
         Sequential(IdentityEliminationPass(), RemoveUnusedNodesPass())(model)
         if not folded.modified:
             break
+    LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    _merge_constants(model.graph)
     Sequential(
-        LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         CommonSubexpressionEliminationPass(),
         RemoveUnusedNodesPass(),
         OutputFixPass(),
@@ -48,3 +51,17 @@ def fold(model: ir.Model) -> None:
     for name, value in model.graph.initializers.items():
         if name in references:
             value.const_value = references[name]
+
+
+def _merge_constants(graph: ir.Graph) -> None:
+    """Keep one of equal small constants, so that equal nodes have equal inputs."""
+    kept: dict[tuple[Any, ...], ir.Value] = {}
+    for name, value in list(graph.initializers.items()):
+        tensor = value.const_value
+        if tensor is None or tensor.size > LARGEST_INPUT or value.is_graph_output():
+            continue
+        array = tensor.numpy()
+        first = kept.setdefault((tensor.dtype, array.shape, array.tobytes()), value)
+        if first is not value:
+            value.replace_all_uses_with(first)
+            del graph.initializers[name]

@@ -77,7 +77,7 @@ def test_weights_stored_in_half_precision_are_read_as_they_lie(hitoksr_tiny: Pat
     build(Request("hitoksr", "tiny", tmp_path / "b", tmp_path / "mine"))
     report = json.loads((tmp_path / "b" / "reports" / "accuracy.json").read_text())
     # both compute in float32 over the same rounded weights
-    assert report["components"]["decode"]["outputs"]["image"]["relative_l2"] <= 1e-5
+    assert report["engines"]["ort-float32"]["components"]["decode"]["outputs"]["image"]["relative_l2"] <= 1e-5
     assert {r.dtype for r in read_bundle(tmp_path / "b").weights.tensors["decode"].values()} == {dtype}
 
 

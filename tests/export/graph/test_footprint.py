@@ -37,6 +37,12 @@ PEAKS = {
         "g (float[n] x) => (float[n] y) <float[n] a, float[n] b> { a = Abs (x) b = Neg (a) y = Exp (b) }",
         3 * 4,
     ),
+    # a, b and c are one block: x, a, y
+    "reshapes copy nothing": (
+        "g (float[n] x) => (float[n] y) <float[n] a, float[n, 1] b, float[n] c, int64[1] last = {1}>"
+        " { a = Abs (x) b = Unsqueeze (a, last) c = Squeeze (b, last) y = Add (a, c) }",
+        3 * 4,
+    ),
     # x, a, b, then c; a is kept until it is added at the end: x, a, c, y
     "a shortcut": (
         "g (float[n] x) => (float[n] y) <float[n] a, float[n] b, float[n] c>"
@@ -148,6 +154,15 @@ def test_attention_adds_its_scores():
     alive = {side: 4 * 3 * 8 * (2 * n + 2 * (n + 5)) for side, n in tokens.items()}  # q, y, k, v
     assert memory.per_px == pytest.approx((alive[1024] - alive[256]) / (1024**2 - 256**2), rel=1e-5)
     assert (memory.fixed, memory.per_tile) == (0, 4 * 3 * 8 * 2 * 5)
+
+
+def test_attention_on_tokens_has_the_same_scores():
+    q, y = (value(name, "batch", "h*w", 24) for name in "qy")
+    k, v = (value(name, "batch", "h*w + 5", 24) for name in "kv")
+    heads = [ir.AttrInt64(name, 3) for name in ("q_num_heads", "kv_num_heads")]
+    node = ir.Node("", "Attention", [q, k, v], heads, outputs=[y])
+    model = ir.Model(ir.Graph([q, k, v], [y], nodes=[node], opset_imports={"": 23}), ir_version=10)
+    assert footprint(model, sizes_at) == footprint(attention(3, "h*w", "h*w + 5"), sizes_at)
 
 
 def test_the_largest_attention_counts_and_not_all_of_them():

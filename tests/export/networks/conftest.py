@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from tilewright.export.graph.rewrites.fold import fold
+from tilewright.export.graph.tidy import tidy
 from tilewright.export.graph.trace import network_on_meta, trace
 from tilewright.export.system import ComponentSpec
 from tilewright.export.weights.files import find, reference_parameters
@@ -45,7 +45,7 @@ def opened() -> Callable[[ComponentSpec, Path], Opened]:
                 r.file, r.offset, r.length, ir.DataType.FLOAT, shape=ir.Shape(r.shape), name=name
             )
         ir.save(model, folder / "traced.onnx")
-        fold(model)
+        tidy(model)
         ir.save(model, folder / "folded.onnx")
         network.load_state_dict(load_file(folder / "weights.safetensors"), assign=True)
         engines = [

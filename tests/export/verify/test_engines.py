@@ -17,19 +17,33 @@ def test_an_engine_that_differs_is_refused(hitoksr_tiny: Path) -> None:
     report = json.loads((hitoksr_tiny / "reports" / "accuracy.json").read_text())
     require(report)
     for path, value, said in [
-        (("components", "decode", "outputs", "image", "relative_l2"), 1e-3, "relative L2"),
+        (("components", "decode", "outputs", "image", "relative_l2"), 1e-3, "decode.image: relative L2"),
         (("components", "decode", "outputs", "image", "relative_l2"), float("nan"), "relative L2"),
         (("components", "generate", "choices", "wrong"), 1, "choices"),
         (("restore", "deviation"), 0.0, "constant"),
         (("restore", "deviation"), float("nan"), "constant"),
     ]:
         changed = json.loads(json.dumps(report))
-        place = changed
+        place = changed["engines"]["ort-float32"]
         for key in path[:-1]:
             place = place[key]
         place[path[-1]] = value
         with pytest.raises(AccuracyError, match=said):
             require(changed)
+
+
+def test_an_engine_in_bfloat16_is_judged_by_its_picture(hitoksr_tiny: Path) -> None:
+    report = json.loads((hitoksr_tiny / "reports" / "accuracy.json").read_text())
+    engine = report["engines"]["ort-float32"]
+    engine["precision"] = "bfloat16"
+    engine["components"]["decode"]["outputs"]["image"]["relative_l2"] = 1e-2
+    engine["components"]["generate"]["choices"]["wrong"] = 9
+    engine["restore"]["psnr_db"] = 40.0
+    require(report)
+    engine["restore"]["psnr_db"] = 39.9
+    with pytest.raises(AccuracyError, match=r"^ort-float32: the restored picture has 39\.9 dB .*, the gate is 40 dB"):
+        require(report)
+    require(report, ("float32",))
 
 
 def test_verification_notices_an_engine_that_computes_something_else(
@@ -48,7 +62,7 @@ def test_verification_notices_an_engine_that_computes_something_else(
         require(verify(bundle))
     capsys.readouterr()
     assert main(["export", "verify", str(bundle)]) == AccuracyError.exit_code == 7
-    assert capsys.readouterr().err.startswith("tilewright: decode.image: relative L2")
+    assert capsys.readouterr().err.startswith("tilewright: ort-float32: decode.image: relative L2")
 
 
 def test_a_bundle_too_large_to_verify_is_refused_before_it_is_tried(

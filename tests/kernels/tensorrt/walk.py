@@ -16,6 +16,7 @@ from tensorrt.plugin import _lib
 
 from tilewright.kernels import tensorrt as plugins
 from tilewright.kernels.ahead import Compiled
+from tilewright.kernels.forms import PLUGINS
 
 TYPES = {"fp16": trt.float16, "bf16": trt.bfloat16, "fp32": trt.float32, "fp8": trt.fp8, "int32": trt.int32}
 WORDS = {dtype: word for word, dtype in TYPES.items()}
@@ -142,4 +143,4 @@ def answer(question):
 
 asked, answers = map(Path, sys.argv[1:])
 everything = [answer(question) for question in json.loads(asked.read_text())]
-answers.write_text(json.dumps({"version": trt.__version__, "plugins": plugins.PLUGINS, "answers": everything}))
+answers.write_text(json.dumps({"version": trt.__version__, "plugins": PLUGINS, "answers": everything}))

@@ -378,7 +378,7 @@ def _verify(arguments: argparse.Namespace) -> None:
     lines.append("seams: " + ", ".join(f"{picture} {excess:+.0%}" for picture, excess in report["seams"].items()))
     fault = None
     try:
-        require(report)
+        require(report, root=arguments.bundle)
     except AccuracyError as error:
         fault = error
     remember(arguments.bundle, measurement(report))

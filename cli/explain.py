@@ -22,7 +22,8 @@ def explain(arguments: argparse.Namespace) -> None:
 
 def _stages(report: dict[str, Any]) -> Iterator[str]:
     if not report["remembered"]:
-        yield f"the cache here knows no build of {report['bundle']}: another machine or folder, or a cleaned cache"
+        why = "another machine or folder, a cleaned cache, or engines added since"
+        yield f"the cache here knows no build of {report['bundle']} as it is: {why}"
         return
     rows = [
         [s["stage"], _state(s), f"{s['seconds']:.1f} s" if "seconds" in s else "", _short(s["inputs"])]

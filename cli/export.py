@@ -6,17 +6,18 @@ import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tilewright.cli.explain import explain
 from tilewright.cli.lint import add_lint
 from tilewright.cli.space import space
-from tilewright.cli.terminal import Progress, answer, expect_argument, verb
-from tilewright.runtime.errors import amount
+from tilewright.cli.terminal import Progress, answer, expect_argument, span, verb
+from tilewright.runtime.errors import ResourceError, amount
 
 if TYPE_CHECKING:
+    from tilewright.export.build.forecast import Forecast
     from tilewright.export.build.request import Request
 
 __all__ = ["add_verbs"]
@@ -54,7 +55,7 @@ def add_verbs(verbs: Any) -> None:
     _engine_options(build, "ort", "float32")
     build.add_argument("--allow-nonfinite", action="store_true", help="build from weights that hold NaN or infinity")
     build.add_argument(
-        "--dry-run", action="store_true", help="check all files, predict stages, disk and memory; build nothing"
+        "--dry-run", action="store_true", help="check all files, predict stages, disk, memory and time; build nothing"
     )
     build.add_argument("--explain", action="store_true", help="say which inputs changed since the last build")
 
@@ -201,6 +202,7 @@ def _list(arguments: argparse.Namespace) -> None:
 
 
 def _build(arguments: argparse.Namespace) -> None:
+    from tilewright.export.build.history import usual_seconds
     from tilewright.export.build.preflight import check_request
     from tilewright.export.build.request import Request
     from tilewright.export.build.run import build, changes
@@ -222,14 +224,14 @@ def _build(arguments: argparse.Namespace) -> None:
         arguments.target,
         arguments.precision,
     )
-    start, usual, explained = time.perf_counter(), _usual(arguments.out), dict[str, Any]()
+    start, usual, explained = time.perf_counter(), cache(partial(usual_seconds, request)), dict[str, Any]()
     with Progress(arguments) as progress:
 
         def digest(path: Path) -> str:
             return sha256_of_file(path, on_read=partial(progress.bytes, f"reading {path.name}"))
 
         def tell(stage: str, event: str, seconds: float) -> None:
-            progress.stage(stage, event, seconds, usual.get(stage))
+            progress.stage(stage, event, seconds, usual().get(stage))
 
         if arguments.explain:
             if not all_remembered(request):
@@ -261,32 +263,39 @@ def _compile(arguments: argparse.Namespace) -> None:
     )
 
 
-def _usual(out: Path) -> dict[str, float]:
-    """Stage -> its seconds in the last build of this bundle."""
-    try:
-        cost = json.loads((out / "reports" / "build.json").read_text())
-        return {stage: float(spent["seconds"]) for stage, spent in cost.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}
-
-
 def _dry_run(arguments: argparse.Namespace, request: "Request", explained: dict[str, Any]) -> None:
     from tilewright.export.build.forecast import forecast
-    from tilewright.export.build.preflight import check_request
+    from tilewright.export.build.preflight import check_request, check_room, free_room
     from tilewright.export.build.run import up_to_date
     from tilewright.export.build.stage_list import list_stages, quick_digest
 
     check_request(request)
     stages = list_stages(request, quick_digest)
     predicted = forecast(request, stages, up_to_date=up_to_date(request, stages))
-    disk = ", ".join(f"{amount(needed)} under {place}" for place, needed in predicted.disk.items()) or "nothing"
-    answer(
-        arguments,
-        predicted.to_json() | explained,
-        f"stages: {', '.join(predicted.stages) or 'none, the bundle is up to date'}\n"
-        f"disk: {disk}\n"
-        f"peak memory: {amount(predicted.memory)}",
-    )
+    free_disk, free_memory = free_room(predicted)
+    free = {"free_disk": {str(place): n for place, n in free_disk.items()}, "free_memory_bytes": free_memory}
+    fault = None
+    try:
+        check_room(predicted)
+    except ResourceError as error:
+        fault = error
+    disk = [f"{amount(n)} under {place}, {amount(free_disk[place])} free" for place, n in predicted.disk.items()]
+    memory = "unknown" if free_memory is None else amount(free_memory)
+    lines = [
+        f"stages: {', '.join(predicted.stages) or 'none, the bundle is up to date'}",
+        f"disk: {'; '.join(disk) or 'nothing'}",
+        f"peak memory: {amount(predicted.memory)}, {memory} free",
+        f"time: {_time(predicted)}",
+    ]
+    answer(arguments, predicted.to_json() | free | explained, "\n".join(lines), fault=fault)
+
+
+def _time(predicted: "Forecast") -> str:
+    unknown = [name for name in predicted.stages if name not in predicted.seconds]
+    if predicted.stages == unknown:
+        return "unknown, no build of this size has run here" if unknown else "none"
+    without = f", without {', '.join(unknown)}" if unknown else ""
+    return f"about {span(sum(predicted.seconds.values()))} by earlier builds here{without}"
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
@@ -369,7 +378,7 @@ def _verify(arguments: argparse.Namespace) -> None:
     lines.append("seams: " + ", ".join(f"{picture} {excess:+.0%}" for picture, excess in report["seams"].items()))
     fault = None
     try:
-        require(report)
+        require(report, root=arguments.bundle)
     except AccuracyError as error:
         fault = error
     remember(arguments.bundle, measurement(report))

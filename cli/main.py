@@ -102,6 +102,8 @@ def _run(words: list[str]) -> int:
         else:
             message, code = ending(error)
         message += kept(error)
+        if commands := getattr(error, "repeat", ()):
+            message += f"; to repeat it without Tilewright: {' && '.join(commands)}"
         picture_goes_there = str(getattr(arguments, "output", "")) == "-"
         to = None if "--json" not in words else sys.stderr if picture_goes_there else sys.stdout
         say_error(message, code, type(error).__name__, getattr(error, "report", None), to=to)

@@ -15,7 +15,18 @@ from typing import Any, TextIO
 from tilewright.runtime.errors import ResourceError, TilewrightError, amount
 from tilewright.runtime.plan.forecast import Forecast
 
-__all__ = ["Progress", "answer", "expect_argument", "mebibytes", "note", "say_error", "send_image", "table", "verb"]
+__all__ = [
+    "Progress",
+    "answer",
+    "expect_argument",
+    "mebibytes",
+    "note",
+    "say_error",
+    "send_image",
+    "span",
+    "table",
+    "verb",
+]
 
 REDRAW_S = 0.2
 EVERY_S = 5.0  # between two lines of progress if there is no terminal
@@ -145,7 +156,7 @@ class Progress:
             self.line = f"{name:<9} running" if event == "started" else ""
         if (event != "started" or not self.terminal) and not self.quiet:
             duration = f" in {seconds:.1f} s" if event == "done" else ""
-            duration = f", about {_span(usual)}" if usual and event == "started" else duration
+            duration = f", about {span(usual)}" if usual and event == "started" else duration
             print(f"{name:<9} {event}{duration}", file=sys.stderr, flush=True)
 
     def doing(self, what: str) -> None:
@@ -204,7 +215,7 @@ class Progress:
             self.line = f"{place:<9} [{'#' * filled}{'.' * (24 - filled)}] {count}".lstrip()
         elif not self.quiet and now - self.shown > EVERY_S:
             self.shown = now
-            text = f"{place} {count} after {_span(now - self.begun)}{self._left(now)}"
+            text = f"{place} {count} after {span(now - self.begun)}{self._left(now)}"
             print(text.lstrip(), file=sys.stderr, flush=True)
 
     def _left(self, now: float) -> str:
@@ -212,20 +223,21 @@ class Progress:
         if self.ends is None or self.ends - now < 1:
             return ""
         more = self.part in self.parts[:-1]
-        return f", about {_span(self.ends - now)} left{f' of {self.part}' if more else ''}"
+        return f", about {span(self.ends - now)} left{f' of {self.part}' if more else ''}"
 
     def _tick(self) -> None:
         while not self.stopped.wait(REDRAW_S):
             if self.line:
                 now = time.monotonic()
-                self._draw(f"{self.line} after {_span(now - self.begun)}{self._left(now)}")
+                self._draw(f"{self.line} after {span(now - self.begun)}{self._left(now)}")
 
     def _draw(self, text: str) -> None:
         width = shutil.get_terminal_size().columns - 1
         print(f"\r{text[:width]}\x1b[K", end="", file=sys.stderr, flush=True)
 
 
-def _span(seconds: float) -> str:
+def span(seconds: float) -> str:
+    """A time in seconds, minutes or hours."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

@@ -7,7 +7,7 @@ from typing import Any
 
 from tilewright.export.build.cache import Stage
 from tilewright.export.build.code import code
-from tilewright.export.build.run import note_of
+from tilewright.export.build.history import note_of
 from tilewright.export.build.versions import version
 from tilewright.runtime.bundle.digests import remembered_sha256
 from tilewright.runtime.bundle.read import read_bundle

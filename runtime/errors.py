@@ -33,6 +33,7 @@ class TilewrightError(Exception):
     exit_code = 1
     report: dict[str, Any] | None = None  # results from before the failure, for --json
     picture: Any = None  # where a picture is that could not be written where it should be
+    repeat: tuple[str, ...] = ()  # commands that repeat the failure without Tilewright
     kept: Any = None  # where a restoration that it stopped keeps its finished parts, see `Ticket.keeping`
 
 

@@ -1,4 +1,4 @@
-"""Predicting a build: the stages that would run, and the disk and memory that they need."""
+"""Predicting a build: the stages that would run, and the disk, memory and time that they need."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tilewright.export.build.cache import Stage
+from tilewright.export.build.history import usual_seconds
 from tilewright.export.build.parameters import Shapes, count
 from tilewright.export.build.request import Request
 from tilewright.export.system import Rows
@@ -22,11 +23,12 @@ TRACE_BYTES = 1_200_000_000  # the peak of tracing, with room: 0.6 GB was measur
 
 @dataclass(frozen=True)
 class Forecast:
-    """The stages, disk and memory of a build."""
+    """The stages, disk, memory and time of a build."""
 
     stages: list[str]
     disk: dict[Path, int]  # bytes under the cache and under the bundle, which may be on different disks
     memory: int
+    seconds: dict[str, float]  # stage -> the time it took in a build of like size; some are not known
 
     def to_json(self) -> dict[str, Any]:
         """The forecast as plain values."""
@@ -35,6 +37,7 @@ class Forecast:
             "disk_bytes": sum(self.disk.values()),
             "disk": {str(place): size for place, size in self.disk.items()},
             "peak_memory_bytes": self.memory,
+            "seconds": {name: self.seconds.get(name) for name in self.stages},
         }
 
 
@@ -52,7 +55,9 @@ def forecast(request: Request, stages: Iterable[Stage], *, up_to_date: bool) -> 
         graphs = {name: request.parameters[name] for name in request.components}
         disk[request.out] = GRAPH_BYTES + _written(request, graphs)
     peaks = {"trace": TRACE_BYTES, "verify": _verify_bytes(request)}
-    return Forecast(run, disk, max((peaks.get(name, 0) for name in run), default=0))
+    usual = usual_seconds(request)
+    seconds = {name: usual[name] for name in run if name in usual}
+    return Forecast(run, disk, max((peaks.get(name, 0) for name in run), default=0), seconds)
 
 
 def _written(request: Request, parameters: Mapping[str, Shapes]) -> int:

@@ -12,7 +12,7 @@ from tilewright.runtime.bundle.write import check_replaceable
 from tilewright.runtime.errors import BundleError, ResourceError, UsageError, amount
 from tilewright.runtime.estimate import available_bytes
 
-__all__ = ["check_request", "check_room"]
+__all__ = ["check_request", "check_room", "free_room"]
 
 
 def check_request(request: Request) -> None:
@@ -41,6 +41,11 @@ def check_room(forecast: Forecast) -> None:
             f"stages {', '.join(forecast.stages)} need about {forecast.memory / 2**30:.1f} GiB of memory,"
             f" {free_memory / 2**30:.1f} GiB are free; use --verify never, or a larger machine"
         )
+
+
+def free_room(forecast: Forecast) -> tuple[dict[Path, int], int | None]:
+    """The bytes that are free in each place of a forecast, and in memory."""
+    return {place: shutil.disk_usage(_existing(place)).free for place in forecast.disk}, available_bytes()
 
 
 def _existing(path: Path) -> Path:

@@ -14,15 +14,16 @@ from pathlib import Path
 
 from tilewright.export.build.cache import Stage, filling, staging, write
 from tilewright.export.build.forecast import forecast, unverifiable
+from tilewright.export.build.history import note_of, remember
 from tilewright.export.build.preflight import check_request, check_room
 from tilewright.export.build.request import Request
 from tilewright.export.build.stage_list import all_remembered, list_stages
-from tilewright.runtime.bundle.digests import cache_dir, sha256_of_bytes, sha256_of_file
+from tilewright.runtime.bundle.digests import sha256_of_file
 from tilewright.runtime.bundle.read import read_bundle
 from tilewright.runtime.errors import BundleError
 from tilewright.runtime.estimate import peak_bytes, reset_peak
 
-__all__ = ["Cost", "build", "changes", "note_of", "up_to_date"]
+__all__ = ["Cost", "build", "changes", "up_to_date"]
 
 log = logging.getLogger("tilewright")
 Cost = dict[str, dict[str, float]]  # stage -> seconds and peak_bytes
@@ -52,8 +53,9 @@ def build(
             on_stage(stage.name, f"skipped: {skipped}", 0.0)
         elif (spent := _run(request, stage, on_stage, cost)) is not None:
             cost[stage.name] = spent
-    note = {"bundle": str(request.out.resolve()), "digest": read_bundle(request.out).digest}
-    write(note_of(request.out), json.dumps(note | {"stages": {s.name: s.inputs for s in stages}}, sort_keys=True))
+    inputs = {stage.name: stage.inputs for stage in stages}
+    seconds = {stage: spent["seconds"] for stage, spent in cost.items()}
+    remember(request, read_bundle(request.out).digest, inputs, seconds)
     return cost
 
 
@@ -107,8 +109,3 @@ def changes(request: Request, stages: list[Stage]) -> dict[str, list[str]]:
         elif not (request.out / "bundle.json").is_file():
             reasons[stage.name] = ["the bundle is missing"]
     return reasons
-
-
-def note_of(out: Path) -> Path:
-    """The file that remembers the last build of an output."""
-    return cache_dir() / "built" / f"{sha256_of_bytes(str(out.resolve()).encode())[:32]}.json"

@@ -20,6 +20,7 @@ from tilewright.export.graph.trace import network_on_meta
 from tilewright.export.system import Settings
 from tilewright.export.systems import system
 from tilewright.export.verify.memory import VERIFY_COPIES
+from tilewright.export.verify.repeat import Calls, Watched, commands
 from tilewright.export.verify.seams import PICTURES, seam_excess
 from tilewright.export.weights.files import mapped_tensor
 from tilewright.runtime.bundle.manifest import PRECISIONS
@@ -30,7 +31,7 @@ from tilewright.runtime.engines import Engine, backend
 from tilewright.runtime.engines.choose import choose_all
 from tilewright.runtime.engines.choose import require as require_engines
 from tilewright.runtime.engines.machine import processor, this_machine, usable_cores
-from tilewright.runtime.errors import AccuracyError, ResourceError, UsageError
+from tilewright.runtime.errors import AccuracyError, ResourceError, TilewrightError, UsageError
 from tilewright.runtime.estimate import available_bytes
 from tilewright.runtime.execute.walk import Job, run
 from tilewright.runtime.images.canvas import Enlarged
@@ -94,12 +95,16 @@ def verify(
         }
         job = _job(judge, size_px)
         job.inputs = gather(bundle, example_inputs(bundle))
-        eager_image = run(program, pairs, judge.constants, _told(job, on_progress, PARTS[0], program))
-        images, seconds = {}, {}
-        for i, (name, restorer) in enumerate(restorers.items()):  # after a call of each size, as the first takes longer
-            timed = _told(job, on_progress, PARTS[1], program, i, len(restorers))
-            images[name] = run(program, restorer.engines, restorer.constants, timed)
-            seconds[name] = timed.seconds
+        calls = Calls()
+        with _repeatable(root, calls):
+            watched = {n: Watched(pair, n, calls) for n, pair in pairs.items()}
+            eager_image = run(program, watched, judge.constants, _told(job, on_progress, PARTS[0], program))
+            images, seconds = {}, {}
+            for i, (name, restorer) in enumerate(restorers.items()):  # after a call of each size, as the first is slow
+                timed = _told(job, on_progress, PARTS[1], program, i, len(restorers))
+                watched = {n: Watched(engine, n, calls) for n, engine in restorer.engines.items()}
+                images[name] = run(program, watched, restorer.constants, timed)
+                seconds[name] = timed.seconds
         few = _few_steps(judge, SMALL_SEAM_STEPS if small else SEAM_STEPS)
         pictures = (PICTURES | {"photo": _photo}).items()
         seams = {
@@ -122,6 +127,7 @@ def verify(
                 "components": {
                     component: pair.report(name)
                     | {"seconds_per_megapixel": seconds[name].get(component, 0) / megapixels}
+                    | {"shapes": calls.last.get(component, {})}
                     for component, pair in pairs.items()
                     if name in pair.engines
                 },
@@ -136,6 +142,17 @@ def verify(
     for engine in report["engines"].values():
         engine["fault"] = _fault(engine)
     return report
+
+
+@contextlib.contextmanager
+def _repeatable(root: Path, calls: Calls) -> Iterator[None]:
+    """Add to an error the commands that repeat the first call that failed."""
+    try:
+        yield
+    except TilewrightError as error:
+        for component, shapes in [*calls.failed.items()][:1]:
+            error.repeat = commands(root, component, shapes)
+        raise
 
 
 def _engines(bundle: Bundle) -> tuple[list[str], dict[str, str]]:
@@ -261,11 +278,18 @@ def _job(restorer: Restorer, size_px: int | None) -> Job:
     )
 
 
-def require(report: Mapping[str, Any], precisions: Collection[str] = PRECISIONS) -> None:
-    """Refuse a report with an engine of these precisions that misses its gate, and tiles that show."""
+def require(report: Mapping[str, Any], precisions: Collection[str] = PRECISIONS, root: Path | None = None) -> None:
+    """Refuse a report with an engine of these precisions that misses its gate, and tiles that show.
+
+    With `root`, the place of the bundle, the error has the commands that repeat the component.
+    """
     for name, engine in report["engines"].items():
         if engine["precision"] in precisions and (fault := _fault(engine)):
-            raise AccuracyError(f"{name}: {fault}")
+            refusal = AccuracyError(f"{name}: {fault}")
+            missed = next((component for component, _ in _misses(engine["components"])), None)
+            if root is not None and missed is not None:
+                refusal.repeat = commands(root, missed, engine["components"][missed]["shapes"])
+            raise refusal
     for picture, excess in report["seams"].items():
         if not excess <= SEAM_GATE:
             raise AccuracyError(
@@ -287,19 +311,25 @@ def _fault(engine: Mapping[str, Any]) -> str | None:
             else f"the restored picture has {psnr:.1f} dB against eager PyTorch in float32, the gate is"
             f" {PSNR_GATE:.0f} dB; use an engine in float32, or judge the pictures and ask for this engine"
         )
-    for name, component in engine["components"].items():
+    return next((fault for _, fault in _misses(engine["components"])), None)
+
+
+def _misses(components: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The components that miss the gate of float32, and why."""
+    for name, component in components.items():
         for output, difference in component["outputs"].items():
             if not difference["relative_l2"] <= RELATIVE_L2_GATE:
-                return (
+                yield (
+                    name,
                     f"{name}.{output}: relative L2 {difference['relative_l2']:.2e} against eager PyTorch, the gate is"
-                    f" {RELATIVE_L2_GATE:.0e}; compare the versions of torch and the engine with the manifest's"
+                    f" {RELATIVE_L2_GATE:.0e}; compare the versions of torch and the engine with the manifest's",
                 )
         if component.get("choices", {}).get("wrong"):
-            return (
+            yield (
+                name,
                 f"{name}: {component['choices']['wrong']} of {component['choices']['total']} choices differ from eager"
-                " PyTorch by more than rounding explains; compare the versions of torch and the engine"
+                " PyTorch by more than rounding explains; compare the versions of torch and the engine",
             )
-    return None
 
 
 def example_inputs(bundle: Bundle) -> dict[str, Any]:

@@ -98,7 +98,7 @@ def test_a_check_that_measured_and_failed_tells_both_in_one_object(
         "fault": "c.o: differs",
         "restore": {"psnr_db": 3.0, "deviation": 1.0},
     }
-    judged |= {"components": {"c": {"outputs": {"o": {"relative_l2": 1.0, "max_abs": 2.0}}}}}
+    judged |= {"components": {"c": {"outputs": {"o": {"relative_l2": 1.0, "max_abs": 2.0}}, "shapes": {"x": [1, 3]}}}}
     report = {"engines": {"e": judged}, "skipped": {"f": "needs more"}, "seams": {}, "reference": "r", "image": "i"}
     report |= {"processor": "p", "threads": 1}
     monkeypatch.setattr("tilewright.export.verify.engines.verify", lambda root, **options: report)
@@ -106,6 +106,7 @@ def test_a_check_that_measured_and_failed_tells_both_in_one_object(
     said = capsys.readouterr()
     told = json.loads(said.out)
     assert told["engines"] == report["engines"] and told["error"]["kind"] == "AccuracyError"
+    assert "polygraphy run onnx/c.onnx --onnxrt --input-shapes 'x:[1,3]'" in told["error"]["message"]
     assert said.err == f"tilewright: {told['error']['message']}\n"
     assert main(["export", "verify", str(tmp_path)]) == 7
     said = capsys.readouterr()

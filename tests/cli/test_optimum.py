@@ -36,6 +36,12 @@ def test_a_bundle_that_optimum_builds_has_the_same_bytes(hitoksr_tiny: Path, tmp
     assert (tmp_path / "bundle" / "bundle.json").read_bytes() == (hitoksr_tiny / "bundle.json").read_bytes()
 
 
+def test_a_dry_run_takes_options_in_any_order(tmp_path: Path) -> None:
+    done = run(*OPTIMUM, "export", "tilewright", *TINY, "bundle", "--dry-run", "--json", folder=tmp_path)
+    assert done.returncode == 0 and json.loads(done.stdout)["stages"]
+    assert not [*tmp_path.iterdir()]
+
+
 @pytest.mark.parametrize(
     ("words", "code"),
     [
@@ -45,7 +51,7 @@ def test_a_bundle_that_optimum_builds_has_the_same_bytes(hitoksr_tiny: Path, tmp
         (("hitoksr", "-o", "b"), 2),
         (("hitoksr", "--random-weights", "0", "--preset", "tin", "-o", "b"), 2),
         (("hitoksr", "--weights", "absent", "-o", "b"), 8),
-        ((*TINY, "b", "--dry-run", "--explain", "--json"), 0),
+        (("hitoksr", "--weights", "absent", "-o", "b", "--json"), 8),
     ],
     ids=str,
 )

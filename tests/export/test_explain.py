@@ -8,8 +8,9 @@ import pytest
 
 from tilewright.cli.main import main
 from tilewright.export.build.cache import Stage
+from tilewright.export.build.history import note_of
 from tilewright.export.build.request import Request
-from tilewright.export.build.run import build, note_of
+from tilewright.export.build.run import build
 from tilewright.export.build.stage_list import list_stages
 from tilewright.export.explain import explain
 from tilewright.runtime.bundle.digests import sha256_of_file

@@ -1,10 +1,11 @@
 """verify: the comparison of engines with eager PyTorch."""
 
+import contextlib
 import importlib
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from tilewright.runtime.bundle.digests import sha256_of_file
 from tilewright.runtime.bundle.strict import to_json
 from tilewright.runtime.bundle.write import write_manifest
 from tilewright.runtime.engines import BACKENDS, ort
+from tilewright.runtime.errors import TilewrightError
 
 __all__ = ["REPORT", "stage"]
 
@@ -49,10 +51,24 @@ def _work(assembly: Assembly, directory: Path) -> None:
         trial / "weights.json", to_json(replace(weights, folders=folders))
     )  # weights that the build wrote are still in the cache
     write_manifest(trial, manifest)
-    report = verify(trial, fresh=False)
+    with _advising():
+        report = verify(trial, fresh=False)
     shutil.rmtree(trial)
     write(directory / REPORT, json.dumps(report, indent=2, sort_keys=True) + "\n")
     for name, engine in report["engines"].items():
         if engine["fault"] and engine["precision"] != "float32":  # it stays in the bundle, and is not the default
             LOG.warning("%s: %s", name, engine["fault"])
-    require(report, ("float32",))
+    with _advising():
+        require(report, ("float32",), trial)
+
+
+@contextlib.contextmanager
+def _advising() -> Iterator[None]:
+    """Say how to get a bundle in spite of an error, because commands that repeat the error need one."""
+    try:
+        yield
+    except TilewrightError as error:
+        if not error.repeat:
+            raise
+        advice = "--verify never builds the bundle, and 'tilewright export verify' then says how to repeat this alone"
+        raise type(error)(f"{error}; {advice}") from error

@@ -1,7 +1,7 @@
 """A graph cut into pieces that run one after another, so that a few tensors inside it can be looked at at a time.
 
-Looked at are the numbers that enter linear layers, convolutions, products of two activations, and our own ops: these
-are what an engine in 8 bits stores as 8 bits. Values that follow from weights alone are computed in each piece that
+Looked at are the numbers that enter linear layers, convolutions, attention and other products of two activations, also
+in our own ops: an engine in 8 bits stores them as 8 bits. Values that follow from weights alone are computed in each piece that
 reads them.
 """
 
@@ -14,7 +14,13 @@ import onnx
 __all__ = ["Observed", "Piece", "observed_tensors", "piece_model", "pieces"]
 
 OURS = "tilewright"
-CHANNELS = {"SiluConv": 1, "ConcatProject": -1, "QkvNormRope": -1, "CodebookFromHidden": -1}  # of the first input
+OURS_MULTIPLY = {  # op -> how many of its first inputs are multiplied by weights or by each other; the axis of channels
+    "SiluConv": (1, 1),
+    "ConcatProject": (2, -1),
+    "QkvNormRope": (2, -1),
+    "CodebookFromHidden": (1, -1),
+    "JointAttention": (6, None),
+}
 Observed = dict[str, int | None]  # tensor -> the axis of its channels, if it meets weights that have as many rows
 
 
@@ -42,10 +48,13 @@ def observed_tensors(graph: onnx.GraphProto) -> Observed:
 def _entrances(node: onnx.NodeProto, fixed: Mapping[str, Any]) -> Iterator[tuple[int, int | None]]:
     """The inputs of a node that are looked at, each with the axis of its channels."""
     if node.domain == OURS:
-        axis = next((axis for op, axis in CHANNELS.items() if node.op_type.startswith(op)), None)
-        yield from ((place, axis if place == 0 else None) for place in range(len(node.input)))
+        op = node.op_type.partition("_without_")[0]
+        count, axis = OURS_MULTIPLY.get(op, (0, None))
+        yield from ((place, axis) for place in range(count))
     elif node.domain:
         return
+    elif node.op_type == "Attention":
+        yield from ((place, None) for place in range(3))
     elif node.op_type in ("Conv", "ConvTranspose"):
         yield 0, 1 if node.input[1] in fixed else None
     elif node.op_type in ("MatMul", "Gemm"):

@@ -76,18 +76,23 @@ def test_the_numbers_that_enter_layers_are_looked_at_and_weights_are_not() -> No
     }
 
 
-def test_the_inputs_of_our_ops_are_looked_at_too() -> None:
+def test_the_factors_of_our_ops_and_of_attention_are_looked_at_too() -> None:
     nodes = [
         helper.make_node("ConcatProject_without_c", ["x", "w", "h"], ["a"], domain="tilewright"),
-        helper.make_node("JointAttention", ["q", "k", "v", "a", "a", "a"], ["b", "c"], domain="tilewright"),
+        helper.make_node("ConcatProject", ["x", "c", "w", "h"], ["a2"], domain="tilewright"),
+        helper.make_node(
+            "QkvNormRope_without_c_hq", ["a", "w", "w", "w", "cos", "sin"], ["q", "k", "v"], domain="tilewright"
+        ),
+        helper.make_node("JointAttention", ["q", "k", "v", "q2", "k2", "v2"], ["b", "b2"], domain="tilewright"),
         helper.make_node("SiluConv_without_bias", ["b", "kernel"], ["d"], domain="tilewright"),
-        helper.make_node("Attention", ["d", "d", "d"], ["e"]),
+        helper.make_node("CodebookNearest", ["d", "w"], ["indices", "codes"], domain="tilewright"),
+        helper.make_node("Attention", ["q3", "k3", "v3", "mask"], ["e"]),
         helper.make_node("FusedMatMul", ["e", "w"], ["f"], domain="com.microsoft"),
     ]
     weights = [helper.make_tensor(name, TensorProto.FLOAT, [1], [0]) for name in ("w", "kernel")]
-    graph = helper.make_graph(nodes, "ours", [], [], weights)
-    expected = {"x": -1, "h": None, "q": None, "k": None, "v": None, "a": None, "b": 1}
-    assert observed_tensors(graph) == expected
+    factors = dict.fromkeys(("q", "k", "v", "q2", "k2", "v2", "q3", "k3", "v3"))
+    expected = {"x": -1, "c": -1, "a": -1, "b": 1} | factors
+    assert observed_tensors(helper.make_graph(nodes, "ours", [], [], weights)) == expected
 
 
 class Seen(dict[str, Any]):

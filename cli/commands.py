@@ -13,6 +13,7 @@ __all__ = ["COMPLETION", "GROUPS", "SHELLS", "as_typed", "parse", "parser", "wit
 GROUPS = {  # name -> the module that adds its verbs, and its help
     "export": ("tilewright.cli.export", "build, inspect and verify bundles"),
     "runtime": ("tilewright.cli.runtime", "restore images with a bundle"),
+    "calib": ("tilewright.cli.calib", "calibrate bundles for 8 bits: statistics of the numbers inside their networks"),
     "kernels": ("tilewright.cli.kernels", "list, check and time the ops"),
 }
 COMPLETION = "completion"

@@ -7,6 +7,10 @@ from types import FrameType
 
 __all__ = ["ending", "kept", "main"]
 
+KEPT = {  # command -> what stays when it is stopped
+    "export build": "; finished stages of a build are kept",
+    "calib collect": "; finished images are kept, the same command goes on from there",
+}
 ENDINGS = {signal.SIGINT: ("interrupted", 130), signal.SIGTERM: ("terminated", 143)}
 RETRY_S = 0.05
 UNBROKEN = {"_locked", "keep_at_stop", "staging", "writing"}  # they make and remove temporary files, or keep work
@@ -35,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
 
         words = sys.argv[1:] if argv is None else argv
         ending, code = ENDINGS[signal.Signals(_stopped_by[0] if _stopped_by else signal.SIGINT)]
-        hint = "; finished stages of a build are kept" if words[:2] == ["export", "build"] else ""
+        hint = KEPT.get(" ".join(words[:2]), "")
         say_error(
             f"{ending}{hint}{kept(error)}", code, ending.capitalize(), to=sys.stdout if "--json" in words else None
         )

@@ -80,6 +80,8 @@ class Calls:
             if self.watcher_sleeps:
                 self.watched.notify()
         try:
+            if begin := getattr(device, "begin", None):
+                begin([its_block.step for _, its_block, _ in batch.nodes])
             results = device.run(call.run, feed, call.outputs)
         except Exception as error:
             if running.stopping:

@@ -26,6 +26,7 @@ __all__ = [
     "assemble",
     "check_format",
     "check_overwrite",
+    "check_place",
     "check_room",
     "check_writable",
     "encode_image",
@@ -80,6 +81,11 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     suffix = Path(path).suffix
     if suffix.lower() not in _WRITERS:
         raise UsageError(f"{path} has the suffix {suffix!r}, which no writer knows: use one of {', '.join(_WRITERS)}")
+    check_place(path)
+
+
+def check_place(path: str | os.PathLike[str]) -> None:
+    """Refuse a path that no file can be written to."""
     target = Path(path).resolve()
     if target.is_dir():
         raise UsageError(f"{path} is a directory: name a file")

@@ -17,7 +17,7 @@ from tilewright.export.systems import names
 
 BUILD = within(parser(["export", "build"]), ["export", "build"])
 ASKED = [  # a line up to the cursor, and the words that the shell offers
-    ("tilewright ", {"export", "runtime", "kernels", "completion", "--help", "--version"}),
+    ("tilewright ", {"export", "runtime", "calib", "kernels", "completion", "--help", "--version"}),
     ("tilewright ex", {"export"}),
     ("tilewright export st", {"stand-in"}),
     ("tilewright export build ", set(names())),
@@ -30,6 +30,7 @@ ASKED = [  # a line up to the cursor, and the words that the shell offers
     ("tilewright runtime restore picture.png out.png --bundle ", {"folder"}),
     ("tilewright runtime restore --memory ", {"fast", "low"}),
     ("tilewright runtime select --scores picture.png pic", {"picture.png"}),
+    ("tilewright calib collect folder ", {"folder"}),
     ("tilewright completion ", {"bash", "zsh", "fish"}),
     ("tilewright nosuch ", set()),
 ]

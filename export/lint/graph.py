@@ -10,7 +10,6 @@ import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
-from onnx_ir.passes.common.shape_inference import infer_shapes
 
 from tilewright.export.lint.table import kind
 from tilewright.kernels.face import DOMAIN
@@ -152,8 +151,9 @@ def _infer(model: ir.Model, functions: set[ir.OperatorIdentifier]) -> None:
     for node in copy.graph.all_nodes():
         if node.op_type == "GroupNormalization" and not node.domain:
             node.op_type = "InstanceNormalization"  # onnx infers nothing behind the other
-    infer_shapes(copy, check_type=False, strict_mode=False, data_prop=True)
-    inferred = {value.name: value for node in copy.graph.all_nodes() for value in node.outputs}
+    # not onnx_ir's pass: it leaves out larger constants, which may be sizes
+    told = ir.from_proto(onnx.shape_inference.infer_shapes(ir.to_proto(copy), strict_mode=False, data_prop=True))
+    inferred = {value.name: value for node in told.graph.all_nodes() for value in node.outputs}
     for node in model.graph.all_nodes():
         for value in node.outputs:
             known = inferred.get(value.name)

@@ -17,6 +17,7 @@ HERE = {  # pages whose commands run here, one page after the other in one direc
     "demo/hitoksr": ROOT / "demo" / "hitoksr" / "README.md",
     "demo/in-token": ROOT / "demo" / "in-token" / "README.md",
     "builds": ROOT / "docs" / "builds.md",
+    "targets": ROOT / "docs" / "targets.md",
     "bundle": ROOT / "docs" / "bundle.md",
     "command-line": ROOT / "docs" / "command-line.md",
     "install": ROOT / "docs" / "install.md",

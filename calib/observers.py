@@ -12,6 +12,7 @@ The file's metadata tells what was observed, as texts of JSON.
 """
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import reduce
@@ -129,8 +130,9 @@ def _parts(observations: Mapping[int, Observation]) -> Iterator[npt.NDArray[Any]
         yield np.stack(channels)
 
 
-def read_observations(path: Path) -> tuple[Observations, dict[str, Any]]:
+def read_observations(path: str | os.PathLike[str]) -> tuple[Observations, dict[str, Any]]:
     """The observations in a file, and what was observed."""
+    path = Path(path)
     try:
         facts = {name: json.loads(text) for name, text in safetensors_metadata(path).items()}
         if facts.pop("format", None) != FORMAT:

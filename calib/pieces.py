@@ -1,8 +1,8 @@
 """A graph cut into pieces that run one after another, so that a few tensors inside it can be looked at at a time.
 
-Looked at are the numbers that enter linear layers, convolutions, attention and other products of two activations,
-also in our own ops: an engine in 8 bits stores them as 8 bits. Values that follow from weights alone are computed in
-each piece that reads them.
+Looked at are the numbers that enter linear layers, convolutions, attention and other products of two activations, also
+in our own ops: an engine in 8 bits stores them as 8 bits. Values that follow from weights alone are computed in each
+piece that reads them.
 """
 
 from collections.abc import Iterable, Iterator, Mapping

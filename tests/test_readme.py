@@ -25,7 +25,8 @@ HERE = {  # pages whose commands run here, one page after the other in one direc
     "python": ROOT / "docs" / "python.md",
     "runtime": ROOT / "docs" / "runtime.md",
 }
-ELSEWHERE = {  # pages whose commands need a system's files, and the test that runs them on tiny ones
+ELSEWHERE = {  # pages whose commands need files that are not here, and the test that runs them on tiny ones
+    "calibration": "calib/test_docs.py",
     "flux": "export/systems/test_docs.py",
     "instantir": "export/systems/test_docs.py",
     "hitoksr": "export/systems/test_hitoksr.py",
@@ -137,7 +138,7 @@ def test_commands_in_running_text_exist(file: Path) -> None:
         words = line.split()
         if (target := make_target(line)) is not None:
             assert target in TARGETS, line
-        elif words[1] in ("export", "runtime", "kernels") and len(words) > 2:
+        elif words[1] in ("export", "runtime", "calib", "kernels") and len(words) > 2:
             assert words[2] in verbs_of(words[1]), line
             assert set(OPTION.findall(line)) <= options_of(*words[1:3]), line
 

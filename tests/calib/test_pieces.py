@@ -7,10 +7,12 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from tilewright.calib.pieces import observed_tensors, pieces
 from tilewright.calib.watch import WatchedEngine
+from tilewright.export.verify.engines import eager_network
 from tilewright.runtime.bundle.read import read_bundle
 
 GENERATOR = np.random.default_rng(0)
@@ -173,3 +175,36 @@ def test_the_graphs_of_a_real_bundle_compute_the_same_in_pieces(hitoksr_tiny: Pa
             np.testing.assert_allclose(array, expected[tensor], rtol=1e-3, atol=1e-4, err_msg=tensor)
         codes = {"codes": outputs["codes"]} if name == "generate" else {}
         engine.close()
+
+
+def weight_behind(graph: onnx.GraphProto, name: str) -> str:
+    """The initializer that a tensor is made of."""
+    makers = {output: node for node in graph.node for output in node.output}
+    while name in makers:
+        name = makers[name].input[0]
+    return name
+
+
+def test_layers_are_seen_with_the_numbers_that_enter_the_eager_networks_modules(hitoksr_tiny: Path) -> None:
+    bundle = read_bundle(hitoksr_tiny)
+    component, seen = bundle.manifest.components["generate"], Seen()
+    engine = watched(bundle.path(component.graph), bundle.files_of("generate"), seen)
+    feed = {"image": GENERATOR.random((1, 3, 64, 64), np.float32)}
+    engine.run(feed, list(component.outputs))
+
+    eager, entered = eager_network(bundle, "generate", None), dict[str, np.ndarray]()
+    for name, module in eager.network.named_modules():
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
+            module.register_forward_hook(lambda _, args, out, name=name: entered.update({name: args[0].numpy()}))
+    eager.run(feed, list(component.outputs))
+
+    graph, compared = engine.model.graph, set()
+    for node in graph.node:
+        layer = weight_behind(graph, node.input[1]).removesuffix(".weight") if len(node.input) > 1 else ""
+        if node.op_type in ("Conv", "MatMul", "Gemm") and layer in entered:
+            ours, theirs = seen[node.input[0]], entered[layer]
+            assert ours.size == theirs.size
+            np.testing.assert_allclose(ours.reshape(theirs.shape), theirs, rtol=1e-3, atol=1e-4, err_msg=layer)
+            compared.add(layer)
+    assert len(compared) > 0.8 * len(entered), entered.keys() - compared
+    engine.close()

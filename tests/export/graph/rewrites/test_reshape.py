@@ -66,6 +66,19 @@ GRAPHS = {
         0,
         [],
     ),
+    "two sizes that were computed for the Reshape before": (
+        """g (float[k, 12] x, float[n, m] like) => (float[n, m, 3, 4] y)
+        <float[n, m, 12] a, int64[1] width = {12}> {
+            sizes = Shape (like)
+            to = Concat <axis = 0> (sizes, width)
+            a = Reshape (x, to)
+            heads = Constant <value_ints = [0, 0, 3, 4]> ()
+            y = Reshape (a, heads)
+        }""",
+        ["Concat", "Reshape", "Shape"],
+        1,
+        [],
+    ),
     "one Unsqueeze stays": (
         """g (float[n, 12] x) => (float[n, 12, 1] y) {
             last = Constant <value_ints = [2]> ()

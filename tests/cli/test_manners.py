@@ -63,7 +63,7 @@ def test_the_version_is_told_by_the_script_the_module_and_python() -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["exprot"], "group 'exprot' is not one of export, runtime, kernels, completion; did you mean export?"),
+        (["exprot"], "group 'exprot' is not one of export, runtime, calib, kernels, completion; did you mean export?"),
         (
             ["runtime", "restroe"],
             "verb 'restroe' is not one of restore, plan, simulate, select, doctor, profile; did you mean restore?",

@@ -345,6 +345,10 @@ def _triton_repo(arguments: argparse.Namespace) -> None:
 
 
 def _verify(arguments: argparse.Namespace) -> None:
+    from tilewright.runtime.bundle.read import read_bundle
+
+    read_bundle(arguments.bundle, expect=arguments.expect)  # a wrong place is refused before PyTorch is loaded
+
     from tilewright.export.verify.engines import PARTS, measurement, require, verify
     from tilewright.runtime.bundle.digests import writing
     from tilewright.runtime.bundle.measured import remember

@@ -423,6 +423,8 @@ class _Paired:
         with torch.no_grad():
             scores, exact = self.eager.network.winners(image)[0], self.exact.winners(image.double())
         rounding = float((scores.double() - exact[0]).abs().max())
+        if not math.isfinite(rounding):  # no choice would be decided, and any engine would pass
+            raise AccuracyError("the scores of the choices are not finite in eager PyTorch; check the weights")
         return exact[1].numpy(), (exact[0][..., 0] - exact[0][..., 1] > UNDECIDED * rounding).numpy()
 
     def _compare_choices(

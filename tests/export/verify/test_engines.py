@@ -4,10 +4,12 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from tilewright.cli.main import main
-from tilewright.export.verify.engines import require, verify
+from tilewright.export.verify.engines import _Paired, eager_network, require, verify
 from tilewright.runtime.bundle.read import read_bundle
 from tilewright.runtime.bundle.write import write_manifest
 from tilewright.runtime.errors import AccuracyError, ResourceError
@@ -63,6 +65,17 @@ def test_verification_notices_an_engine_that_computes_something_else(
     capsys.readouterr()
     assert main(["export", "verify", str(bundle)]) == AccuracyError.exit_code == 7
     assert capsys.readouterr().err.startswith("tilewright: ort-float32: decode.image: relative L2")
+
+
+def test_choices_by_scores_that_are_not_finite_are_refused(hitoksr_tiny: Path) -> None:
+    eager = eager_network(read_bundle(hitoksr_tiny), "generate", None)
+    name, weight = next((n, p) for n, p in eager.network.named_parameters() if p.dim() == 2)
+    module, _, parameter = name.rpartition(".")
+    broken = torch.nn.Parameter(torch.full_like(weight, torch.nan))
+    setattr(eager.network.get_submodule(module), parameter, broken)
+    image = np.random.Generator(np.random.Philox(key=0)).random((1, 3, 64, 64), np.float32)
+    with pytest.raises(AccuracyError, match=r"^the scores .* are not finite in eager PyTorch; check the weights"):
+        _Paired({}, eager).run({"image": image}, eager.names)
 
 
 def test_a_bundle_too_large_to_verify_is_refused_before_it_is_tried(

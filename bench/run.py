@@ -21,7 +21,18 @@ from tilewright.export.tokenizers import put, stand_in_clip
 from tilewright.runtime.profile import hardware
 
 HERE = Path(__file__).parent
-PACKAGES = ("torch", "diffusers", "onnxruntime", "onnx", "onnxscript", "onnx-ir", "transformers", "numpy", "pillow")
+PACKAGES = [
+    "torch",
+    "diffusers",
+    "onnxruntime",
+    "openvino",
+    "onnx",
+    "onnxscript",
+    "onnx-ir",
+    "transformers",
+    "numpy",
+    "pillow",
+]
 
 
 def tilewright(*words: object) -> None:
@@ -64,6 +75,12 @@ def hitoksr(work: Path) -> None:
     many = work / "toksr-tiny"
     tilewright("export", "build", "toksr", "--preset", "tiny", "--random-weights", 0, "-o", many)
     bench("devices", "--large", full, "--many", many)
+    several, standard, folder = work / "several", work / "standard", work / "engines"
+    words = ("export", "build", "hitoksr", "--preset", "full", "--random-weights", 0, "--verify", "never")
+    tilewright(*words, "--target", "ort,openvino", "--precision", "float32,bfloat16", "-o", several)
+    tilewright(*words, "--ops", "standard", "-o", standard)
+    tilewright("export", "onnx", standard, "--fold", "-o", folder / "onnx")
+    bench("cpu_engines", "--bundle", several, "--work", folder)
 
 
 def flux(work: Path) -> None:

@@ -6,6 +6,7 @@ import os
 import pty
 import resource
 import select
+import shutil
 import socket
 import subprocess
 import sys
@@ -102,13 +103,14 @@ def test_a_check_that_measured_and_failed_tells_both_in_one_object(
     report = {"engines": {"e": judged}, "skipped": {"f": "needs more"}, "seams": {}, "reference": "r", "image": "i"}
     report |= {"processor": "p", "threads": 1}
     monkeypatch.setattr("tilewright.export.verify.engines.verify", lambda root, **options: report)
-    assert main(["export", "verify", str(tmp_path), "--json"]) == 7
+    copy = shutil.copytree(bundle, tmp_path / "b")
+    assert main(["export", "verify", str(copy), "--json"]) == 7
     said = capsys.readouterr()
     told = json.loads(said.out)
     assert told["engines"] == report["engines"] and told["error"]["kind"] == "AccuracyError"
     assert "polygraphy run onnx/c.onnx --onnxrt --input-shapes 'x:[1,3]'" in told["error"]["message"]
     assert said.err == f"tilewright: {told['error']['message']}\n"
-    assert main(["export", "verify", str(tmp_path)]) == 7
+    assert main(["export", "verify", str(copy)]) == 7
     said = capsys.readouterr()
     assert "c.o: relative L2 1.0e+00" in said.out and said.err == f"tilewright: {told['error']['message']}\n"
 

@@ -58,6 +58,7 @@ def test_the_error_from_a_histogram_is_that_of_the_raw_numbers(numbers: np.ndarr
         assert mean_squared_error(histogram, spread(format, lowest, highest)) == pytest.approx(raw, rel=0.05)
 
 
+@pytest.mark.slow
 @EACH
 @pytest.mark.parametrize("format", [INT8, E4M3FN, E5M2], ids=lambda format: format.name)
 def test_no_other_symmetric_range_has_a_smaller_error(numbers: np.ndarray, format: Format) -> None:

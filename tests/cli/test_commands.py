@@ -85,6 +85,7 @@ def test_a_dry_run_predicts_and_leaves_nothing(tmp_path: Path) -> None:
     assert {path.parent.name for path in (tmp_path / "c").glob("build/*/*")} == {"parameters"}  # names and shapes
 
 
+@pytest.mark.slow
 def test_explain_names_the_input_that_changed(hitoksr_tiny: Path) -> None:
     words = ("export", "build", "hitoksr", "--preset", "tiny", "--random-weights", "5", "-o", hitoksr_tiny)
     said = tilewright(*words, "--dry-run", "--explain").stderr

@@ -29,6 +29,7 @@ def modules(code: str) -> set[str]:
     return set(done.stdout.splitlines()[-1].split())
 
 
+@pytest.mark.slow
 def test_a_bundle_that_optimum_builds_has_the_same_bytes(hitoksr_tiny: Path, tmp_path: Path) -> None:
     done = run(*OPTIMUM, "export", "tilewright", *TINY, "bundle", "--json", folder=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -65,6 +65,7 @@ def same(target: str = "out.png") -> bool:
     return Path(target).read_bytes() == Path("right.png").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "code", "word"),
     [(signal.SIGTERM, 143, "terminated"), pytest.param(signal.SIGINT, 130, "interr", marks=pytest.mark.slow)],

@@ -63,6 +63,7 @@ def assert_same(ours, theirs):
             np.testing.assert_array_equal(other, array)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ops", "reader"),
     [*(("standard", reader) for reader in READERS), *(("tilewright", reader) for reader in FUNCTIONS)],

@@ -42,6 +42,7 @@ def parameters(component: str) -> dict[str, tuple[int, ...]]:
     return {name: shape for name, shape in named.items() if not name.endswith("embeddings.mask_token")}
 
 
+@pytest.mark.slow
 @COMPONENTS
 def test_every_parameter_is_an_unresolved_reference_by_its_name_in_the_state_dict(traced, component):
     graph = ir.load(traced / f"{component}.onnx").graph

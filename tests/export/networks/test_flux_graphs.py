@@ -117,6 +117,7 @@ def graphs(tmp_path_factory) -> dict[str, Opened]:
     return Lazily(open_it)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GRAPHS)
 def test_the_graph_needs_each_parameter_and_has_plain_operators(graphs, name):
     model, eager = graphs[name].model, graphs[name].eager

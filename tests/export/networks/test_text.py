@@ -153,6 +153,7 @@ def assert_runs_as_eager(network: Any, ids: torch.Tensor) -> None:
         assert np.linalg.norm(ours - expected) <= 1e-5 * np.linalg.norm(expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", LENGTHS)
 def test_t5s_graph_runs_as_eager_pytorch_does(t5s, length):
     assert_needs_each_parameter(t5s[length])

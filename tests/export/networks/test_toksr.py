@@ -121,6 +121,7 @@ def answers(network: nn.Module, inputs: dict[str, Tensor], z: Tensor, t: float) 
     return without + SCALARS["guidance"] * (answer(label) - without)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", few_quick(SOURCES, "default", "detokenise"))
 def test_the_graph_needs_each_parameter_and_has_plain_operators(networks, name):
     model, _, eager = networks[name]

@@ -268,6 +268,7 @@ def networks(tmp_path_factory, opened) -> dict[str, Any]:
     return Lazily(open_it)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SOURCES)
 def test_the_graph_needs_each_parameter_and_has_plain_operators(networks, name):
     model, _, eager = networks[name]

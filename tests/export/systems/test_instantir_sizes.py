@@ -204,6 +204,7 @@ def test_every_size_is_the_files(folder: Folder) -> None:
     assert (tiles.px, tiles.overlap_px) == expected
 
 
+@pytest.mark.slow
 def test_the_schedule_is_the_schedulers(folder: Folder) -> None:
     """Noise levels and times, and what the last step leads to."""
     steps = SYSTEM.program(folder.settings).passes[-2].steps
@@ -234,6 +235,7 @@ def test_networks_are_the_libraries(folder: Folder) -> None:
     assert 0.05 < latent.std() < 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
 def test_a_whole_restoration_is_the_references(folder: Folder, sampler: str) -> None:
     """The program over the networks."""

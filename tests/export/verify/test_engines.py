@@ -48,6 +48,7 @@ def test_an_engine_in_bfloat16_is_judged_by_its_picture(hitoksr_tiny: Path) -> N
     require(report, ("float32",))
 
 
+@pytest.mark.slow
 def test_verification_notices_an_engine_that_computes_something_else(
     hitoksr_tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -112,6 +112,7 @@ def once_each(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return dict(pairs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_a_mutated_document_is_refused_in_one_line_or_read_to_what_it_says(bundle, name, monkeypatch):
     monkeypatch.setenv("TILEWRIGHT_CACHE_DIR", os.devnull)  # a note of every digest would cost more than the reading

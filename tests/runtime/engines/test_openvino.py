@@ -143,6 +143,7 @@ print(before, "torch" in sys.modules)
     assert torch == "False"
 
 
+@pytest.mark.slow
 def test_a_call_is_stopped_from_another_thread_between_two_nodes(tmp_path):
     side, count = 1024, 2000  # about a minute
     ends = ([helper.make_tensor_value_info(name, TensorProto.FLOAT, [side, side])] for name in ("v0", f"v{count}"))

@@ -93,6 +93,7 @@ class Interrupted:
 GRIDS = [(128, 192, 64), (64, 64, 64), (128, 320, 128)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("devices", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 3))])
 @pytest.mark.parametrize("system", SYSTEMS)

@@ -22,7 +22,7 @@ import numpy as np
 from tilewright.runtime.bundle.external_data import External, external_data, with_inputs
 from tilewright.runtime.bundle.manifest import EngineSpec
 from tilewright.runtime.bundle.read import Bundle
-from tilewright.runtime.bundle.strict import one_line
+from tilewright.runtime.engines.explained import DAMAGED, MEMORY, OTHER_GRAPH, OTHER_SIZE, Reason, explained
 from tilewright.runtime.errors import BundleError, EnvironmentMismatch, ResourceError, TilewrightError, UsageError
 
 __all__ = ["PACKAGES", "OpenvinoEngine", "missing", "open_engine", "open_graph", "version"]
@@ -35,12 +35,9 @@ LEAST_THREADS = 2
 PRODUCTS = ("MatMul", "Convolution", "GroupConvolution")  # too much work for float32
 WIDTHS = {"bfloat16": np.uint16}  # NumPy has no type for it
 
-OTHER_SIZE = "the graph does not take this size: use the bundle's own --tile, or rebuild the bundle for this one"
-OTHER_GRAPH = "the graph is not the one that bundle.json describes: rebuild the bundle"
-MEMORY = "use a smaller --tile or --memory low"
 
 # words of OpenVINO's messages, the error that they mean, and what to do; the first that fit count
-REASONS: tuple[tuple[str, type[TilewrightError], str], ...] = (
+REASONS: tuple[Reason, ...] = (
     ("failed to allocate|bad_alloc|out of memory|memory descriptor|memory object", ResourceError, MEMORY),
     (
         "no conversion rule",
@@ -50,7 +47,7 @@ REASONS: tuple[tuple[str, type[TilewrightError], str], ...] = (
     (
         "unable to read the model|conversion is failed|wasn't fully converted",
         BundleError,
-        "the graph is damaged: copy the bundle again, or rebuild the bundle",
+        DAMAGED,
     ),
     ("are incompatible|node with name", UsageError, OTHER_SIZE),  # a node refuses its inputs
 )
@@ -269,14 +266,4 @@ def _before(node: Any) -> dict[str, Any]:
 
 def _explained(graph: Path, what: str, error: Exception) -> TilewrightError:
     """An error of OpenVINO with what to do about it."""
-    text = " ".join(str(error).split())
-    reason = one_line(NOISE.sub("", text).strip())
-    if isinstance(error, MemoryError):
-        return ResourceError(f"{graph}: {version()} {what} ({reason}); {MEMORY}")
-    for words, kind, advice in REASONS:
-        if re.search(words, text, re.IGNORECASE):
-            return kind(f"{graph}: {version()} {what} ({reason}); {advice}")
-    return BundleError(
-        f"{graph}: {version()} {what} ({reason}); verify the bundle with 'tilewright export verify';"
-        " if it finds no fault, rebuild the bundle or install another version of openvino"
-    )
+    return explained(graph, version(), what, error, REASONS, NOISE)

@@ -20,6 +20,7 @@ from tilewright.runtime.bundle.manifest import EngineSpec
 from tilewright.runtime.bundle.read import Bundle
 from tilewright.runtime.bundle.strict import one_line
 from tilewright.runtime.engines.arena import give_back, take_shared
+from tilewright.runtime.engines.explained import DAMAGED, MEMORY, OTHER_GRAPH, OTHER_SIZE, Reason, explained
 from tilewright.runtime.errors import (
     BundleError,
     EnvironmentMismatch,
@@ -57,16 +58,14 @@ def native_library() -> Path | None:
     return Path(path) if path and (Path(path).is_file() or "TILEWRIGHT_NATIVE" in os.environ) else None
 
 
-OTHER_SIZE = "the graph does not take this size: use the bundle's own --tile, or rebuild the bundle for this one"
-OTHER_GRAPH = "the graph is not the one that bundle.json describes: rebuild the bundle"
 NEWER_GRAPH = "this version of ONNX Runtime is too old for the graph: pip install -U onnxruntime"
 
 # words of ONNX Runtime's messages, the error that they mean, and what to do; the first that fit count
-REASONS: tuple[tuple[str, type[TilewrightError], str], ...] = (
+REASONS: tuple[Reason, ...] = (
     (
         "allocate|bad_alloc|out of memory|size overflowed|exceeds the supported maximum of",
         ResourceError,
-        "use a smaller --tile or --memory low",
+        MEMORY,
     ),
     ("invalid (dimensions|rank) for input", UsageError, OTHER_SIZE),
     ("unexpected input data type|required inputs|invalid (input|output) name", BundleError, OTHER_GRAPH),
@@ -85,7 +84,7 @@ REASONS: tuple[tuple[str, type[TilewrightError], str], ...] = (
     (
         "protobuf|invalid.graph|invalid model|type error",
         BundleError,
-        "the graph is damaged: copy the bundle again, or rebuild the bundle",
+        DAMAGED,
     ),
     (
         "external (data|initializer)|no such file|out of bounds",
@@ -200,17 +199,7 @@ def open_graph(
 
 def _explained(graph: Path, what: str, error: Exception) -> TilewrightError:
     """An error of ONNX Runtime with what to do about it."""
-    text = " ".join(str(error).split())
-    reason = one_line(NOISE.sub("", text))
-    if isinstance(error, MemoryError):
-        return ResourceError(f"{graph}: {version()} {what} ({reason}); {REASONS[0][2]}")
-    for words, kind, advice in REASONS:
-        if re.search(words, text, re.IGNORECASE):
-            return kind(f"{graph}: {version()} {what} ({reason}); {advice}")
-    return BundleError(
-        f"{graph}: {version()} {what} ({reason}); verify the bundle with 'tilewright export verify';"
-        " if it finds no fault, rebuild the bundle or install another version of onnxruntime"
-    )
+    return explained(graph, version(), what, error, REASONS, NOISE)
 
 
 def _with_places(graph: Path, files: Mapping[str, Path]) -> tuple[bytes, Path]:

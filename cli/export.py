@@ -345,9 +345,9 @@ def _triton_repo(arguments: argparse.Namespace) -> None:
 
 
 def _verify(arguments: argparse.Namespace) -> None:
-    from tilewright.runtime.bundle.read import read_bundle
+    from tilewright.runtime.bundle.read import require_bundle
 
-    read_bundle(arguments.bundle, expect=arguments.expect)  # a wrong place is refused before PyTorch is loaded
+    require_bundle(arguments.bundle)  # before PyTorch is loaded
 
     from tilewright.export.verify.engines import PARTS, measurement, require, verify
     from tilewright.runtime.bundle.digests import writing

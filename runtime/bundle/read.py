@@ -23,7 +23,7 @@ from tilewright.runtime.bundle.strict import from_json, one_line, schema
 from tilewright.runtime.bundle.weights import Weights, check_graphs, check_weights, checked_folder, location
 from tilewright.runtime.errors import BundleError, UsageError
 
-__all__ = ["PIN", "Bundle", "json_schema", "read_bundle"]
+__all__ = ["PIN", "Bundle", "json_schema", "read_bundle", "require_bundle"]
 
 LOG = logging.getLogger("tilewright")
 
@@ -93,6 +93,12 @@ class Bundle:
 
 
 @refusals_in_one_line()
+def require_bundle(root: Path) -> None:
+    """Refuse a place that is no bundle at all. No file is read."""
+    if not is_file(root / "bundle.json"):
+        raise BundleError(f"{root}: no bundle.json there; give the directory that 'tilewright export build' made")
+
+
 def read_bundle(root: str | os.PathLike[str], *, expect: str | None = None, fresh: bool = False) -> Bundle:
     """Read a bundle and check all sealed files and the program. A bad one is refused in one line.
 
@@ -100,8 +106,7 @@ def read_bundle(root: str | os.PathLike[str], *, expect: str | None = None, fres
     digest.
     """
     root = Path(root)
-    if not is_file(root / "bundle.json"):
-        raise BundleError(f"{root}: no bundle.json there; give the directory that 'tilewright export build' made")
+    require_bundle(root)
     where = str(root / "bundle.json")
     text = bytes_of(root / "bundle.json")
     digest = sha256_of_bytes(text)

@@ -1,6 +1,5 @@
 """`export triton-repo`: its files, its model on a stand-in of the server's module, and in the server itself."""
 
-import importlib.util
 import json
 import re
 import shutil
@@ -17,6 +16,7 @@ from google.protobuf import text_format
 from PIL import Image
 from safetensors.numpy import save_file
 
+from support.modules import module_at
 from support.scenes import noise
 from support.triton_server import NO_MESSAGES, ask, model_config, served, server
 from tilewright.cli.main import main
@@ -78,12 +78,7 @@ def opened(repository: Path) -> Any:
     text = (repository / "tilewright" / "config.pbtxt").read_text()
     said = re.findall(r'key: "(\w+)" value \{ string_value: (".*") \}', text)
     config = {"parameters": {key: {"string_value": json.loads(value)} for key, value in said}}
-    file = repository / "tilewright" / "1" / "model.py"
-    spec = importlib.util.spec_from_file_location("model", file)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    model = module.TritonPythonModel()
+    model = module_at(repository / "tilewright" / "1" / "model.py").TritonPythonModel()
     folder = {"model_repository": str(repository / "tilewright"), "model_version": "1"}
     model.initialize({"model_config": json.dumps(config), **folder})
     return model

@@ -20,6 +20,8 @@ from typing import Any
 
 import pytest
 
+from support.modules import module_at
+
 __all__ = ["NO_MESSAGES", "ask", "model_config", "served", "server"]
 
 NAME = "TRITON_SERVER"
@@ -34,11 +36,7 @@ def model_config() -> Any:
     if found is None or found.origin is None:
         return None
     file = Path(found.origin).parent / "grpc" / "model_config_pb2.py"  # its package would load grpc
-    spec = importlib.util.spec_from_file_location("model_config_pb2", file)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.ModelConfig
+    return module_at(file).ModelConfig
 
 
 @pytest.fixture(scope="session")

@@ -59,6 +59,10 @@ def _again(number: int, frame: FrameType | None) -> None:
     if hasattr(signal, "setitimer") and _must_end(frame):
         signal.setitimer(signal.ITIMER_REAL, RETRY_S)
         return
+    if "--verbose" not in sys.argv:
+        import logging
+
+        logging.disable()  # a library may log what it makes of this exception
     raise KeyboardInterrupt
 
 

@@ -99,6 +99,7 @@ def require_bundle(root: Path) -> None:
         raise BundleError(f"{root}: no bundle.json there; give the directory that 'tilewright export build' made")
 
 
+@refusals_in_one_line()
 def read_bundle(root: str | os.PathLike[str], *, expect: str | None = None, fresh: bool = False) -> Bundle:
     """Read a bundle and check all sealed files and the program. A bad one is refused in one line.
 

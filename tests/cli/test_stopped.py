@@ -40,3 +40,31 @@ def test_a_signal_ends_an_endless_call(staged, tmp_path: Path, monkeypatch, what
     assert running.returncode == code, said
     assert said.startswith("tilewright: interrupted" if code == 130 else "tilewright: terminated")
     assert said.count("\n") == 1 and not Path("out.png").exists()
+
+
+LIBRARY = """
+import logging, os, signal, sys, time
+from tilewright.cli import main
+
+def run(words):
+    library = logging.getLogger("library")
+    library.addHandler(logging.StreamHandler())
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+    except KeyboardInterrupt:
+        library.exception("what a library says of an exception")
+        raise
+
+main._run = run
+sys.exit(main.main())
+"""
+
+
+@pytest.mark.parametrize("words", [(), ("--verbose",)])
+def test_what_a_library_logs_of_a_signal_is_shown_only_when_asked_for(words) -> None:
+    ended = subprocess.run([sys.executable, "-c", LIBRARY, *words], capture_output=True, text=True)
+    assert ended.returncode == 143
+    assert ended.stderr.splitlines()[-1] == "tilewright: terminated"
+    assert ("what a library says" in ended.stderr) == bool(words)
+    assert len(ended.stderr.splitlines()) == 1 or words

@@ -1,6 +1,7 @@
 """The plan of a component: compiled once for a graph, a GPU and the options, and kept in the cache of builds."""
 
 import json
+import logging
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from tilewright.export.plans.repeat import commands
 from tilewright.export.plans.timing import Card, default_place, read_timings, write_timings
 from tilewright.export.targets import engine_folder
 from tilewright.export.targets.tensorrt import prepare, spec, typed
+from tilewright.kernels.face import DOMAIN
 from tilewright.runtime.bundle.digests import cache_dir, sha256_of_bytes, writing
 from tilewright.runtime.bundle.external_data import external_data, relocated
 from tilewright.runtime.bundle.manifest import EngineSpec, Needs, Range
@@ -26,6 +28,7 @@ from tilewright.runtime.errors import EnvironmentMismatch, TilewrightError
 __all__ = ["compile_plan", "this_card"]
 
 OLDEST = {"float32": (7, 5), "bfloat16": (8, 0)}  # compute capability
+LOG = logging.getLogger("tilewright")
 INSPECTED = "inspected.json"
 
 
@@ -100,7 +103,8 @@ def _stage(
             weight: maps[files[e.location]][e.offset : e.offset + e.length] for weight, e in external.items()
         }
         assert weights.keys() <= references.keys()
-        _register_plugins(card)
+        if DOMAIN.encode() in graph:  # it takes seconds to load them
+            _register_plugins(card)
         timings = options.timings or default_place(card)
         start = time.perf_counter()
         try:
@@ -121,10 +125,11 @@ def _stage(
 
 
 def _register_plugins(card: Card) -> None:
-    """Make our plugins known, for this GPU. They need Triton; without it our nodes run as their functions."""
+    """Make our plugins known, for this GPU. They need PyTorch and Triton; without, our nodes run as their functions."""
     try:
         from tilewright.kernels.tensorrt import register
-    except ImportError:
+    except ImportError as error:
+        LOG.warning("our kernels are not in the plan, standard operators are: %s", error)
         return
     register(10 * card.capability[0] + card.capability[1])
 

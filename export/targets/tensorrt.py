@@ -26,14 +26,20 @@ def missing() -> str | None:
 
 def typed(model: Any, precision: str) -> None:
     """Give a portable graph the types of a precision: TensorRT casts nothing by itself."""
+    from onnx_ir.passes.common import ShapeInferencePass
+
     from tilewright.export.graph.rewrites.bfloat16 import bfloat16
 
     if precision == "bfloat16":
+        if any(value.dtype is None for node in model.graph for value in node.outputs):
+            ShapeInferencePass()(model)
         bfloat16(model)
 
 
 def prepare(model: Any) -> bool:
     """Replace our nodes that are no plugins by standard operators; returns whether there were any."""
+    if not model.functions:  # it takes seconds to load all ops
+        return False
     from onnx_ir.passes.common import InlinePass
 
     from tilewright.kernels.face import DOMAIN

@@ -54,10 +54,10 @@ void* stub_object(int kind) {
     object->implementation = object;
     return object;
 }
-// a message for the logger of Python: `log` is the first method of an ILogger
-void stub_log(void* logger, int severity, const char* text) {
+// a message for the logger of Python
+void stub_log(void* logger, int method, int severity, const char* text) {
     using Log = void (*)(void*, int, const char*);
-    (*reinterpret_cast<Log**>(logger))[0](logger, severity, text);
+    (*reinterpret_cast<Log**>(logger))[method](logger, severity, text);
 }
 
 // the numbers of the kinds are the order of KINDS in library.py

@@ -51,6 +51,7 @@ CAPTURED = ctypes.CFUNCTYPE(None)
 TYPES = {1: "FLOAT", 10: "HALF", 16: "BF16", 7: "INT64", 6: "INT32", 9: "BOOL"}  # of ONNX -> of TensorRT
 WIDTHS = {"FLOAT": 4, "HALF": 2, "BF16": 2, "INT64": 8, "INT32": 4, "BOOL": 1}
 ERROR = 1  # a logger's severity
+LOG = (0, 4)  # the number of its method
 
 
 class Dims(ctypes.Structure):
@@ -116,7 +117,7 @@ class Library:
         return ctypes.addressof(buffer)
 
     def log(self, logger: int, message: str) -> None:
-        self.library.stub_log(ctypes.c_void_p(logger), ERROR, message.encode())
+        self.library.stub_log(ctypes.c_void_p(logger), LOG[self.major], ERROR, message.encode())
 
     def _made(self, kind: str, first: int, second: int) -> int:
         if kind == "parser":
@@ -152,7 +153,7 @@ class Library:
             "model": base64.b64encode(n.model.SerializeToString()).decode(),
             "weights": {name: [TYPES[w.data_type], int(np.prod(w.dims))] for name, w in external.items()},
             "profiles": [p.shapes for p in c.profiles],
-            "flags": sorted(self.trt.BuilderFlag(flag).name for flag in c.flags),
+            "flags": [name for name, flag in self.trt.BuilderFlag.__members__.items() if int(flag) in c.flags],
         }
         return self.host_memory(b"plan" + json.dumps(plan).encode())
 
@@ -185,7 +186,8 @@ class Library:
     def parser_parse(self, parser: Any) -> int:
         model = parser.model
         lacking = [w.name for w in model.graph.initializer if w.external_data and w.name not in parser.weights]
-        unknown = [node for node in model.graph.node if node.op_type == "Nosuch" or node.domain == "tilewright"]
+        known = {(function.domain, function.name) for function in model.functions}
+        unknown = [n for n in model.graph.node if n.domain and (n.domain, n.op_type) not in known]
         for node in unknown:
             reason = "Plugin not found, are the plugin name, version, and namespace correct?"
             parser.errors.append((node.name, node.op_type, reason))

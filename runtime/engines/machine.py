@@ -21,7 +21,7 @@ MAJOR, MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
 NUMBERS = ("cpu family", "model", "stepping", "CPU implementer", "CPU part")  # x86, Arm
 VARIANTS = {  # other packages with the same module
     "onnxruntime": ("onnxruntime-gpu", "onnxruntime-openvino"),
-    "tensorrt": ("tensorrt-cu13", "tensorrt-cu12", "tensorrt-cu13-bindings", "tensorrt-cu12-bindings"),
+    "tensorrt": ("tensorrt-cu13", "tensorrt-cu12"),
 }
 
 

@@ -30,6 +30,9 @@ def place_with(version: str, library: Path, config: pytest.Config, place: Path, 
     else:
         shutil.copytree(Path(str(metadata.distribution(PACKAGE).locate_file("tensorrt_bindings"))), place / MODULE)
     (place / "tensorrt").symlink_to(MODULE)
+    told = place / f"tensorrt-{version}.dist-info" / "METADATA"
+    told.parent.mkdir()
+    told.write_text(f"Metadata-Version: 2.1\nName: tensorrt\nVersion: {version}\n")
     (place / "libstub.so").symlink_to(_compiled(library, shared, "g++", "-O1"))
     for name in LIBRARIES:
         (place / MODULE / f"lib{name}.so.{version.split('.')[0]}").symlink_to((place / "libstub.so").resolve())

@@ -58,12 +58,12 @@ class Gpu:
         except (OSError, AttributeError) as error:
             raise EnvironmentMismatch(f"no GPU here: NVIDIA's driver does not load ({error})") from None
         device, context, stream = ctypes.c_int(), Handle(), Handle()
-        name = ctypes.create_string_buffer(NAME_BYTES)
+        text = ctypes.create_string_buffer(NAME_BYTES)
         self.call("cuInit", 0)
         self.call("cuDeviceGet", ctypes.byref(device), number)
-        self.call("cuDeviceGetName", name, NAME_BYTES, device)
+        self.call("cuDeviceGetName", text, NAME_BYTES, device)
         self.call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
-        self.name, self.context = name.value.decode(errors="replace"), context
+        self.name, self.context = text.value.decode(errors="replace"), context
         self.use()
         self.call("cuStreamCreate", ctypes.byref(stream), NOT_BLOCKING)
         self.stream = int(stream.value or 0)

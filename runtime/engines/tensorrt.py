@@ -70,7 +70,7 @@ def logger() -> Any:
     """A logger for all objects of TensorRT, which keeps the last errors in `told`."""
     trt = _tensorrt()
 
-    class Logger(trt.ILogger):  # type: ignore[misc]
+    class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.told: list[str] = []

@@ -8,7 +8,7 @@ from tilewright.runtime.bundle.measured import on_processor
 from tilewright.runtime.bundle.read import Bundle
 from tilewright.runtime.engines.choose import choose_all, largest_batch, require, tile_sides
 from tilewright.runtime.engines.machine import this_machine, usable_cores
-from tilewright.runtime.execute.devices import cpu_names
+from tilewright.runtime.execute.devices import device_names
 from tilewright.runtime.inputs import whole
 
 __all__ = ["Setup", "set_up"]
@@ -43,7 +43,7 @@ def set_up(
     """Choose engines and devices; options as for `load`."""
     threads = whole("threads", threads, 0, MOST_THREADS)
     side = None if tile is None else whole("tile", tile, 0)
-    names = cpu_names(devices)
+    names = device_names(devices)
     if len(names) > 1 and not threads:
         threads = max(1, usable_cores() // len(names))
     components = {name: bundle.manifest.components[name] for name in sorted(bundle.program.components())}

@@ -144,8 +144,9 @@ class Block:
 class Tensor:
     """An array in the memory of a GPU. The memory goes back with the last name of the tensor."""
 
-    def __init__(self, gpu: Gpu, shape: tuple[int, ...], dtype: Any) -> None:
+    def __init__(self, gpu: Gpu, shape: tuple[int, ...], dtype: Any, holder: Any = None) -> None:
         self.gpu, self.shape, self.dtype = gpu, shape, np.dtype(dtype)
+        self.holder = holder  # the device that gives it to the host
         self.nbytes = self.dtype.itemsize * int(np.prod(shape))
         self.block = Block(gpu, max(1, self.nbytes))
 

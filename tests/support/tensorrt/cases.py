@@ -38,6 +38,7 @@ from tilewright.runtime.errors import (
     ResourceError,
     UsageError,
 )
+from tilewright.runtime.restore import load
 
 PICTURE = np.random.default_rng(0).random((1, 3, 24, 40), np.float32)
 SHARPEN = MANIFEST.components["sharpen"]
@@ -331,6 +332,33 @@ def test_a_full_disk_leaves_the_bundle_as_it_was(bundle, monkeypatch, capsys):
     assert main(["export", "compile", str(bundle), "--target", "tensorrt", "--precision", "float32"]) == 5
     monkeypatch.undo()
     assert "\n" not in capsys.readouterr().err.strip() and read_bundle(bundle).digest == digest
+
+
+def test_a_picture_is_restored_on_a_gpu_as_on_the_cpu(bundle, library):
+    plan_of(bundle)
+    pixels = np.random.default_rng(1).integers(0, 256, (70, 90, 3), np.uint8)
+    on_gpu = load(bundle, devices=["cuda:0"]).restore(pixels)
+    on_cpu = load(bundle).restore(pixels)
+    assert on_gpu.engines == {"sharpen": "tensorrt-float32-sm90"} and on_gpu.devices == ("cuda:0",)
+    assert on_cpu.engines == {"sharpen": "ort-float32"} and sum(on_gpu.tiles.values()) > 4
+    np.testing.assert_array_equal(on_gpu.image, on_cpu.image)
+    assert "context.run" in library.calls
+    with refused(UsageError, "a GPU runs alone, and it must be the first; use cuda:0"):
+        load(bundle, devices=["cuda:0", "cpu:0"])
+    with refused(UsageError, "use cuda:0"):
+        load(bundle, devices=["cuda:1"])
+
+
+@pytest.mark.parametrize(
+    "words", ["export inspect", "export space", "export explain", "runtime plan 64 64", "export lint"]
+)
+def test_other_verbs_know_plans(bundle, words, capsys):
+    plan_of(bundle)
+    group, verb, *more = words.split()
+    more = [*more, "--bundle", str(bundle), "--devices", "cuda:0"] if verb == "plan" else [str(bundle)]
+    more += ["--target", "tensorrt"] if verb == "lint" else []
+    assert main([group, verb, *more]) == 0
+    assert ("tensorrt-float32-sm90" in capsys.readouterr().out) == (verb != "space")
 
 
 def test_weights_stay_with_the_host_if_that_is_asked_for(bundle, library):

@@ -13,14 +13,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tilewright.calib.pieces import OURS_MULTIPLY, multiplied_by, observed_tensors
+from tilewright.export.graph.ops import node_names
 from tilewright.export.verify.eager import eager_network
-from tilewright.kernels.table import KERNELS
 from tilewright.runtime.bundle.read import Bundle
 
 __all__ = ["EagerEngine"]
 
 Look = Callable[[str, Any, int | None], None]
-OURS = {getattr(torch.ops.tilewright, op.name).default: op.face.name for op in KERNELS.values() if op.face}
+OURS = node_names()
 PRODUCTS = {  # op of PyTorch -> the places of its two factors
     torch.ops.aten.addmm.default: (1, 2),
     torch.ops.aten.mm.default: (0, 1),

@@ -8,6 +8,7 @@ from tilewright.runtime.bundle.measured import on_processor
 from tilewright.runtime.bundle.read import Bundle
 from tilewright.runtime.engines.choose import choose_all, largest_batch, require, tile_sides
 from tilewright.runtime.engines.machine import this_machine, usable_cores
+from tilewright.runtime.engines.trust import strangers
 from tilewright.runtime.execute.devices import cpu_names
 from tilewright.runtime.inputs import whole
 
@@ -47,10 +48,11 @@ def set_up(
     if len(names) > 1 and not threads:
         threads = max(1, usable_cores() // len(names))
     components = {name: bundle.manifest.components[name] for name in sorted(bundle.program.components())}
-    packages = {package for c in components.values() for spec in c.engines for package in spec.needs.packages}
+    packages = {package for c in components.values() for spec in c.engines for package in spec.needs.versions_of}
     machine = this_machine(packages, {name.partition(":")[0] for name in names})
     known, sides = on_processor(bundle.root, machine.processor), tile_sides(bundle.program, side)
-    specs = require(choose_all(components, machine, engine, measured=known, sides=sides))
+    strange = strangers(bundle.manifest)
+    specs = require(choose_all(components, machine, engine, measured=known, sides=sides, strange=strange))
     most = largest_batch(specs.values())
     if batch is not None:
         bundle = replace(bundle, program=bundle.program.batched(whole("batch", batch, 1, most)))

@@ -29,6 +29,7 @@ class Assembly:
     attached: Path
     constants: Path
     optimised: Path
+    compiled: Path | None  # none: no target makes machine code
 
     def weights(self) -> Weights:
         """The weights that the bundle's graphs read, without those of the build and those that folding removed."""
@@ -43,8 +44,9 @@ class Assembly:
         root.mkdir(exist_ok=True)
         for name in request.components:
             shutil.copyfile(self.optimised / f"{name}.onnx", root / f"{name}.onnx")
-        if (self.optimised / "engines").is_dir():
-            shutil.copytree(self.optimised / "engines", root / "engines")
+        for stage in (self.optimised, self.compiled):
+            if stage and (stage / "engines").is_dir():
+                shutil.copytree(stage / "engines", root / "engines", dirs_exist_ok=True)
         weights = self.weights()
         write(root / "weights.json", to_json(weights))
         shutil.copytree(self.constants, root, dirs_exist_ok=True)
@@ -100,7 +102,7 @@ def engines(
     parameters = sum(math.prod(r.shape) for r in weights.tensors.get(component, {}).values())
     specs = []
     for target, precision in pairs:
-        graph = f"{engine_folder(component, target)}/model.onnx"
+        graph = f"{engine_folder(component, target)}/{target_module(target).file(precision)}"
         graph = graph if (root / graph).is_file() else f"{component}.onnx"
         specs.append(target_module(target).spec(precision, graph, memory(target), parameters))
     exact = [spec for spec in specs if spec.precision == "float32"]

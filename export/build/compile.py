@@ -10,6 +10,9 @@ from pathlib import Path
 
 from tilewright.export.build.assembly import engines
 from tilewright.export.build.cache import staging
+from tilewright.export.build.stages.compile import compile_into
+from tilewright.export.system import Settings
+from tilewright.export.systems import system
 from tilewright.export.targets import engine_folder, engines_of, target_module
 from tilewright.runtime.bundle.manifest import Component, EngineSpec, Memory
 from tilewright.runtime.bundle.read import Bundle, read_bundle
@@ -43,6 +46,8 @@ def compile_engines(
         for name, component in bundle.manifest.components.items():
             for target in targets:
                 _prepare(bundle, name, target, folder)
+            for target, precision in pairs:
+                _compile(bundle, name, target, precision, folder)
             added = engines(folder, name, pairs, bundle.weights, partial(_memory, component))
             components[name] = _with(component, added)
         names = tuple(dict.fromkeys(f"{target}-{precision}" for target, precision in pairs))
@@ -70,11 +75,18 @@ def _prepare(bundle: Bundle, component: str, target: str, folder: Path) -> None:
     import onnx_ir as ir
 
     model = ir.load(bundle.path(bundle.manifest.components[component].graph))
+    shutil.rmtree(folder / engine_folder(component, target), ignore_errors=True)
     file = folder / engine_folder(component, target) / "model.onnx"
-    file.unlink(missing_ok=True)
     if target_module(target).prepare(model):
         file.parent.mkdir(parents=True, exist_ok=True)
         ir.save(model, file)
+
+
+def _compile(bundle: Bundle, component: str, target: str, precision: str, folder: Path) -> None:
+    """Compile the network of a component, if the target makes machine code."""
+    settings = Settings.from_json(bundle.manifest.options["settings"])
+    spec = system(bundle.manifest.system).components(settings)[component]
+    compile_into(folder, target, precision, component, spec, bundle.weights.tensors.get(component, {}))
 
 
 def _with(component: Component, added: Iterable[EngineSpec]) -> Component:

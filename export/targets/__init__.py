@@ -2,8 +2,14 @@
 
 FROM_BUNDLE                                   whether a sealed bundle's portable graph is enough to prepare from
 PRECISIONS                                    the precisions of its engines, the most accurate first
+file(precision) -> str                        the name of an engine's file in the folder of the component and target
 prepare(model) -> bool                        rewrites a copy of the portable graph for the backend; whether it changed
 spec(precision, graph, memory, parameters)    the description of the engine of this precision with this graph
+
+A target that makes engines of networks instead of graphs has two functions more:
+
+compiler() -> dict                                    the parts of this machine that its engines depend on
+compile_component(source, stored, precision, folder)  writes an engine's files into the folder
 """
 
 import importlib
@@ -15,7 +21,7 @@ from tilewright.runtime.errors import UsageError
 
 __all__ = ["TARGETS", "engine_folder", "engines_of", "target_module"]
 
-TARGETS = {name: f"tilewright.export.targets.{name}" for name in ("ort", "openvino")}
+TARGETS = {name: f"tilewright.export.targets.{name}" for name in ("ort", "openvino", "aoti")}
 
 
 def target_module(name: str) -> ModuleType:

@@ -5,7 +5,7 @@ from typing import Any
 
 from tilewright.runtime.bundle.manifest import EngineSpec, Memory, Needs
 
-__all__ = ["FROM_BUNDLE", "PRECISIONS", "prepare", "spec"]
+__all__ = ["FROM_BUNDLE", "PRECISIONS", "file", "prepare", "spec"]
 
 FROM_BUNDLE = True
 PRECISIONS = ("float32", "bfloat16")
@@ -13,6 +13,11 @@ INSTRUCTIONS = {"bfloat16": ("avx512_bf16",)}  # without them OpenVINO would com
 CORES = {"bfloat16": 2}  # as in runtime/engines/openvino.py
 VERSION = "2026.4"  # the least that was tested
 WIDTHS = {"float32": 4, "bfloat16": 2}
+
+
+def file(precision: str) -> str:
+    """The name of an engine's file."""
+    return "model.onnx"
 
 
 def prepare(model: Any) -> bool:

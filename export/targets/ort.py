@@ -4,10 +4,15 @@ from typing import Any
 
 from tilewright.runtime.bundle.manifest import EngineSpec, Memory, Needs
 
-__all__ = ["FROM_BUNDLE", "PRECISIONS", "prepare", "spec"]
+__all__ = ["FROM_BUNDLE", "PRECISIONS", "file", "prepare", "spec"]
 
 FROM_BUNDLE = False  # its rewrites need shapes, which the portable graph does not keep
 PRECISIONS = ("float32",)
+
+
+def file(precision: str) -> str:
+    """The name of an engine's file."""
+    return "model.onnx"
 
 
 def prepare(model: Any) -> bool:

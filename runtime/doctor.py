@@ -34,7 +34,7 @@ NOTABLE_ARM = ("asimd", "asimddp", "bf16", "i8mm", "sve", "sve2")
 def diagnose(bundle: Bundle | None, wish: str | None = None) -> tuple[dict[str, Any], EnvironmentMismatch | None]:
     """A report on this machine and on every engine of a bundle, and the fault if a component has no engine here."""
     components = bundle.manifest.components if bundle else {}
-    machine = this_machine({p for c in components.values() for spec in c.engines for p in spec.needs.versions_of})
+    machine = this_machine({p for c in components.values() for spec in c.engines for p in spec.needs.packages})
     known = on_processor(bundle.root, machine.processor) if bundle else {}
     sides = tile_sides(bundle.program) if bundle else {}
     strange = strangers(bundle.manifest) if bundle else {}

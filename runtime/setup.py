@@ -48,7 +48,7 @@ def set_up(
     if len(names) > 1 and not threads:
         threads = max(1, usable_cores() // len(names))
     components = {name: bundle.manifest.components[name] for name in sorted(bundle.program.components())}
-    packages = {package for c in components.values() for spec in c.engines for package in spec.needs.versions_of}
+    packages = {package for c in components.values() for spec in c.engines for package in spec.needs.packages}
     machine = this_machine(packages, {name.partition(":")[0] for name in names})
     known, sides = on_processor(bundle.root, machine.processor), tile_sides(bundle.program, side)
     strange = strangers(bundle.manifest)

@@ -29,7 +29,6 @@ class Assembly:
     attached: Path
     constants: Path
     optimised: Path
-    compiled: Path | None  # none: no target makes machine code
 
     def weights(self) -> Weights:
         """The weights that the bundle's graphs read, without those of the build and those that folding removed."""
@@ -44,9 +43,8 @@ class Assembly:
         root.mkdir(exist_ok=True)
         for name in request.components:
             shutil.copyfile(self.optimised / f"{name}.onnx", root / f"{name}.onnx")
-        for stage in (self.optimised, self.compiled):
-            if stage and (stage / "engines").is_dir():
-                shutil.copytree(stage / "engines", root / "engines", dirs_exist_ok=True)
+        if (self.optimised / "engines").is_dir():
+            shutil.copytree(self.optimised / "engines", root / "engines")
         weights = self.weights()
         write(root / "weights.json", to_json(weights))
         shutil.copytree(self.constants, root, dirs_exist_ok=True)
@@ -58,6 +56,7 @@ class Assembly:
                 spec.inputs,
                 spec.outputs,
                 engines(root, name, request.engines, weights, partial(_memory, memory[name])),
+                dict(spec.px),
             )
             for name, spec in request.components.items()
         }
@@ -102,7 +101,7 @@ def engines(
     parameters = sum(math.prod(r.shape) for r in weights.tensors.get(component, {}).values())
     specs = []
     for target, precision in pairs:
-        graph = f"{engine_folder(component, target)}/{target_module(target).file(precision)}"
+        graph = f"{engine_folder(component, target)}/model.onnx"
         graph = graph if (root / graph).is_file() else f"{component}.onnx"
         specs.append(target_module(target).spec(precision, graph, memory(target), parameters))
     exact = [spec for spec in specs if spec.precision == "float32"]

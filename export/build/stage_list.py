@@ -6,7 +6,7 @@ from pathlib import Path
 from tilewright.export.build.assembly import Assembly
 from tilewright.export.build.cache import Stage
 from tilewright.export.build.request import Request
-from tilewright.export.build.stages import attach, compile, constants, optimise, seal, trace, verify
+from tilewright.export.build.stages import attach, constants, optimise, seal, trace, verify
 from tilewright.runtime.bundle.digests import remembered_sha256, sha256_of_file
 
 __all__ = ["all_remembered", "list_stages", "quick_digest"]
@@ -19,12 +19,7 @@ def list_stages(request: Request, digest: Callable[[Path], str] = sha256_of_file
     traced = trace.stage(request)
     optimised = optimise.stage(request, traced, attached)
     stages = [attached, computed, traced, optimised]
-    compiled = None
-    if compile.compiled_targets(request.targets):
-        compiled = compile.stage(request, traced, attached)
-        stages.append(compiled)
-    machine_code = compiled.directory if compiled else None
-    assembly = Assembly(request, attached.directory, computed.directory, optimised.directory, machine_code)
+    assembly = Assembly(request, attached.directory, computed.directory, optimised.directory)
     if request.verify != "never":
         stages.append(verify.stage(assembly, {stage.name: stage for stage in stages}))
     return [*stages, seal.stage(assembly, {stage.name: stage for stage in stages})]

@@ -1,15 +1,11 @@
 """From a portable graph to engines. Each target is one file:
 
 FROM_BUNDLE                                   whether a sealed bundle's portable graph is enough to prepare from
+COMPILED                                      whether its engines are made from a sealed bundle, after its build
 PRECISIONS                                    the precisions of its engines, the most accurate first
-file(precision) -> str                        the name of an engine's file in the folder of the component and target
+missing() -> str | None                       what this machine lacks to make its engines, and what to do
 prepare(model) -> bool                        rewrites a copy of the portable graph for the backend; whether it changed
 spec(precision, graph, memory, parameters)    the description of the engine of this precision with this graph
-
-A target that makes engines of networks instead of graphs has two functions more:
-
-compiler() -> dict                                    the parts of this machine that its engines depend on
-compile_component(source, stored, precision, folder)  writes an engine's files into the folder
 """
 
 import importlib
@@ -17,11 +13,11 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from tilewright.runtime.bundle.manifest import PRECISIONS
-from tilewright.runtime.errors import UsageError
+from tilewright.runtime.errors import EnvironmentMismatch, UsageError
 
-__all__ = ["TARGETS", "engine_folder", "engines_of", "target_module"]
+__all__ = ["TARGETS", "check_makeable", "engine_folder", "engines_of", "target_module"]
 
-TARGETS = {name: f"tilewright.export.targets.{name}" for name in ("ort", "openvino", "aoti")}
+TARGETS = {name: f"tilewright.export.targets.{name}" for name in ("ort", "openvino", "cuda", "tensorrt", "aoti")}
 
 
 def target_module(name: str) -> ModuleType:
@@ -46,6 +42,13 @@ def engines_of(targets: Sequence[str], precisions: Sequence[str]) -> list[tuple[
         advice = f"add target {makers[0]!r}" if makers else "leave it out"
         raise UsageError(f"precision={lacking[0]!r} is none that {' or '.join(targets)} makes; {advice}")
     return [(target, p) for target in targets for p in able[target] if p in precisions]
+
+
+def check_makeable(targets: Sequence[str]) -> None:
+    """Refuse targets whose engines cannot be made on this machine."""
+    for target in targets:
+        if reason := target_module(target).missing():
+            raise EnvironmentMismatch(reason)
 
 
 def engine_folder(component: str, target: str) -> str:

@@ -5,6 +5,7 @@ it, on the kind of CPU or GPU that made it.
 """
 
 import contextlib
+import importlib.util
 import json
 import logging
 import re
@@ -21,12 +22,13 @@ from tilewright.runtime.bundle.manifest import EngineSpec, Memory, Needs
 from tilewright.runtime.bundle.program import TensorSpec
 from tilewright.runtime.engines.aoti import SIZES
 from tilewright.runtime.engines.choose import Machine
-from tilewright.runtime.engines.machine import this_machine
-from tilewright.runtime.errors import BuildError, EnvironmentMismatch
+from tilewright.runtime.engines.machine import compute_capability, this_machine
+from tilewright.runtime.errors import BuildError
 
-__all__ = ["FROM_BUNDLE", "PRECISIONS", "compile_component", "compiler", "file", "prepare", "spec"]
+__all__ = ["COMPILED", "FROM_BUNDLE", "PRECISIONS", "compile_network", "file", "machine", "missing", "prepare", "spec"]
 
 FROM_BUNDLE = True
+COMPILED = True
 PRECISIONS = ("float32", "bfloat16")
 # instruction sets that a C++ compiler uses when it may use all of this CPU's
 COMPILED = re.compile(r"sse4_2|avx\w*|amx\w*|fma|f16c|bmi[12]|abm|movbe|popcnt|gfni|sve\w*|asimd\w*|bf16|i8mm|atomics")
@@ -50,54 +52,49 @@ def prepare(model: Any) -> bool:
 
 def device() -> str:
     """The device for which packages are made here: the GPU, if PyTorch can use one."""
-    return "cuda" if this_machine().compute_capability else "cpu"
+    return "cuda" if compute_capability() else "cpu"
 
 
-def _compiled(machine: Machine) -> tuple[str, ...]:
-    return tuple(name for name in machine.instructions if COMPILED.fullmatch(name))
+def _compiled(here: Machine) -> tuple[str, ...]:
+    return tuple(name for name in here.instructions if COMPILED.fullmatch(name))
 
 
-def compiler() -> dict[str, str]:
-    """The parts of this machine that a package depends on, for the key of a stage. Without a compiler it is refused."""
-    try:
-        import torch
-        from torch._inductor.cpp_builder import get_cpp_compiler
+def missing() -> str | None:
+    """What this machine lacks to make packages, or none."""
+    if importlib.util.find_spec("torch") is None:
+        return "target 'aoti' needs PyTorch: pip install 'tilewright[export]'"
+    from torch._inductor import config
 
-        command = get_cpp_compiler()
-    except ImportError as error:
-        raise EnvironmentMismatch(f"target 'aoti' needs PyTorch ({error}): pip install 'tilewright[export]'") from error
-    except Exception as error:  # PyTorch's error for this has no documented class
-        raise EnvironmentMismatch(
-            "target 'aoti' needs a C++ compiler, and PyTorch finds none: install g++, or name one with CXX"
-        ) from error
-    if shutil.which(command) is None:
-        raise EnvironmentMismatch(
-            f"target 'aoti' needs a C++ compiler, and {command!r} is none: install g++, or set CXX"
-        )
-    machine = this_machine(["triton"])
+    named = [name for name in config.cpp.cxx if name]  # CXX, or g++
+    if not any(shutil.which(name) for name in named):
+        return f"target 'aoti' needs a C++ compiler, and {named[0]!r} is none: install g++, or name one with CXX"
+    return None
+
+
+def machine() -> dict[str, str]:
+    """The parts of this machine that a package depends on, for the key of a stage."""
+    from torch._inductor import config
+
+    here = this_machine(["torch", "triton"])
     return {
-        "torch": str(torch.__version__),
-        "triton": machine.packages.get("triton", "not installed"),
-        "compiler": command,
+        **{f"version {package}": here.packages.get(package, "none") for package in ("torch", "triton")},
+        "compiler": str(config.cpp.cxx),
         "device": device(),
-        "instructions": " ".join(_compiled(machine)),
-        "compute capability": str(machine.compute_capability),
+        "instructions": " ".join(_compiled(here)),
+        "compute capability": str(here.compute_capability),
     }
 
 
 def spec(precision: str, graph: str, memory: Memory, parameters: int) -> EngineSpec:
     """The description of the engine."""
-    machine, place = this_machine(), device()
-    needs = Needs(
-        _compiled(machine) if place == "cpu" else (),
-        machine.compute_capability if place == "cuda" else None,
-        exactly={"torch": machine.packages["torch"].partition("+")[0]},
-    )
+    here, place = this_machine(), device()
+    versions = {"torch": here.packages["torch"].partition("+")[0]}
+    needs = Needs(_compiled(here) if place == "cpu" else (), here.compute_capability, versions, exactly=True)
     files = (graph, str(PurePosixPath(graph).with_suffix(".safetensors")))
     return EngineSpec(f"aoti-{precision}", "aoti", place, precision, files, needs, memory=memory)
 
 
-def compile_component(source: ComponentSpec, stored: Mapping[str, str], precision: str, folder: Path) -> None:
+def compile_network(source: ComponentSpec, stored: Mapping[str, str], precision: str, folder: Path) -> None:
     """Write a component's package, and the constants that its network computes, into a folder.
 
     `stored`: the type in which each weight is stored.

@@ -86,19 +86,13 @@ class Needs:
     compute_capability: tuple[int, int] | None = None  # of the GPU, at least
     packages: dict[str, str] = field(default_factory=dict)  # package -> least version
     cores: int = field(default=1, metadata={"minimum": 1})  # of the CPU, at least
-    exactly: dict[str, str] = field(default_factory=dict)  # package -> the only version
-
-    @property
-    def versions_of(self) -> set[str]:
-        """The packages whose versions count."""
-        return self.packages.keys() | self.exactly.keys()
+    exactly: bool = False  # this compute capability and these versions, and no later ones
 
     def __post_init__(self) -> None:
         check_limits(self)
-        for kind, versions in (("least", self.packages), ("only", self.exactly)):
-            for package, version in versions.items():
-                if not VERSION.fullmatch(version):
-                    raise ValueError(f"{kind} version {version!r} of {package!r} is not like 1.22")
+        for package, version in self.packages.items():
+            if not VERSION.fullmatch(version):
+                raise ValueError(f"least version {version!r} of {package!r} is not like 1.22")
 
 
 @dataclass(frozen=True)
@@ -157,6 +151,7 @@ class Component:
     inputs: dict[str, TensorSpec]
     outputs: dict[str, TensorSpec]
     engines: tuple[EngineSpec, ...] = field(metadata={"minItems": 1})
+    px: dict[str, int] = field(default_factory=dict)  # named size -> output pixels behind one unit of it
 
     def __post_init__(self) -> None:
         check_limits(self)

@@ -17,6 +17,7 @@ from tilewright.runtime.bundle.manifest import EngineSpec
 from tilewright.runtime.bundle.read import Bundle
 from tilewright.runtime.bundle.safetensors import safetensors_header
 from tilewright.runtime.bundle.weights import Reference
+from tilewright.runtime.engines.driver import Tensor, first_gpu
 from tilewright.runtime.engines.explained import DAMAGED, MEMORY, OTHER_GRAPH, OTHER_SIZE, Reason, explained
 from tilewright.runtime.engines.machine import usable_cores
 from tilewright.runtime.errors import BundleError, EnvironmentMismatch, ResourceError, TilewrightError, UsageError
@@ -66,46 +67,83 @@ class AotiEngine:
 
     def run(self, inputs: Mapping[str, Any], outputs: Iterable[str]) -> dict[str, Any]:
         """Compute these outputs from the inputs."""
+        return {name: tensor.cpu().numpy() for name, tensor in self._called(inputs, list(outputs)).items()}
+
+    def run_on(self, inputs: Mapping[str, Any], outputs: Iterable[str]) -> dict[str, Tensor]:
+        """The same on a GPU, with outputs that stay there. Inputs may be tensors there."""
         import torch
 
-        names = list(outputs)
-        feed = self._checked(inputs, names)
+        gpu, tensors = first_gpu(), {}
+        for name, value in self._called(inputs, list(outputs)).items():
+            torch.cuda.synchronize()  # PyTorch has a stream of its own
+            value = value.contiguous()
+            kind = np.dtype(str(value.dtype).removeprefix("torch."))
+            tensors[name] = Tensor(gpu, tuple(value.shape), kind)
+            gpu.copy(tensors[name].address, value.data_ptr(), tensors[name].nbytes)
+            gpu.wait()  # until then PyTorch's tensor must stay
+        return tensors
+
+    def _called(self, inputs: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
+        import torch
+
+        self._check(inputs, names)
         if torch.get_num_threads() != self.threads:  # each thread that calls has a number of its own
             torch.set_num_threads(self.threads)
         try:
-            results = self.loader.boxed_run([torch.from_numpy(array).to(self.device) for array in feed])
-            by_name = dict(zip(self.outputs, results, strict=True))
-            return {name: by_name[name].cpu().numpy() for name in names}
+            feed = {name: self._tensor(inputs[name]) for name in self.sizes}
+            rows = max((len(feed[name]) for name, sizes in self.sizes.items() if _rows(sizes)), default=1)
+            for name, sizes in self.sizes.items():
+                if _rows(sizes) and len(feed[name]) < rows:  # one row for all tiles
+                    feed[name] = feed[name].expand(rows, *feed[name].shape[1:]).contiguous()
+            results = dict(zip(self.outputs, self.loader.boxed_run([*feed.values()]), strict=True))
+            return {name: results[name] for name in names}
         except Exception as error:
             raise _explained(self.package, "failed", error) from error
 
-    def _checked(self, inputs: Mapping[str, Any], outputs: Iterable[str]) -> list[Any]:
-        """The inputs in the package's order. Machine code does not check: a wrong size would read other memory."""
+    def _tensor(self, value: Any) -> Any:
+        """PyTorch's tensor for an array, or for a tensor of the driver."""
+        import torch
+
+        if isinstance(value, Tensor):
+            value.gpu.wait()
+            return torch.as_tensor(_View(value), device=self.device)
+        array = np.require(value, requirements=("C", "W"))  # PyTorch wants memory that it may write to
+        return torch.from_numpy(array).to(self.device)
+
+    def _check(self, inputs: Mapping[str, Any], outputs: Iterable[str]) -> None:
+        """Refuse inputs that the package does not take. Machine code does not check, and would read other memory."""
         if unknown := sorted(inputs.keys() - self.sizes.keys()):
             raise BundleError(f"{self.package}: has no input {unknown[0]!r}; {OTHER_GRAPH}")
         if unknown := sorted(set(outputs) - set(self.outputs)):
             raise BundleError(f"{self.package}: has no output {unknown[0]!r}; {OTHER_GRAPH}")
+        if lacking := sorted(self.sizes.keys() - inputs.keys()):
+            raise BundleError(f"{self.package}: input {lacking[0]!r} is missing; {OTHER_GRAPH}")
         units: dict[str, int] = {}  # free size -> its units
-        rows = max((len(inputs[n]) for n, sizes in self.sizes.items() if n in inputs and _rows(sizes)), default=1)
-        feed = []
-        for name, sizes in self.sizes.items():
-            if name not in inputs:
-                raise BundleError(f"{self.package}: input {name!r} is missing; {OTHER_GRAPH}")
-            array = np.asarray(inputs[name])
-            if array.dtype != self.types[name]:
-                raise BundleError(
-                    f"{self.package}: input {name!r} is {array.dtype}, not {self.types[name]}; {OTHER_GRAPH}"
-                )
-            if _rows(sizes) and rows > 1 and array.shape[:1] == (1,):  # one row for all tiles
-                array = np.repeat(array, rows, 0)
-            if array.ndim != len(sizes) or not all(map(_fits, array.shape, sizes, [units] * array.ndim)):
-                raise UsageError(f"{self.package}: input {name!r} has sizes {list(array.shape)}; {OTHER_SIZE}")
-            feed.append(np.require(array, requirements=("C", "W")))  # PyTorch wants memory that it may write to
-        return feed
+        for name in sorted(self.sizes, key=lambda name: -max((*inputs[name].shape[:1], 0))):  # most rows first
+            sizes, shape, dtype = self.sizes[name], inputs[name].shape, inputs[name].dtype
+            if dtype != self.types[name]:
+                raise BundleError(f"{self.package}: input {name!r} is {dtype}, not {self.types[name]}; {OTHER_GRAPH}")
+            rows = units.get("batch", 1)
+            whole = (rows, *shape[1:]) if _rows(sizes) and shape[:1] == (1,) else shape
+            if len(whole) != len(sizes) or not all(map(_fits, whole, sizes, [units] * len(whole))):
+                raise UsageError(f"{self.package}: input {name!r} has sizes {list(shape)}; {OTHER_SIZE}")
 
     def close(self) -> None:
         """Free the memory."""
         self.loader, self.weights = None, {}
+
+
+class _View:
+    """Memory of a GPU as PyTorch reads it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self.__cuda_array_interface__ = {
+            "shape": tensor.shape,
+            "typestr": tensor.dtype.str,
+            "data": (tensor.address, False),
+            "version": 3,
+        }
 
 
 def _rows(sizes: list[int | list[Any]]) -> bool:

@@ -178,20 +178,22 @@ def _misfit(spec: EngineSpec, machine: Machine) -> str | None:
         return f"needs {', '.join(lacking)}, which this CPU lacks"
     if machine.cores < needs.cores:
         return f"needs {needs.cores} cores, and this process may use {machine.cores}"
-    if needs.compute_capability and (has or (0, 0)) < needs.compute_capability:
+    if needs.compute_capability and _unfit(has, needs.compute_capability, needs.exactly):
         there = "this GPU's is {}.{}".format(*has) if has else "this GPU's is unknown"
         return f"needs compute capability {needs.compute_capability[0]}.{needs.compute_capability[1]}, {there}"
     for package, least in sorted(needs.packages.items()):
         version = machine.packages.get(package)
+        if needs.exactly and version is not None and _release(version) != _release(least):
+            again = f"compile it again, or pip install '{package}=={least}'"
+            return f"was compiled with {package} {least}, and {version} is installed: {again}"
         if version is None or _release(version) < _release(least):
             there = f"{version} is installed" if version else "it is not installed"
             return f"needs {package} {least} or later, {there}: pip install '{package}>={least}'"
-    for package, only in sorted(needs.exactly.items()):
-        version = machine.packages.get(package)
-        if version is None or _release(version) != _release(only):
-            there = f"{version} is installed" if version else "it is not installed"
-            return f"needs {package} {only}, {there}: pip install '{package}=={only}', or compile the engine here"
     return None
+
+
+def _unfit(has: tuple[int, int] | None, needs: tuple[int, int], exactly: bool) -> bool:
+    return has is None or (has != needs if exactly else has < needs)
 
 
 def _strange(spec: EngineSpec, strange: Collection[str], wish: str | None) -> str | None:

@@ -29,8 +29,6 @@ def stage(assembly: Assembly, before: Mapping[str, Stage]) -> Stage:
     """The stage; its inputs are everything that runs: graphs, weights, constants, program, engines."""
     inputs = {name: before[name].key for name in ("optimise", "constants")}
     native = ort.native_library()
-    if "compile" in before:
-        inputs["compile"] = before["compile"].key
     inputs["native kernels"] = sha256_of_file(native) if native and native.is_file() else "none"
     inputs["precisions"] = ",".join(assembly.request.precisions)
     backends = [importlib.import_module(BACKENDS[target]) for target in assembly.request.targets]

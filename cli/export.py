@@ -253,10 +253,10 @@ def _build(arguments: argparse.Namespace) -> None:
             progress.say("\n".join(lines or ["nothing changed since the last build"]))
         cost = {} if arguments.dry_run else build(request, tell, digest)
         if compiled[0] and not arguments.dry_run:
-            progress.doing("compiling plans")
+            progress.doing("compiling engines")
             compile_engines(arguments.out, *compiled)
     if arguments.dry_run:
-        _dry_run(arguments, request, explained, compiled[1])
+        _dry_run(arguments, request, explained, compiled[1] if "tensorrt" in compiled[0] else ())
         return
     seconds = time.perf_counter() - start
     done = f"{arguments.out}: built in {seconds:.1f} s" if cost else f"{arguments.out}: up to date, nothing to do"

@@ -1,7 +1,7 @@
 """From a portable graph to engines. Each target is one file:
 
 FROM_BUNDLE                                   whether a sealed bundle's portable graph is enough to prepare from
-COMPILED                                      whether its engines are compiled on the machine that will run them
+COMPILED                                      whether its engines are made from a sealed bundle, after its build
 PRECISIONS                                    the precisions of its engines, the most accurate first
 missing() -> str | None                       what this machine lacks to make its engines, and what to do
 prepare(model) -> bool                        rewrites a copy of the portable graph for the backend; whether it changed
@@ -17,7 +17,7 @@ from tilewright.runtime.errors import EnvironmentMismatch, UsageError
 
 __all__ = ["TARGETS", "check_makeable", "engine_folder", "engines_of", "target_module"]
 
-TARGETS = {name: f"tilewright.export.targets.{name}" for name in ("ort", "openvino", "tensorrt")}
+TARGETS = {name: f"tilewright.export.targets.{name}" for name in ("ort", "openvino", "cuda", "tensorrt", "aoti")}
 
 
 def target_module(name: str) -> ModuleType:

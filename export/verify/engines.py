@@ -28,6 +28,7 @@ from tilewright.runtime.engines import Engine, backend
 from tilewright.runtime.engines.choose import choose_all
 from tilewright.runtime.engines.choose import require as require_engines
 from tilewright.runtime.engines.machine import processor, this_machine, usable_cores
+from tilewright.runtime.engines.trust import strangers
 from tilewright.runtime.errors import AccuracyError, ResourceError, TilewrightError, UsageError
 from tilewright.runtime.estimate import available_bytes
 from tilewright.runtime.execute.walk import Job, run
@@ -157,12 +158,11 @@ def _engines(bundle: Bundle) -> tuple[list[str], dict[str, str]]:
     components = {name: bundle.manifest.components[name] for name in bundle.program.components()}
     specs = {spec.name: spec for component in components.values() for spec in component.engines}
     machine = this_machine({package for spec in specs.values() for package in spec.needs.packages})
-    skipped = {
-        name: reason for choice in choose_all(components, machine).values() for name, reason in choice.misfits.items()
-    }
+    choices = choose_all(components, machine, strange=strangers(bundle.manifest))
+    skipped = {name: reason for choice in choices.values() for name, reason in choice.misfits.items()}
     names = sorted(specs.keys() - skipped.keys(), key=lambda name: specs[name].precision != "float32")
     if not names:
-        require_engines(choose_all(components, machine))
+        require_engines(choices)
     return names, dict(sorted(skipped.items()))
 
 

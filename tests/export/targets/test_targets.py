@@ -20,7 +20,7 @@ def test_each_target_makes_the_precisions_that_it_can():
 @pytest.mark.parametrize(
     ("targets", "precisions", "said"),
     [
-        (["tpu"], ["float32"], "target='tpu' is not one of ort, openvino"),
+        (["tpu"], ["float32"], "target='tpu' is not one of ort, openvino, cuda, tensorrt, aoti"),
         (["ort"], ["int4"], "precision='int4' is not one of float32, bfloat16, float16, fp8, int8"),
         (["ort", "ort"], ["float32"], "target='ort,ort' must name each target once"),
         (["ort"], ["bfloat16"], "target 'ort' makes float32 only; add one of these, or leave the target out"),

@@ -313,6 +313,17 @@ def test_a_real_network_is_read_whole_and_gets_each_of_its_weights(library, tmp_
     assert not report["findings"] and len(report["graphs"]) == 2 * len(read.manifest.components)
 
 
+@pytest.mark.skipif("STUB_CACHE" not in os.environ, reason="the long test of test_tensorrt.py gives a cache of builds")
+def test_a_build_for_tensorrt_has_plans_and_an_engine_for_any_machine(library, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TILEWRIGHT_CACHE_DIR", os.environ["STUB_CACHE"])
+    words = ["export", "build", "hitoksr", "--preset", "tiny", "--random-weights", "0", "-o", str(tmp_path / "b")]
+    for _ in range(2):
+        assert main([*words, "--target", "tensorrt"]) == 0, capsys.readouterr().err
+        components = read_bundle(tmp_path / "b").manifest.components.values()
+        assert {e.name for c in components for e in c.engines} == {"ort-float32", "tensorrt-float32-sm90"}
+        assert library.calls.count("builder.build") == len(components)  # the second time there is nothing to compile
+
+
 def test_a_build_that_fails_says_what_to_do_and_leaves_the_bundle_as_it_was(bundle, library, capsys):
     digest, library.fails = read_bundle(bundle).digest, "build"
     assert main(["export", "compile", str(bundle), "--target", "tensorrt", "--precision", "float32"]) == 5

@@ -16,13 +16,14 @@ import onnxruntime
 import pytest
 import tensorrt as trt
 
-from support.bundles import MANIFEST, staged, weights_dir  # noqa: F401
+from support.bundles import MANIFEST, PROGRAM, staged, weights_dir  # noqa: F401
 from support.tensorrt.library import Library
 from tilewright.cli.main import main
 from tilewright.export.build.compile import compile_engines
 from tilewright.export.plans.build import Options
 from tilewright.export.plans.inspector import inspected
 from tilewright.export.plans.timing import default_place
+from tilewright.runtime.bundle.program import Tiles
 from tilewright.runtime.bundle.read import read_bundle
 from tilewright.runtime.bundle.write import seal
 from tilewright.runtime.engines import backend, driver, machine
@@ -64,8 +65,8 @@ def library(stub: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 @pytest.fixture
 def sealed(tmp_path: Path, staged):  # noqa: F811
-    def seal_it(change=lambda model: None) -> Path:
-        staging, _ = staged()
+    def seal_it(change=lambda model: None, program=PROGRAM) -> Path:
+        staging, _ = staged(program=program)
         model = onnx.load(staging / "sharpen.onnx", load_external_data=False)
         change(model)
         (staging / "sharpen.onnx").write_bytes(model.SerializeToString())
@@ -313,6 +314,17 @@ def test_a_real_network_is_read_whole_and_gets_each_of_its_weights(library, tmp_
     assert not report["findings"] and len(report["graphs"]) == 2 * len(read.manifest.components)
 
 
+@pytest.mark.skipif("STUB_CACHE" not in os.environ, reason="the long test of test_tensorrt.py gives a cache of builds")
+def test_a_build_for_tensorrt_has_plans_and_an_engine_for_any_machine(library, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TILEWRIGHT_CACHE_DIR", os.environ["STUB_CACHE"])
+    words = ["export", "build", "hitoksr", "--preset", "tiny", "--random-weights", "0", "-o", str(tmp_path / "b")]
+    for _ in range(2):
+        assert main([*words, "--target", "tensorrt"]) == 0, capsys.readouterr().err
+        components = read_bundle(tmp_path / "b").manifest.components.values()
+        assert {e.name for c in components for e in c.engines} == {"ort-float32", "tensorrt-float32-sm90"}
+        assert library.calls.count("builder.build") == len(components)  # the second time there is nothing to compile
+
+
 def test_a_build_that_fails_says_what_to_do_and_leaves_the_bundle_as_it_was(bundle, library, capsys):
     digest, library.fails = read_bundle(bundle).digest, "build"
     assert main(["export", "compile", str(bundle), "--target", "tensorrt", "--precision", "float32"]) == 5
@@ -359,6 +371,15 @@ def test_other_verbs_know_plans(bundle, words, capsys):
     more += ["--target", "tensorrt"] if verb == "lint" else []
     assert main([group, verb, *more]) == 0
     assert ("tensorrt-float32-sm90" in capsys.readouterr().out) == (verb not in ("space", "plan"))
+
+
+def test_an_image_that_would_be_taken_whole_is_cut_where_the_plan_takes_tiles_only(sealed, library):
+    whole = Tiles(64, 16, whole_up_to_px=(256, 256))
+    bundle = sealed(program=replace(PROGRAM, passes=(replace(PROGRAM.passes[0], tiles=whole),)))
+    plan_of(bundle)
+    pixels = np.zeros((50, 60, 3), np.uint8)
+    assert load(bundle).restore(pixels).tiles == {"restore": 1}
+    assert load(bundle, devices=["cuda:0"]).restore(pixels).tiles["restore"] > 1
 
 
 def test_weights_stay_with_the_host_if_that_is_asked_for(bundle, library):

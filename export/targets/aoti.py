@@ -31,7 +31,9 @@ FROM_BUNDLE = True
 COMPILED = True
 PRECISIONS = ("float32", "bfloat16")
 # instruction sets that a C++ compiler uses when it may use all of this CPU's
-COMPILED = re.compile(r"sse4_2|avx\w*|amx\w*|fma|f16c|bmi[12]|abm|movbe|popcnt|gfni|sve\w*|asimd\w*|bf16|i8mm|atomics")
+INSTRUCTIONS = re.compile(
+    r"sse4_2|avx\w*|amx\w*|fma|f16c|bmi[12]|abm|movbe|popcnt|gfni|sve\w*|asimd\w*|bf16|i8mm|atomics"
+)
 CHOICES = "codebook"  # these ops choose among close scores: they compute in float32, also in networks in bfloat16
 SETTINGS = {
     "aot_inductor.package_constants_in_so": False,
@@ -56,7 +58,7 @@ def device() -> str:
 
 
 def _compiled(here: Machine) -> tuple[str, ...]:
-    return tuple(name for name in here.instructions if COMPILED.fullmatch(name))
+    return tuple(name for name in here.instructions if INSTRUCTIONS.fullmatch(name))
 
 
 def missing() -> str | None:

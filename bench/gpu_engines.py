@@ -1,11 +1,12 @@
-"""Engines on one GPU: ONNX Runtime's CUDA provider, AOTInductor, torch.compile and eager PyTorch. Sized for ten minutes.
+"""Engines on one GPU in ten minutes: ONNX Runtime's CUDA provider, AOTInductor, torch.compile and eager PyTorch.
 
     python bench/gpu_engines.py prepare build/gpu-engines          # here, with diffusers and transformers; 5 MB
     python bench/gpu_engines.py run build/gpu-engines -o OUT       # on the GPU's machine; carry build/gpu-engines there
 
 The GPU's machine needs PyTorch, Triton and this repository, and no diffusers: `prepare` writes the networks of HiTokSR
-`full` and of FLUX `mid` as code of PyTorch's operators. Weights are random, and made there. ONNX Runtime is left out, with the
-reason, where `onnxruntime-gpu` is not installed. `--device cpu --tiny` tries the script on any machine.
+`full` and of FLUX `mid` as code of PyTorch's operators. Weights are random, and made there. ONNX Runtime is left out,
+with the reason, where `onnxruntime-gpu`, `onnx-ir` or `onnx` is not installed. `prepare --tiny`, and then `run --device
+cpu --precision float32`, try the script on any machine.
 
 Contenders take turns. Each result is compared with eager PyTorch's. Results name the card; contenders for which no time
 is left say so.

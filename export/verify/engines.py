@@ -20,6 +20,7 @@ from tilewright.export.verify.eager import Eager, eager_network
 from tilewright.export.verify.memory import VERIFY_COPIES
 from tilewright.export.verify.repeat import Calls, Watched, commands
 from tilewright.export.verify.seams import PICTURES, seam_excess
+from tilewright.export.verify.speed import seconds_of
 from tilewright.runtime.bundle.manifest import PRECISIONS
 from tilewright.runtime.bundle.measured import PSNR_GATE, Measured, Measurement
 from tilewright.runtime.bundle.program import Program
@@ -103,12 +104,16 @@ def verify(
                 watched = {n: Watched(engine, n, calls) for n, engine in restorer.engines.items()}
                 images[name] = run(program, watched, restorer.constants, timed)
                 seconds[name] = timed.seconds
+        threads, megapixels = judge.threads, eager_image.shape[1] * eager_image.shape[2] / 1e6
+        if small and len(names) > 1:  # above, each had one thread and small tiles
+            tile = _one_tile(judge, job.inputs)
+            threads, seconds = seconds_of(bundle, names, tile, weights_dir)
+            megapixels = tile.image.shape[1] * tile.image.shape[2] / 1e6
         few = _few_steps(judge, SMALL_SEAM_STEPS if small else SEAM_STEPS)
         pictures = (PICTURES | {"photo": _photo}).items()
         seams = {
             name: _seam(judge, _told(job, on_progress, f"seams, {name}", program), few, make) for name, make in pictures
         }
-        megapixels = eager_image.shape[1] * eager_image.shape[2] / 1e6
         specs = {name: next(s for s in r.specs.values() if s.name == name) for name, r in restorers.items()}
     report: dict[str, Any] = {
         "bundle": bundle.digest,
@@ -116,7 +121,7 @@ def verify(
         "image": f"{job.image.shape[2]}x{job.image.shape[1]} px in tiles of {job.tile_px or 'the program'}",
         "steps": job.steps or max(p.steps.count if p.steps else 1 for p in program.passes),
         "processor": processor(),
-        "threads": judge.threads,
+        "threads": threads,
         "engines": {
             name: {
                 "backend": spec.backend,
@@ -273,6 +278,14 @@ def _job(restorer: Restorer, size_px: int | None) -> Job:
     return (
         Job(image) if size_px else Job(image, tile_px=tile, overlap_px=overlap, steps=_few_steps(restorer, FEW_STEPS))
     )
+
+
+def _one_tile(restorer: Restorer, inputs: dict[str, Any]) -> Job:
+    """A job of one tile of the usual size."""
+    program = restorer.bundle.program
+    side = min(p.tiles.px for p in program.passes if p.tiles)
+    image = Enlarged(sample_photo(side, side, program.scale), program.scale, program.multiple_px, 1)
+    return Job(image, steps=_few_steps(restorer, SMALL_SEAM_STEPS), inputs=inputs)
 
 
 def require(report: Mapping[str, Any], precisions: Collection[str] = PRECISIONS, root: Path | None = None) -> None:

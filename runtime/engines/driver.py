@@ -3,6 +3,7 @@
 The names and numbers are those of `cuda.h`. Libraries that use the CUDA runtime share the driver's primary context.
 """
 
+import contextlib
 import ctypes
 import functools
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tilewright.runtime.engines import machine
-from tilewright.runtime.errors import EnvironmentMismatch, ResourceError
+from tilewright.runtime.errors import EnvironmentMismatch, ResourceError, TilewrightError
 
 __all__ = ["Gpu", "Recording", "Tensor", "first_gpu"]
 
@@ -144,8 +145,9 @@ class Block:
 class Tensor:
     """An array in the memory of a GPU. The memory goes back with the last name of the tensor."""
 
-    def __init__(self, gpu: Gpu, shape: tuple[int, ...], dtype: Any) -> None:
+    def __init__(self, gpu: Gpu, shape: tuple[int, ...], dtype: Any, holder: Any = None) -> None:
         self.gpu, self.shape, self.dtype = gpu, shape, np.dtype(dtype)
+        self.holder = holder  # the device that gives it to the host
         self.nbytes = self.dtype.itemsize * int(np.prod(shape))
         self.block = Block(gpu, max(1, self.nbytes))
 
@@ -162,10 +164,10 @@ class Tensor:
         return array
 
     def __del__(self) -> None:
-        if block := getattr(self, "block", None):
+        with contextlib.suppress(TilewrightError, AttributeError):  # the driver may have ended, or there is no memory
             self.gpu.use()
             self.gpu.wait()  # work in the stream may still use it
-            block.free()
+            self.block.free()
 
 
 class Recording:

@@ -54,7 +54,10 @@ def missing() -> str | None:
 
 def version() -> str:
     """The name and version of TensorRT."""
-    return f"tensorrt {_tensorrt().__version__} ({UNPROVEN})"
+    try:
+        return f"tensorrt {_tensorrt().__version__} ({UNPROVEN})"
+    except EnvironmentMismatch as error:
+        return f"tensorrt ({error})"
 
 
 def _tensorrt() -> Any:
@@ -149,7 +152,7 @@ class TensorrtEngine:
             self.gpu.use()
             while self.shapes:
                 self._forget()
-            self.engine = None
+            self.engine = self.weights.refitter = None  # both hold what is on the GPU
 
     def _called(self, inputs: Mapping[str, Any], outputs: Iterable[str]) -> _Shape:
         """Run a call, and return its buffers."""

@@ -16,13 +16,14 @@ import onnxruntime
 import pytest
 import tensorrt as trt
 
-from support.bundles import MANIFEST, staged, weights_dir  # noqa: F401
+from support.bundles import MANIFEST, PROGRAM, staged, weights_dir  # noqa: F401
 from support.tensorrt.library import Library
 from tilewright.cli.main import main
 from tilewright.export.build.compile import compile_engines
 from tilewright.export.plans.build import Options
 from tilewright.export.plans.inspector import inspected
 from tilewright.export.plans.timing import default_place
+from tilewright.runtime.bundle.program import Tiles
 from tilewright.runtime.bundle.read import read_bundle
 from tilewright.runtime.bundle.write import seal
 from tilewright.runtime.engines import backend, driver, machine
@@ -38,6 +39,7 @@ from tilewright.runtime.errors import (
     ResourceError,
     UsageError,
 )
+from tilewright.runtime.restore import load
 
 PICTURE = np.random.default_rng(0).random((1, 3, 24, 40), np.float32)
 SHARPEN = MANIFEST.components["sharpen"]
@@ -63,8 +65,8 @@ def library(stub: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 @pytest.fixture
 def sealed(tmp_path: Path, staged):  # noqa: F811
-    def seal_it(change=lambda model: None) -> Path:
-        staging, _ = staged()
+    def seal_it(change=lambda model: None, program=PROGRAM) -> Path:
+        staging, _ = staged(program=program)
         model = onnx.load(staging / "sharpen.onnx", load_external_data=False)
         change(model)
         (staging / "sharpen.onnx").write_bytes(model.SerializeToString())
@@ -312,6 +314,17 @@ def test_a_real_network_is_read_whole_and_gets_each_of_its_weights(library, tmp_
     assert not report["findings"] and len(report["graphs"]) == 2 * len(read.manifest.components)
 
 
+@pytest.mark.skipif("STUB_CACHE" not in os.environ, reason="the long test of test_tensorrt.py gives a cache of builds")
+def test_a_build_for_tensorrt_has_plans_and_an_engine_for_any_machine(library, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TILEWRIGHT_CACHE_DIR", os.environ["STUB_CACHE"])
+    words = ["export", "build", "hitoksr", "--preset", "tiny", "--random-weights", "0", "-o", str(tmp_path / "b")]
+    for _ in range(2):
+        assert main([*words, "--target", "tensorrt"]) == 0, capsys.readouterr().err
+        components = read_bundle(tmp_path / "b").manifest.components.values()
+        assert {e.name for c in components for e in c.engines} == {"ort-float32", "tensorrt-float32-sm90"}
+        assert library.calls.count("builder.build") == len(components)  # the second time there is nothing to compile
+
+
 def test_a_build_that_fails_says_what_to_do_and_leaves_the_bundle_as_it_was(bundle, library, capsys):
     digest, library.fails = read_bundle(bundle).digest, "build"
     assert main(["export", "compile", str(bundle), "--target", "tensorrt", "--precision", "float32"]) == 5
@@ -331,6 +344,42 @@ def test_a_full_disk_leaves_the_bundle_as_it_was(bundle, monkeypatch, capsys):
     assert main(["export", "compile", str(bundle), "--target", "tensorrt", "--precision", "float32"]) == 5
     monkeypatch.undo()
     assert "\n" not in capsys.readouterr().err.strip() and read_bundle(bundle).digest == digest
+
+
+def test_a_picture_is_restored_on_a_gpu_as_on_the_cpu(bundle, library):
+    plan_of(bundle)
+    pixels = np.random.default_rng(1).integers(0, 256, (70, 90, 3), np.uint8)
+    on_gpu = load(bundle, devices=["cuda:0"]).restore(pixels)
+    on_cpu = load(bundle).restore(pixels)
+    assert on_gpu.engines == {"sharpen": "tensorrt-float32-sm90"} and on_gpu.devices == ("cuda:0",)
+    assert on_cpu.engines == {"sharpen": "ort-float32"} and sum(on_gpu.tiles.values()) > 4
+    np.testing.assert_array_equal(on_gpu.image, on_cpu.image)
+    assert "context.run" in library.calls
+    with refused(UsageError, "a GPU runs alone, and it must be the first; use cuda:0"):
+        load(bundle, devices=["cuda:0", "cpu:0"])
+    with refused(UsageError, "use cuda:0"):
+        load(bundle, devices=["cuda:1"])
+
+
+@pytest.mark.parametrize(
+    "words", ["export inspect", "export space", "export explain", "runtime plan 64 64", "export lint"]
+)
+def test_other_verbs_know_plans(bundle, words, capsys):
+    plan_of(bundle)
+    group, verb, *more = words.split()
+    more = [*more, "--bundle", str(bundle), "--devices", "cuda:0"] if verb == "plan" else [str(bundle)]
+    more += ["--target", "tensorrt"] if verb == "lint" else []
+    assert main([group, verb, *more]) == 0
+    assert ("tensorrt-float32-sm90" in capsys.readouterr().out) == (verb not in ("space", "plan"))
+
+
+def test_an_image_that_would_be_taken_whole_is_cut_where_the_plan_takes_tiles_only(sealed, library):
+    whole = Tiles(64, 16, whole_up_to_px=(256, 256))
+    bundle = sealed(program=replace(PROGRAM, passes=(replace(PROGRAM.passes[0], tiles=whole),)))
+    plan_of(bundle)
+    pixels = np.zeros((50, 60, 3), np.uint8)
+    assert load(bundle).restore(pixels).tiles == {"restore": 1}
+    assert load(bundle, devices=["cuda:0"]).restore(pixels).tiles["restore"] > 1
 
 
 def test_weights_stay_with_the_host_if_that_is_asked_for(bundle, library):

@@ -5,7 +5,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tilewright.cli.bundle_arguments import own_arguments, own_values
 from tilewright.cli.terminal import Progress, answer, expect_argument, mebibytes, verb
+from tilewright.runtime.bundle.read import require_bundle
 from tilewright.runtime.estimate import MEMORY_MODES, peak_bytes
 
 __all__ = ["add_verbs"]
@@ -28,6 +30,12 @@ def add_verbs(verbs: Any) -> None:
         "--tile", type=int, metavar="PX", help="side of a tile in output pixels, instead of the bundle's"
     )
     collect.add_argument(
+        "--via",
+        choices=("engines", "torch"),
+        default="engines",
+        help="run the bundle's graphs, or the PyTorch networks that they were traced from (default: engines)",
+    )
+    collect.add_argument(
         "--memory", choices=MEMORY_MODES, default="fast", help="speed, or weights mapped and not copied"
     )
     collect.add_argument("--threads", type=int, metavar="N", default=0, help="of an engine (default: all cores)")
@@ -36,22 +44,26 @@ def add_verbs(verbs: Any) -> None:
     )
     collect.add_argument("--weights-dir", type=Path, metavar="DIR", help="where the weights are, if they moved")
     expect_argument(collect)
+    collect.epilog = "A bundle has arguments of its own: BUNDLE --help lists them."
+    collect.set_defaults(more_arguments=own_arguments)
 
 
 def _collect(arguments: argparse.Namespace) -> None:
     from tilewright.calib import collect
 
-    start = time.perf_counter()
-    options = ("images", "steps", "tile", "seed", "memory", "threads", "weights_dir", "expect")
+    require_bundle(arguments.bundle)
+    start, values = time.perf_counter(), own_values(arguments)
+    options = ("images", "steps", "tile", "seed", "via", "memory", "threads", "weights_dir")
     with Progress(arguments) as progress:
         progress.doing("opening the engines")
         collected = collect(
-            arguments.bundle,
+            arguments.opened,
             arguments.images_dir,
             arguments.output,
             devices=arguments.devices.split(","),
             on_progress=progress.images,
             **{name: getattr(arguments, name) for name in options},
+            **values,
         )
     seconds, peak, seen = time.perf_counter() - start, peak_bytes(), collected.observations
     tensors = {tensor: len(seen.steps(tensor)) for tensor in seen.tensors}

@@ -1,4 +1,4 @@
-"""One cache of builds and one bundle for the whole run, shared by its workers."""
+"""One cache of builds and two bundles for the whole run, shared by its workers."""
 
 import os
 from collections.abc import Iterator
@@ -49,6 +49,15 @@ def hitoksr_tiny(shared: Shared) -> Path:
     from tilewright.export.build.run import build
 
     return shared("hitoksr-tiny", lambda bundle: build(Request("hitoksr", "tiny", bundle, seed=0)))
+
+
+@pytest.fixture(scope="session")
+def in_token_tiny(shared: Shared) -> Path:
+    """In-Token's tiny bundle with random weights; do not change it."""
+    from tilewright.export.build.request import Request
+    from tilewright.export.build.run import build
+
+    return shared("in-token-tiny", lambda bundle: build(Request("in-token", "tiny", bundle, seed=0)))
 
 
 @pytest.hookimpl(tryfirst=True)

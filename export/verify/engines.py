@@ -8,7 +8,7 @@ import contextlib
 import copy
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from tilewright.export.graph.trace import network_on_meta
-from tilewright.export.system import Settings
-from tilewright.export.systems import system
+from tilewright.export.verify.eager import Eager, eager_network
 from tilewright.export.verify.memory import VERIFY_COPIES
 from tilewright.export.verify.repeat import Calls, Watched, commands
 from tilewright.export.verify.seams import PICTURES, seam_excess
 from tilewright.export.verify.speed import seconds_of
-from tilewright.export.weights.files import mapped_tensor
 from tilewright.runtime.bundle.manifest import PRECISIONS
 from tilewright.runtime.bundle.measured import PSNR_GATE, Measured, Measurement
 from tilewright.runtime.bundle.program import Program
@@ -32,6 +29,7 @@ from tilewright.runtime.engines import Engine, backend
 from tilewright.runtime.engines.choose import choose_all
 from tilewright.runtime.engines.choose import require as require_engines
 from tilewright.runtime.engines.machine import processor, this_machine, usable_cores
+from tilewright.runtime.engines.trust import strangers
 from tilewright.runtime.errors import AccuracyError, ResourceError, TilewrightError, UsageError
 from tilewright.runtime.estimate import available_bytes
 from tilewright.runtime.execute.walk import Job, run
@@ -165,12 +163,11 @@ def _engines(bundle: Bundle) -> tuple[list[str], dict[str, str]]:
     components = {name: bundle.manifest.components[name] for name in bundle.program.components()}
     specs = {spec.name: spec for component in components.values() for spec in component.engines}
     machine = this_machine({package for spec in specs.values() for package in spec.needs.packages})
-    skipped = {
-        name: reason for choice in choose_all(components, machine).values() for name, reason in choice.misfits.items()
-    }
+    choices = choose_all(components, machine, strange=strangers(bundle.manifest))
+    skipped = {name: reason for choice in choices.values() for name, reason in choice.misfits.items()}
     names = sorted(specs.keys() - skipped.keys(), key=lambda name: specs[name].precision != "float32")
     if not names:
-        require_engines(choose_all(components, machine))
+        require_engines(choices)
     return names, dict(sorted(skipped.items()))
 
 
@@ -376,35 +373,6 @@ def sample_photo(width: int, height: int, scale: int) -> npt.NDArray[np.uint8]:
     texture = np.random.Generator(np.random.Philox(key=1)).normal(0, 0.04, (rows, columns, 3))
     rgb = np.clip(np.stack(channels, -1) + texture, 0, 1)
     return np.asarray(rgb * 255 + 0.5, np.uint8)
-
-
-def eager_network(bundle: Bundle, component: str, weights_dir: Path | None) -> "Eager":
-    """The eager network with the bundle's weights, which are mapped if they are stored in float32."""
-    settings = Settings.from_json(bundle.manifest.options["settings"])
-    spec = system(bundle.manifest.system).components(settings)[component]
-    network = network_on_meta(spec)
-    references = bundle.weights.tensors.get(component, {})
-    folders = {name: bundle.folder(name, weights_dir) for name in bundle.weights.folders_of(component)}
-    tensors = {n: mapped_tensor(folders[r.folder], r).float() for n, r in references.items()}
-    network.load_state_dict(tensors, strict=False, assign=True)
-    return Eager(network, tuple(spec.outputs))
-
-
-@dataclass
-class Eager:
-    """An eager network with the interface of an engine."""
-
-    network: Any
-    names: tuple[str, ...]  # names of its outputs
-
-    def run(self, inputs: Mapping[str, Any], outputs: Iterable[str]) -> dict[str, Any]:
-        with torch.no_grad():  # it holds for one thread only, and tiles run in several
-            results = self.network(**{name: torch.from_numpy(np.array(array)) for name, array in inputs.items()})
-        arrays = dict(zip(self.names, results if isinstance(results, tuple) else (results,), strict=True))
-        return {name: arrays[name].numpy() for name in outputs}
-
-    def close(self) -> None:
-        """Nothing to free."""
 
 
 class _Paired:

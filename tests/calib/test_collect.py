@@ -153,6 +153,20 @@ def test_the_command_tells_what_it_saw(
     assert told["images"] == ["0.png", "1.png", "3.png"] and told["output"] == str(output)
 
 
+def test_the_arguments_of_the_bundle_can_be_given(
+    stepping: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "s.safetensors"
+    code, _, _ = run(capsys, stepping, pictures, "-o", output, "--lift", "0.5")
+    brightest = max(float(pixels(path).max()) for path in pictures.glob("*.png"))
+    read, facts = read_observations(output)
+    assert code == 0 and read.seen["step/sum", 0].histogram.highest == np.float32(brightest) + np.float32(0.5)
+    assert facts["options"]["lift"] == 0.5
+    with pytest.raises(SystemExit):
+        main(["calib", "collect", str(stepping), "--help"])
+    assert "--lift" in capsys.readouterr().out
+
+
 REFUSED = [  # the name of a folder, more words, the code, and a part of the line
     ("nowhere", [], 8, "nowhere cannot be read (No such file or directory); check the path"),
     ("empty", [], 8, "empty holds no image; calibration needs 2 images or more, 16 are usual"),
@@ -164,6 +178,7 @@ REFUSED = [  # the name of a folder, more words, the code, and a part of the lin
     ("pictures", ["--steps", "0"], 2, "count=0 is no number of steps"),
     ("pictures", ["--seed", "-1"], 2, "--seed -1 is not a whole number from 0"),
     ("pictures", ["--devices", "cuda:0"], 2, "device 'cuda:0' is unknown"),
+    ("pictures", ["--lift", "2"], 2, "--lift '2' is not a number from 0 to 1"),
     ("pictures", ["-o", "nowhere/s.safetensors"], 2, "which is not a directory: create it first"),
     ("pictures", ["-o", "pictures"], 2, "pictures is a directory: name a file"),
     ("pictures", ["--expect", "0123456789ab"], 3, "0123456789ab"),

@@ -157,7 +157,7 @@ def test_a_disk_without_room_is_refused_before_the_work(here, full, capsys) -> N
 def test_a_picture_that_a_full_disk_refuses_is_kept_elsewhere(here, full, capsys, monkeypatch) -> None:
     (here / "temporary").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(here / "temporary"))
-    monkeypatch.setattr("tilewright.cli.runtime.check_room", lambda path, shape: None)  # it was filled during the work
+    monkeypatch.setattr("tilewright.cli.restore.check_room", lambda path, shape: None)  # it was filled during the work
     assert main(["runtime", "restore", "in.png", "disk/out.png", "--bundle", "b", "-q"]) == 5
     (kept,) = (here / "temporary").iterdir()
     assert capsys.readouterr().err == (

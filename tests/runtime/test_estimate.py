@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tilewright.cli.runtime import _restored
+from tilewright.cli.restore import _restored
 from tilewright.runtime import estimate as memory
 
 

@@ -1,4 +1,4 @@
-"""A tiny real bundle that takes steps: z becomes gain * (z + image) at each, through two convolutions of one weight."""
+"""A tiny real bundle that takes steps: z becomes gain * (z + image + lift), through two convolutions of one weight."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +9,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from support.bundles import IMAGE, MANIFEST, NUMBER, engine
 from tilewright.runtime.bundle.manifest import Component
-from tilewright.runtime.bundle.program import Call, Grid, Pass, Program, Steps, TensorSpec, Tiles
+from tilewright.runtime.bundle.program import Call, Grid, Input, Pass, Program, Steps, TensorSpec, Tiles
 from tilewright.runtime.bundle.strict import to_json
 from tilewright.runtime.bundle.weights import Weights
 from tilewright.runtime.bundle.write import seal
@@ -23,7 +23,7 @@ def stepped(root: Path, gain: float = GAIN) -> Path:
     """Build the bundle. Its numbers grow with each step; they are cut off before they are returned."""
     staging = root.with_name(f".{root.name}")
     staging.mkdir()
-    step = ({"image": IMAGE, "z": IMAGE, "sigma": NUMBER}, {"next": IMAGE})
+    step = ({"image": IMAGE, "z": IMAGE, "sigma": NUMBER, "lift": NUMBER}, {"next": IMAGE})
     show = ({"z": IMAGE}, {"picture": IMAGE})
     onnx.save(_model(*step, _step(), gain), staging / "step.onnx")
     onnx.save(_model(*show, [helper.make_node("Clip", ["z", "zero", "one"], ["picture"])], gain), staging / "show.onnx")
@@ -31,13 +31,14 @@ def stepped(root: Path, gain: float = GAIN) -> Path:
     program = Program(
         scale=1,
         multiple_px=8,
+        inputs={"lift": Input("float32", default=0.0, help="added to the image", least=0, most=1)},
         grids={"image": Grid(1, 3, "input"), "z": Grid(1, 3, "zeros"), "result": Grid(1, 3)},
         passes=(
             Pass(
                 "sample",
                 tiles,
                 Steps("flow_shift", STEPS),
-                each=(Call("step", {"image": "image", "z": "z", "sigma": "@sigma"}, {"next": "z"}),),
+                each=(Call("step", {"image": "image", "z": "z", "sigma": "@sigma", "lift": "$lift"}, {"next": "z"}),),
             ),
             Pass("show", tiles, once=(Call("show", {"z": "z"}, {"picture": "result"}),)),
         ),
@@ -53,7 +54,8 @@ def stepped(root: Path, gain: float = GAIN) -> Path:
 def _step() -> list[onnx.NodeProto]:
     node = helper.make_node
     return [
-        node("Add", ["image", "z"], ["sum"]),
+        node("Add", ["image", "z"], ["both"]),
+        node("Add", ["both", "lift"], ["sum"]),
         node("Conv", ["sum", "gains"], ["grown"]),
         node("Conv", ["grown", "ones"], ["same"]),
         node("Clip", ["same", "least", "most"], ["cut"]),

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tilewright.export.targets import TARGETS, engines_of, target_module, usual
+from tilewright.export.targets import TARGETS, engines_of, target_module, usual_engines
 from tilewright.runtime.bundle.manifest import PRECISIONS, Memory
 from tilewright.runtime.engines import BACKENDS
 from tilewright.runtime.engines.choose import Machine
@@ -21,7 +21,7 @@ def test_each_target_makes_the_precisions_that_it_can():
 @pytest.mark.parametrize(
     ("targets", "precisions", "said"),
     [
-        (["tpu"], ["float32"], "target='tpu' is not one of ort, openvino"),
+        (["tpu"], ["float32"], "target='tpu' is not one of ort, openvino, cuda, tensorrt, aoti"),
         (["ort"], ["int4"], "precision='int4' is not one of float32, bfloat16, float16, fp8, int8"),
         (["ort", "ort"], ["float32"], "target='ort,ort' must name each target once"),
         (["ort"], ["bfloat16"], "target 'ort' makes float32 only; add one of these, or leave the target out"),
@@ -53,7 +53,7 @@ def test_what_nobody_makes_is_refused_in_one_line(targets, precisions, said):
 def test_a_build_that_names_no_engines_makes_those_that_run_here(backends, instructions, targets, precisions, expected):
     packages = {"onnxruntime": "1.31.1", "openvino": "2026.4.1"}
     machine = Machine(cores=2, backends=tuple(backends), instructions=tuple(instructions), packages=packages)
-    assert usual(machine, targets, precisions) == expected
+    assert usual_engines(machine, targets, precisions) == expected
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -16,7 +16,7 @@ from tilewright.runtime.bundle.read import Bundle, read_bundle
 from tilewright.runtime.bundle.write import seal
 from tilewright.runtime.errors import UsageError
 
-__all__ = ["Compiled", "compile_engines"]
+__all__ = ["Compiled", "compile_engines", "link", "list_in_card", "with_engines"]
 
 
 @dataclass(frozen=True)
@@ -38,15 +38,15 @@ def compile_engines(
             raise UsageError(f"target={target!r} needs the traced graph; use tilewright export build --target {target}")
     bundle = read_bundle(root, expect=expect)
     with staging(root.resolve()) as folder:
-        shutil.copytree(root, folder, dirs_exist_ok=True, copy_function=_link)
+        shutil.copytree(root, folder, dirs_exist_ok=True, copy_function=link)
         components = {}
         for name, component in bundle.manifest.components.items():
             for target in targets:
                 _prepare(bundle, name, target, folder)
             added = engines(folder, name, pairs, bundle.weights, partial(_memory, component))
-            components[name] = _with(component, added)
+            components[name] = with_engines(component, added)
         names = tuple(dict.fromkeys(f"{target}-{precision}" for target, precision in pairs))
-        _list_in_card(folder / "README.md", components.values())
+        list_in_card(folder / "README.md", components.values())
         (folder / "bundle.json").unlink()  # a link to the one that stays in use until the end
         seal(folder, replace(bundle.manifest, components=components), root)
     return Compiled(names, bundle.digest, read_bundle(root).digest)
@@ -57,7 +57,7 @@ def _memory(component: Component, target: str) -> Memory:
     return component.engines[0].memory
 
 
-def _link(source: str, target: str) -> None:
+def link(source: str, target: str) -> None:
     """A second name for a file, or a copy where the disk has no second names. Sealed files do not change."""
     try:
         os.link(source, target)
@@ -77,13 +77,13 @@ def _prepare(bundle: Bundle, component: str, target: str, folder: Path) -> None:
         ir.save(model, file)
 
 
-def _with(component: Component, added: Iterable[EngineSpec]) -> Component:
+def with_engines(component: Component, added: Iterable[EngineSpec]) -> Component:
     """A component with these engines, in the place of those with their names."""
     named = {spec.name: spec for spec in (*component.engines, *added)}
     return replace(component, engines=tuple(named.values()))
 
 
-def _list_in_card(card: Path, components: Iterable[Component]) -> None:
+def list_in_card(card: Path, components: Iterable[Component]) -> None:
     """Let the bundle's card name its engines."""
     if card.is_file():
         names = ", ".join(sorted({spec.name for component in components for spec in component.engines}))

@@ -2,12 +2,16 @@
 
 from typing import Any
 
-from tilewright.runtime.bundle.manifest import EngineSpec, Memory, Needs
+from tilewright.runtime.bundle.manifest import EngineSpec, Form, Memory, Needs
 
-__all__ = ["FROM_BUNDLE", "PRECISIONS", "prepare", "spec"]
+__all__ = ["FORMS", "FROM_BUNDLE", "PRECISIONS", "prepare", "spec"]
 
 FROM_BUNDLE = False  # its rewrites need shapes, which the portable graph does not keep
 PRECISIONS = ("float32",)
+FORMS = {  # its convolutions of integers also return integers, which costs accuracy
+    "int8": (Form("uint8", convolutions=False), Form("int8", convolutions=False)),
+    "fp8": (Form("float8_e4m3fn"),),  # it has no products of 8-bit floats: such an engine shows the accuracy
+}
 
 
 def prepare(model: Any) -> bool:

@@ -58,7 +58,8 @@ class Point:
     """A point of the frontier."""
 
     kept: tuple[str, ...]  # groups that stay in float
-    share: float  # of the multiplications of linear layers in 8 bits
+    share: float  # of the multiplications of all layers in 8 bits
+    linear: float  # of those of linear layers alone
     mean_db: float
     worst_db: float
     changed: float | None = None  # share of choices that differ
@@ -156,7 +157,7 @@ def _cost(group: Group) -> float:
 
 def _point(back: Sequence[Group], recipe: Recipe, score: Score) -> Point:
     names = tuple(group.name for group in back)
-    return Point(names, recipe.share("linear"), score.mean, score.worst, score.changed)
+    return Point(names, recipe.share(), recipe.share("linear"), score.mean, score.worst, score.changed)
 
 
 def _with(start: Sensitivity, judged: Mapping[str, Group], points: Sequence[Point]) -> Sensitivity:
@@ -204,9 +205,7 @@ def within_budget(recipe: Recipe, found: Sensitivity, budget_db: float) -> Recip
     best = max(found.frontier, key=lambda point: point.mean_db, default=None)
     within = [point for point in found.frontier if point.mean_db >= budget_db]
     if not within:
-        reached = (
-            f"the best is {best.mean_db:.1f} dB with {best.share:.0%} of the linear work in 8 bits" if best else ""
-        )
+        reached = f"the best is {best.mean_db:.1f} dB with {best.share:.0%} of the work in 8 bits" if best else ""
         raise AccuracyError(f"no recipe reaches {budget_db:g} dB; {reached}; lower the budget, or smooth")
     point = max(within, key=lambda point: (point.share, point.mean_db))
     groups = {group.name: group for group in found.groups}
@@ -217,9 +216,15 @@ def within_budget(recipe: Recipe, found: Sensitivity, budget_db: float) -> Recip
 
 
 def frontier_table(found: Sensitivity) -> list[list[str]]:
-    """The rows of the frontier as text: share in 8 bits, dB, what returned to float."""
+    """The rows of the frontier as text: shares in 8 bits, dB, what returned to float."""
     return [
-        [f"{p.share:.1%}", f"{p.mean_db:.1f}", f"{p.worst_db:.1f}", p.kept[-1] if p.kept else "all in 8 bits"]
+        [
+            f"{p.share:.1%}",
+            f"{p.linear:.1%}",
+            f"{p.mean_db:.1f}",
+            f"{p.worst_db:.1f}",
+            p.kept[-1] if p.kept else "all in 8 bits",
+        ]
         for p in found.frontier
     ]
 

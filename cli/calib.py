@@ -136,7 +136,9 @@ def _sensitivity(arguments: argparse.Namespace) -> None:
     groups = sorted(found.groups, key=lambda group: group.mean_db)
     rows = [[group.name, f"{group.share:.1%}", f"{group.mean_db:.1f}", f"{group.worst_db:.1f}"] for group in groups]
     text = table(["alone in 8 bits", "share of work", "dB", "worst"], rows)
-    text += "\n\n" + table(["linear work in 8 bits", "dB", "worst", "returned to float"], frontier_table(found))
+    text += "\n\n" + table(
+        ["work in 8 bits", "of linear layers", "dB", "worst", "returned to float"], frontier_table(found)
+    )
     text += f"\n{arguments.output}: {len(groups)} groups in {time.perf_counter() - start:.0f} s"
     answer(arguments, {"output": str(arguments.output)} | encode(found), text)
 

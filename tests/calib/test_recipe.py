@@ -171,7 +171,11 @@ def test_the_frontier_begins_with_all_layers_and_goes_on_after_a_stop(
 
 def test_a_budget_keeps_no_more_than_it_must_and_tells_the_best_if_it_cannot_be_met(recipe: Recipe) -> None:
     groups = (Group("a", (UP,), 0.1, 30.0, 29.0), Group("b", ("show/stem.weight",), 0.1, 40.0, 39.0))
-    points = (Point((), 1.0, 28.0, 25.0), Point(("a",), 0.8, 41.5, 39.0), Point(("a", "b"), 0.8, 55.0, 51.0))
+    points = (
+        Point((), 1.0, 1.0, 28.0, 25.0),
+        Point(("a",), 0.8, 0.9, 41.5, 39.0),
+        Point(("a", "b"), 0.8, 0.9, 55.0, 51.0),
+    )
     found = Sensitivity(recipe.networks, "int8", None, None, (), "kind", groups, points)
     assert within_budget(recipe, found, 20.0) == recipe
     chosen = within_budget(recipe, found, 41.0)

@@ -90,14 +90,14 @@ def _model(references: dict[str, Reference]) -> onnx.ModelProto:
         node("Reshape", ["low", "shape"], ["back"]),
         node("Transpose", ["back"], ["planes"], perm=[0, 3, 1, 2]),
         node("Conv", ["planes", "out.weight"], ["change"]),
-        node("Mul", ["change", "tenth"], ["little"]),
+        node("Mul", ["change", "fiftieth"], ["little"]),
         node("Add", ["image", "little"], ["picture"]),
     ]
     constants = {
         "rows": np.array([-1, WIDTH]),
         "width": np.array([WIDTH]),
         "tens": np.float32(10),
-        "tenth": np.float32(0.1),
+        "fiftieth": np.float32(0.02),
     }
     tensors = [onnx.numpy_helper.from_array(np.asarray(array), name) for name, array in constants.items()]
     for name, r in references.items():

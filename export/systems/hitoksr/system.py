@@ -111,6 +111,7 @@ SYSTEM = System(
         "generate/generator.head*": "the scores decide the choices",
         "generate/vision.*.patch_embeddings.*": "it reads the picture",
         "decode/decoder.embed.*": "it reads the codes",
+        "decode/decoder.out.*": "it makes the picture",
     },
     stand_in=stand_in,
 )

@@ -9,8 +9,8 @@ __all__ = ["FORMS", "FROM_BUNDLE", "PRECISIONS", "prepare", "spec"]
 FROM_BUNDLE = False  # its rewrites need shapes, which the portable graph does not keep
 PRECISIONS = ("float32",)
 FORMS = {
-    # its convolutions of integers also return integers, which costs accuracy; and with inputs in int8 it computes layers
-    # that share an input in float
+    # convolutions of integers would also return integers, which costs accuracy; and with inputs in int8, layers that
+    # share an input run in float
     "int8": (Form("uint8", convolutions=False),),
     "fp8": (Form("float8_e4m3fn"),),  # it has no products of 8-bit floats: such an engine shows the accuracy
 }

@@ -131,16 +131,18 @@ def _forms(
 ) -> dict[str, dict[str, Form]]:
     """The form for each component and target."""
     names = sorted({name.partition("/")[0] for name in recipe.quantised})
-    chosen: dict[str, dict[str, Form]] = {name: {} for name in names}
+    able = {
+        target: of_target for target, forms in makers.items() if (of_target := [f for f in forms if _runs(target, f)])
+    }
+    chosen: dict[str, dict[str, Form]] = {name: {target: forms[0] for target, forms in able.items()} for name in names}
+    if all(len(forms) == 1 for forms in able.values()):
+        return chosen
     with Trial(bundle, [_picture(bundle)], threads=threads, weights_dir=weights_dir) as trial:
         recorded = trial.calls()
         for place, name in enumerate(names):
             on_progress("choosing forms", place, len(names))
-            for target, forms in makers.items():
-                able = [form for form in forms if _runs(target, form)]
-                if not able:
-                    continue
-                opened = {form: _open(target, recipe, graphs[name], codes, form, trial) for form in able}
+            for target, forms in able.items():
+                opened = {form: _open(target, recipe, graphs[name], codes, form, trial) for form in forms}
                 try:
                     chosen[name][target] = _fastest(name, opened, recorded[name].first, trial)
                 finally:

@@ -22,7 +22,8 @@ def test_the_pages_commands_and_python_run(
     Path("judged").mkdir()
     Image.open("demo/sample.png").crop((20, 30, 20 + SIDE, 30 + SIDE)).save("judged/20.png")
     alone = ("--threads", "1")  # threads would mostly wait for each other
-    assert run_commands(page("calibration"), {"collect": alone, "sensitivity": alone, "gate": alone}) == 6
+    more = {"collect": alone, "sensitivity": (*alone, "--by", "block"), "gate": alone}
+    assert run_commands(page("calibration"), more) == 6
     scales, engines = blocks(page("calibration"), "python")
     capsys.readouterr()
     exec(compile(scales.text, "calibration.md", "exec"), {})

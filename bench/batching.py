@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tilewright.export.verify.engines import eager_network
+from tilewright.export.verify.eager import eager_network
 from tilewright.runtime import Restorer, load
 from tilewright.runtime.bundle.program import ANY
 

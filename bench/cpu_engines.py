@@ -60,7 +60,7 @@ def stock(hint: str) -> Callable[[Path, Path], Run]:
 def eager(bundle: Path, work: Path) -> Run:
     import torch
 
-    from tilewright.export.verify.engines import eager_network
+    from tilewright.export.verify.eager import eager_network
     from tilewright.runtime.bundle.read import read_bundle
 
     torch.set_num_threads(THREADS)

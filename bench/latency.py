@@ -42,7 +42,7 @@ def standard(bundle: Path, work: Path) -> Callable[[Any], Any]:
 def networks(bundle: Path) -> tuple[Any, Any]:
     import torch
 
-    from tilewright.export.verify.engines import eager_network
+    from tilewright.export.verify.eager import eager_network
     from tilewright.runtime.bundle.read import read_bundle
 
     torch.set_num_threads(THREADS)

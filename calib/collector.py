@@ -15,6 +15,7 @@ from tilewright.calib.watch import WatchedEngine, WatchingDevice
 from tilewright.runtime.bundle.digests import sha256_of_file
 from tilewright.runtime.bundle.read import Bundle, read_bundle
 from tilewright.runtime.bundle.weights import checked_folder
+from tilewright.runtime.engines import Engine
 from tilewright.runtime.errors import AccuracyError, DeviceError, InputError, ResourceError, UsageError
 from tilewright.runtime.estimate import all_open, available_bytes
 from tilewright.runtime.execute.devices import OpenEngines
@@ -27,9 +28,10 @@ from tilewright.runtime.restore import Restorer
 from tilewright.runtime.resume.checkpoint import beside, plain
 from tilewright.runtime.setup import set_up
 
-__all__ = ["IMAGES", "Collected", "collect"]
+__all__ = ["IMAGES", "VIAS", "Collected", "collect"]
 
 IMAGES = 16
+VIAS = ("engines", "torch")
 LEAST_IMAGES = 2  # one picture says little of others
 Report = Callable[[int, int, float], None]
 
@@ -52,6 +54,7 @@ def collect(
     steps: int | None = None,
     tile: int | None = None,
     seed: int = 0,
+    via: str = "engines",
     memory: str = "fast",
     devices: Sequence[str] = ("cpu:0",),
     threads: int = 0,
@@ -64,15 +67,18 @@ def collect(
 
     At most `images` are taken, evenly from the sorted names of the folder. The first one gets the noise of `seed`, the
     next one that of `seed + 1`. `steps`: sampling steps, where the system has any. `tile`: the side of the tiles,
-    instead of the bundle's. `arguments` are the bundle's, as for `Restorer.sitting`. `on_progress` gets how many images
-    are done, how many there are, and the share of the work that is done. Other options as for `load`.
+    instead of the bundle's. `via`: "engines" are the bundle's graphs in ONNX Runtime, "torch" the networks that they
+    were traced from. `arguments` are the bundle's, as for `Restorer.sitting`. `on_progress` gets how many images are
+    done, how many there are, and the share of the work that is done. Other options as for `load`.
     """
     bundle = bundle if isinstance(bundle, Bundle) else read_bundle(bundle, expect=expect)
     images, seed = whole("images", images, LEAST_IMAGES), whole("seed", seed, 0, WORD_MAX)
     side = max((p.tiles.px for p in bundle.program.passes if p.tiles), default=1) if tile is None else tile
     paths, target = _images(Path(folder), images, bundle.program.scale, side), Path(output)
     check_place(target)
-    restorer, watching = _open(bundle, memory, devices, threads, checked_folder(weights_dir))
+    if via not in VIAS:
+        raise UsageError(f"via={via!r} is not one of {', '.join(VIAS)}")
+    restorer, watching = _open(bundle, via, memory, devices, threads, checked_folder(weights_dir))
     options = {"steps": steps, "tile": tile, **arguments}
     with restorer:
         sitting = restorer.sitting(paths[0], **options)  # refuses wrong options
@@ -130,16 +136,20 @@ def _images(folder: Path, most: int, scale: int, tile: int) -> list[Path]:
 
 
 def _open(
-    bundle: Bundle, memory: str, names: Sequence[str], threads: int, weights_dir: Path | None
+    bundle: Bundle, via: str, memory: str, names: Sequence[str], threads: int, weights_dir: Path | None
 ) -> tuple[Restorer, list[WatchingDevice]]:
     """A restorer whose engines are watched, and its devices. Each call takes one tile, so it has one step."""
     setup = set_up(bundle, devices=names, threads=threads, batch=1)
     bundle = setup.bundle
 
     def watching(name: str) -> WatchingDevice:
-        def open_engine(component: str) -> WatchedEngine:
-            graph, files = bundle.manifest.components[component].graph, bundle.files_of(component, weights_dir)
+        def open_engine(component: str) -> Engine:
             look = device.look(component)
+            if via == "torch":
+                from tilewright.calib.eager import EagerEngine
+
+                return EagerEngine(bundle, component, weights_dir, look)
+            graph, files = bundle.manifest.components[component].graph, bundle.files_of(component, weights_dir)
             return WatchedEngine(bundle.path(graph), files, look, memory=memory, threads=setup.threads)
 
         device = WatchingDevice(name, OpenEngines(bundle.program.components(), open_engine))

@@ -11,7 +11,7 @@ from typing import Any
 
 import onnx
 
-__all__ = ["Observed", "Piece", "observed_tensors", "piece_model", "pieces"]
+__all__ = ["OURS_MULTIPLY", "Observed", "Piece", "multiplied_by", "observed_tensors", "piece_model", "pieces"]
 
 OURS = "tilewright"
 OURS_MULTIPLY = {  # op -> how many of its first inputs are multiplied by weights or by each other; the axis of channels
@@ -43,6 +43,18 @@ def observed_tensors(graph: onnx.GraphProto) -> Observed:
             if (tensor := node.input[place]) and tensor not in fixed:
                 observed.setdefault(tensor, axis)
     return observed
+
+
+def multiplied_by(graph: onnx.GraphProto) -> dict[tuple[str, int], list[str]]:
+    """For each weight, the tensors that it is multiplied by, in order. A node may multiply several: 0, 1, ..."""
+    fixed, tensors = _fixed(graph), dict[tuple[str, int], list[str]]()
+    for node in graph.node:
+        entering = [node.input[place] for place, _ in _entrances(node, fixed)]
+        weights = _behind(graph, fixed, [name for name in node.input if name and name in fixed])[1] if entering else ()
+        for weight in weights:
+            for place, tensor in enumerate(entering):
+                tensors.setdefault((weight, place), []).append(tensor)
+    return tensors
 
 
 def _entrances(node: onnx.NodeProto, fixed: Mapping[str, Any]) -> Iterator[tuple[int, int | None]]:

@@ -30,6 +30,12 @@ def add_verbs(verbs: Any) -> None:
         "--tile", type=int, metavar="PX", help="side of a tile in output pixels, instead of the bundle's"
     )
     collect.add_argument(
+        "--via",
+        choices=("engines", "torch"),
+        default="engines",
+        help="run the bundle's graphs, or the PyTorch networks that they were traced from (default: engines)",
+    )
+    collect.add_argument(
         "--memory", choices=MEMORY_MODES, default="fast", help="speed, or weights mapped and not copied"
     )
     collect.add_argument("--threads", type=int, metavar="N", default=0, help="of an engine (default: all cores)")
@@ -47,7 +53,7 @@ def _collect(arguments: argparse.Namespace) -> None:
 
     require_bundle(arguments.bundle)
     start, values = time.perf_counter(), own_values(arguments)
-    options = ("images", "steps", "tile", "seed", "memory", "threads", "weights_dir")
+    options = ("images", "steps", "tile", "seed", "via", "memory", "threads", "weights_dir")
     with Progress(arguments) as progress:
         progress.doing("opening the engines")
         collected = collect(

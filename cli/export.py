@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from tilewright.cli.explain import explain
 from tilewright.cli.lint import add_lint
+from tilewright.cli.plans import add_plan_options, forecast_of_plans, plan_options
 from tilewright.cli.space import space
 from tilewright.cli.terminal import Progress, answer, expect_argument, span, verb
-from tilewright.runtime.errors import ResourceError, amount
+from tilewright.runtime.errors import ResourceError, UsageError, amount
 
 if TYPE_CHECKING:
     from tilewright.export.build.forecast import Forecast
@@ -52,11 +53,12 @@ def add_verbs(verbs: Any) -> None:
         default="tilewright",
         help="keep our ops as nodes with functions, or inline them as standard ONNX",
     )
-    _engine_options(build, "ort", "float32")
+    _engine_options(build)
     build.add_argument("--allow-nonfinite", action="store_true", help="build from weights that hold NaN or infinity")
     build.add_argument(
         "--dry-run", action="store_true", help="check all files, predict stages, disk, memory and time; build nothing"
     )
+    build.add_argument("--gpu", metavar="NAME", help="with --dry-run: predict plans for sm90, which need not be here")
     build.add_argument("--explain", action="store_true", help="say which inputs changed since the last build")
 
     build.set_defaults(more_arguments=_system_options)
@@ -65,6 +67,7 @@ def add_verbs(verbs: Any) -> None:
     more.add_argument("bundle", type=Path, metavar="BUNDLE", help="its directory")
     expect_argument(more)
     _engine_options(more, "openvino", "float32,bfloat16")
+    add_plan_options(more)
 
     stand_in = verb(verbs, "stand-in", "write zeros in the place of a system's published files", _stand_in)
     stand_in.add_argument("system", help="a name that 'export list' shows")
@@ -119,15 +122,16 @@ def add_verbs(verbs: Any) -> None:
     )
 
 
-def _engine_options(parser: argparse.ArgumentParser, targets: str, precisions: str) -> None:
-    """Add the options that say which engines to make."""
-    for name, default, text in (
-        ("target", targets, "backends to make engines for, of ort and openvino"),
-        ("precision", precisions, "precisions of the engines, of float32 and bfloat16"),
+def _engine_options(parser: argparse.ArgumentParser, targets: str = "", precisions: str = "") -> None:
+    """Add the options that say which engines to make. Without defaults, `usual_engines` decides."""
+    targets_text = "backends to make engines for, of ort, openvino, cuda, tensorrt and aoti"
+    for name, default, text, here in (
+        ("target", targets, targets_text, "ort, and openvino if installed"),
+        ("precision", precisions, "precisions of the engines, of float32 and bfloat16", "those that run here"),
     ):
-        parser.add_argument(
-            f"--{name}", type=_names, default=_names(default), metavar="NAMES", help=f"{text} (default: {default})"
-        )
+        value = _names(default) if default else ()
+        help_text = f"{text} (default: {default or here})"
+        parser.add_argument(f"--{name}", type=_names, default=value, metavar="NAMES", help=help_text)
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -202,14 +206,22 @@ def _list(arguments: argparse.Namespace) -> None:
 
 
 def _build(arguments: argparse.Namespace) -> None:
+    from tilewright.export.build.compile import compile_engines, split
     from tilewright.export.build.history import usual_seconds
     from tilewright.export.build.preflight import check_request
     from tilewright.export.build.request import Request
     from tilewright.export.build.run import build, changes
     from tilewright.export.build.stage_list import all_remembered, list_stages, quick_digest
+    from tilewright.export.targets import check_makeable, usual_engines
     from tilewright.export.weights.hub import local
     from tilewright.runtime.bundle.digests import sha256_of_file
+    from tilewright.runtime.engines.machine import this_machine
 
+    graphs, compiled = split(*usual_engines(this_machine(kinds=("cpu",)), arguments.target, arguments.precision))
+    if arguments.gpu and not arguments.dry_run:
+        raise UsageError(f"--gpu {arguments.gpu} predicts only; add --dry-run, or compile on the machine with the GPU")
+    if not arguments.gpu:
+        check_makeable(compiled[0])
     request = Request(
         arguments.system,
         arguments.preset,
@@ -221,8 +233,7 @@ def _build(arguments: argparse.Namespace) -> None:
         arguments.ops,
         _option_values(arguments),
         arguments.allow_nonfinite,
-        arguments.target,
-        arguments.precision,
+        *graphs,
     )
     start, usual, explained = time.perf_counter(), cache(partial(usual_seconds, request)), dict[str, Any]()
     with Progress(arguments) as progress:
@@ -243,8 +254,11 @@ def _build(arguments: argparse.Namespace) -> None:
             lines = [f"{stage} runs, changed: {', '.join(reasons)}" for stage, reasons in explained["changed"].items()]
             progress.say("\n".join(lines or ["nothing changed since the last build"]))
         cost = {} if arguments.dry_run else build(request, tell, digest)
+        if compiled[0] and not arguments.dry_run:
+            progress.doing("compiling engines")
+            compile_engines(arguments.out, *compiled)
     if arguments.dry_run:
-        _dry_run(arguments, request, explained)
+        _dry_run(arguments, request, explained, compiled[1] if "tensorrt" in compiled[0] else ())
         return
     seconds = time.perf_counter() - start
     done = f"{arguments.out}: built in {seconds:.1f} s" if cost else f"{arguments.out}: up to date, nothing to do"
@@ -254,7 +268,13 @@ def _build(arguments: argparse.Namespace) -> None:
 def _compile(arguments: argparse.Namespace) -> None:
     from tilewright.export.build.compile import compile_engines
 
-    done = compile_engines(arguments.bundle, arguments.target, arguments.precision, expect=arguments.expect)
+    done = compile_engines(
+        arguments.bundle,
+        arguments.target,
+        arguments.precision,
+        expect=arguments.expect,
+        options=plan_options(arguments),
+    )
     answer(
         arguments,
         asdict(done),
@@ -263,7 +283,10 @@ def _compile(arguments: argparse.Namespace) -> None:
     )
 
 
-def _dry_run(arguments: argparse.Namespace, request: "Request", explained: dict[str, Any]) -> None:
+def _dry_run(
+    arguments: argparse.Namespace, request: "Request", explained: dict[str, Any], plans: Sequence[str]
+) -> None:
+    """Predict a build, and the plans in these precisions."""
     from tilewright.export.build.forecast import forecast
     from tilewright.export.build.preflight import check_request, check_room, free_room
     from tilewright.export.build.run import up_to_date
@@ -287,7 +310,13 @@ def _dry_run(arguments: argparse.Namespace, request: "Request", explained: dict[
         f"peak memory: {amount(predicted.memory)}, {memory} free",
         f"time: {_time(predicted)}",
     ]
-    answer(arguments, predicted.to_json() | free | explained, "\n".join(lines), fault=fault)
+    report = predicted.to_json() | free | explained
+    if plans:
+        compiling, too_much = forecast_of_plans(request, plans, arguments.gpu)
+        report["plans"] = compiling.to_json()
+        lines += compiling.lines()
+        fault = fault or too_much
+    answer(arguments, report, "\n".join(lines), fault=fault)
 
 
 def _time(predicted: "Forecast") -> str:

@@ -23,6 +23,7 @@ from tilewright.runtime.plan.tiles import TilePlan
 __all__ = [
     "MEMORY_MODES",
     "Estimate",
+    "all_on_gpu",
     "all_open",
     "available_bytes",
     "bytes_of",
@@ -144,6 +145,7 @@ def needed_bytes(
 
 def weights_bytes(bundle: Bundle, engines: Mapping[str, EngineSpec], memory: str) -> int:
     """The memory that the weights of open engines take for themselves: re-packed, or reordered for convolutions."""
+    engines = {name: spec for name, spec in engines.items() if spec.device == "cpu"}  # a GPU has its own memory
     if memory == "low":
         return sum(spec.memory.copied for spec in engines.values())
     tables = {spec.weights or name for name, spec in engines.items() if spec.precision == "float32"}
@@ -171,7 +173,7 @@ def _references(bundle: Bundle, tables: Iterable[str]) -> list[Reference]:
 
 
 def _graph_bytes(bundle: Bundle, engines: Mapping[str, EngineSpec]) -> int:
-    return sum(bundle.manifest.files[spec.graph].size for spec in engines.values())
+    return sum(bundle.manifest.files[spec.graph].size for spec in engines.values() if spec.device == "cpu")
 
 
 def _call_bytes(specs: Mapping[str, EngineSpec], name: str, p: Pass, plan: TilePlan) -> float:
@@ -399,3 +401,9 @@ def all_open(bundle: Bundle, engines: Mapping[str, EngineSpec], memory: str, fre
     """
     fits = free is None or copies * weights_bytes(bundle, engines, memory) < OPEN_SHARE * free
     return memory == "fast" and fits
+
+
+def all_on_gpu(bundle: Bundle, engines: Mapping[str, EngineSpec], memory: str, free: int) -> bool:
+    """Whether all engines are open at once on a GPU with so much free memory; it holds weights as they are stored."""
+    tables = {spec.weights or name for name, spec in engines.items()}
+    return memory == "fast" and sum(r.length for r in _references(bundle, tables)) < OPEN_SHARE * free

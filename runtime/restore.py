@@ -17,10 +17,20 @@ from tilewright.runtime.bundle.read import Bundle, read_bundle
 from tilewright.runtime.bundle.weights import checked_folder
 from tilewright.runtime.engines import Engine, backend
 from tilewright.runtime.engines.choose import shortest_tile
+from tilewright.runtime.engines.driver import first_gpu
 from tilewright.runtime.engines.machine import usable_cores
 from tilewright.runtime.errors import UsageError
-from tilewright.runtime.estimate import MEMORY_MODES, Estimate, all_open, available_bytes, bytes_of, estimate
-from tilewright.runtime.execute.devices import CpuDevice, OpenEngines
+from tilewright.runtime.estimate import (
+    MEMORY_MODES,
+    Estimate,
+    all_on_gpu,
+    all_open,
+    available_bytes,
+    bytes_of,
+    estimate,
+)
+from tilewright.runtime.execute.cuda import CudaDevice
+from tilewright.runtime.execute.devices import CpuDevice, Device, OpenEngines
 from tilewright.runtime.execute.executor import Executor
 from tilewright.runtime.execute.walk import Job, Walk, layout
 from tilewright.runtime.images.canvas import Enlarged
@@ -210,11 +220,19 @@ def load(
     constants = read_tensors(bundle.path(bundle.manifest.constants)) if bundle.manifest.constants else {}
     free = available_bytes()
     free = limit if free is None or (limit is not None and limit < free) else free
-    fits = all_open(bundle, specs, memory, free, 1 if setup.shared else len(names))
-    cpus = [CpuDevice(name, engines) for name, engines in zip(names, engines_of_device, strict=True)]
-    executor = Executor(cpus, pass_by_pass=not fits, signatures=bundle.manifest.components, deadline_s=deadline_s)
+    if names == ["cuda:0"]:
+        fits = all_on_gpu(bundle, specs, memory, first_gpu().memory()[0])
+    else:
+        fits = all_open(bundle, specs, memory, free, 1 if setup.shared else len(names))
+    opened = [_device(name, engines) for name, engines in zip(names, engines_of_device, strict=True)]
+    executor = Executor(opened, pass_by_pass=not fits, signatures=bundle.manifest.components, deadline_s=deadline_s)
     if fits:
         for engines in engines_of_device:
             for name in engines:
                 engines[name]
     return Restorer(bundle, shared, executor, specs, constants, memory, limit, threads or usable_cores(), tile)
+
+
+def _device(name: str, engines: OpenEngines) -> Device:
+    """The device of this name."""
+    return CpuDevice(name, engines) if name.startswith("cpu") else CudaDevice(name, engines, first_gpu())

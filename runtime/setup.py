@@ -8,7 +8,8 @@ from tilewright.runtime.bundle.measured import on_processor
 from tilewright.runtime.bundle.read import Bundle
 from tilewright.runtime.engines.choose import choose_all, largest_batch, require, tile_sides
 from tilewright.runtime.engines.machine import this_machine, usable_cores
-from tilewright.runtime.execute.devices import cpu_names
+from tilewright.runtime.engines.trust import strangers
+from tilewright.runtime.execute.devices import device_names
 from tilewright.runtime.inputs import whole
 
 __all__ = ["Setup", "set_up"]
@@ -43,14 +44,16 @@ def set_up(
     """Choose engines and devices; options as for `load`."""
     threads = whole("threads", threads, 0, MOST_THREADS)
     side = None if tile is None else whole("tile", tile, 0)
-    names = cpu_names(devices)
+    names = device_names(devices)
     if len(names) > 1 and not threads:
         threads = max(1, usable_cores() // len(names))
     components = {name: bundle.manifest.components[name] for name in sorted(bundle.program.components())}
     packages = {package for c in components.values() for spec in c.engines for package in spec.needs.packages}
     machine = this_machine(packages, {name.partition(":")[0] for name in names})
     known, sides = on_processor(bundle.root, machine.processor), tile_sides(bundle.program, side)
-    specs = require(choose_all(components, machine, engine, measured=known, sides=sides))
+    strange = strangers(bundle.manifest)
+    specs = require(choose_all(components, machine, engine, measured=known, sides=sides, strange=strange))
+    bundle = replace(bundle, program=bundle.program.cut(min(spec.profile.side_px.most for spec in specs.values())))
     most = largest_batch(specs.values())
     if batch is not None:
         bundle = replace(bundle, program=bundle.program.batched(whole("batch", batch, 1, most)))

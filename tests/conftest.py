@@ -1,4 +1,4 @@
-"""One cache of builds and one bundle for the whole run, shared by its workers."""
+"""One cache of builds and two bundles for the whole run, shared by its workers."""
 
 import os
 from collections.abc import Iterator
@@ -23,6 +23,18 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         os.environ["TILEWRIGHT_CACHE_DIR"] = before
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _one_engine() -> Iterator[None]:
+    """Builds that name no engines make one for each network, on every machine: each takes time."""
+    from tilewright.export import targets
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            targets, "usual", lambda machine, names, precisions: (names or ("ort",), precisions or ("float32",))
+        )
+        yield
+
+
 @pytest.fixture(scope="session")
 def shared(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Shared:
     """Name and filler -> the folder of that name, filled once a run; do not change it."""
@@ -37,6 +49,15 @@ def hitoksr_tiny(shared: Shared) -> Path:
     from tilewright.export.build.run import build
 
     return shared("hitoksr-tiny", lambda bundle: build(Request("hitoksr", "tiny", bundle, seed=0)))
+
+
+@pytest.fixture(scope="session")
+def in_token_tiny(shared: Shared) -> Path:
+    """In-Token's tiny bundle with random weights; do not change it."""
+    from tilewright.export.build.request import Request
+    from tilewright.export.build.run import build
+
+    return shared("in-token-tiny", lambda bundle: build(Request("in-token", "tiny", bundle, seed=0)))
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -27,7 +27,7 @@ EXPORT = (
     {"weights", "tokenizers.py"},
     {"networks", "graph"},
     {"targets", "systems"},
-    {"verify", "lint"},
+    {"verify", "lint", "plans"},
     {"build"},
     {"new_folder.py"},
     {

@@ -56,6 +56,7 @@ class Assembly:
                 spec.inputs,
                 spec.outputs,
                 engines(root, name, request.engines, weights, partial(_memory, memory[name])),
+                dict(spec.px),
             )
             for name, spec in request.components.items()
         }

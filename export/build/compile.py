@@ -10,13 +10,14 @@ from pathlib import Path
 
 from tilewright.export.build.assembly import engines
 from tilewright.export.build.cache import staging
-from tilewright.export.targets import engine_folder, engines_of, target_module
+from tilewright.export.plans.build import Options
+from tilewright.export.targets import check_makeable, engine_folder, engines_of, target_module
 from tilewright.runtime.bundle.manifest import Component, EngineSpec, Memory
 from tilewright.runtime.bundle.read import Bundle, read_bundle
 from tilewright.runtime.bundle.write import seal
 from tilewright.runtime.errors import UsageError
 
-__all__ = ["Compiled", "compile_engines"]
+__all__ = ["Compiled", "compile_engines", "split"]
 
 
 @dataclass(frozen=True)
@@ -28,28 +29,94 @@ class Compiled:
     digest: str
 
 
+Choice = tuple[tuple[str, ...], tuple[str, ...]]  # targets and precisions
+
+
+def split(targets: Sequence[str], precisions: Sequence[str]) -> tuple[Choice, Choice]:
+    """The targets and precisions that a build makes graphs of, and those that are compiled from its bundle.
+
+    A bundle has an engine that runs anywhere, so ONNX Runtime's is added where none is asked for.
+    """
+    pairs = engines_of(targets, precisions)
+    later = [pair for pair in pairs if target_module(pair[0]).COMPILED]
+    now = [pair for pair in pairs if pair not in later] or [("ort", "float32")]
+    return _choice(now), _choice(later)
+
+
+def _choice(pairs: Iterable[tuple[str, str]]) -> Choice:
+    pairs = list(pairs)
+    return tuple(dict.fromkeys(t for t, _ in pairs)), tuple(dict.fromkeys(p for _, p in pairs))
+
+
 def compile_engines(
-    root: Path, targets: Sequence[str], precisions: Sequence[str], *, expect: str | None = None
+    root: Path,
+    targets: Sequence[str],
+    precisions: Sequence[str],
+    *,
+    expect: str | None = None,
+    options: Options | None = None,
 ) -> Compiled:
     """Make the engines of these targets for every component of a bundle. Engines of the same names are replaced."""
     pairs = engines_of(targets, precisions)
     for target in targets:
         if not target_module(target).FROM_BUNDLE:
             raise UsageError(f"target={target!r} needs the traced graph; use tilewright export build --target {target}")
+    check_makeable(targets)
+    compiled = [(target, p) for target, p in pairs if target_module(target).COMPILED]
+    graphs = [pair for pair in pairs if pair not in compiled]
     bundle = read_bundle(root, expect=expect)
     with staging(root.resolve()) as folder:
         shutil.copytree(root, folder, dirs_exist_ok=True, copy_function=_link)
-        components = {}
+        components, names = {}, dict[str, None]()
         for name, component in bundle.manifest.components.items():
-            for target in targets:
+            for target in dict(graphs):
                 _prepare(bundle, name, target, folder)
-            added = engines(folder, name, pairs, bundle.weights, partial(_memory, component))
+            added = engines(folder, name, graphs, bundle.weights, partial(_memory, component))
+            added += _compiled(bundle, name, compiled, folder, options or Options())
             components[name] = _with(component, added)
-        names = tuple(dict.fromkeys(f"{target}-{precision}" for target, precision in pairs))
+            names |= dict.fromkeys(spec.name for spec in added)
         _list_in_card(folder / "README.md", components.values())
         (folder / "bundle.json").unlink()  # a link to the one that stays in use until the end
         seal(folder, replace(bundle.manifest, components=components), root)
-    return Compiled(names, bundle.digest, read_bundle(root).digest)
+    return Compiled(tuple(names), bundle.digest, read_bundle(root).digest)
+
+
+def _compiled(
+    bundle: Bundle, component: str, pairs: Sequence[tuple[str, str]], folder: Path, options: Options
+) -> tuple[EngineSpec, ...]:
+    """The compiled engines of a component. Without weights, the most accurate precision of each target is enough."""
+    if not bundle.weights.tensors.get(component):
+        pairs = [*{target: (target, precision) for target, precision in reversed(pairs)}.values()][::-1]
+    return tuple(_one(bundle, component, target, precision, folder, options) for target, precision in pairs)
+
+
+def _one(bundle: Bundle, component: str, target: str, precision: str, folder: Path, options: Options) -> EngineSpec:
+    if target == "tensorrt":
+        from tilewright.export.build.plan import compile_plan, this_card
+
+        return compile_plan(bundle, component, precision, this_card(), options, folder)
+
+    if target == "aoti":
+        from tilewright.export.build.package import compile_package
+
+        return compile_package(bundle, component, precision, folder)
+    return _graph(bundle, component, target, precision, folder)
+
+
+def _graph(bundle: Bundle, name: str, target: str, precision: str, folder: Path) -> EngineSpec:
+    """Write a graph with the types of a precision, if it differs from the portable graph; returns its engine."""
+    import onnx_ir as ir
+
+    module, component = target_module(target), bundle.manifest.components[name]
+    place = component.graph
+    model = ir.load(bundle.path(place))
+    if module.prepare(model) or precision != "float32":
+        module.typed(model, precision)
+        place = f"{engine_folder(name, target)}/{precision}.onnx"
+        (folder / place).parent.mkdir(parents=True, exist_ok=True)
+        (folder / place).unlink(missing_ok=True)  # it may be another name of the old bundle's file
+        ir.save(model, folder / place)
+    return module.spec(precision, place, component.engines[0].memory, 0)
 
 
 def _memory(component: Component, target: str) -> Memory:

@@ -17,15 +17,23 @@ from tilewright.kernels.face import DOMAIN, VERSION, Face, plain
 from tilewright.kernels.table import KERNELS
 from tilewright.runtime.errors import BuildError
 
-__all__ = ["function", "give_function", "give_functions", "inline", "translations"]
+__all__ = ["function", "give_function", "give_functions", "inline", "node_names", "translations"]
 
 FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)"]
 
 
 def translations() -> dict[Any, Callable[..., Any]]:
     """For the exporter: a translation of each of our PyTorch ops into its node."""
-    ops = ((getattr(torch.ops.tilewright, op.name).default, op.face) for op in KERNELS.values() if op.face)
-    return {torch_op: _translation(torch_op, face) for torch_op, face in ops}
+    return {torch_op: _translation(torch_op, face) for torch_op, face in _faces().items()}
+
+
+def node_names() -> dict[Any, str]:
+    """Each of our PyTorch ops -> the name of its node with all inputs."""
+    return {torch_op: face.name for torch_op, face in _faces().items()}
+
+
+def _faces() -> dict[Any, Face]:
+    return {getattr(torch.ops.tilewright, op.name).default: op.face for op in KERNELS.values() if op.face}
 
 
 def _translation(torch_op: Any, face: Face) -> Callable[..., Any]:

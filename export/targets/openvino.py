@@ -5,14 +5,20 @@ from typing import Any
 
 from tilewright.runtime.bundle.manifest import EngineSpec, Memory, Needs
 
-__all__ = ["FROM_BUNDLE", "PRECISIONS", "prepare", "spec"]
+__all__ = ["COMPILED", "FROM_BUNDLE", "PRECISIONS", "missing", "prepare", "spec"]
 
 FROM_BUNDLE = True
+COMPILED = False
 PRECISIONS = ("float32", "bfloat16")
 INSTRUCTIONS = {"bfloat16": ("avx512_bf16",)}  # without them OpenVINO would compute in float32, and not say so
 CORES = {"bfloat16": 2}  # as in runtime/engines/openvino.py
 VERSION = "2026.4"  # the least that was tested
 WIDTHS = {"float32": 4, "bfloat16": 2}
+
+
+def missing() -> str | None:
+    """Nothing: its engines are graphs, which are made anywhere."""
+    return None
 
 
 def prepare(model: Any) -> bool:

@@ -4,10 +4,16 @@ from typing import Any
 
 from tilewright.runtime.bundle.manifest import EngineSpec, Memory, Needs
 
-__all__ = ["FROM_BUNDLE", "PRECISIONS", "prepare", "spec"]
+__all__ = ["COMPILED", "FROM_BUNDLE", "PRECISIONS", "missing", "prepare", "spec"]
 
 FROM_BUNDLE = False  # its rewrites need shapes, which the portable graph does not keep
+COMPILED = False
 PRECISIONS = ("float32",)
+
+
+def missing() -> str | None:
+    """Nothing: its engines are graphs, which are made anywhere."""
+    return None
 
 
 def prepare(model: Any) -> bool:

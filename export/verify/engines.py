@@ -8,7 +8,7 @@ import contextlib
 import copy
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from tilewright.export.graph.trace import network_on_meta
-from tilewright.export.system import Settings
-from tilewright.export.systems import system
+from tilewright.export.verify.eager import Eager, eager_network
 from tilewright.export.verify.memory import VERIFY_COPIES
 from tilewright.export.verify.repeat import Calls, Watched, commands
 from tilewright.export.verify.seams import PICTURES, seam_excess
-from tilewright.export.weights.files import mapped_tensor
+from tilewright.export.verify.speed import seconds_of
 from tilewright.runtime.bundle.manifest import PRECISIONS
 from tilewright.runtime.bundle.measured import PSNR_GATE, Measured, Measurement
 from tilewright.runtime.bundle.program import Program
@@ -31,6 +29,7 @@ from tilewright.runtime.engines import Engine, backend
 from tilewright.runtime.engines.choose import choose_all
 from tilewright.runtime.engines.choose import require as require_engines
 from tilewright.runtime.engines.machine import processor, this_machine, usable_cores
+from tilewright.runtime.engines.trust import strangers
 from tilewright.runtime.errors import AccuracyError, ResourceError, TilewrightError, UsageError
 from tilewright.runtime.estimate import available_bytes
 from tilewright.runtime.execute.walk import Job, run
@@ -105,12 +104,16 @@ def verify(
                 watched = {n: Watched(engine, n, calls) for n, engine in restorer.engines.items()}
                 images[name] = run(program, watched, restorer.constants, timed)
                 seconds[name] = timed.seconds
+        threads, megapixels = judge.threads, eager_image.shape[1] * eager_image.shape[2] / 1e6
+        if small and len(names) > 1:  # above, each had one thread and small tiles
+            tile = _one_tile(judge, job.inputs)
+            threads, seconds = seconds_of(bundle, names, tile, weights_dir)
+            megapixels = tile.image.shape[1] * tile.image.shape[2] / 1e6
         few = _few_steps(judge, SMALL_SEAM_STEPS if small else SEAM_STEPS)
         pictures = (PICTURES | {"photo": _photo}).items()
         seams = {
             name: _seam(judge, _told(job, on_progress, f"seams, {name}", program), few, make) for name, make in pictures
         }
-        megapixels = eager_image.shape[1] * eager_image.shape[2] / 1e6
         specs = {name: next(s for s in r.specs.values() if s.name == name) for name, r in restorers.items()}
     report: dict[str, Any] = {
         "bundle": bundle.digest,
@@ -118,7 +121,7 @@ def verify(
         "image": f"{job.image.shape[2]}x{job.image.shape[1]} px in tiles of {job.tile_px or 'the program'}",
         "steps": job.steps or max(p.steps.count if p.steps else 1 for p in program.passes),
         "processor": processor(),
-        "threads": judge.threads,
+        "threads": threads,
         "engines": {
             name: {
                 "backend": spec.backend,
@@ -160,12 +163,11 @@ def _engines(bundle: Bundle) -> tuple[list[str], dict[str, str]]:
     components = {name: bundle.manifest.components[name] for name in bundle.program.components()}
     specs = {spec.name: spec for component in components.values() for spec in component.engines}
     machine = this_machine({package for spec in specs.values() for package in spec.needs.packages})
-    skipped = {
-        name: reason for choice in choose_all(components, machine).values() for name, reason in choice.misfits.items()
-    }
+    choices = choose_all(components, machine, strange=strangers(bundle.manifest))
+    skipped = {name: reason for choice in choices.values() for name, reason in choice.misfits.items()}
     names = sorted(specs.keys() - skipped.keys(), key=lambda name: specs[name].precision != "float32")
     if not names:
-        require_engines(choose_all(components, machine))
+        require_engines(choices)
     return names, dict(sorted(skipped.items()))
 
 
@@ -278,6 +280,14 @@ def _job(restorer: Restorer, size_px: int | None) -> Job:
     )
 
 
+def _one_tile(restorer: Restorer, inputs: dict[str, Any]) -> Job:
+    """A job of one tile of the usual size."""
+    program = restorer.bundle.program
+    side = min(p.tiles.px for p in program.passes if p.tiles)
+    image = Enlarged(sample_photo(side, side, program.scale), program.scale, program.multiple_px, 1)
+    return Job(image, steps=_few_steps(restorer, SMALL_SEAM_STEPS), inputs=inputs)
+
+
 def require(report: Mapping[str, Any], precisions: Collection[str] = PRECISIONS, root: Path | None = None) -> None:
     """Refuse a report with an engine of these precisions that misses its gate, and tiles that show.
 
@@ -363,35 +373,6 @@ def sample_photo(width: int, height: int, scale: int) -> npt.NDArray[np.uint8]:
     texture = np.random.Generator(np.random.Philox(key=1)).normal(0, 0.04, (rows, columns, 3))
     rgb = np.clip(np.stack(channels, -1) + texture, 0, 1)
     return np.asarray(rgb * 255 + 0.5, np.uint8)
-
-
-def eager_network(bundle: Bundle, component: str, weights_dir: Path | None) -> "Eager":
-    """The eager network with the bundle's weights, which are mapped if they are stored in float32."""
-    settings = Settings.from_json(bundle.manifest.options["settings"])
-    spec = system(bundle.manifest.system).components(settings)[component]
-    network = network_on_meta(spec)
-    references = bundle.weights.tensors.get(component, {})
-    folders = {name: bundle.folder(name, weights_dir) for name in bundle.weights.folders_of(component)}
-    tensors = {n: mapped_tensor(folders[r.folder], r).float() for n, r in references.items()}
-    network.load_state_dict(tensors, strict=False, assign=True)
-    return Eager(network, tuple(spec.outputs))
-
-
-@dataclass
-class Eager:
-    """An eager network with the interface of an engine."""
-
-    network: Any
-    names: tuple[str, ...]  # names of its outputs
-
-    def run(self, inputs: Mapping[str, Any], outputs: Iterable[str]) -> dict[str, Any]:
-        with torch.no_grad():  # it holds for one thread only, and tiles run in several
-            results = self.network(**{name: torch.from_numpy(np.array(array)) for name, array in inputs.items()})
-        arrays = dict(zip(self.names, results if isinstance(results, tuple) else (results,), strict=True))
-        return {name: arrays[name].numpy() for name in outputs}
-
-    def close(self) -> None:
-        """Nothing to free."""
 
 
 class _Paired:

@@ -86,6 +86,7 @@ class Needs:
     compute_capability: tuple[int, int] | None = None  # of the GPU, at least
     packages: dict[str, str] = field(default_factory=dict)  # package -> least version
     cores: int = field(default=1, metadata={"minimum": 1})  # of the CPU, at least
+    exactly: bool = False  # this compute capability and these versions, and no later ones
 
     def __post_init__(self) -> None:
         check_limits(self)
@@ -150,6 +151,7 @@ class Component:
     inputs: dict[str, TensorSpec]
     outputs: dict[str, TensorSpec]
     engines: tuple[EngineSpec, ...] = field(metadata={"minItems": 1})
+    px: dict[str, int] = field(default_factory=dict)  # named size -> output pixels behind one unit of it
 
     def __post_init__(self) -> None:
         check_limits(self)

@@ -262,6 +262,15 @@ class Program:
         tiles = {p.tiles: replace(p.tiles, batch=batch) for p in self.passes if p.tiles}
         return replace(self, passes=tuple(replace(p, tiles=tiles[p.tiles]) if p.tiles else p for p in self.passes))
 
+    def cut(self, most_px: int) -> "Program":
+        """The same program without tiles above this side: no larger image is taken whole."""
+        passes = []
+        for p in self.passes:
+            whole = p.tiles.whole_up_to_px if p.tiles else None
+            large = p.tiles and whole and max(whole) > most_px
+            passes.append(replace(p, tiles=replace(p.tiles, whole_up_to_px=None)) if p.tiles and large else p)
+        return replace(self, passes=tuple(passes))
+
     def components(self) -> set[str]:
         """The names of the components that the passes call."""
         return {call.run for p in self.passes for _, _, call in p.calls()}

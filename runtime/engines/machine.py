@@ -13,18 +13,21 @@ from tilewright.runtime.bundle.manifest import DEVICES
 from tilewright.runtime.engines import BACKENDS
 from tilewright.runtime.engines.choose import Machine
 
-__all__ = ["processor", "this_machine", "usable_cores"]
+__all__ = ["compute_capability", "processor", "this_machine", "usable_cores"]
 
 CPUINFO = Path("/proc/cpuinfo")
 CUDA = "libcuda.so.1"
 MAJOR, MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
 NUMBERS = ("cpu family", "model", "stepping", "CPU implementer", "CPU part")  # x86, Arm
-VARIANTS = {"onnxruntime": ("onnxruntime-gpu", "onnxruntime-openvino")}  # other packages with the same module
+VARIANTS = {  # other packages with the same module
+    "onnxruntime": ("onnxruntime-gpu", "onnxruntime-openvino"),
+    "tensorrt": ("tensorrt-cu13", "tensorrt-cu12"),
+}
 
 
 def this_machine(packages: Iterable[str] = (), kinds: Collection[str] = DEVICES) -> Machine:
     """This machine, with the versions of these packages, and only with devices of these kinds."""
-    capability = _compute_capability() if "cuda" in kinds else None
+    capability = compute_capability() if "cuda" in kinds else None
     here = ("cpu", *(["cuda"] if capability else []))
     modules = {name: importlib.import_module(module) for name, module in BACKENDS.items()}
     missing = {name: reason for name, module in modules.items() if (reason := module.missing())}
@@ -77,7 +80,7 @@ def _version(package: str) -> str | None:
     return None
 
 
-def _compute_capability() -> tuple[int, int] | None:
+def compute_capability() -> tuple[int, int] | None:
     """The least compute capability of the GPUs, by their driver; none without a GPU."""
     try:
         driver = ctypes.CDLL(CUDA)

@@ -4,7 +4,8 @@ OpenVINO reads a graph without its weights. It gets them as constants over the m
 the CPU as it compiles the graph. So an open engine has a copy of all weights, in its precision.
 
 In bfloat16 an angle of 30 would be off by a tenth. So sines and cosines of times and positions, with all that leads to
-them, are a graph of their own in float32, whose outputs are inputs of the other graph.
+them, are a graph of their own in float32, whose outputs are inputs of the other graph. And the best of many scores
+would often be equal. So a product that gives the scores of a choice takes bfloat16, and gives float32.
 """
 
 import functools
@@ -33,6 +34,8 @@ HINTS = {"float32": "f32", "bfloat16": "bf16"}
 # thread: github.com/openvinotoolkit/openvino/issues/33300
 LEAST_THREADS = 2
 PRODUCTS = ("MatMul", "Convolution", "GroupConvolution")  # too much work for float32
+MOVES = ("Reshape", "Squeeze", "Transpose", "Unsqueeze")
+LARGEST = float(np.finfo(np.float32).max)
 WIDTHS = {"bfloat16": np.uint16}  # NumPy has no type for it
 
 
@@ -195,7 +198,10 @@ def open_graph(
     try:
         model = _core().read_model(with_inputs(data))
         maps = _attach(model, {name: files[weight.location] for name, weight in weights.items()}, weights)
-        angles = _without_angles(model) if precision == "bfloat16" else None
+        angles = None
+        if precision == "bfloat16":
+            angles = _without_angles(model)
+            _keep_scores(model)
         exact = settings | {"INFERENCE_PRECISION_HINT": HINTS["float32"]}
         before = angles and OpenvinoEngine(_core().compile_model(angles, "CPU", exact), [], graph, low=memory == "low")
         compiled = _core().compile_model(model, "CPU", settings)
@@ -251,6 +257,24 @@ def _without_angles(model: Any) -> Any:
         op.output(0).replace(parameter.output(0))
         model.add_parameters([parameter])
     return openvino.Model(list(outputs.values()), list(inputs.values())) if outputs else None
+
+
+def _keep_scores(model: Any) -> None:
+    """Let a product give float32, if the best of its results are chosen.
+
+    OpenVINO computes behind the last product in float32, and a product gives what the operator behind it, which it
+    takes in, would give. A bias is taken in earlier and does not count. So the operator is one that changes nothing.
+    """
+    import openvino
+
+    for op in model.get_ordered_ops():
+        if op.get_type_name() != "TopK":
+            continue
+        read = op.input(0)
+        while (before := read.get_source_output().get_node()).get_type_name() in MOVES:
+            read = before.input(0)
+        same = openvino.opset13.clamp(read.get_source_output(), -LARGEST, LARGEST)
+        read.replace_source_output(same.output(0))
 
 
 def _before(node: Any) -> dict[str, Any]:

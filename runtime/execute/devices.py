@@ -11,10 +11,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from tilewright.runtime.engines import Engine
-from tilewright.runtime.engines.machine import usable_cores
-from tilewright.runtime.errors import UsageError
+from tilewright.runtime.engines.machine import compute_capability, usable_cores
+from tilewright.runtime.errors import EnvironmentMismatch, UsageError
 
-__all__ = ["CpuDevice", "Device", "OpenEngines", "cpu_names"]
+__all__ = ["CpuDevice", "Device", "OpenEngines", "cpu_names", "device_names"]
 
 
 class Device(Protocol):
@@ -122,6 +122,20 @@ class CpuDevice:
         """Close engines. No call may be using them."""
         if isinstance(self.engines, OpenEngines):
             self.engines.close(self.engines if components is None else components)
+
+
+def device_names(names: Sequence[str]) -> list[str]:
+    """Check the names of devices: cores of the CPU, or the first GPU alone, as all run the same engines."""
+    several = isinstance(names, Sequence) and not isinstance(names, str | bytes)
+    if not several or not any(str(name).startswith("cuda") for name in names):
+        return cpu_names(names)
+    if list(names) != ["cuda:0"]:
+        raise UsageError(
+            f"devices={','.join(map(str, names))!r}: a GPU runs alone, and it must be the first; use cuda:0"
+        )
+    if compute_capability() is None:
+        raise EnvironmentMismatch("device 'cuda:0': no NVIDIA GPU with its driver is here; use cpu:0")
+    return ["cuda:0"]
 
 
 def cpu_names(names: Sequence[str]) -> list[str]:

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from tilewright.calib.pieces import observed_tensors, pieces
 from tilewright.calib.watch import WatchedEngine
-from tilewright.export.verify.engines import eager_network
+from tilewright.export.verify.eager import eager_network
 from tilewright.runtime.bundle.read import read_bundle
 
 GENERATOR = np.random.default_rng(0)

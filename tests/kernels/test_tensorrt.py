@@ -7,16 +7,16 @@ expressions, passing the arguments, opting in to more than 48 KiB of shared memo
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from support.shared import Shared
+from support.tensorrt.bindings import VERSIONS, place_with
 from tilewright.kernels.table import KERNELS
 
 pytestmark = pytest.mark.slow
@@ -25,7 +25,6 @@ triton = pytest.importorskip("triton")
 
 HERE = Path(__file__).parent / "tensorrt"
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-VERSIONS = ("10.16.1.11", "11.4.0.106")
 FLUX = {"heads": 24, "epsilon": 1e-6, "interleaved": 1}
 HITOKSR = {"heads": 12, "epsilon": 1e-6, "interleaved": 0}
 WIDE = {"x": "B N 3072", "wq": "3072 3072", "wk": "3072 3072", "wv": "3072 3072", "hq": "3072", "hk": "3072"}
@@ -96,29 +95,14 @@ def version(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def told(version: str, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def told(
+    version: str, shared: Shared, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
     """What a process answers where TensorRT's bindings of this version are imported."""
-    compiler = shutil.which("g++") or pytest.skip("no g++ for the libraries that TensorRT's bindings look for")
-    wheels = Path(request.config.cache.mkdir("tensorrt_bindings"))  # type: ignore[union-attr]
-    wheel = next(wheels.glob(f"*-{version}-cp{sys.version_info[0]}{sys.version_info[1]}-*.whl"), None)
-    if wheel is None:
-        words = ["pip", "download", "-q", "--no-deps", "-d", wheels, f"tensorrt_cu13_bindings=={version}"]
-        done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, timeout=60)
-        if done.returncode:
-            pytest.skip(f"TensorRT's bindings {version} cannot be downloaded: {done.stderr.strip()[-200:]}")
-        wheel = next(wheels.glob(f"*-{version}-*.whl"))
-    place = tmp_path_factory.mktemp("tensorrt")
-    with zipfile.ZipFile(wheel) as file:
-        file.extractall(place)
-    (place / "tensorrt").symlink_to("tensorrt_bindings")
-    names = [f"lib{name}.so.{version.split('.')[0]}" for name in ("nvinfer", "nvinfer_plugin", "nvonnxparser")]
-    subprocess.run([compiler, "-shared", "-fPIC", HERE / "stub.cpp", "-o", place / names[0]], check=True)
-    for name in names[1:]:
-        shutil.copy(place / names[0], place / name)
+    place = place_with(version, HERE / "stub.cpp", request.config, tmp_path_factory.mktemp("tensorrt"), shared)
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "1"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path_factory.getbasetemp() / "triton")}  # the versions share it
-    for path in ("PYTHONPATH", "LD_LIBRARY_PATH"):
-        environment[path] = os.pathsep.join(filter(None, [str(place), os.environ.get(path)]))
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(place), os.environ.get("PYTHONPATH")]))
 
     keys = BUILDS + (MORE_BUILDS if version == VERSIONS[-1] else [])
     unknown_arch = question("CodebookFromLogits") | {"arch": None}

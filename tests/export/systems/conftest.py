@@ -17,12 +17,6 @@ from tilewright.export.systems.flux.sizes import PRESETS
 
 
 @pytest.fixture(scope="session")
-def in_token_tiny(shared: Shared) -> Path:
-    """In-Token's tiny bundle with random weights; do not change it."""
-    return shared("in-token-tiny", lambda bundle: build(Request("in-token", "tiny", bundle, seed=0)))
-
-
-@pytest.fixture(scope="session")
 def vicr_tiny(shared: Shared) -> Path:
     """VICR's tiny bundle with random weights; do not change it."""
     return shared("vicr-tiny", lambda bundle: build(Request("vicr", "tiny", bundle, seed=0)))

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from tilewright.cli.main import main
-from tilewright.export.verify.engines import _Paired, eager_network, require, verify
+from tilewright.export.verify.eager import eager_network
+from tilewright.export.verify.engines import _Paired, require, verify
 from tilewright.runtime.bundle.read import read_bundle
 from tilewright.runtime.bundle.write import write_manifest
 from tilewright.runtime.errors import AccuracyError, ResourceError

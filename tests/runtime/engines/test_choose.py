@@ -1,5 +1,6 @@
 """Choosing an engine: the best that fits is taken, and every other one has a reason."""
 
+import operator
 from dataclasses import replace
 
 import pytest
@@ -23,6 +24,7 @@ needs = st.builds(
     compute_capability=st.none() | capabilities,
     packages=st.dictionaries(st.sampled_from(["onnxruntime", "openvino"]), versions),
     cores=st.sampled_from([1, 2]),
+    exactly=st.booleans(),
 )
 measured = st.builds(
     Measured,
@@ -60,13 +62,14 @@ machines = st.builds(
 def fits(spec: EngineSpec, machine: Machine) -> bool:
     """Whether a machine has everything that an engine needs."""
     needs, has = spec.needs, machine.packages
+    as_asked = operator.eq if needs.exactly else operator.ge
     return (
         spec.device in machine.devices
         and spec.backend in machine.backends
         and set(needs.instructions) <= set(machine.instructions)
-        and (not needs.compute_capability or (machine.compute_capability or (0, 0)) >= needs.compute_capability)
+        and (not needs.compute_capability or as_asked(machine.compute_capability or (0, 0), needs.compute_capability))
         and needs.cores <= machine.cores
-        and all(name in has and Version(has[name]) >= Version(least) for name, least in needs.packages.items())
+        and all(name in has and as_asked(Version(has[name]), Version(least)) for name, least in needs.packages.items())
     )
 
 
@@ -123,6 +126,17 @@ def test_a_machine_without_the_chosen_engine_is_given_the_next(specs, machine):
     assert [spec.precision == "float32" for spec in order] == sorted(s.precision == "float32" for s in order)[::-1]
 
 
+@given(specs_of_a_component, machines, st.data())
+def test_machine_code_of_strangers_is_left_out_unless_it_is_asked_for(specs, machine, data):
+    strange = data.draw(st.sets(st.sampled_from([spec.name for spec in specs])))
+    usual, left = choose(specs, machine, strange=strange), [spec for spec in specs if spec.name not in strange]
+    assert usual.spec == (choose(left, machine).spec if left else None)
+    assert strange <= usual.misfits.keys()
+    one = data.draw(st.sampled_from(specs))
+    if fits(one, machine):
+        assert choose(specs, machine, one.name, strange=strange).spec == one
+
+
 SPEC = EngineSpec("ort-float32", "ort", "cpu", "float32", ("model.onnx",))
 MACHINE = Machine(
     cores=2,
@@ -153,6 +167,17 @@ GPU = replace(MACHINE, devices=("cpu", "cuda"), compute_capability=(8, 6))
             {"needs": Needs(packages={"openvino": "2026.4"})},
             MACHINE,
             "needs openvino 2026.4 or later, it is not installed: pip install 'openvino>=2026.4'",
+        ),
+        (
+            {"needs": Needs((), (8, 0), exactly=True)},
+            GPU,
+            "needs compute capability 8.0, this GPU's is 8.6",
+        ),
+        (
+            {"needs": Needs(packages={"onnxruntime": "1.21"}, exactly=True)},
+            MACHINE,
+            "was compiled with onnxruntime 1.21, and 1.21.2 is installed:"
+            " compile it again, or pip install 'onnxruntime==1.21'",
         ),
     ],
 )

@@ -30,7 +30,7 @@ def test_versions_are_those_of_the_packages():
         metadata.version("openvino") if "openvino" in here.backends else "none"
     )
     assert here.packages == {"numpy": np.__version__, "onnxruntime": onnxruntime.__version__}
-    assert {*here.backends, *here.missing} == {"ort", "openvino"} and "ort" in here.backends
+    assert {*here.backends, *here.missing} == {"ort", "openvino", "tensorrt"} and "ort" in here.backends
 
 
 def test_instruction_sets_are_those_that_numpy_finds():

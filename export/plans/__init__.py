@@ -1,0 +1,1 @@
+"""TensorRT's plans: compiled for one kind of GPU, from a component's graph and its mapped weights."""

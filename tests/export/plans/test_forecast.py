@@ -1,0 +1,95 @@
+"""Forecasts of plans for a GPU that is not here, and the refusals of a machine that has none."""
+
+import json
+
+import pytest
+
+from tilewright.cli.main import main
+from tilewright.export.plans.forecast import GPUS, check_gpu, gpu_bytes, plan_forecast
+from tilewright.export.targets import check_makeable
+from tilewright.export.targets.tensorrt import missing
+from tilewright.runtime.engines.machine import compute_capability
+from tilewright.runtime.errors import EnvironmentMismatch, ResourceError, UsageError
+
+needs_no_gpu = pytest.mark.skipif(compute_capability() is not None, reason="this machine has a GPU")
+
+
+def test_memory_follows_the_largest_component_and_the_widest_precision():
+    small, large = (plan_forecast("sm90", {"a": 10**9, "b": n * 10**9}, ["bfloat16"]) for n in (1, 12))
+    assert large.device - small.device == 2 * 2 * 11 * 10**9
+    assert large.running - small.running == 2 * 11 * 10**9
+    assert (large.plans, large.device_memory, large.seconds) == (2, 80 * 10**9, None)
+    both = plan_forecast("sm90", {"a": 10**9, "b": 12 * 10**9}, ["float32", "bfloat16"])
+    assert both.plans == 4 and both.device - 1.5e9 == 2 * (large.device - 1.5e9)
+
+
+def test_what_does_not_fit_on_the_card_is_refused_with_the_numbers():
+    large = plan_forecast("sm90", {"step": 24 * 10**9}, ["bfloat16"])
+    with pytest.raises(ResourceError) as caught:
+        check_gpu(large)
+    assert "about 97.5 GB of GPU memory, and such a card has 80.0 GB" in str(caught.value)
+    check_gpu(plan_forecast("sm90:141", {"step": 24 * 10**9}, ["bfloat16"]))
+
+
+@pytest.mark.parametrize("gpu", ["sm70", "h100", "sm90:", "sm90:0", "sm90:x", "", "SM90", "sm90:99999"])
+def test_a_gpu_that_nobody_knows_is_refused(gpu):
+    with pytest.raises(UsageError, match=r"is none of sm75, .*sm90:141"):
+        gpu_bytes(gpu)
+    assert all(gpu_bytes(name) == (name, size * 10**9) for name, size in GPUS.items())
+
+
+def test_time_is_that_of_the_nearest_plan_of_the_architecture(tmp_path, monkeypatch):
+    monkeypatch.setenv("TILEWRIGHT_CACHE_DIR", str(tmp_path))
+    notes = {
+        "near": ("sm90", 1100, 60),
+        "far": ("sm90", 600, 30),
+        "other": ("sm80", 1000, 5),
+        "larger": ("sm90", 9000, 9),
+    }
+    for name, (architecture, parameters, seconds) in notes.items():
+        folder = tmp_path / "build" / "plan" / name
+        folder.mkdir(parents=True)
+        note = {"architecture": architecture, "parameters": parameters, "seconds": seconds}
+        (folder / "inspected.json").write_text(json.dumps(note))
+    (folder / "inspected.json").with_name("damaged").mkdir()
+    assert plan_forecast("sm90", {"a": 1000}, ["bfloat16"]).seconds == 60
+    assert plan_forecast("sm90", {"a": 1000, "b": 1000}, ["bfloat16"]).seconds == 120
+    assert plan_forecast("sm90", {"a": 1000, "b": 50}, ["bfloat16"]).seconds is None
+    assert plan_forecast("sm100", {"a": 1000}, ["bfloat16"]).seconds is None
+
+
+@needs_no_gpu
+def test_without_a_gpu_the_target_says_what_helps(capsys):
+    assert "here is none" in str(missing()) and "--dry-run --gpu sm90" in str(missing())
+    with pytest.raises(EnvironmentMismatch):
+        check_makeable(["ort", "tensorrt"])
+    check_makeable(["ort", "openvino"])
+
+
+@needs_no_gpu
+def test_compiling_without_a_gpu_ends_with_code_4_and_one_line(hitoksr_tiny, capsys):
+    for words in (
+        ["compile", str(hitoksr_tiny), "--target", "tensorrt"],
+        ["build", "hitoksr", "--preset", "tiny", "--random-weights", "0", "-o", "never", "--target", "ort,tensorrt"],
+    ):
+        assert main(["export", *words]) == 4
+        told = capsys.readouterr().err.strip()
+        assert "compiles on the machine that has the NVIDIA GPU, and here is none" in told and "\n" not in told
+
+
+def test_a_gpu_is_named_for_predictions_only(capsys):
+    words = ["export", "build", "hitoksr", "--preset", "tiny", "--random-weights", "0", "-o", "never"]
+    assert main([*words, "--target", "tensorrt", "--gpu", "sm90"]) == 2
+    assert "add --dry-run" in capsys.readouterr().err
+
+
+def test_a_dry_run_predicts_plans_for_a_gpu_elsewhere(hitoksr_tiny, capsys):
+    words = ["export", "build", "hitoksr", "--preset", "tiny", "--random-weights", "0", "-o", str(hitoksr_tiny)]
+    words += ["--target", "ort,tensorrt", "--precision", "float32,bfloat16", "--dry-run"]
+    assert main([*words, "--gpu", "sm90", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["plans"]
+    assert (told["gpu"], told["plans"], told["gpu_memory_bytes"]) == ("sm90", 4, 80 * 10**9)
+    assert main([*words, "--gpu", "sm90:1"]) == 5
+    captured = capsys.readouterr()
+    assert "plans: 4 for sm90:1" in captured.out
+    assert "such a card has 1.0 GB" in captured.err and "\n" not in captured.err.strip()

@@ -315,7 +315,7 @@ def _dry_run(
         compiling, too_much = forecast_of_plans(request, plans, arguments.gpu)
         report["plans"] = compiling.to_json()
         lines += compiling.lines()
-        fault = fault or too_much
+        fault = ResourceError(f"{fault}; {too_much}") if fault and too_much else fault or too_much
     answer(arguments, report, "\n".join(lines), fault=fault)
 
 

@@ -1,5 +1,6 @@
 """Adding engines to an existing bundle. Its files stay as they are; the new bundle replaces the old one in one step."""
 
+import math
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ from tilewright.runtime.bundle.manifest import Component, EngineSpec, Memory
 from tilewright.runtime.bundle.read import Bundle, read_bundle
 from tilewright.runtime.bundle.write import seal
 from tilewright.runtime.errors import UsageError
+from tilewright.runtime.estimate import available_bytes
 
 __all__ = ["Compiled", "compile_engines", "split"]
 
@@ -65,6 +67,8 @@ def compile_engines(
     compiled = [(target, p) for target, p in pairs if target_module(target).COMPILED]
     graphs = [pair for pair in pairs if pair not in compiled]
     bundle = read_bundle(root, expect=expect)
+    if plans := [p for target, p in compiled if target == "tensorrt"]:
+        _check_room(bundle, plans)
     with staging(root.resolve()) as folder:
         shutil.copytree(root, folder, dirs_exist_ok=True, copy_function=_link)
         components, names = {}, dict[str, None]()
@@ -79,6 +83,18 @@ def compile_engines(
         (folder / "bundle.json").unlink()  # a link to the one that stays in use until the end
         seal(folder, replace(bundle.manifest, components=components), root)
     return Compiled(tuple(names), bundle.digest, read_bundle(root).digest)
+
+
+def _check_room(bundle: Bundle, precisions: Sequence[str]) -> None:
+    """Refuse plans that do not fit on this machine's GPU, or into its memory, before anything is compiled."""
+    from tilewright.export.build.plan import this_card
+    from tilewright.export.plans.forecast import check_gpu, check_host, plan_forecast
+    from tilewright.runtime.engines.driver import first_gpu
+
+    sizes = {name: sum(math.prod(r.shape) for r in table.values()) for name, table in bundle.weights.tensors.items()}
+    predicted = plan_forecast(this_card().architecture, first_gpu().memory()[1], sizes, precisions)
+    check_gpu(predicted)
+    check_host(predicted, available_bytes())
 
 
 def _compiled(

@@ -23,7 +23,7 @@ TOY = Path(__file__).parents[1] / "toy" / "packages"  # a system whose networks 
 
 def started(out: Path, *more: str) -> subprocess.Popen[str]:
     """A build in a process of its own, with a cache beside its bundle."""
-    words = ["export", "build", "toy", "--random-weights", "0", "-o", str(out), *more]
+    words = ["export", "build", "toy", "--random-weights", "0", "--target", "ort", "-o", str(out), *more]
     return subprocess.Popen(
         [sys.executable, "-m", "tilewright.cli.main", *words],
         env={**os.environ, "TILEWRIGHT_CACHE_DIR": str(out.parent / "cache"), "PYTHONPATH": str(TOY)},

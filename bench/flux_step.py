@@ -1,4 +1,4 @@
-"""One step of FLUX.1-Fill, 1 + 2 blocks at full width: our engine in both memory modes against eager diffusers.
+"""One step of FLUX.1-Fill, 1 + 2 blocks at full width: engines, some in both memory modes, against eager diffusers.
 
 Every contender has its own process, and they take turns. Prints JSON; `bench/run.py` stores it.
 """
@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -31,14 +32,14 @@ def inputs(bundle: Path, side: int) -> dict[str, Any]:
     return arrays | {"sigma": np.array([0.7], np.float32), "sigma_next": np.array([0.6], np.float32)}
 
 
-def engine(memory: str) -> Callable[[Path, int], Callable[[], Any]]:
+def engine(name: str, memory: str) -> Callable[[Path, int], Callable[[], Any]]:
     def ready(bundle: Path, side: int) -> Callable[[], Any]:
         from tilewright.runtime.bundle.read import read_bundle
-        from tilewright.runtime.engines.ort import open_engine
+        from tilewright.runtime.engines import backend
 
         opened = read_bundle(bundle)
-        spec = opened.manifest.components["step"].engines[0]
-        step = open_engine(opened, "step", spec, memory=memory, threads=THREADS)
+        spec = next(spec for spec in opened.manifest.components["step"].engines if spec.name == name)
+        step = backend(spec.backend).open_engine(opened, "step", spec, memory=memory, threads=THREADS)
         feed = inputs(bundle, side)
         return lambda: step.run(feed, ["z_next"])["z_next"]
 
@@ -86,8 +87,14 @@ def eager(bundle: Path, side: int) -> Callable[[], Any]:
     return run
 
 
-CONTENDERS = {"tilewright fast": engine("fast"), "tilewright low": engine("low"), "diffusers eager fp32": eager}
 PEER = "diffusers eager fp32"
+CONTENDERS = {
+    "tilewright fast": engine("ort-float32", "fast"),
+    "tilewright low": engine("ort-float32", "low"),
+    "openvino-float32": engine("openvino-float32", "fast"),
+    "openvino-bfloat16": engine("openvino-bfloat16", "fast"),
+    PEER: eager,
+}
 
 
 def contend(name: str, bundle: Path, side: int, pipe: Connection) -> None:
@@ -96,7 +103,7 @@ def contend(name: str, bundle: Path, side: int, pipe: Connection) -> None:
     while pipe.recv():
         start = time.perf_counter()
         latent = run()
-        pipe.send((time.perf_counter() - start, float(latent.std()), memory_of_its_own()))
+        pipe.send((time.perf_counter() - start, latent, memory_of_its_own()))
 
 
 def memory_of_its_own() -> int:
@@ -105,33 +112,36 @@ def memory_of_its_own() -> int:
     return 1024 * int(next(line for line in lines if line.startswith("Anonymous:")).split()[1])
 
 
-def measure(bundle: Path, side: int, rounds: int) -> dict[str, Any]:
+def measure(bundle: Path, side: int, rounds: int, names: list[str]) -> dict[str, Any]:
     start = multiprocessing.get_context("spawn")
     pipes: dict[str, Connection] = {}
     processes = []
-    for name in CONTENDERS:
+    for name in names:
         pipes[name], theirs = start.Pipe()
         processes.append(start.Process(target=contend, args=(name, bundle, side, theirs), daemon=True))
         processes[-1].start()
         theirs.close()
         pipes[name].recv()
-    timings: dict[str, list[tuple[float, float, int]]] = {name: [] for name in CONTENDERS}
+    timings: dict[str, list[tuple[float, Any, int]]] = {name: [] for name in names}
     for _ in range(rounds + 1):
         for name, pipe in pipes.items():
             pipe.send(True)
             timings[name].append(pipe.recv())
+            print(name, timings[name][-1][0], file=sys.stderr, flush=True)
     for process in processes:
         process.kill()
+    latent = timings[PEER][-1][1]
     rows = {
         name: {
             "median_s": statistics.median(s for s, *_ in runs[1:]),
             "ratio_to_eager": statistics.median(a[0] / b[0] for a, b in zip(runs[1:], timings[PEER][1:], strict=True)),
             "anonymous_bytes": runs[-1][2],
+            "relative_l2": float(np.linalg.norm(runs[-1][1] - latent) / np.linalg.norm(latent)),
         }
         for name, runs in timings.items()
     }
     return {
-        "what": f"one step, 1 + 2 blocks of full width, {side}x{side} px, 1241 text tokens, float32, random weights",
+        "what": f"one step, 1 + 2 blocks of full width, {side}x{side} px, 1241 text tokens, random weights",
         "threads": THREADS,
         "rounds": rounds,
         "rows": rows,
@@ -143,5 +153,8 @@ if __name__ == "__main__":
     parser.add_argument("--bundle", type=Path, required=True, help="a bundle of in-token, preset mid, random weights")
     parser.add_argument("--side", type=int, default=512, help="of the picture, in pixels")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument(
+        "--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help=f"{PEER} is needed"
+    )
     arguments = parser.parse_args()
-    print(json.dumps(measure(arguments.bundle, arguments.side, arguments.rounds), indent=1))
+    print(json.dumps(measure(arguments.bundle, arguments.side, arguments.rounds, arguments.contenders), indent=1))

@@ -92,6 +92,7 @@ def flux(work: Path) -> None:
     work.mkdir(parents=True, exist_ok=True)
     save_file({name: random.standard_normal(shape, np.float32) for name, shape in shapes.items()}, embeds)
     words = ("--preset", "mid", "--random-weights", 0, "--prompt-embeds", embeds, "--verify", "never")
+    words += ("--target", "ort,openvino", "--precision", "float32,bfloat16")
     tilewright("export", "build", "in-token", *words, "-o", mid)
     bench("flux_step", "--bundle", mid)
 

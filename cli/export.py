@@ -53,7 +53,7 @@ def add_verbs(verbs: Any) -> None:
         default="tilewright",
         help="keep our ops as nodes with functions, or inline them as standard ONNX",
     )
-    _engine_options(build, "ort", "float32")
+    _engine_options(build)
     build.add_argument("--allow-nonfinite", action="store_true", help="build from weights that hold NaN or infinity")
     build.add_argument(
         "--dry-run", action="store_true", help="check all files, predict stages, disk, memory and time; build nothing"
@@ -122,15 +122,16 @@ def add_verbs(verbs: Any) -> None:
     )
 
 
-def _engine_options(parser: argparse.ArgumentParser, targets: str, precisions: str) -> None:
-    """Add the options that say which engines to make."""
-    for name, default, text in (
-        ("target", targets, "backends to make engines for, of ort, openvino and tensorrt"),
-        ("precision", precisions, "precisions of the engines, of float32 and bfloat16"),
+def _engine_options(parser: argparse.ArgumentParser, targets: str = "", precisions: str = "") -> None:
+    """Add the options that say which engines to make. Without defaults, `usual_engines` decides."""
+    targets_text = "backends to make engines for, of ort, openvino, cuda, tensorrt and aoti"
+    for name, default, text, here in (
+        ("target", targets, targets_text, "ort, and openvino if installed"),
+        ("precision", precisions, "precisions of the engines, of float32 and bfloat16", "those that run here"),
     ):
-        parser.add_argument(
-            f"--{name}", type=_names, default=_names(default), metavar="NAMES", help=f"{text} (default: {default})"
-        )
+        value = _names(default) if default else ()
+        help_text = f"{text} (default: {default or here})"
+        parser.add_argument(f"--{name}", type=_names, default=value, metavar="NAMES", help=help_text)
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -211,11 +212,12 @@ def _build(arguments: argparse.Namespace) -> None:
     from tilewright.export.build.request import Request
     from tilewright.export.build.run import build, changes
     from tilewright.export.build.stage_list import all_remembered, list_stages, quick_digest
-    from tilewright.export.targets import check_makeable
+    from tilewright.export.targets import check_makeable, usual_engines
     from tilewright.export.weights.hub import local
     from tilewright.runtime.bundle.digests import sha256_of_file
+    from tilewright.runtime.engines.machine import this_machine
 
-    graphs, compiled = split(arguments.target, arguments.precision)
+    graphs, compiled = split(*usual_engines(this_machine(kinds=("cpu",)), arguments.target, arguments.precision))
     if arguments.gpu and not arguments.dry_run:
         raise UsageError(f"--gpu {arguments.gpu} predicts only; add --dry-run, or compile on the machine with the GPU")
     if not arguments.gpu:
@@ -253,10 +255,10 @@ def _build(arguments: argparse.Namespace) -> None:
             progress.say("\n".join(lines or ["nothing changed since the last build"]))
         cost = {} if arguments.dry_run else build(request, tell, digest)
         if compiled[0] and not arguments.dry_run:
-            progress.doing("compiling plans")
+            progress.doing("compiling engines")
             compile_engines(arguments.out, *compiled)
     if arguments.dry_run:
-        _dry_run(arguments, request, explained, compiled[1])
+        _dry_run(arguments, request, explained, compiled[1] if "tensorrt" in compiled[0] else ())
         return
     seconds = time.perf_counter() - start
     done = f"{arguments.out}: built in {seconds:.1f} s" if cost else f"{arguments.out}: up to date, nothing to do"

@@ -10,6 +10,7 @@ from tilewright.runtime.bundle.strict import encode
 from tilewright.runtime.engines import BACKENDS, backend
 from tilewright.runtime.engines.choose import Choice, Machine, choose_all, require, tile_sides
 from tilewright.runtime.engines.machine import this_machine
+from tilewright.runtime.engines.trust import strangers
 from tilewright.runtime.errors import EnvironmentMismatch
 from tilewright.runtime.profile import hardware
 
@@ -36,7 +37,8 @@ def diagnose(bundle: Bundle | None, wish: str | None = None) -> tuple[dict[str, 
     machine = this_machine({p for c in components.values() for spec in c.engines for p in spec.needs.packages})
     known = on_processor(bundle.root, machine.processor) if bundle else {}
     sides = tile_sides(bundle.program) if bundle else {}
-    choices = choose_all(components, machine, wish, measured=known, sides=sides) if components else {}
+    strange = strangers(bundle.manifest) if bundle else {}
+    choices = choose_all(components, machine, wish, measured=known, sides=sides, strange=strange) if components else {}
     fault = None
     try:
         require(choices)

@@ -8,6 +8,7 @@ from tilewright.runtime.bundle.measured import on_processor
 from tilewright.runtime.bundle.read import Bundle
 from tilewright.runtime.engines.choose import choose_all, largest_batch, require, tile_sides
 from tilewright.runtime.engines.machine import this_machine, usable_cores
+from tilewright.runtime.engines.trust import strangers
 from tilewright.runtime.execute.devices import device_names
 from tilewright.runtime.inputs import whole
 
@@ -50,7 +51,8 @@ def set_up(
     packages = {package for c in components.values() for spec in c.engines for package in spec.needs.packages}
     machine = this_machine(packages, {name.partition(":")[0] for name in names})
     known, sides = on_processor(bundle.root, machine.processor), tile_sides(bundle.program, side)
-    specs = require(choose_all(components, machine, engine, measured=known, sides=sides))
+    strange = strangers(bundle.manifest)
+    specs = require(choose_all(components, machine, engine, measured=known, sides=sides, strange=strange))
     bundle = replace(bundle, program=bundle.program.cut(min(spec.profile.side_px.most for spec in specs.values())))
     most = largest_batch(specs.values())
     if batch is not None:

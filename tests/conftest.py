@@ -23,6 +23,18 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         os.environ["TILEWRIGHT_CACHE_DIR"] = before
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _one_engine() -> Iterator[None]:
+    """Builds that name no engines make one for each network, on every machine: each takes time."""
+    from tilewright.export import targets
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            targets, "usual", lambda machine, names, precisions: (names or ("ort",), precisions or ("float32",))
+        )
+        yield
+
+
 @pytest.fixture(scope="session")
 def shared(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Shared:
     """Name and filler -> the folder of that name, filled once a run; do not change it."""

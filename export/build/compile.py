@@ -67,8 +67,8 @@ def compile_engines(
     compiled = [(target, p) for target, p in pairs if target_module(target).COMPILED]
     graphs = [pair for pair in pairs if pair not in compiled]
     bundle = read_bundle(root, expect=expect)
-    if compiled:
-        _check_room(bundle, [p for _, p in compiled])
+    if plans := [p for target, p in compiled if target == "tensorrt"]:
+        _check_room(bundle, plans)
     with staging(root.resolve()) as folder:
         shutil.copytree(root, folder, dirs_exist_ok=True, copy_function=_link)
         components, names = {}, dict[str, None]()
@@ -76,7 +76,7 @@ def compile_engines(
             for target in dict(graphs):
                 _prepare(bundle, name, target, folder)
             added = engines(folder, name, graphs, bundle.weights, partial(_memory, component))
-            added += _plans(bundle, name, [p for _, p in compiled], folder, options or Options())
+            added += _compiled(bundle, name, compiled, folder, options or Options())
             components[name] = _with(component, added)
             names |= dict.fromkeys(spec.name for spec in added)
         _list_in_card(folder / "README.md", components.values())
@@ -97,15 +97,42 @@ def _check_room(bundle: Bundle, precisions: Sequence[str]) -> None:
     check_host(predicted, available_bytes())
 
 
-def _plans(
-    bundle: Bundle, component: str, precisions: Sequence[str], folder: Path, options: Options
+def _compiled(
+    bundle: Bundle, component: str, pairs: Sequence[tuple[str, str]], folder: Path, options: Options
 ) -> tuple[EngineSpec, ...]:
-    """The plans of a component. Without weights, the most accurate precision is enough."""
-    from tilewright.export.build.plan import compile_plan, this_card
+    """The compiled engines of a component. Without weights, the most accurate precision of each target is enough."""
+    if not bundle.weights.tensors.get(component):
+        pairs = [*{target: (target, precision) for target, precision in reversed(pairs)}.values()][::-1]
+    return tuple(_one(bundle, component, target, precision, folder, options) for target, precision in pairs)
 
-    if precisions and not bundle.weights.tensors.get(component):
-        precisions = precisions[:1]
-    return tuple(compile_plan(bundle, component, p, this_card(), options, folder) for p in precisions)
+
+def _one(bundle: Bundle, component: str, target: str, precision: str, folder: Path, options: Options) -> EngineSpec:
+    if target == "tensorrt":
+        from tilewright.export.build.plan import compile_plan, this_card
+
+        return compile_plan(bundle, component, precision, this_card(), options, folder)
+
+    if target == "aoti":
+        from tilewright.export.build.package import compile_package
+
+        return compile_package(bundle, component, precision, folder)
+    return _graph(bundle, component, target, precision, folder)
+
+
+def _graph(bundle: Bundle, name: str, target: str, precision: str, folder: Path) -> EngineSpec:
+    """Write a graph with the types of a precision, if it differs from the portable graph; returns its engine."""
+    import onnx_ir as ir
+
+    module, component = target_module(target), bundle.manifest.components[name]
+    place = component.graph
+    model = ir.load(bundle.path(place))
+    if module.prepare(model) or precision != "float32":
+        module.typed(model, precision)
+        place = f"{engine_folder(name, target)}/{precision}.onnx"
+        (folder / place).parent.mkdir(parents=True, exist_ok=True)
+        (folder / place).unlink(missing_ok=True)  # it may be another name of the old bundle's file
+        ir.save(model, folder / place)
+    return module.spec(precision, place, component.engines[0].memory, 0)
 
 
 def _memory(component: Component, target: str) -> Memory:

@@ -27,10 +27,11 @@ from tilewright.export.graph.ops import give_functions, translations
 from tilewright.export.system import ComponentSpec, part_of
 from tilewright.runtime.bundle.program import ANY, TensorSpec
 
-__all__ = ["OPSET", "UNRESOLVED", "network_on_meta", "parameter_specs", "trace"]
+__all__ = ["OPSET", "UNRESOLVED", "exported_program", "network_on_meta", "parameter_specs", "sizes_of", "trace"]
 
 OPSET = 23  # the first opset with Attention and RMSNormalization, which every target fuses
-BATCH = 31  # the most tiles in a call; guidance doubles them, and the libraries' classes treat 64 differently
+MOST = {"batch": 31}  # the most tiles in a call; guidance doubles them, and the libraries' classes treat 64 differently
+MOST_UNITS = 4096  # the most units of any other free size
 UNRESOLVED = "unresolved"  # stands for the file of a weight until it is known
 FACTORIES = {torch.empty, torch.zeros, torch.ones, torch.full, torch.randn, torch.rand}
 INITIALISERS = ("torch.nn.init", "transformers.initialization")  # the second sometimes replaces the first
@@ -72,13 +73,8 @@ def trace(source: ComponentSpec) -> ir.Model:
 
 def _traced(source: ComponentSpec) -> ir.Model:
     network = network_on_meta(source)
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
-    _fake_parameters(network, fake)
-    with fake:
-        arguments = {name: _example(source, spec) for name, spec in source.inputs.items()}
     with torch.no_grad(), _quiet():
-        with fake:
-            exported = torch.export.export(network, (), arguments, dynamic_shapes=_dynamic(source), strict=False)
+        exported = exported_program(source, network)
         # the exporter would trace the whole graph twice more, for the few nodes without a translation
         exported.run_decompositions = partial(_decomposed, exported)  # type: ignore[method-assign]
         program = torch.onnx.export(
@@ -98,6 +94,15 @@ def _traced(source: ComponentSpec) -> ir.Model:
     _unresolve(model, {name for name, _ in network.named_parameters()})
     _slim(model)
     return model
+
+
+def exported_program(source: ComponentSpec, network: nn.Module) -> ExportedProgram:
+    """The component's network as PyTorch exports it, with free sizes. Its parameters become fake tensors."""
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    _fake_parameters(network, fake)
+    with torch.no_grad(), _quiet(), fake:
+        arguments = {name: _example(source, spec) for name, spec in source.inputs.items()}
+        return torch.export.export(network, (), arguments, dynamic_shapes=_dynamic(source), strict=False)
 
 
 def _decomposed(exported: ExportedProgram, table: Mapping[Any, Callable[..., Any]]) -> ExportedProgram:
@@ -193,6 +198,19 @@ def _part_of(size: str) -> tuple[str, int]:
     return part_of("batch" if size == ANY else size)
 
 
+def sizes_of(source: ComponentSpec) -> dict[str, list[Any]]:
+    """The sizes of each input: a number, or the name of a free size, the number that divides it, and its most units.
+
+    Sizes of one name have as many units.
+    """
+
+    def of(named: str) -> tuple[str, int, int]:
+        name, part = _part_of(named)
+        return name, source.multiples.get(name, 1) // part, MOST.get(name, MOST_UNITS)
+
+    return {name: [d if isinstance(d, int) else of(d) for d in spec.shape] for name, spec in source.inputs.items()}
+
+
 def _example(source: ComponentSpec, spec: TensorSpec) -> torch.Tensor:
     # every name has another size, and none is 1: the exporter would take equal sizes as one, and 1 as a constant
     chosen = {name: (2 + i) * source.multiples.get(name, 1) for i, name in enumerate(_sizes(source))}
@@ -202,8 +220,7 @@ def _example(source: ComponentSpec, spec: TensorSpec) -> torch.Tensor:
 
 
 def _dynamic(source: ComponentSpec) -> dict[str, dict[int, Any]]:
-    most = {"batch": BATCH}
-    units = {n: torch.export.Dim(f"{n}_units", min=1, max=most.get(n, 4096)) for n in _sizes(source)}
+    units = {n: torch.export.Dim(f"{n}_units", min=1, max=MOST.get(n, MOST_UNITS)) for n in _sizes(source)}
 
     def free(named: str) -> Any:
         name, part = _part_of(named)

@@ -1,7 +1,7 @@
 """From a portable graph to engines. Each target is one file:
 
 FROM_BUNDLE                                   whether a sealed bundle's portable graph is enough to prepare from
-COMPILED                                      whether its engines are compiled on the machine that will run them
+COMPILED                                      whether its engines are made from a sealed bundle, after its build
 PRECISIONS                                    the precisions of its engines, the most accurate first
 missing() -> str | None                       what this machine lacks to make its engines, and what to do
 prepare(model) -> bool                        rewrites a copy of the portable graph for the backend; whether it changed
@@ -12,12 +12,14 @@ import importlib
 from collections.abc import Sequence
 from types import ModuleType
 
-from tilewright.runtime.bundle.manifest import PRECISIONS
+from tilewright.runtime.bundle.manifest import PRECISIONS, Memory
+from tilewright.runtime.engines.choose import Machine, choose
 from tilewright.runtime.errors import EnvironmentMismatch, UsageError
 
-__all__ = ["TARGETS", "check_makeable", "engine_folder", "engines_of", "target_module"]
+__all__ = ["TARGETS", "USUAL", "check_makeable", "engine_folder", "engines_of", "target_module", "usual_engines"]
 
-TARGETS = {name: f"tilewright.export.targets.{name}" for name in ("ort", "openvino", "tensorrt")}
+TARGETS = {name: f"tilewright.export.targets.{name}" for name in ("ort", "openvino", "cuda", "tensorrt", "aoti")}
+USUAL = ("ort", "openvino")  # targets of a build that names none, where the machine runs their engines
 
 
 def target_module(name: str) -> ModuleType:
@@ -49,6 +51,25 @@ def check_makeable(targets: Sequence[str]) -> None:
     for target in targets:
         if reason := target_module(target).missing():
             raise EnvironmentMismatch(reason)
+
+
+def usual_engines(
+    machine: Machine, targets: Sequence[str] = (), precisions: Sequence[str] = ()
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The targets and the precisions of a build that leaves out one of them, or both: those that the machine runs."""
+    known = [target for target in targets or USUAL if target in TARGETS]
+    runs = [
+        (target, precision)
+        for target in known
+        for precision in target_module(target).PRECISIONS
+        if choose([target_module(target).spec(precision, "", Memory(), 0)], machine).spec
+        and precision in (precisions or PRECISIONS)
+    ]
+    able = {target for target, _ in runs}
+    return (
+        tuple(targets) or tuple(target for target in USUAL if target in able) or USUAL[:1],
+        tuple(precisions) or tuple(p for p in PRECISIONS if p in {p for _, p in runs}) or PRECISIONS[:1],
+    )
 
 
 def engine_folder(component: str, target: str) -> str:

@@ -20,6 +20,7 @@ from tilewright.export.verify.eager import Eager, eager_network
 from tilewright.export.verify.memory import VERIFY_COPIES
 from tilewright.export.verify.repeat import Calls, Watched, commands
 from tilewright.export.verify.seams import PICTURES, seam_excess
+from tilewright.export.verify.speed import seconds_of
 from tilewright.runtime.bundle.manifest import PRECISIONS
 from tilewright.runtime.bundle.measured import PSNR_GATE, Measured, Measurement
 from tilewright.runtime.bundle.program import Program
@@ -28,6 +29,7 @@ from tilewright.runtime.engines import Engine, backend
 from tilewright.runtime.engines.choose import choose_all
 from tilewright.runtime.engines.choose import require as require_engines
 from tilewright.runtime.engines.machine import processor, this_machine, usable_cores
+from tilewright.runtime.engines.trust import strangers
 from tilewright.runtime.errors import AccuracyError, ResourceError, TilewrightError, UsageError
 from tilewright.runtime.estimate import available_bytes
 from tilewright.runtime.execute.walk import Job, run
@@ -102,12 +104,16 @@ def verify(
                 watched = {n: Watched(engine, n, calls) for n, engine in restorer.engines.items()}
                 images[name] = run(program, watched, restorer.constants, timed)
                 seconds[name] = timed.seconds
+        threads, megapixels = judge.threads, eager_image.shape[1] * eager_image.shape[2] / 1e6
+        if small and len(names) > 1:  # above, each had one thread and small tiles
+            tile = _one_tile(judge, job.inputs)
+            threads, seconds = seconds_of(bundle, names, tile, weights_dir)
+            megapixels = tile.image.shape[1] * tile.image.shape[2] / 1e6
         few = _few_steps(judge, SMALL_SEAM_STEPS if small else SEAM_STEPS)
         pictures = (PICTURES | {"photo": _photo}).items()
         seams = {
             name: _seam(judge, _told(job, on_progress, f"seams, {name}", program), few, make) for name, make in pictures
         }
-        megapixels = eager_image.shape[1] * eager_image.shape[2] / 1e6
         specs = {name: next(s for s in r.specs.values() if s.name == name) for name, r in restorers.items()}
     report: dict[str, Any] = {
         "bundle": bundle.digest,
@@ -115,7 +121,7 @@ def verify(
         "image": f"{job.image.shape[2]}x{job.image.shape[1]} px in tiles of {job.tile_px or 'the program'}",
         "steps": job.steps or max(p.steps.count if p.steps else 1 for p in program.passes),
         "processor": processor(),
-        "threads": judge.threads,
+        "threads": threads,
         "engines": {
             name: {
                 "backend": spec.backend,
@@ -157,12 +163,11 @@ def _engines(bundle: Bundle) -> tuple[list[str], dict[str, str]]:
     components = {name: bundle.manifest.components[name] for name in bundle.program.components()}
     specs = {spec.name: spec for component in components.values() for spec in component.engines}
     machine = this_machine({package for spec in specs.values() for package in spec.needs.packages})
-    skipped = {
-        name: reason for choice in choose_all(components, machine).values() for name, reason in choice.misfits.items()
-    }
+    choices = choose_all(components, machine, strange=strangers(bundle.manifest))
+    skipped = {name: reason for choice in choices.values() for name, reason in choice.misfits.items()}
     names = sorted(specs.keys() - skipped.keys(), key=lambda name: specs[name].precision != "float32")
     if not names:
-        require_engines(choose_all(components, machine))
+        require_engines(choices)
     return names, dict(sorted(skipped.items()))
 
 
@@ -273,6 +278,14 @@ def _job(restorer: Restorer, size_px: int | None) -> Job:
     return (
         Job(image) if size_px else Job(image, tile_px=tile, overlap_px=overlap, steps=_few_steps(restorer, FEW_STEPS))
     )
+
+
+def _one_tile(restorer: Restorer, inputs: dict[str, Any]) -> Job:
+    """A job of one tile of the usual size."""
+    program = restorer.bundle.program
+    side = min(p.tiles.px for p in program.passes if p.tiles)
+    image = Enlarged(sample_photo(side, side, program.scale), program.scale, program.multiple_px, 1)
+    return Job(image, steps=_few_steps(restorer, SMALL_SEAM_STEPS), inputs=inputs)
 
 
 def require(report: Mapping[str, Any], precisions: Collection[str] = PRECISIONS, root: Path | None = None) -> None:

@@ -21,7 +21,7 @@ from tilewright.runtime.errors import EnvironmentMismatch
 __all__ = ["BACKENDS", "Array", "Engine", "backend"]
 
 Array = npt.NDArray[np.generic]
-BACKENDS = {name: f"tilewright.runtime.engines.{name}" for name in ("ort", "openvino", "tensorrt")}
+BACKENDS = {name: f"tilewright.runtime.engines.{name}" for name in ("ort", "openvino", "tensorrt", "cuda", "aoti")}
 
 
 class Engine(Protocol):

@@ -11,7 +11,7 @@ A caller's wish leaves only the engines with that name, precision or backend.
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from tilewright.runtime.bundle.manifest import PRECISIONS, Component, EngineSpec
@@ -65,13 +65,19 @@ def choose(
     *,
     measured: Mapping[str, Measured] | None = None,
     side_px: int | None = None,
+    strange: Collection[str] = (),
 ) -> Choice:
     """Choose among the engines of a component.
 
     `measured`: the engines that were measured on such a processor. `side_px`: the side of the tiles that they get.
+    `strange`: the engines whose machine code was compiled elsewhere; they must be asked for by name or backend.
     """
     wished, known = _wished(specs, wish), measured or {}
-    misfits = {s.name: reason for s in specs if (reason := _misfit(s, machine) or outside(s, side_px))}
+    misfits = {
+        s.name: reason
+        for s in specs
+        if (reason := _misfit(s, machine) or outside(s, side_px) or _strange(s, strange, wish))
+    }
     fitting = sorted((spec for spec in specs if spec.name not in misfits), key=lambda spec: _rank(spec, known))
     best = next((spec for spec in fitting if spec.name in wished), None)
     others = {
@@ -89,12 +95,13 @@ def choose_all(
     *,
     measured: Mapping[str, Mapping[str, Measured]] | None = None,
     sides: Mapping[str, int] | None = None,
+    strange: Mapping[str, Collection[str]] | None = None,
 ) -> dict[str, Choice]:
     """Choose the engine of each component. A wish holds for those components that can fulfil it.
 
-    `measured` and `sides`: as for `choose`, by component.
+    `measured`, `sides` and `strange`: as for `choose`, by component.
     """
-    known, tiles = measured or {}, sides or {}
+    known, tiles, others = measured or {}, sides or {}, strange or {}
     _wished([spec for component in components.values() for spec in component.engines], wish)
     return {
         name: choose(
@@ -103,6 +110,7 @@ def choose_all(
             wish if any(_meets(spec, wish) for spec in c.engines) else None,
             measured=known.get(name),
             side_px=tiles.get(name),
+            strange=others.get(name, ()),
         )
         for name, c in components.items()
     }
@@ -186,6 +194,13 @@ def _misfit(spec: EngineSpec, machine: Machine) -> str | None:
 
 def _unfit(has: tuple[int, int] | None, needs: tuple[int, int], exactly: bool) -> bool:
     return has is None or (has != needs if exactly else has < needs)
+
+
+def _strange(spec: EngineSpec, strange: Collection[str], wish: str | None) -> str | None:
+    """The reason why machine code does not run by itself."""
+    if spec.name not in strange or wish in (spec.name, spec.backend):
+        return None
+    return f"is machine code that was not compiled here; if you trust its maker, ask for it: --engine {spec.name}"
 
 
 def _release(version: str) -> tuple[int, ...]:

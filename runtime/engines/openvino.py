@@ -4,8 +4,8 @@ OpenVINO reads a graph without its weights. It gets them as constants over the m
 the CPU as it compiles the graph. So an open engine has a copy of all weights, in its precision.
 
 In bfloat16 an angle of 30 would be off by a tenth. So sines and cosines of times and positions, with all that leads to
-them, are a graph of their own in float32, whose outputs are inputs of the other graph. The best of many scores would
-often be equal, too. So a product that gives the scores of a choice reads bfloat16 numbers, and writes float32 ones.
+them, are a graph of their own in float32, whose outputs are inputs of the other graph. And the best of many scores
+would often be equal. So a product that gives the scores of a choice takes bfloat16, and gives float32.
 """
 
 import functools

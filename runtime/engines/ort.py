@@ -29,7 +29,7 @@ from tilewright.runtime.errors import (
     UsageError,
 )
 
-__all__ = ["PACKAGES", "OrtEngine", "missing", "native_library", "open_engine", "open_graph", "version"]
+__all__ = ["PACKAGES", "OrtEngine", "missing", "native_library", "open_engine", "open_graph", "version", "with_places"]
 
 PACKAGES = ("onnxruntime",)
 LOG = logging.getLogger("tilewright")
@@ -174,7 +174,7 @@ def open_graph(
     options.add_session_config_entry("session.load_model_format", "ONNX")  # for any suffix of the file
     model: str | bytes = str(graph)
     if files:
-        model, folder = _with_places(graph, files)
+        model, folder = with_places(graph, files)
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     if native and (library := native_library()):
         try:
@@ -202,7 +202,7 @@ def _explained(graph: Path, what: str, error: Exception) -> TilewrightError:
     return explained(graph, version(), what, error, REASONS, NOISE)
 
 
-def _with_places(graph: Path, files: Mapping[str, Path]) -> tuple[bytes, Path]:
+def with_places(graph: Path, files: Mapping[str, Path]) -> tuple[bytes, Path]:
     """The graph with the real paths of its weights, and the folder that they are relative to."""
     data = graph.read_bytes()
     weights = external_data(data, str(graph))

@@ -76,6 +76,7 @@ def test_no_other_symmetric_range_has_a_smaller_error(numbers: np.ndarray, forma
 
 @EACH
 def test_no_other_asymmetric_range_has_a_smaller_error(numbers: np.ndarray) -> None:
+    numbers = numbers[::4]  # there are 900 ranges to try
     lowest, highest = range_of(histogram_of(numbers), UINT8, "mse")
     ends = [(float(numbers.min()) * a, float(numbers.max()) * b) for a in GRID for b in GRID]
     best = min(raw_error(numbers, UINT8, min(0.0, low), max(0.0, high)) for low, high in ends)
@@ -95,9 +96,9 @@ def divergences_of_textbook(numbers: np.ndarray, levels: int = 128) -> dict[floa
         quantised = np.zeros(size)
         for level in range(levels):  # a code stands for the cells nearest to it
             first, last = (level - 0.5) * size / (levels - 1) - 0.5, (level + 0.5) * size / (levels - 1) - 0.5
-            cells = [i for i in range(max(0, int(np.ceil(first))), min(size, int(np.ceil(last)))) if counts[i]]
-            for i in cells:
-                quantised[i] = sum(counts[j] for j in cells) / len(cells)
+            near = np.arange(max(0, int(np.ceil(first))), min(size, int(np.ceil(last))))
+            cells = near[counts[near] > 0]
+            quantised[cells] = counts[cells].sum() / max(len(cells), 1)
         p, q = reference / reference.sum(), quantised / quantised.sum()
         divergences[float(edges[size])] = sum(a * np.log(a / max(b, 1e-9)) for a, b in zip(p, q, strict=True) if a)
     return divergences

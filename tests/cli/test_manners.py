@@ -19,6 +19,7 @@ import pytest
 from PIL import Image
 
 import tilewright.runtime
+from support.commands import told
 from tilewright.cli.commands import as_typed
 from tilewright.cli.main import main
 from tilewright.cli.terminal import Progress
@@ -45,8 +46,8 @@ def restoring(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 RESTORE = ("runtime", "restore")
 
 
-def refused(done: subprocess.CompletedProcess[bytes], code: int, said: str) -> None:
-    lines = done.stderr.decode().splitlines()
+def refused(done: subprocess.CompletedProcess[Any], code: int, said: str) -> None:
+    lines = (done.stderr if isinstance(done.stderr, str) else done.stderr.decode()).splitlines()
     assert (done.returncode, len(lines)) == (code, 1), lines
     assert lines[0].startswith("tilewright: ") and said in lines[0]
 
@@ -54,8 +55,8 @@ def refused(done: subprocess.CompletedProcess[bytes], code: int, said: str) -> N
 def test_the_version_is_told_by_the_script_the_module_and_python() -> None:
     script = Path(sys.executable).with_name("tilewright")
     for command in ([str(script)], COMMAND):
-        told = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
-        assert told.stdout == f"tilewright {VERSION}\n" and told.stderr == ""
+        answer = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
+        assert answer.stdout == f"tilewright {VERSION}\n" and answer.stderr == ""
     assert tilewright.runtime.__version__ == VERSION
     with pytest.raises(AttributeError, match="no attribute 'nosuch'"):
         _ = tilewright.runtime.nosuch  # type: ignore[attr-defined]
@@ -106,13 +107,13 @@ def test_a_check_that_measured_and_failed_tells_both_in_one_object(
     copy = shutil.copytree(bundle, tmp_path / "b")
     assert main(["export", "verify", str(copy), "--json"]) == 7
     said = capsys.readouterr()
-    told = json.loads(said.out)
-    assert told["engines"] == report["engines"] and told["error"]["kind"] == "AccuracyError"
-    assert "polygraphy run onnx/c.onnx --onnxrt --input-shapes 'x:[1,3]'" in told["error"]["message"]
-    assert said.err == f"tilewright: {told['error']['message']}\n"
+    answer = json.loads(said.out)
+    assert answer["engines"] == report["engines"] and answer["error"]["kind"] == "AccuracyError"
+    assert "polygraphy run onnx/c.onnx --onnxrt --input-shapes 'x:[1,3]'" in answer["error"]["message"]
+    assert said.err == f"tilewright: {answer['error']['message']}\n"
     assert main(["export", "verify", str(copy)]) == 7
     said = capsys.readouterr()
-    assert "c.o: relative L2 1.0e+00" in said.out and said.err == f"tilewright: {told['error']['message']}\n"
+    assert "c.o: relative L2 1.0e+00" in said.out and said.err == f"tilewright: {answer['error']['message']}\n"
 
 
 def test_an_image_goes_through_pipes_as_through_files(restoring: Path) -> None:
@@ -123,9 +124,9 @@ def test_an_image_goes_through_pipes_as_through_files(restoring: Path) -> None:
     assert piped.returncode == 0 and Image.open(BytesIO(piped.stdout)).format == "PNG"
     np.testing.assert_array_equal(np.asarray(Image.open(BytesIO(piped.stdout))), expected)
     assert "- 16x12 px -> - " in piped.stderr.decode()
-    told = run(*RESTORE, "in.png", "-", "--bundle", "b", "--format", "webp", "--json", "-q")
-    assert Image.open(BytesIO(told.stdout)).format == "WEBP"
-    assert json.loads(told.stderr)["output"] == "-"
+    answer = run(*RESTORE, "in.png", "-", "--bundle", "b", "--format", "webp", "--json", "-q")
+    assert Image.open(BytesIO(answer.stdout)).format == "WEBP"
+    assert json.loads(answer.stderr)["output"] == "-"
     assert run(*RESTORE, "-", "piped.png", "--bundle", "b", input=picture).returncode == 0
     np.testing.assert_array_equal(np.asarray(Image.open("piped.png")), expected)
 
@@ -148,19 +149,19 @@ def test_the_input_and_read_only_files_are_replaced_only_by_force(restoring: Pat
     before = (restoring / "in.png").read_bytes()
     (restoring / "link.png").symlink_to("in.png")
     for name in ("in.png", "link.png"):
-        refused(run(*RESTORE, "in.png", name, "--bundle", "b"), 2, f"{name} is the input itself")
+        refused(told(*RESTORE, "in.png", name, "--bundle", "b"), 2, f"{name} is the input itself")
     (restoring / "kept.png").write_bytes(before)
     (restoring / "kept.png").chmod(0o444)
-    refused(run(*RESTORE, "in.png", "kept.png", "--bundle", "b"), 2, "kept.png is read-only")
+    refused(told(*RESTORE, "in.png", "kept.png", "--bundle", "b"), 2, "kept.png is read-only")
     assert (restoring / "in.png").read_bytes() == before == (restoring / "kept.png").read_bytes()
     for name in ("kept.png", "in.png"):
-        assert run(*RESTORE, "in.png", name, "--bundle", "b", "--force").returncode == 0
+        assert told(*RESTORE, "in.png", name, "--bundle", "b", "--force").returncode == 0
         assert (restoring / name).read_bytes() != before
 
 
 def test_an_output_that_cannot_be_is_refused_before_the_image_is_read(restoring: Path) -> None:
     for name in ("out.xyz", "no/such/out.png", "."):
-        refused(run(*RESTORE, "no-image.png", name, "--bundle", "b"), 2, name)
+        refused(told(*RESTORE, "no-image.png", name, "--bundle", "b"), 2, name)
 
 
 def test_pipes_and_sockets_are_no_files(restoring: Path) -> None:
@@ -340,5 +341,5 @@ def test_messages_name_options_as_they_are_typed(said: str, typed: str) -> None:
 
 def test_a_limit_is_raised_by_the_option_that_the_message_names(restoring: Path) -> None:
     words = (*RESTORE, "in.png", "out.png", "--bundle", "b")
-    refused(run(*words, "--max-pixels", 10, "-q"), 8, "over the limit of 10: read it with --max-pixels 192")
-    assert run(*words, "--max-pixels", 192).returncode == 0
+    refused(told(*words, "--max-pixels", 10, "-q"), 8, "over the limit of 10: read it with --max-pixels 192")
+    assert told(*words, "--max-pixels", 192).returncode == 0

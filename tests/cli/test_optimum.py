@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from support.commands import told
+
 try:
     importlib.metadata.version("optimum")
 except importlib.metadata.PackageNotFoundError:
     pytest.skip("optimum is not installed: pip install -c constraints.txt optimum", allow_module_level=True)
 
 OPTIMUM = (sys.executable, "-m", "optimum.commands.optimum_cli")
-BUILD = (sys.executable, "-m", "tilewright.cli.main", "export", "build")
 TINY = ("--random-weights", "0", "hitoksr", "--preset", "tiny", "-o")
 
 
@@ -48,10 +49,10 @@ def test_a_dry_run_takes_options_in_any_order(tmp_path: Path) -> None:
     [
         ((), 2),
         (("--help",), 0),
-        (("-h",), 0),
-        (("hitoksr", "-o", "b"), 2),
+        pytest.param(("-h",), 0, marks=pytest.mark.slow),
+        pytest.param(("hitoksr", "-o", "b"), 2, marks=pytest.mark.slow),
         (("hitoksr", "--random-weights", "0", "--preset", "tin", "-o", "b"), 2),
-        (("hitoksr", "--weights", "absent", "-o", "b"), 8),
+        pytest.param(("hitoksr", "--weights", "absent", "-o", "b"), 8, marks=pytest.mark.slow),
         (("hitoksr", "--weights", "absent", "-o", "b", "--json"), 8),
     ],
     ids=str,
@@ -59,7 +60,8 @@ def test_a_dry_run_takes_options_in_any_order(tmp_path: Path) -> None:
 def test_all_words_go_to_our_command_and_its_answers_and_codes_come_back(
     words: tuple[str, ...], code: int, tmp_path: Path
 ) -> None:
-    ours, theirs = run(*BUILD, *words, folder=tmp_path), run(*OPTIMUM, "export", "tilewright", *words, folder=tmp_path)
+    ours = told("export", "build", *words, cwd=tmp_path)
+    theirs = run(*OPTIMUM, "export", "tilewright", *words, folder=tmp_path)
     assert ours.returncode == theirs.returncode == code, theirs.stderr
     assert (theirs.stdout, theirs.stderr) == (ours.stdout, ours.stderr)
     assert not [*tmp_path.iterdir()]

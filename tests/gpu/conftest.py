@@ -5,7 +5,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from support.bundles import build, bundle, kernels, staged, weights_dir
 from tilewright.kernels.jit import INTERPRETED
+
+__all__ = ["build", "bundle", "kernels", "staged", "weights_dir"]
 
 
 @pytest.fixture(autouse=True)

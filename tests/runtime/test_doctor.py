@@ -173,7 +173,9 @@ def test_the_doctor_without_a_bundle_tells_of_the_machine_alone(capsys):
         "instructions",
         "backend ort",
         "backend openvino",
+        "backend aoti",
         "backend tensorrt",
+        "backend cuda",
     ]
     code, out, err = command("runtime", "doctor", "--engine", "ort", capsys=capsys)
     assert (code, out, err) == (2, "", "tilewright: --engine ort needs a bundle; name its directory\n")

@@ -2,9 +2,10 @@
 
 import pytest
 
-from tilewright.export.targets import TARGETS, engines_of, target_module
+from tilewright.export.targets import TARGETS, engines_of, target_module, usual_engines
 from tilewright.runtime.bundle.manifest import PRECISIONS, Memory
 from tilewright.runtime.engines import BACKENDS
+from tilewright.runtime.engines.choose import Machine
 from tilewright.runtime.errors import UsageError
 
 
@@ -20,7 +21,7 @@ def test_each_target_makes_the_precisions_that_it_can():
 @pytest.mark.parametrize(
     ("targets", "precisions", "said"),
     [
-        (["tpu"], ["float32"], "target='tpu' is not one of ort, openvino"),
+        (["tpu"], ["float32"], "target='tpu' is not one of ort, openvino, cuda, tensorrt, aoti"),
         (["ort"], ["int4"], "precision='int4' is not one of float32, bfloat16, float16, fp8, int8"),
         (["ort", "ort"], ["float32"], "target='ort,ort' must name each target once"),
         (["ort"], ["bfloat16"], "target 'ort' makes float32 only; add one of these, or leave the target out"),
@@ -33,6 +34,26 @@ def test_what_nobody_makes_is_refused_in_one_line(targets, precisions, said):
     with pytest.raises(UsageError) as caught:
         engines_of(targets, precisions)
     assert said in str(caught.value) and str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("backends", "instructions", "targets", "precisions", "expected"),
+    [
+        (["ort"], ["avx512_bf16"], [], [], (("ort",), ("float32",))),
+        (["ort", "openvino"], [], [], [], (("ort", "openvino"), ("float32",))),
+        (["ort", "openvino"], ["avx512_bf16"], [], [], (("ort", "openvino"), ("float32", "bfloat16"))),
+        (["ort", "openvino"], ["avx512_bf16"], ["ort"], [], (("ort",), ("float32",))),
+        (["ort", "openvino"], ["avx512_bf16"], [], ["bfloat16"], (("openvino",), ("bfloat16",))),
+        (["ort", "openvino"], [], ["openvino"], [], (("openvino",), ("float32",))),
+        ([], [], [], [], (("ort",), ("float32",))),
+        (["ort"], [], ["openvino"], ["bfloat16"], (("openvino",), ("bfloat16",))),
+        (["ort"], [], ["tpu"], [], (("tpu",), ("float32",))),
+    ],
+)
+def test_a_build_that_names_no_engines_makes_those_that_run_here(backends, instructions, targets, precisions, expected):
+    packages = {"onnxruntime": "1.31.1", "openvino": "2026.4.1"}
+    machine = Machine(cores=2, backends=tuple(backends), instructions=tuple(instructions), packages=packages)
+    assert usual_engines(machine, targets, precisions) == expected
 
 
 @pytest.mark.parametrize("target", TARGETS)

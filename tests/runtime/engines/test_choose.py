@@ -126,6 +126,17 @@ def test_a_machine_without_the_chosen_engine_is_given_the_next(specs, machine):
     assert [spec.precision == "float32" for spec in order] == sorted(s.precision == "float32" for s in order)[::-1]
 
 
+@given(specs_of_a_component, machines, st.data())
+def test_machine_code_of_strangers_is_left_out_unless_it_is_asked_for(specs, machine, data):
+    strange = data.draw(st.sets(st.sampled_from([spec.name for spec in specs])))
+    usual, left = choose(specs, machine, strange=strange), [spec for spec in specs if spec.name not in strange]
+    assert usual.spec == (choose(left, machine).spec if left else None)
+    assert strange <= usual.misfits.keys()
+    one = data.draw(st.sampled_from(specs))
+    if fits(one, machine):
+        assert choose(specs, machine, one.name, strange=strange).spec == one
+
+
 SPEC = EngineSpec("ort-float32", "ort", "cpu", "float32", ("model.onnx",))
 MACHINE = Machine(
     cores=2,

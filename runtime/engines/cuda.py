@@ -1,0 +1,226 @@
+"""ONNX Runtime on an NVIDIA GPU. Inputs and outputs are bound to memory of the GPU, where they may stay between calls.
+
+This backend has run only with ONNX Runtime's CPU provider in the place of CUDA's, and never on a GPU.
+
+With `graphs`, each shape keeps its inputs and outputs at fixed addresses. ONNX Runtime then records the first calls
+with it, and replays them.
+"""
+
+import importlib.util
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import numpy as np
+
+from tilewright.runtime.bundle.manifest import EngineSpec
+from tilewright.runtime.bundle.read import Bundle
+from tilewright.runtime.engines import ort
+from tilewright.runtime.engines.driver import Gpu, Tensor, first_gpu
+from tilewright.runtime.engines.explained import OTHER_GRAPH, explained
+from tilewright.runtime.errors import BundleError, EnvironmentMismatch, ResourceError, TilewrightError
+
+__all__ = ["PACKAGES", "CudaEngine", "missing", "open_engine", "open_graph", "provider_options", "version"]
+
+PACKAGES = ("onnxruntime",)
+LOG = logging.getLogger("tilewright")
+LIBRARY = Path("capi", "libonnxruntime_providers_cuda.so")  # in the package of ONNX Runtime
+UNPROVEN = "never run on a GPU by Tilewright's tests"
+ON_CPU = "fallback to CPU EP has been explicitly disabled"
+MEMORY = "use a smaller --tile or --batch"
+REASONS = (("cuda.*out of memory|cudaErrorMemoryAllocation|bfc_?arena", ResourceError, MEMORY), *ort.REASONS)
+TYPES = {  # of ONNX Runtime -> of NumPy; those of our inputs and outputs
+    "tensor(float)": np.float32,
+    "tensor(int32)": np.int32,
+    "tensor(int64)": np.int64,
+    "tensor(bool)": np.bool_,
+}
+
+
+def missing() -> str | None:
+    """What is needed to run ONNX Runtime on a GPU here, or none."""
+    package = importlib.util.find_spec("onnxruntime")
+    if package is None or package.origin is None or not (Path(package.origin).parent / LIBRARY).is_file():
+        return f"needs ONNX Runtime for CUDA: pip uninstall onnxruntime; pip install onnxruntime-gpu ({UNPROVEN})"
+    return None
+
+
+def version() -> str:
+    """The name and version of ONNX Runtime."""
+    import onnxruntime
+
+    return f"onnxruntime {onnxruntime.__version__} with CUDA ({UNPROVEN})"
+
+
+def provider_options(stream: int, *, graphs: bool) -> dict[str, str]:
+    """The options of ONNX Runtime's CUDA provider. Its work is put into this stream of the driver."""
+    return {
+        "device_id": "0",
+        "user_compute_stream": str(stream),
+        "arena_extend_strategy": "kSameAsRequested",  # powers of two would waste a third of the memory
+        "cudnn_conv_algo_search": "HEURISTIC",  # a search for each new size of a tile would take seconds
+        "use_tf32": "0",  # float32 has its 24 bits, as the accuracy gate asks
+        "enable_cuda_graph": str(int(graphs)),
+    }
+
+
+@dataclass
+class _Shape:
+    """The buffers of calls with certain shapes, at fixed addresses."""
+
+    number: int
+    inputs: dict[str, Tensor]
+    binding: Any
+
+
+class CudaEngine:
+    """One graph in one session. Calls run one after another.
+
+    `place`: the device of ONNX Runtime whose memory the driver gives: cuda, or cpu in tests.
+    """
+
+    def __init__(self, session: Any, graph: Path, gpu: Gpu, *, place: str, graphs: bool) -> None:
+        self.session, self.graph, self.gpu, self.place, self.graphs = session, graph, gpu, place, graphs
+        self.inputs = {slot.name: TYPES[slot.type] for slot in session.get_inputs()}
+        self.outputs = {slot.name: TYPES[slot.type] for slot in session.get_outputs()}
+        self.shapes: dict[tuple[Any, ...], _Shape] = {}
+        self.lock = Lock()
+
+    def run(self, inputs: Mapping[str, Any], outputs: Iterable[str]) -> dict[str, Any]:
+        """Compute these outputs from the inputs, as arrays."""
+        return {name: tensor.array() for name, tensor in self.run_on(inputs, outputs).items()}
+
+    def run_on(self, inputs: Mapping[str, Any], outputs: Iterable[str]) -> dict[str, Tensor]:
+        """The same, with outputs that stay on the GPU. Inputs may be tensors there."""
+        names = list(outputs)
+        self._check(inputs, names)
+        with self.lock:
+            self.gpu.use()
+            try:
+                return self._called(inputs, names)
+            except TilewrightError:
+                raise
+            except Exception as error:  # ONNX Runtime's exceptions share no base class
+                raise _explained(self.graph, "failed", error) from error
+
+    def _called(self, inputs: Mapping[str, Any], names: list[str]) -> dict[str, Tensor]:
+        key = tuple(tuple(inputs[name].shape) for name in self.inputs)
+        shape = self.shapes.get(key) or self._shape(inputs, len(self.shapes) + 1)
+        if self.graphs:  # other addresses would need another recording
+            self.shapes[key] = shape
+        for name, tensor in shape.inputs.items():
+            self._fill(tensor, inputs[name])
+        shape.binding.synchronize_inputs()
+        self.session.run_with_iobinding(shape.binding, self._options(shape.number))
+        tensors = {}
+        results = dict(zip(self.outputs, shape.binding.get_outputs(), strict=True))
+        for name in names:
+            value = results[name]
+            tensors[name] = Tensor(self.gpu, tuple(value.shape()), self.outputs[name])
+            self.gpu.copy(tensors[name].address, value.data_ptr(), tensors[name].nbytes)
+        self.gpu.wait()  # until then inputs and outputs must stay
+        if self.graphs:
+            for name, value in results.items():
+                shape.binding.bind_ortvalue_output(name, value)  # at the same address next time
+        return tensors
+
+    def _shape(self, inputs: Mapping[str, Any], number: int) -> _Shape:
+        """New buffers for inputs of these shapes. ONNX Runtime takes the memory of outputs in the first call."""
+        binding, tensors = self.session.io_binding(), {}
+        for name, kind in self.inputs.items():
+            tensor = tensors[name] = Tensor(self.gpu, tuple(inputs[name].shape), kind)
+            binding.bind_input(name, self.place, 0, kind, tensor.shape, tensor.address)
+        for name in self.outputs:
+            binding.bind_output(name, self.place, 0)
+        return _Shape(number, tensors, binding)
+
+    def _fill(self, tensor: Tensor, value: Any) -> None:
+        if isinstance(value, Tensor):
+            self.gpu.copy(tensor.address, value.address, tensor.nbytes)
+        else:
+            array = np.ascontiguousarray(value)
+            self.gpu.fill(tensor.address, array)
+            self.gpu.wait()  # until then the array must stay
+
+    def _options(self, number: int) -> Any:
+        import onnxruntime
+
+        options = onnxruntime.RunOptions()
+        if self.graphs:
+            options.add_run_config_entry("gpu_graph_id", str(number))
+        return options
+
+    def _check(self, inputs: Mapping[str, Any], outputs: Iterable[str]) -> None:
+        """Refuse inputs and outputs that are not the graph's: an address has no type."""
+        if differing := sorted(inputs.keys() ^ self.inputs.keys()):
+            raise BundleError(f"{self.graph}: input {differing[0]!r} is missing or unknown; {OTHER_GRAPH}")
+        if unknown := sorted(set(outputs) - self.outputs.keys()):
+            raise BundleError(f"{self.graph}: has no output {unknown[0]!r}; {OTHER_GRAPH}")
+        for name, kind in self.inputs.items():
+            if inputs[name].dtype != kind:
+                raise BundleError(f"{self.graph}: input {name!r} is not of type {np.dtype(kind)}; {OTHER_GRAPH}")
+
+    def close(self) -> None:
+        """Free the memory."""
+        with self.lock:
+            self.shapes.clear()
+            self.session = None
+
+
+def open_engine(
+    bundle: Bundle,
+    component: str,
+    spec: EngineSpec,
+    *,
+    memory: str = "fast",
+    threads: int = 0,
+    calls: int = 1,
+    weights_dir: Path | None = None,
+) -> CudaEngine:
+    """Open an engine of a component. Weights are read from their own files, and copied to the GPU."""
+    files = bundle.files_of(spec.weights or component, weights_dir)
+    return open_graph(bundle.path(spec.graph), files, first_gpu())
+
+
+def open_graph(
+    graph: Path, files: Mapping[str, Path], gpu: Gpu, *, place: str = "cuda", graphs: bool = False
+) -> CudaEngine:
+    """Open a graph. `files`: path of weights in the graph -> real path."""
+    import onnxruntime
+
+    if place == "cuda" and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        raise EnvironmentMismatch(f"{graph}: this ONNX Runtime has no CUDA; it {missing()}")
+    gpu.use()
+    model: str | bytes = str(graph)
+    provider: Any = ("CUDAExecutionProvider", provider_options(gpu.stream, graphs=graphs))
+    for strict in (place == "cuda", False):
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 2 if LOG.isEnabledFor(logging.DEBUG) else 4
+        options.add_session_config_entry("session.load_model_format", "ONNX")  # for any suffix of the file
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", str(int(strict)))
+        if files:
+            model, folder = ort.with_places(graph, files)
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+        try:
+            session = onnxruntime.InferenceSession(
+                model, options, providers=[provider if place == "cuda" else "CPUExecutionProvider"]
+            )
+        except Exception as error:  # ONNX Runtime's exceptions share no base class
+            if strict and ON_CPU in str(error):
+                LOG.warning("%s: ONNX Runtime has no CUDA kernel for some nodes, which run on the CPU", graph)
+                continue
+            raise _explained(graph, "refuses the graph", error) from error
+        if place == "cuda" and "CUDAExecutionProvider" not in session.get_providers():
+            raise EnvironmentMismatch(
+                f"{version()} does not load the CUDA libraries; pip install 'onnxruntime-gpu[cuda,cudnn]'"
+            )
+        break
+    return CudaEngine(session, graph, gpu, place=place, graphs=graphs)
+
+
+def _explained(graph: Path, what: str, error: Exception) -> TilewrightError:
+    """An error of ONNX Runtime with what to do about it."""
+    return explained(graph, version(), what, error, REASONS, ort.NOISE)

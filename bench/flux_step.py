@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -126,6 +127,7 @@ def measure(bundle: Path, side: int, rounds: int, names: list[str]) -> dict[str,
         for name, pipe in pipes.items():
             pipe.send(True)
             timings[name].append(pipe.recv())
+            print(name, timings[name][-1][0], file=sys.stderr, flush=True)
     for process in processes:
         process.kill()
     latent = timings[PEER][-1][1]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tilewright.calib.networks import networks_digest
 from tilewright.calib.observers import Observations, read_observations
 from tilewright.calib.watch import WatchedEngine, WatchingDevice
 from tilewright.runtime.bundle.digests import sha256_of_file
@@ -85,7 +86,9 @@ def collect(
         gather(restorer.bundle, sitting.arguments)
         facts = {
             "bundle": bundle.digest,
+            "networks": networks_digest(bundle),
             "system": bundle.manifest.system,
+            "folder": str(Path(folder).absolute()),
             "seed": seed,
             "options": {name: plain(value) for name, value in options.items()},
             "images": [{"name": path.name, "sha256": sha256_of_file(path)} for path in paths],

@@ -54,6 +54,15 @@ def add_verbs(verbs: Any) -> None:
         help="keep our ops as nodes with functions, or inline them as standard ONNX",
     )
     _engine_options(build)
+    build.add_argument(
+        "--calibrate",
+        type=Path,
+        metavar="IMAGES_DIR",
+        help="for --precision int8 or fp8: find the recipe with these images",
+    )
+    build.add_argument(
+        "--budget-psnr", type=float, metavar="DB", default=45.0, help="least likeness with --calibrate (default: 45)"
+    )
     build.add_argument("--allow-nonfinite", action="store_true", help="build from weights that hold NaN or infinity")
     build.add_argument(
         "--dry-run", action="store_true", help="check all files, predict stages, disk, memory and time; build nothing"
@@ -127,11 +136,17 @@ def _engine_options(parser: argparse.ArgumentParser, targets: str = "", precisio
     targets_text = "backends to make engines for, of ort, openvino, cuda, tensorrt and aoti"
     for name, default, text, here in (
         ("target", targets, targets_text, "ort, and openvino if installed"),
-        ("precision", precisions, "precisions of the engines, of float32 and bfloat16", "those that run here"),
+        (
+            "precision",
+            precisions,
+            "precisions of the engines, of float32, bfloat16, fp8 and int8",
+            "those that run here",
+        ),
     ):
         value = _names(default) if default else ()
         help_text = f"{text} (default: {default or here})"
         parser.add_argument(f"--{name}", type=_names, default=value, metavar="NAMES", help=help_text)
+    parser.add_argument("--recipe", type=Path, metavar="FILE", help="for --precision int8 or fp8: see calib recipe")
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -217,7 +232,14 @@ def _build(arguments: argparse.Namespace) -> None:
     from tilewright.runtime.bundle.digests import sha256_of_file
     from tilewright.runtime.engines.machine import this_machine
 
-    graphs, compiled = split(*usual_engines(this_machine(kinds=("cpu",)), arguments.target, arguments.precision))
+    floats, eight_bits = _split_precisions(arguments)
+    if eight_bits and arguments.recipe is None and arguments.calibrate is None:
+        raise UsageError(f"--precision {eight_bits[0]} needs --recipe FILE or --calibrate IMAGES_DIR")
+    if not eight_bits and (arguments.recipe or arguments.calibrate):
+        raise UsageError("--recipe and --calibrate are for --precision int8 or fp8; name one of them")
+    precisions = floats or (("float32",) if eight_bits else ())
+    asked = usual_engines(this_machine(kinds=("cpu",)), arguments.target, precisions)
+    graphs, compiled = split(*asked)
     if arguments.gpu and not arguments.dry_run:
         raise UsageError(f"--gpu {arguments.gpu} predicts only; add --dry-run, or compile on the machine with the GPU")
     if not arguments.gpu:
@@ -260,14 +282,64 @@ def _build(arguments: argparse.Namespace) -> None:
     if arguments.dry_run:
         _dry_run(arguments, request, explained, compiled[1] if "tensorrt" in compiled[0] else ())
         return
+    if eight_bits:
+        _add_eight_bits(arguments, arguments.out, eight_bits[0], asked[0])
+        return
     seconds = time.perf_counter() - start
     done = f"{arguments.out}: built in {seconds:.1f} s" if cost else f"{arguments.out}: up to date, nothing to do"
     answer(arguments, {"bundle": str(arguments.out), "built": bool(cost), "stages": cost} | explained, done)
 
 
+def _split_precisions(arguments: argparse.Namespace) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The precisions in float, and those in 8 bits."""
+    eight_bits = tuple(name for name in arguments.precision if name in ("int8", "fp8"))
+    if len(eight_bits) > 1:
+        raise UsageError("--precision int8,fp8: a recipe is of one 8-bit format; make one after the other")
+    return tuple(name for name in arguments.precision if name not in eight_bits), eight_bits
+
+
+def _add_eight_bits(arguments: argparse.Namespace, root: Path, precision: str, targets: Sequence[str]) -> None:
+    """Add engines in 8 bits to a bundle, by a recipe or by pictures."""
+    from tilewright.calib.engines import add_engines
+    from tilewright.calib.one_step import calibrate
+    from tilewright.calib.recipe import read_recipe
+    from tilewright.cli.calib import tell_gate
+
+    if arguments.recipe is not None:
+        recipe = read_recipe(arguments.recipe)
+        if recipe.format != precision:
+            raise UsageError(f"{arguments.recipe} is a recipe for {recipe.format}, not {precision}")
+        with Progress(arguments) as progress:
+            added = add_engines(root, recipe, targets, on_progress=progress.tiles)
+        lines = [f"{root}: has {', '.join(added.engines)}, digest {added.digest[:12]}"]
+        lines += [f"{engine}: {form}" for engine, form in added.forms.items()]
+        lines += [f"next: tilewright calib gate {shlex.quote(str(root))} IMAGES_DIR, which judges all engines"]
+        answer(arguments, asdict(added), "\n".join(lines))
+        return
+    with Progress(arguments, ("observing", "groups", "frontier", "choosing forms", "pictures", "times")) as progress:
+        done = calibrate(
+            root,
+            arguments.calibrate,
+            precision,
+            budget_db=arguments.budget_psnr,
+            targets=tuple(targets),
+            on_progress=progress.tiles,
+        )
+    layers = f"{len(done.recipe.quantised)} of {len(done.recipe.layers)} layers in {precision}"
+    tell_gate(arguments, root, done.report, f"{root}: has {', '.join(done.added.engines)}, {layers}\n")
+
+
 def _compile(arguments: argparse.Namespace) -> None:
     from tilewright.export.build.compile import compile_engines
 
+    floats, eight_bits = _split_precisions(arguments)
+    if eight_bits and arguments.recipe is None:
+        raise UsageError(f"--precision {eight_bits[0]} needs --recipe FILE; calib recipe makes one")
+    if arguments.recipe is not None:
+        if floats or not eight_bits:
+            raise UsageError("--recipe is for --precision int8 or fp8 alone; add engines in float by another command")
+        _add_eight_bits(arguments, arguments.bundle, eight_bits[0], arguments.target)
+        return
     done = compile_engines(
         arguments.bundle,
         arguments.target,
@@ -315,7 +387,7 @@ def _dry_run(
         compiling, too_much = forecast_of_plans(request, plans, arguments.gpu)
         report["plans"] = compiling.to_json()
         lines += compiling.lines()
-        fault = fault or too_much
+        fault = ResourceError(f"{fault}; {too_much}") if fault and too_much else fault or too_much
     answer(arguments, report, "\n".join(lines), fault=fault)
 
 

@@ -20,7 +20,7 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of plans."""
     group = parser.add_argument_group("plans of TensorRT")
     group.add_argument(
-        "--tile", type=_sides, default=(), metavar="PX,...", help="sides of tiles, one profile each (default: its own)"
+        "--tile", type=sides, default=(), metavar="PX,...", help="sides of tiles, one profile each (default: its own)"
     )
     group.add_argument("--batch", type=int, metavar="N", help="most tiles in a call (default: the bundle's)")
     group.add_argument(
@@ -31,7 +31,7 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _sides(text: str) -> tuple[int, ...]:
+def sides(text: str) -> tuple[int, ...]:
     return tuple(int(side) for side in text.split(","))
 
 
@@ -49,11 +49,12 @@ def forecast_of_plans(
 ) -> "tuple[PlanForecast, ResourceError | None]":
     """What compiling plans takes, and the fault if it is too much; without a name, on the GPU that is here."""
     from tilewright.export.build.parameters import count
-    from tilewright.export.plans.forecast import check_gpu, plan_forecast
+    from tilewright.export.plans.forecast import check_gpu, gpu_bytes, plan_forecast
     from tilewright.runtime.errors import ResourceError
 
     sizes = {name: count({name: request.parameters[name]}) for name in request.components}
-    predicted = plan_forecast(gpu or _gpu_here(), sizes, precisions)
+    named, memory = (gpu, gpu_bytes(gpu)) if gpu else _gpu_here()
+    predicted = plan_forecast(named, memory, sizes, precisions)
     try:
         check_gpu(predicted)
     except ResourceError as error:
@@ -61,10 +62,10 @@ def forecast_of_plans(
     return predicted, None
 
 
-def _gpu_here() -> str:
-    """The GPU of this machine, as --gpu names it."""
+def _gpu_here() -> tuple[str, int]:
+    """The architecture and the memory of this machine's GPU."""
     from tilewright.runtime.engines.driver import first_gpu
     from tilewright.runtime.engines.machine import compute_capability
 
     major, minor = compute_capability() or (0, 0)
-    return f"sm{major}{minor}:{first_gpu().memory()[1] // 10**9}"
+    return f"sm{major}{minor}", first_gpu().memory()[1]

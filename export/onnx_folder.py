@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tilewright.export.new_folder import new_folder
-from tilewright.export.weights.files import open_reference
+from tilewright.export.weights.files import WeightReader, open_reference
 from tilewright.export.weights.writing import WIDTHS, write_tensors
 from tilewright.runtime.bundle.external_data import external_data, relocated
 from tilewright.runtime.bundle.read import Bundle, read_bundle
@@ -157,7 +157,9 @@ def _fold(
         fold(model)
         data = out / "folded" / f"{name}.data"
         with data.open("wb") as stream:
-            folded += fold_weights(model, _Reader(references, folders), _Writer(stream, f"folded/{name}.data", counted))
+            folded += fold_weights(
+                model, WeightReader(references, folders), _Writer(stream, f"folded/{name}.data", counted)
+            )
         if not data.stat().st_size:
             data.unlink()
         unfolded[name] = {n: r for n, r in references.items() if n in model.graph.initializers}
@@ -172,20 +174,6 @@ def _fold(
         forget_shapes(model)
         ir.save(model, out / f"{name}.onnx")
     return folded
-
-
-class _Reader:
-    """Reads the numbers of initializers, mapped from their files."""
-
-    def __init__(self, references: Mapping[str, Reference], folders: Mapping[str, Path]) -> None:
-        self.references, self.folders = references, folders
-
-    def __call__(self, value: Any) -> npt.NDArray[Any]:
-        reference = self.references.get(value.name)
-        if reference is None:
-            return np.asarray(value.const_value.numpy())
-        data = open_reference(self.folders[reference.folder], reference)
-        return data.view(value.const_value.dtype.numpy()).reshape(reference.shape)
 
 
 class _Writer:

@@ -220,6 +220,7 @@ class System:
     keys: Callable[[str, str], tuple[str | Rows, ...]] = lambda component, parameter: (parameter,)
     origin: Callable[[str, str], str] | None = None  # component, parameter -> origin; none: the system has only one
     ignored: Callable[[str, str], bool] = lambda origin, key: False  # whether no network reads a key of a file
+    keep: Mapping[str, str] = field(default_factory=dict)  # layers COMPONENT/WEIGHT that stay in float -> why; * is any
 
     @property
     def module(self) -> str:

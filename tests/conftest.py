@@ -30,7 +30,7 @@ def _one_engine() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            targets, "usual", lambda machine, names, precisions: (names or ("ort",), precisions or ("float32",))
+            targets, "usual_engines", lambda machine, names, precisions: (names or ("ort",), precisions or ("float32",))
         )
         yield
 

@@ -1,5 +1,6 @@
 """Adding engines to an existing bundle. Its files stay as they are; the new bundle replaces the old one in one step."""
 
+import math
 import os
 import re
 import shutil
@@ -16,8 +17,9 @@ from tilewright.runtime.bundle.manifest import Component, EngineSpec, Memory
 from tilewright.runtime.bundle.read import Bundle, read_bundle
 from tilewright.runtime.bundle.write import seal
 from tilewright.runtime.errors import UsageError
+from tilewright.runtime.estimate import available_bytes
 
-__all__ = ["Compiled", "compile_engines", "split"]
+__all__ = ["Compiled", "compile_engines", "link", "list_in_card", "split", "with_engines"]
 
 
 @dataclass(frozen=True)
@@ -65,20 +67,34 @@ def compile_engines(
     compiled = [(target, p) for target, p in pairs if target_module(target).COMPILED]
     graphs = [pair for pair in pairs if pair not in compiled]
     bundle = read_bundle(root, expect=expect)
+    if plans := [p for target, p in compiled if target == "tensorrt"]:
+        _check_room(bundle, plans)
     with staging(root.resolve()) as folder:
-        shutil.copytree(root, folder, dirs_exist_ok=True, copy_function=_link)
+        shutil.copytree(root, folder, dirs_exist_ok=True, copy_function=link)
         components, names = {}, dict[str, None]()
         for name, component in bundle.manifest.components.items():
             for target in dict(graphs):
                 _prepare(bundle, name, target, folder)
             added = engines(folder, name, graphs, bundle.weights, partial(_memory, component))
             added += _compiled(bundle, name, compiled, folder, options or Options())
-            components[name] = _with(component, added)
+            components[name] = with_engines(component, added)
             names |= dict.fromkeys(spec.name for spec in added)
-        _list_in_card(folder / "README.md", components.values())
+        list_in_card(folder / "README.md", components.values())
         (folder / "bundle.json").unlink()  # a link to the one that stays in use until the end
         seal(folder, replace(bundle.manifest, components=components), root)
     return Compiled(tuple(names), bundle.digest, read_bundle(root).digest)
+
+
+def _check_room(bundle: Bundle, precisions: Sequence[str]) -> None:
+    """Refuse plans that do not fit on this machine's GPU, or into its memory, before anything is compiled."""
+    from tilewright.export.build.plan import this_card
+    from tilewright.export.plans.forecast import check_gpu, check_host, plan_forecast
+    from tilewright.runtime.engines.driver import first_gpu
+
+    sizes = {name: sum(math.prod(r.shape) for r in table.values()) for name, table in bundle.weights.tensors.items()}
+    predicted = plan_forecast(this_card().architecture, first_gpu().memory()[1], sizes, precisions)
+    check_gpu(predicted)
+    check_host(predicted, available_bytes())
 
 
 def _compiled(
@@ -124,7 +140,7 @@ def _memory(component: Component, target: str) -> Memory:
     return component.engines[0].memory
 
 
-def _link(source: str, target: str) -> None:
+def link(source: str, target: str) -> None:
     """A second name for a file, or a copy where the disk has no second names. Sealed files do not change."""
     try:
         os.link(source, target)
@@ -144,13 +160,13 @@ def _prepare(bundle: Bundle, component: str, target: str, folder: Path) -> None:
         ir.save(model, file)
 
 
-def _with(component: Component, added: Iterable[EngineSpec]) -> Component:
+def with_engines(component: Component, added: Iterable[EngineSpec]) -> Component:
     """A component with these engines, in the place of those with their names."""
     named = {spec.name: spec for spec in (*component.engines, *added)}
     return replace(component, engines=tuple(named.values()))
 
 
-def _list_in_card(card: Path, components: Iterable[Component]) -> None:
+def list_in_card(card: Path, components: Iterable[Component]) -> None:
     """Let the bundle's card name its engines."""
     if card.is_file():
         names = ", ".join(sorted({spec.name for component in components for spec in component.engines}))

@@ -13,7 +13,7 @@ from typing import Any
 from tilewright.runtime.bundle.digests import cache_dir
 from tilewright.runtime.errors import ResourceError, UsageError, amount
 
-__all__ = ["GPUS", "PlanForecast", "check_gpu", "gpu_bytes", "plan_forecast"]
+__all__ = ["GPUS", "PlanForecast", "check_gpu", "check_host", "gpu_bytes", "plan_forecast"]
 
 # architecture -> memory in GB of its smallest card for servers
 GPUS = {"sm75": 16, "sm80": 40, "sm86": 24, "sm89": 24, "sm90": 80, "sm100": 180, "sm103": 270, "sm120": 32}
@@ -63,17 +63,17 @@ class PlanForecast:
         ]
 
 
-def gpu_bytes(gpu: str) -> tuple[str, int]:
-    """The architecture and the memory of a GPU, from `sm90` or, with gigabytes, `sm90:141`."""
+def gpu_bytes(gpu: str) -> int:
+    """The memory of a GPU that is named `sm90` or, with gigabytes, `sm90:141`."""
     name, _, size = gpu.partition(":")
     if name not in GPUS or not re.fullmatch(r"|[1-9]\d{0,3}", size) or gpu.endswith(":"):
         raise UsageError(f"gpu={gpu!r} is none of {', '.join(GPUS)}, with gigabytes behind a colon: sm90:141")
-    return name, int(size or GPUS[name]) * 10**9
+    return int(size or GPUS[name]) * 10**9
 
 
-def plan_forecast(gpu: str, parameters: Mapping[str, int], precisions: Sequence[str]) -> PlanForecast:
-    """Predict the plans of components with so many parameters."""
-    architecture, memory = gpu_bytes(gpu)
+def plan_forecast(gpu: str, memory: int, parameters: Mapping[str, int], precisions: Sequence[str]) -> PlanForecast:
+    """Predict the plans of components with so many parameters, for a GPU with so much memory."""
+    architecture = gpu.partition(":")[0]
     widest = max(WIDTHS[precision] for precision in precisions)
     largest = max(parameters.values(), default=0)
     pairs = [(count, p) for count in parameters.values() for p in (precisions if count else precisions[:1])]
@@ -95,7 +95,16 @@ def check_gpu(predicted: PlanForecast) -> None:
     if predicted.device > predicted.device_memory:
         raise ResourceError(
             f"compiling for {predicted.gpu} needs about {amount(predicted.device)} of GPU memory, and such a card has"
-            f" {amount(predicted.device_memory)}; leave out --precision float32, or name a larger card, --gpu sm90:141"
+            f" {amount(predicted.device_memory)}; leave out --precision float32, or use a larger card: --gpu sm90:141"
+        )
+
+
+def check_host(predicted: PlanForecast, free: int | None) -> None:
+    """Refuse plans that do not fit into the memory of this machine, where they are compiled."""
+    if free is not None and predicted.host > free:
+        raise ResourceError(
+            f"compiling plans needs about {amount(predicted.host)} of memory, and {amount(free)} are free; end other"
+            " programs, or compile on a machine with more"
         )
 
 

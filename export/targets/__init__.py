@@ -3,6 +3,7 @@
 FROM_BUNDLE                                   whether a sealed bundle's portable graph is enough to prepare from
 COMPILED                                      whether its engines are made from a sealed bundle, after its build
 PRECISIONS                                    the precisions of its engines, the most accurate first
+FORMS                                         precision in 8 bits -> the forms to choose from, by measuring
 missing() -> str | None                       what this machine lacks to make its engines, and what to do
 prepare(model) -> bool                        rewrites a copy of the portable graph for the backend; whether it changed
 spec(precision, graph, memory, parameters)    the description of the engine of this precision with this graph

@@ -18,18 +18,30 @@ from typing import Any
 
 from tilewright.export.system import ComponentSpec
 from tilewright.export.weights.writing import write_tensors
-from tilewright.runtime.bundle.manifest import EngineSpec, Memory, Needs
+from tilewright.runtime.bundle.manifest import EngineSpec, Form, Memory, Needs
 from tilewright.runtime.bundle.program import TensorSpec
 from tilewright.runtime.engines.aoti import SIZES
 from tilewright.runtime.engines.choose import Machine
 from tilewright.runtime.engines.machine import compute_capability, this_machine
 from tilewright.runtime.errors import BuildError
 
-__all__ = ["COMPILED", "FROM_BUNDLE", "PRECISIONS", "compile_network", "file", "machine", "missing", "prepare", "spec"]
+__all__ = [
+    "COMPILED",
+    "FORMS",
+    "FROM_BUNDLE",
+    "PRECISIONS",
+    "compile_network",
+    "file",
+    "machine",
+    "missing",
+    "prepare",
+    "spec",
+]
 
 FROM_BUNDLE = True
 COMPILED = True
 PRECISIONS = ("float32", "bfloat16")
+FORMS: dict[str, tuple[Form, ...]] = {}
 # instruction sets that a C++ compiler uses when it may use all of this CPU's
 INSTRUCTIONS = re.compile(
     r"sse4_2|avx\w*|amx\w*|fma|f16c|bmi[12]|abm|movbe|popcnt|gfni|sve\w*|asimd\w*|bf16|i8mm|atomics"

@@ -2,14 +2,15 @@
 
 from typing import Any
 
-from tilewright.runtime.bundle.manifest import EngineSpec, Memory, Needs
+from tilewright.runtime.bundle.manifest import EngineSpec, Form, Memory, Needs
 from tilewright.runtime.errors import BuildError
 
-__all__ = ["COMPILED", "FROM_BUNDLE", "PRECISIONS", "missing", "prepare", "spec", "typed"]
+__all__ = ["COMPILED", "FORMS", "FROM_BUNDLE", "PRECISIONS", "missing", "prepare", "spec", "typed"]
 
 FROM_BUNDLE = True
 COMPILED = True
 PRECISIONS = ("float32", "bfloat16")
+FORMS: dict[str, tuple[Form, ...]] = {}
 OLDEST = {"float32": (7, 5), "bfloat16": (8, 0)}  # compute capability
 # standard operators whose CUDA kernels in ONNX Runtime 1.31 take bfloat16; GroupNormalization and Resize have none
 SHORT_KERNELS = {"Attention", "Cast", "Conv", "Gemm", "MatMul"}

@@ -3,17 +3,18 @@
 from dataclasses import replace
 from typing import Any
 
-from tilewright.runtime.bundle.manifest import EngineSpec, Memory, Needs
+from tilewright.runtime.bundle.manifest import EngineSpec, Form, Memory, Needs
 
-__all__ = ["COMPILED", "FROM_BUNDLE", "PRECISIONS", "missing", "prepare", "spec"]
+__all__ = ["COMPILED", "FORMS", "FROM_BUNDLE", "PRECISIONS", "missing", "prepare", "spec"]
 
 FROM_BUNDLE = True
 COMPILED = False
 PRECISIONS = ("float32", "bfloat16")
+FORMS = {"int8": tuple(Form(inputs, rest=rest) for rest in PRECISIONS for inputs in ("uint8", "int8"))}
 INSTRUCTIONS = {"bfloat16": ("avx512_bf16",)}  # without them OpenVINO would compute in float32, and not say so
 CORES = {"bfloat16": 2}  # as in runtime/engines/openvino.py
 VERSION = "2026.4"  # the least that was tested
-WIDTHS = {"float32": 4, "bfloat16": 2}
+WIDTHS = {"float32": 4, "bfloat16": 2, "int8": 1}
 
 
 def missing() -> str | None:

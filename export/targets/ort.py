@@ -2,13 +2,19 @@
 
 from typing import Any
 
-from tilewright.runtime.bundle.manifest import EngineSpec, Memory, Needs
+from tilewright.runtime.bundle.manifest import EngineSpec, Form, Memory, Needs
 
-__all__ = ["COMPILED", "FROM_BUNDLE", "PRECISIONS", "missing", "prepare", "spec"]
+__all__ = ["COMPILED", "FORMS", "FROM_BUNDLE", "PRECISIONS", "missing", "prepare", "spec"]
 
 FROM_BUNDLE = False  # its rewrites need shapes, which the portable graph does not keep
 COMPILED = False
 PRECISIONS = ("float32",)
+FORMS = {
+    # convolutions of integers would also return integers, which costs accuracy; and with inputs in int8, layers that
+    # share an input run in float
+    "int8": (Form("uint8", convolutions=False),),
+    "fp8": (Form("float8_e4m3fn"),),  # it has no products of 8-bit floats: such an engine shows the accuracy
+}
 
 
 def missing() -> str | None:

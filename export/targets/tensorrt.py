@@ -3,14 +3,15 @@
 import importlib.util
 from typing import Any
 
-from tilewright.runtime.bundle.manifest import EngineSpec, Memory, Needs
+from tilewright.runtime.bundle.manifest import EngineSpec, Form, Memory, Needs
 from tilewright.runtime.engines.machine import compute_capability
 
-__all__ = ["COMPILED", "FROM_BUNDLE", "PRECISIONS", "missing", "prepare", "spec", "typed"]
+__all__ = ["COMPILED", "FORMS", "FROM_BUNDLE", "PRECISIONS", "missing", "prepare", "spec", "typed"]
 
 FROM_BUNDLE = True
 COMPILED = True
 PRECISIONS = ("float32", "bfloat16")
+FORMS: dict[str, tuple[Form, ...]] = {}
 OLDEST = "10.16"
 LINT = "'tilewright export lint BUNDLE --target tensorrt' and 'export build --dry-run --gpu sm90' work without one"
 

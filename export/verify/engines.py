@@ -39,7 +39,7 @@ from tilewright.runtime.plan.passes import least_px, plan_of
 from tilewright.runtime.restore import Restorer, load
 from tilewright.runtime.text import token_ids
 
-__all__ = ["PARTS", "RELATIVE_L2_GATE", "measurement", "require", "sample_photo", "verify"]
+__all__ = ["PARTS", "RELATIVE_L2_GATE", "measurement", "require", "runnable", "sample_photo", "verify"]
 
 RELATIVE_L2_GATE = 1e-4  # for float outputs of a component, in float32; measured are 1e-6 to 1e-5
 SMALL = 2**24  # a bundle with fewer parameters is small
@@ -75,7 +75,7 @@ def verify(
     or by default a small picture in smaller tiles.
     """
     bundle = read_bundle(root, expect=expect, fresh=fresh)
-    names, skipped = _engines(bundle)
+    names, skipped = runnable(bundle)
     small = _parameters(bundle) < SMALL
     # in a small network, threads would mostly wait for each other, so tiles run at the same time instead
     threads, devices = (1, [f"cpu:{i}" for i in range(usable_cores())]) if small else (0, ["cpu:0"])
@@ -158,7 +158,7 @@ def _repeatable(root: Path, calls: Calls) -> Iterator[None]:
         raise
 
 
-def _engines(bundle: Bundle) -> tuple[list[str], dict[str, str]]:
+def runnable(bundle: Bundle) -> tuple[list[str], dict[str, str]]:
     """The names of the engines that can run here, float32 first, and for the others why not."""
     components = {name: bundle.manifest.components[name] for name in bundle.program.components()}
     specs = {spec.name: spec for component in components.values() for spec in component.engines}

@@ -8,7 +8,7 @@ import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tilewright.export.system import Origin, Rows, System, Tensors
 from tilewright.export.weights.pickled import PICKLED, as_safetensors, listed
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "STAND_IN",
+    "WeightReader",
     "converted",
     "copy_tensors",
     "find",
@@ -257,3 +258,19 @@ def copy_tensors(source: Path, references: Mapping[str, Reference], path: Path) 
         name: Reference(path.name, spec.dtype, references[name].shape, offset, length)
         for name, (spec, offset, length) in safetensors_header(path).items()
     }
+
+
+class WeightReader:
+    """Reads the numbers of a graph's initializers, mapped from the files of its weights."""
+
+    def __init__(self, references: Mapping[str, Reference], folders: Mapping[str, Path]) -> None:
+        self.references, self.folders = references, folders
+
+    def __call__(self, value: Any) -> "npt.NDArray[Any]":
+        import numpy as np
+
+        reference = self.references.get(value.name)
+        if reference is None:
+            return np.asarray(value.const_value.numpy())
+        data = open_reference(self.folders[reference.folder], reference)
+        return data.view(value.const_value.dtype.numpy()).reshape(reference.shape)

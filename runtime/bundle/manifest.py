@@ -22,6 +22,7 @@ __all__ = [
     "Component",
     "EngineSpec",
     "File",
+    "Form",
     "Manifest",
     "Memory",
     "Needs",
@@ -121,6 +122,24 @@ class Profile:
 
 
 @dataclass(frozen=True)
+class Form:
+    """How an engine computes in 8 bits. Each backend has the form that was measured to be its fastest."""
+
+    inputs: str = field(metadata={"enum": ("int8", "uint8", "float8_e4m3fn")})  # the format of what enters a layer
+    convolutions: bool = True  # are in 8 bits too; some backends only compute matrix products in 8 bits
+    rest: str = field(default="float32", metadata={"enum": ("float32", "bfloat16")})  # of all that is not in 8 bits
+
+    def __post_init__(self) -> None:
+        check_limits(self)
+
+    @property
+    def text(self) -> str:
+        """The form in a few words."""
+        kept = "" if self.convolutions else ", convolutions in float"
+        return f"inputs in {self.inputs}{kept}, the rest in {self.rest}"
+
+
+@dataclass(frozen=True)
 class EngineSpec:
     """A description of one engine of a component."""
 
@@ -133,6 +152,7 @@ class EngineSpec:
     profile: Profile = field(default_factory=Profile)
     memory: Memory = field(default_factory=Memory)
     weights: str | None = None  # the table of weights.json, for an engine that has its own; none: the component's
+    form: Form | None = None  # of an engine in 8 bits
 
     def __post_init__(self) -> None:
         check_limits(self)

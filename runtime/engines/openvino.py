@@ -169,7 +169,8 @@ def open_engine(
     """Open an engine of a component. Weights are read from their own files."""
     files = bundle.files_of(spec.weights or component, weights_dir)
     graph = bundle.path(spec.graph)
-    return open_graph(graph, files, precision=spec.precision, memory=memory, threads=threads, calls=calls)
+    precision = spec.form.rest if spec.form else spec.precision
+    return open_graph(graph, files, precision=precision, memory=memory, threads=threads, calls=calls)
 
 
 def open_graph(

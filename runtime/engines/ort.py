@@ -153,13 +153,24 @@ def open_engine(
     """Open an engine of a component. Weights are read from their own files. It takes any number of calls at once."""
     files = bundle.files_of(spec.weights or component, weights_dir)
     native = spec.precision == "float32"  # our kernels compute in float32 only
-    return open_graph(bundle.path(spec.graph), files, memory=memory, threads=threads, native=native)
+    graph = bundle.path(spec.graph)
+    return open_graph(graph, files, precision=spec.precision, memory=memory, threads=threads, native=native)
 
 
 def open_graph(
-    graph: Path, files: Mapping[str, Path], *, memory: str = "fast", threads: int = 0, native: bool = True
+    graph: Path,
+    files: Mapping[str, Path],
+    *,
+    precision: str = "float32",
+    memory: str = "fast",
+    threads: int = 0,
+    native: bool = True,
+    profile: Path | None = None,
 ) -> OrtEngine:
-    """Open a graph. `files`: path of weights in the graph -> real path. `threads` 0: ONNX Runtime chooses."""
+    """Open a graph. `files`: path of weights in the graph -> real path. `threads` 0: ONNX Runtime chooses.
+
+    `profile`: how the names of profiles begin that the session writes.
+    """
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -172,6 +183,10 @@ def open_graph(
     # each component has its own threads, which must not occupy cores while another component runs
     options.add_session_config_entry("session.force_spinning_stop", "1")
     options.add_session_config_entry("session.load_model_format", "ONNX")  # for any suffix of the file
+    if profile:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
+    if precision == "fp8":  # it would fuse 8-bit floats into products of integers, and then refuse them
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
     model: str | bytes = str(graph)
     if files:
         model, folder = with_places(graph, files)
@@ -184,11 +199,13 @@ def open_graph(
                 f"native kernels {library} do not load ({one_line(str(error))}); run make native in a clone, "
                 "install Tilewright anew, or set TILEWRIGHT_NATIVE= to do without"
             ) from error
-    disabled = []
+    disabled = list[str]()
     if memory == "low":
         # folding and pre-packing would each copy the mapped weights
         options.add_session_config_entry("session.disable_prepacking", "1")
         disabled = ["ConstantFolding", "FuseFp16InitializerToFp32NodeTransformer"]
+    if precision == "int8":
+        disabled += ["MatMulAddFusion"]  # the sum would be a Gemm, which has no form for integers with a float bias
     try:
         session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled)
     except Exception as error:  # ONNX Runtime's exceptions share no base class

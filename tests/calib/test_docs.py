@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from support.pages import OPTION, ROOT, blocks, options_of, page, run_commands
+from support.pages import OPTION, ROOT, blocks, options_of, page, run_commands, verbs_of
 
 SIDE = 24  # one tile of the demo's bundle
 
@@ -19,13 +19,21 @@ def test_the_pages_commands_and_python_run(
     Path("photos").mkdir()
     for left in (0, 40):
         Image.open("demo/sample.png").crop((left, 8, left + SIDE, 8 + SIDE)).save(f"photos/{left}.png")
-    assert run_commands(page("calibration")) == 2
-    (code,) = blocks(page("calibration"), "python")
+    Path("judged").mkdir()
+    Image.open("demo/sample.png").crop((20, 30, 20 + SIDE, 30 + SIDE)).save("judged/20.png")
+    alone = ("--threads", "1")  # threads would mostly wait for each other
+    more = {"collect": alone, "sensitivity": (*alone, "--by", "block"), "gate": alone}
+    assert run_commands(page("calibration"), more) == 6
+    scales, engines = blocks(page("calibration"), "python")
     capsys.readouterr()
-    exec(compile(code.text, "calibration.md", "exec"), {})
+    exec(compile(scales.text, "calibration.md", "exec"), {})
     told = capsys.readouterr().out.splitlines()
     assert len(told) > 60 and all(float(line.split()[-1]) > 0 for line in told[:-1])
+    exec(compile(engines.text, "calibration.md", "exec"), {})
+    share, last = capsys.readouterr().out.splitlines()
+    assert int(share.partition("%")[0]) > 80 and float(last.split()[-1]) > 35
 
 
 def test_the_pages_options_exist() -> None:
-    assert set(OPTION.findall(page("calibration"))) <= options_of("calib", "collect") | options_of("export", "build")
+    verbs = [("calib", verb) for verb in verbs_of("calib")] + [("export", "build"), ("export", "compile")]
+    assert set(OPTION.findall(page("calibration"))) <= set[str]().union(*(options_of(*verb) for verb in verbs))

@@ -9,8 +9,10 @@ from torch import nn
 
 from support.shared import Shared
 from support.systems import components_of
+from tilewright.export.build.request import Request
+from tilewright.export.build.stages.trace import stage
 from tilewright.export.graph.tidy import tidy
-from tilewright.export.graph.trace import network_on_meta, trace
+from tilewright.export.graph.trace import network_on_meta
 from tilewright.export.systems.hitoksr.system import SYSTEM as HITOKSR
 from tilewright.export.targets.ort import prepare
 from tilewright.export.weights.files import find, reference_parameters
@@ -18,13 +20,12 @@ from tilewright.export.weights.writing import random_weights
 
 
 @pytest.fixture(scope="session")
-def traced(shared: Shared) -> Path:
+def traced(cache: Path, shared: Shared) -> Path:
     """COMPONENT.onnx as traced, its weights unresolved; do not change them."""
 
     def fill(folder: Path) -> None:
         folder.mkdir()
-        for name, source in components_of("hitoksr", "tiny").items():
-            ir.save(trace(source), folder / f"{name}.onnx")
+        stage(Request("hitoksr", "tiny", folder, seed=0)).work(folder)  # a build in this run needs these graphs too
 
     return shared("traced", fill)
 

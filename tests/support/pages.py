@@ -104,7 +104,7 @@ def options_of(*words: str) -> set[str]:
 
 def all_options() -> set[str]:
     """The options of every command."""
-    groups = ("export", "runtime", "kernels")
+    groups = ("export", "runtime", "calib", "kernels")
     return options_of().union(*(options_of(group, verb) for group in groups for verb in verbs_of(group)))
 
 

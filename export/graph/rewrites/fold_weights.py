@@ -12,7 +12,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 
-__all__ = ["fold_weights"]
+__all__ = ["MOVES", "computed", "fold_weights"]
 
 MOVES = {"Cast", "Concat", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"}
 Array = npt.NDArray[Any]
@@ -31,7 +31,7 @@ def fold_weights(
     for value in ends:
         sources = [v for v in _sources(value, moved) if isinstance(v.const_value, ir.ExternalTensor)]
         name = _free(graph, f"{sources[0].name}.folded")
-        array = np.ascontiguousarray(_computed(value, moved, read, model.opset_imports[""]))
+        array = np.ascontiguousarray(computed(value, read, model.opset_imports[""]))
         tensor = store(name, array)
         folded = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
         graph.register_initializer(folded)
@@ -60,11 +60,11 @@ def _sources(value: Any, moved: dict[ir.Value, ir.Node]) -> list[Any]:
     return [source for v in moved[value].inputs if v is not None for source in _sources(v, moved)]
 
 
-def _computed(value: Any, moved: dict[ir.Value, ir.Node], read: Callable[[ir.Value], Array], opset: int) -> Array:
-    if value not in moved:
+def computed(value: Any, read: Callable[[ir.Value], Array], opset: int) -> Array:
+    """The numbers of a value that follows from initializers alone. `read` gives the numbers of an initializer."""
+    if (node := value.producer()) is None:
         return read(value)
-    node = moved[value]
-    inputs = {str(v.name): _computed(v, moved, read, opset) for v in node.inputs if v is not None}
+    inputs = {str(v.name): computed(v, read, opset) for v in node.inputs if v is not None}
     results: Any = ReferenceEvaluator(ir.to_proto(node), opsets={"": opset}).run(None, inputs)
     return np.asarray(results[node.outputs.index(value)])
 

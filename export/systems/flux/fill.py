@@ -16,6 +16,7 @@ __all__ = [
     "BASE_MODELS",
     "BASE_OPTIONS",
     "BASE_ORIGINS",
+    "KEEP",
     "LICENCE",
     "LORA",
     "SCHEDULE_OPTIONS",
@@ -34,6 +35,16 @@ __all__ = [
     "tokenizer_texts",
 ]
 
+KEEP = {  # layers that stay in float when others compute in 8 bits
+    "modulate/*": "it runs once, and scales and shifts every block",
+    "*.context_embedder.*": "it reads the words and the pictures",
+    "*.x_embedder.*": "it reads the latent",
+    "step/transformer.proj_out.*": "it makes the latent",
+    "*.conv_in.*": "it reads the picture or the latent",
+    "*.conv_out.*": "it makes the picture or the latent",
+    "*.conv_shortcut.*": "it carries a block's input past the block",
+    "*.patch_embedding.*": "it reads the picture",
+}
 LORA = LoraFile("lora")
 SCHEDULE_OPTIONS = {  # key of the scheduler's configuration file -> option of the schedule `flow_shift`
     "base_shift": "base_shift",

@@ -187,5 +187,6 @@ SYSTEM = System(
     keys=keys,
     origin=origin,
     ignored=ignored,
+    keep=fill.KEEP,
     stand_in=stand_in,
 )

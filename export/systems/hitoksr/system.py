@@ -106,5 +106,12 @@ SYSTEM = System(
     program=program,
     keys=keys,
     ignored=ignored,
+    keep={
+        "generate/generator.stem.*": "the first convolutions read the picture",
+        "generate/generator.head*": "the scores decide the choices",
+        "generate/vision.*.patch_embeddings.*": "it reads the picture",
+        "decode/decoder.embed.*": "it reads the codes",
+        "decode/decoder.out.*": "it makes the picture",
+    },
     stand_in=stand_in,
 )

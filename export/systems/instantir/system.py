@@ -132,5 +132,15 @@ SYSTEM = System(
     keys=keys,
     origin=origin,
     ignored=ignored,
+    keep={
+        "*conv_in.*": "it reads the picture or the latent",
+        "*conv_out.*": "it makes the picture or the latent",
+        "*conv_shortcut.*": "it carries a block's input past the block",
+        "*embedding*": "it scales and shifts every block",
+        "*.mul.*": "it scales a whole block",
+        "*.add.*": "it shifts a whole block",
+        "*.norm*.linear.*": "it scales and shifts a normalisation",
+        "*.patch_embeddings.*": "it reads the picture",
+    },
     stand_in=stand_in,
 )

@@ -206,5 +206,15 @@ SYSTEM = System(
     keys=keys,
     origin=origin,
     ignored=ignored,
+    keep={
+        "*patch_embed.*": "it reads the picture",
+        "*conv_out.*": "it makes the picture or the tokens",
+        "*decoder_embed.*": "it reads the tokens",
+        "*ffn.*": "it makes the picture",
+        "step/*embed.*": "it reads the tokens",
+        "step/*time.*": "it scales and shifts every block",
+        "step/*label.*": "it reads the words",
+        "step/out.*": "it makes the tokens",
+    },
     stand_in=stand_in,
 )

@@ -12,17 +12,30 @@ from types import FrameType
 
 import pytest
 
+from tilewright.cli.main import main
 from tilewright.export.build.cache import filling, staging
 from tilewright.runtime.bundle.read import read_bundle
 
 # seconds a stage takes, about
-LASTS = {"attach": 0.02, "constants": 0.02, "trace": 6.0, "optimise": 0.5, "verify": 1.0, "seal": 0.05}
+LASTS = {"attach": 0.02, "constants": 0.02, "trace": 2.0, "optimise": 0.2, "verify": 1.0, "seal": 0.05}
+TOY = Path(__file__).parents[1] / "toy" / "packages"  # a system whose networks are traced in no time
 
 
-def words(out: Path, *more: str) -> list[str]:
-    """The command of a tiny build."""
-    start = [sys.executable, "-m", "tilewright.cli.main", "export", "build", "hitoksr", "--preset", "tiny"]
-    return [*start, "--random-weights", "0", "-o", str(out), *more]
+def started(out: Path, *more: str) -> subprocess.Popen[str]:
+    """A build in a process of its own, with a cache beside its bundle."""
+    words = ["export", "build", "toy", "--random-weights", "0", "-o", str(out), *more]
+    return subprocess.Popen(
+        [sys.executable, "-m", "tilewright.cli.main", *words],
+        env={**os.environ, "TILEWRIGHT_CACHE_DIR": str(out.parent / "cache"), "PYTHONPATH": str(TOY)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for(running: subprocess.Popen[str], stage: str) -> None:
+    assert running.stderr is not None
+    assert any(line.split() == [stage, "started"] for line in running.stderr)
 
 
 def has_signals_in_hand(process: subprocess.Popen[str]) -> bool:
@@ -38,50 +51,43 @@ def left_over(root: Path) -> list[Path]:
 
 
 @pytest.mark.slow
-def test_a_killed_build_is_finished_by_the_next(tmp_path: Path) -> None:
-    environment = {**os.environ, "TILEWRIGHT_CACHE_DIR": str(tmp_path / "cache")}
+def test_a_killed_build_is_finished_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, built = tmp_path / "b", tmp_path / "cache" / "build"
-    command = words(out)
     moments, killed = random.Random(0), 0
-    stages = [*LASTS, "trace", "seal"]
-    for stage in stages:
+    for stage, seconds in LASTS.items():
         shutil.rmtree(built / stage, ignore_errors=True)  # so that it runs again
-        shutil.rmtree(built / ("graph" if stage == "trace" else "none"), ignore_errors=True)
-        running = subprocess.Popen(
-            command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        )
-        assert running.stderr is not None
-        assert any(line.split() == [stage, "started"] for line in running.stderr)
-        time.sleep(moments.uniform(0, LASTS[stage]))
+        running = started(out)
+        wait_for(running, stage)
+        time.sleep(moments.uniform(0, seconds))
         running.kill()
         running.communicate()
         killed += running.returncode == -signal.SIGKILL
         if out.exists():
             read_bundle(out)  # a bundle that is there is whole
             shutil.rmtree(out)
-    assert killed > len(stages) // 2
-    subprocess.run(command, env=environment, check=True, capture_output=True)
-    verified = [sys.executable, "-m", "tilewright.cli.main", "export", "verify", str(out)]
-    subprocess.run(verified, env=environment, check=True, capture_output=True)
+    assert killed > len(LASTS) // 2
+    finishing = started(out)
+    assert (finishing.communicate(), finishing.returncode)[1] == 0
+    monkeypatch.syspath_prepend(str(TOY))
+    assert main(["export", "verify", str(out)]) == 0
     assert left_over(tmp_path) == []
 
 
+SIGNALS = {signal.SIGINT: (130, "interrupted"), signal.SIGTERM: (143, "terminated")}
+STOPPED = [(None, signal.SIGINT), (None, signal.SIGTERM)]  # while modules are imported
+STOPPED += [("trace", signal.SIGTERM), ("trace", signal.SIGINT), ("verify", signal.SIGTERM)]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("number", "code", "said"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
-)
-def test_a_signal_at_any_moment_ends_a_build_in_one_line(
-    tmp_path: Path, number: signal.Signals, code: int, said: str
-) -> None:
-    environment = {**os.environ, "TILEWRIGHT_CACHE_DIR": str(tmp_path / "cache")}
+def test_a_signal_at_any_moment_ends_a_build_in_one_line(tmp_path: Path) -> None:
     moments = random.Random(1)
-    for attempt in range(5):
-        running = subprocess.Popen(
-            words(tmp_path / "b"), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        )
+    for stage, number in STOPPED:
+        running, (code, said) = started(tmp_path / "b"), SIGNALS[number]
         while not has_signals_in_hand(running):  # before, Python itself starts
             time.sleep(0.001)
-        time.sleep(moments.uniform(2 * attempt, 2 * attempt + 2))  # imports, then one stage after the other
+        if stage:
+            wait_for(running, stage)
+        time.sleep(moments.uniform(0, LASTS[stage or "trace"]))
         running.send_signal(number)
         _, stderr = running.communicate()
         lines = [line for line in stderr.splitlines() if line.split()[0] not in LASTS]
@@ -89,27 +95,19 @@ def test_a_signal_at_any_moment_ends_a_build_in_one_line(
             assert lines == [] or lines[0].startswith("tilewright: built")
         else:
             assert (running.returncode, lines) == (code, [f"tilewright: {said}; finished stages of a build are kept"])
+        if (tmp_path / "b").exists():
+            read_bundle(tmp_path / "b")
         assert left_over(tmp_path) == []
         shutil.rmtree(tmp_path / "b", ignore_errors=True)
         shutil.rmtree(tmp_path / "cache", ignore_errors=True)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("outputs", [("a", "b"), ("same", "same")])
-def test_builds_at_once_on_a_fresh_cache_all_succeed(tmp_path: Path, outputs: tuple[str, str]) -> None:
-    environment = {**os.environ, "TILEWRIGHT_CACHE_DIR": str(tmp_path / "cache")}
-    running = [
-        subprocess.Popen(
-            words(tmp_path / name, "--verify", "never"),
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for name in outputs
-    ]
+def test_builds_at_once_on_a_fresh_cache_all_succeed(tmp_path: Path) -> None:
+    outputs = ("one", "same", "same")
+    running = [started(tmp_path / name, "--verify", "never") for name in outputs]
     said = [process.communicate()[1] for process in running]
-    assert [process.returncode for process in running] == [0, 0], said
+    assert [process.returncode for process in running] == [0, 0, 0], said
     assert sum(line.split()[:2] == ["trace", "done"] for text in said for line in text.splitlines()) == 1
     assert len({read_bundle(tmp_path / name).digest for name in outputs}) == 1
     assert left_over(tmp_path) == []

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tilewright.cli.main import main
-from tilewright.export.plans.forecast import GPUS, check_gpu, gpu_bytes, plan_forecast
+from tilewright.export.plans.forecast import GPUS, check_gpu, check_host, gpu_bytes, plan_forecast
 from tilewright.export.targets import check_makeable
 from tilewright.export.targets.tensorrt import missing
 from tilewright.runtime.engines.machine import compute_capability
@@ -15,27 +15,35 @@ needs_no_gpu = pytest.mark.skipif(compute_capability() is not None, reason="this
 
 
 def test_memory_follows_the_largest_component_and_the_widest_precision():
-    small, large = (plan_forecast("sm90", {"a": 10**9, "b": n * 10**9}, ["bfloat16"]) for n in (1, 12))
+    small, large = (plan_forecast("sm90", 80 * 10**9, {"a": 10**9, "b": n * 10**9}, ["bfloat16"]) for n in (1, 12))
     assert large.device - small.device == 2 * 2 * 11 * 10**9
     assert large.running - small.running == 2 * 11 * 10**9
     assert (large.plans, large.device_memory, large.seconds) == (2, 80 * 10**9, None)
-    both = plan_forecast("sm90", {"a": 10**9, "b": 12 * 10**9}, ["float32", "bfloat16"])
+    both = plan_forecast("sm90", 80 * 10**9, {"a": 10**9, "b": 12 * 10**9}, ["float32", "bfloat16"])
     assert both.plans == 4 and both.device - 1.5e9 == 2 * (large.device - 1.5e9)
 
 
+def test_memory_of_the_machine_that_compiles_is_checked_too():
+    predicted = plan_forecast("sm90", 80 * 10**9, {"step": 12 * 10**9}, ["bfloat16"])
+    check_host(predicted, None)
+    check_host(predicted, predicted.host)
+    with pytest.raises(ResourceError, match=r"about 99\.0 GB of memory, and 64\.0 GB are free"):
+        check_host(predicted, 64 * 10**9)
+
+
 def test_what_does_not_fit_on_the_card_is_refused_with_the_numbers():
-    large = plan_forecast("sm90", {"step": 24 * 10**9}, ["bfloat16"])
+    large = plan_forecast("sm90", 80 * 10**9, {"step": 24 * 10**9}, ["bfloat16"])
     with pytest.raises(ResourceError) as caught:
         check_gpu(large)
     assert "about 97.5 GB of GPU memory, and such a card has 80.0 GB" in str(caught.value)
-    check_gpu(plan_forecast("sm90:141", {"step": 24 * 10**9}, ["bfloat16"]))
+    check_gpu(plan_forecast("sm90:141", 141 * 10**9, {"step": 24 * 10**9}, ["bfloat16"]))
 
 
 @pytest.mark.parametrize("gpu", ["sm70", "h100", "sm90:", "sm90:0", "sm90:x", "", "SM90", "sm90:99999"])
 def test_a_gpu_that_nobody_knows_is_refused(gpu):
     with pytest.raises(UsageError, match=r"is none of sm75, .*sm90:141"):
         gpu_bytes(gpu)
-    assert all(gpu_bytes(name) == (name, size * 10**9) for name, size in GPUS.items())
+    assert all(gpu_bytes(name) == size * 10**9 for name, size in GPUS.items())
 
 
 def test_time_is_that_of_the_nearest_plan_of_the_architecture(tmp_path, monkeypatch):
@@ -52,10 +60,10 @@ def test_time_is_that_of_the_nearest_plan_of_the_architecture(tmp_path, monkeypa
         note = {"architecture": architecture, "parameters": parameters, "seconds": seconds}
         (folder / "inspected.json").write_text(json.dumps(note))
     (folder / "inspected.json").with_name("damaged").mkdir()
-    assert plan_forecast("sm90", {"a": 1000}, ["bfloat16"]).seconds == 60
-    assert plan_forecast("sm90", {"a": 1000, "b": 1000}, ["bfloat16"]).seconds == 120
-    assert plan_forecast("sm90", {"a": 1000, "b": 50}, ["bfloat16"]).seconds is None
-    assert plan_forecast("sm100", {"a": 1000}, ["bfloat16"]).seconds is None
+    assert plan_forecast("sm90", 80 * 10**9, {"a": 1000}, ["bfloat16"]).seconds == 60
+    assert plan_forecast("sm90", 80 * 10**9, {"a": 1000, "b": 1000}, ["bfloat16"]).seconds == 120
+    assert plan_forecast("sm90", 80 * 10**9, {"a": 1000, "b": 50}, ["bfloat16"]).seconds is None
+    assert plan_forecast("sm100", 180 * 10**9, {"a": 1000}, ["bfloat16"]).seconds is None
 
 
 @needs_no_gpu

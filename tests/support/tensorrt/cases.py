@@ -334,6 +334,14 @@ def test_a_build_that_fails_says_what_to_do_and_leaves_the_bundle_as_it_was(bund
     assert [p.name for p in bundle.parent.iterdir() if p.name.startswith(f".{bundle.name}")] == []
 
 
+def test_a_gpu_that_is_too_small_is_refused_before_anything_is_compiled(bundle, library, monkeypatch, capsys):
+    monkeypatch.setattr(Gpu, "memory", lambda self: (10**8, 10**9))
+    assert main(["export", "compile", str(bundle), "--target", "tensorrt", "--precision", "float32"]) == 5
+    told = capsys.readouterr().err.strip()
+    assert "needs about 1.5 GB of GPU memory, and such a card has 1.0 GB" in told and "\n" not in told
+    assert "builder.build" not in library.calls
+
+
 def test_a_full_disk_leaves_the_bundle_as_it_was(bundle, monkeypatch, capsys):
     digest = read_bundle(bundle).digest
 

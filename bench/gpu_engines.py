@@ -229,7 +229,7 @@ def measure(folder: Path, case: str, device: str, dtype: torch.dtype, left_s: Ca
     return result
 
 
-def run(folder: Path, out: Path, device: str, precision: str, minutes: float) -> None:
+def run(folder: Path, out: Path, device: str, precision: str, minutes: float, only: str) -> None:
     """Measure all cases, and store each result as soon as it is there."""
     end = time.perf_counter() + 60 * minutes
     dtype, results = getattr(torch, precision), {}
@@ -238,7 +238,7 @@ def run(folder: Path, out: Path, device: str, precision: str, minutes: float) ->
             if op.kernel_launches:  # choices among close scores stay in float32
                 kind = torch.float32 if op.name.startswith("codebook") else dtype
                 torch.library.register_autocast(f"tilewright::{op.name}", device, kind, lib=library)
-        for case in CASES:
+        for case in (name for name in CASES if only in name):
             torch._dynamo.reset()
             results[case] = measure(folder, case, device, dtype, lambda: end - time.perf_counter())
             store_result(out, device, {"precision": precision, "device": device, "cases": results})
@@ -268,12 +268,13 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--minutes", type=float, default=MINUTES)
+    parser.add_argument("--only", default="", help="cases with this word in their name")
     parser.add_argument("--tiny", action="store_true", help="with prepare: tiny networks")
     arguments = parser.parse_args(words)
     if arguments.verb == "prepare":
         prepare(arguments.folder, tiny=arguments.tiny)
     else:
-        run(arguments.folder, arguments.out, arguments.device, arguments.precision, arguments.minutes)
+        run(arguments.folder, arguments.out, arguments.device, arguments.precision, arguments.minutes, arguments.only)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ def photos(tmp_path: Path) -> Path:
     folder = tmp_path / "photos"
     folder.mkdir()
     for name in "ab":
-        noise = np.random.default_rng(ord(name)).integers(0, 256, (32, 36, 3), np.uint8)
+        noise = np.random.default_rng(ord(name)).integers(0, 256, (32, 32, 3), np.uint8)
         Image.fromarray(noise).save(folder / f"{name}.png")
     return folder
 
@@ -45,7 +45,7 @@ def require_alike(ours: Observations, theirs: Observations, unseen: tuple[str, .
 @pytest.mark.slow
 def test_hitoksr_is_seen_alike(hitoksr_tiny: Path, photos: Path) -> None:
     seen = [
-        collect(hitoksr_tiny, photos, photos / f"{via}.safetensors", tile=64, via=via).observations
+        collect(hitoksr_tiny, photos, photos / f"{via}.safetensors", tile=128, via=via).observations
         for via in ("engines", "torch")
     ]
     require_alike(*seen)

@@ -36,7 +36,7 @@ def require_alike(ours: Observations, theirs: Observations, unseen: tuple[str, .
         width = b.highest - b.lowest
         assert abs(a.lowest - b.lowest) <= ENDS * width and abs(a.highest - b.highest) <= ENDS * width, place
         moved = np.abs(np.cumsum(a.counts, 1) - np.cumsum(b.counts, 1)).max()
-        assert a.counts.sum() == b.counts.sum() and moved <= MOST_MOVED * b.counts.sum(), place
+        assert a.counts.sum() == b.counts.sum() and moved <= max(2, MOST_MOVED * b.counts.sum()), place
         assert (one.channels is None) == (other.channels is None), place
         if one.channels is not None and other.channels is not None:
             np.testing.assert_allclose(one.channels, other.channels, rtol=1e-2, atol=ENDS * width, err_msg=str(place))

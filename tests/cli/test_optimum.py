@@ -32,7 +32,7 @@ def modules(code: str) -> set[str]:
 
 @pytest.mark.slow
 def test_a_bundle_that_optimum_builds_has_the_same_bytes(hitoksr_tiny: Path, tmp_path: Path) -> None:
-    done = run(*OPTIMUM, "export", "tilewright", *TINY, "bundle", "--json", folder=tmp_path)
+    done = run(*OPTIMUM, "export", "tilewright", *TINY, "bundle", "--target", "ort", "--json", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["built"] is True
     assert (tmp_path / "bundle" / "bundle.json").read_bytes() == (hitoksr_tiny / "bundle.json").read_bytes()

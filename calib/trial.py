@@ -26,7 +26,7 @@ from tilewright.runtime.inputs import gather
 from tilewright.runtime.plan.passes import least_px
 from tilewright.runtime.restore import Restorer, load
 
-__all__ = ["Recorded", "Score", "Trial", "psnr"]
+__all__ = ["Recorded", "Score", "Trial", "differing", "psnr"]
 
 MOST_DB = 200.0  # of equal pictures
 RECORDED = 2  # calls of a component, for timing
@@ -60,6 +60,17 @@ def psnr(ours: Floats, reference: Floats) -> float:
     """The likeness of two pictures with numbers from 0 to 1, in dB."""
     error = float(np.mean((np.clip(ours, 0, 1).astype(np.float64) - np.clip(reference, 0, 1)) ** 2))
     return MOST_DB if error == 0 else min(MOST_DB, -10 * float(np.log10(error)))
+
+
+def differing(ours: Sequence[Any], reference: Sequence[Any]) -> int:
+    """How many choices differ. Calls come in any order, so each is compared with the one that is most like it."""
+    left, count = list(reference), 0
+    for array in ours:
+        counts = [int((array != other).sum()) if array.shape == other.shape else array.size for other in left]
+        best = int(np.argmin(counts))
+        count += counts[best]
+        left.pop(best)
+    return count
 
 
 class Trial:
@@ -125,8 +136,7 @@ class Trial:
         pictures, chosen = self._restore(engines)
         likeness = tuple(psnr(p, r) for p, r in zip(pictures, self.reference, strict=True))
         total = sum(array.size for array in self.chosen)
-        differ = sum(int((a != b).sum()) for a, b in zip(chosen, self.chosen, strict=True))
-        return Score(likeness, differ / total if total else None)
+        return Score(likeness, differing(chosen, self.chosen) / total if total else None)
 
     def weights(self, graphs: Mapping[str, StandardGraph], recipe: Recipe) -> dict[str, Codes]:
         """The weights of a recipe, written into a folder that lasts as long as the trial."""

@@ -13,7 +13,7 @@ from support.layered import LAYERS, layered
 from tilewright.calib import add_engines, collect, gate, make_recipe, read_observations, read_recipe
 from tilewright.calib.gates import held_out, measurement, require
 from tilewright.calib.recipe import Recipe
-from tilewright.calib.trial import psnr
+from tilewright.calib.trial import differing, psnr
 from tilewright.cli.main import main
 from tilewright.runtime import load
 from tilewright.runtime.bundle.measured import on_processor, remember
@@ -194,3 +194,12 @@ def test_pictures_that_were_calibrated_on_are_no_judges(made: tuple[Path, Recipe
     _, recipe = made
     assert [path.name for path in held_out(pictures, recipe)] == ["1.png", "3.png", "4.png"]
     assert [path.name for path in held_out(pictures, recipe, 1)] == ["1.png"]
+
+
+def test_choices_are_compared_whatever_the_order_of_the_calls() -> None:
+    calls = [np.random.default_rng(place).integers(0, 64, (1, 4, 6, 6)) for place in range(4)]
+    calls.append(calls[0][..., :3])  # a narrower tile
+    assert differing(calls[::-1], calls) == 0
+    changed = [array.copy() for array in calls]
+    changed[2][0, 0, 0, :5] += 1
+    assert differing([changed[place] for place in (3, 2, 0, 4, 1)], calls) == 5

@@ -19,7 +19,7 @@ from tilewright.runtime.bundle.weights import checked_folder
 from tilewright.runtime.engines import Engine
 from tilewright.runtime.errors import AccuracyError, DeviceError, InputError, ResourceError, UsageError
 from tilewright.runtime.estimate import all_open, available_bytes
-from tilewright.runtime.execute.devices import OpenEngines
+from tilewright.runtime.execute.devices import OpenEngines, cpu_names
 from tilewright.runtime.execute.executor import Executor
 from tilewright.runtime.images.read import SUFFIXES, image_size
 from tilewright.runtime.images.write import check_place
@@ -142,7 +142,7 @@ def _open(
     bundle: Bundle, via: str, memory: str, names: Sequence[str], threads: int, weights_dir: Path | None
 ) -> tuple[Restorer, list[WatchingDevice]]:
     """A restorer whose engines are watched, and its devices. Each call takes one tile, so it has one step."""
-    setup = set_up(bundle, devices=names, threads=threads, batch=1)
+    setup = set_up(bundle, devices=cpu_names(names), threads=threads, batch=1)
     bundle = setup.bundle
 
     def watching(name: str) -> WatchingDevice:

@@ -53,7 +53,9 @@ def set_up(
     known, sides = on_processor(bundle.root, machine.processor), tile_sides(bundle.program, side)
     strange = strangers(bundle.manifest)
     specs = require(choose_all(components, machine, engine, measured=known, sides=sides, strange=strange))
-    bundle = replace(bundle, program=bundle.program.cut(min(spec.profile.side_px.most for spec in specs.values())))
+    program = bundle.program.cut(min(spec.profile.side_px.most for spec in specs.values()))
+    if program != bundle.program:
+        bundle = replace(bundle, program=program)
     most = largest_batch(specs.values())
     if batch is not None:
         bundle = replace(bundle, program=bundle.program.batched(whole("batch", batch, 1, most)))

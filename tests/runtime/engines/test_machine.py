@@ -10,7 +10,7 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from tilewright.runtime.engines import machine
+from tilewright.runtime.engines import BACKENDS, machine
 from tilewright.runtime.engines.machine import this_machine
 
 DRIVER = """
@@ -26,11 +26,10 @@ int cuDeviceGetAttribute(int *value, int attribute, int device) {
 
 def test_versions_are_those_of_the_packages():
     here = this_machine(["numpy", "no-package-of-this-name"])
-    assert here.packages.pop("openvino", "none") == (
-        metadata.version("openvino") if "openvino" in here.backends else "none"
-    )
+    for package, name in (("openvino", "openvino"), ("torch", "aoti")):
+        assert here.packages.pop(package, "none") == (metadata.version(package) if name in here.backends else "none")
     assert here.packages == {"numpy": np.__version__, "onnxruntime": onnxruntime.__version__}
-    assert {*here.backends, *here.missing} == {"ort", "openvino", "tensorrt"} and "ort" in here.backends
+    assert {*here.backends, *here.missing} == {*BACKENDS} and "ort" in here.backends
 
 
 def test_instruction_sets_are_those_that_numpy_finds():

@@ -39,7 +39,7 @@ train-hitoksr: .venv/ready
 train-in-token: .venv/ready
 	PYTHONPATH=tools $(BIN)/python -W ignore -m train.in_token build/train/in-token demo/in-token
 
-# less than three minutes on two cores
+# a few minutes on two cores
 check: .venv/ready
 	@$(MAKE) --no-print-directory -j 2 --output-sync lint test-quick
 

@@ -17,7 +17,8 @@ from support.tensorrt.bindings import HERE, VERSIONS, compiled_driver, place_wit
 CASES = HERE / "cases.py"
 
 
-@pytest.mark.parametrize("version", [pytest.param(VERSIONS[0], marks=pytest.mark.slow), VERSIONS[1]])
+@pytest.mark.slow
+@pytest.mark.parametrize("version", VERSIONS)
 def test_the_cases_pass_with_the_bindings(version, shared, request, tmp_path):
     run_cases(version, shared, request.config, tmp_path / "tensorrt")
 

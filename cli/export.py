@@ -310,7 +310,9 @@ def _add_eight_bits(arguments: argparse.Namespace, root: Path, precision: str, t
         if recipe.format != precision:
             raise UsageError(f"{arguments.recipe} is a recipe for {recipe.format}, not {precision}")
         with Progress(arguments) as progress:
-            added = add_engines(root, recipe, targets, on_progress=progress.tiles)
+            added = add_engines(
+                root, recipe, targets, expect=getattr(arguments, "expect", None), on_progress=progress.tiles
+            )
         lines = [f"{root}: has {', '.join(added.engines)}, digest {added.digest[:12]}"]
         lines += [f"{engine}: {form}" for engine, form in added.forms.items()]
         lines += [f"next: tilewright calib gate {shlex.quote(str(root))} IMAGES_DIR, which judges all engines"]

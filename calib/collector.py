@@ -29,7 +29,7 @@ from tilewright.runtime.restore import Restorer
 from tilewright.runtime.resume.checkpoint import beside, plain
 from tilewright.runtime.setup import set_up
 
-__all__ = ["IMAGES", "VIAS", "Collected", "collect"]
+__all__ = ["IMAGES", "VIAS", "Collected", "collect", "evenly", "images_in"]
 
 IMAGES = 16
 VIAS = ("engines", "torch")
@@ -116,17 +116,28 @@ def collect(
     return Collected(seen, facts, before)
 
 
-def _images(folder: Path, most: int, scale: int, tile: int) -> list[Path]:
-    """The images to restore, in the order of their names."""
+def images_in(folder: Path) -> list[Path]:
+    """The images of a folder, in the order of their names."""
     try:
         files = sorted(path for path in folder.iterdir() if not path.name.startswith(".") and path.is_file())
     except OSError as error:
         raise InputError(f"{folder} cannot be read ({error.strerror}); check the path") from error
-    paths = [path for path in files if path.suffix.lower() in SUFFIXES]
+    return [path for path in files if path.suffix.lower() in SUFFIXES]
+
+
+def evenly(paths: Sequence[Path], most: int) -> list[Path]:
+    """At most so many of the paths, evenly from all."""
+    count = min(most, len(paths))
+    return [paths[place * len(paths) // count] for place in range(count)]
+
+
+def _images(folder: Path, most: int, scale: int, tile: int) -> list[Path]:
+    """The images to restore, in the order of their names."""
+    paths = images_in(folder)
     if len(paths) < LEAST_IMAGES:
         count = f"only {paths[0].name}" if paths else "no image"
         raise InputError(f"{folder} holds {count}; calibration needs {LEAST_IMAGES} images or more, 16 are usual")
-    chosen = [paths[place * len(paths) // min(most, len(paths))] for place in range(min(most, len(paths)))]
+    chosen = evenly(paths, most)
     for path in chosen:
         width, height = image_size(path)
         if scale * min(width, height) < tile:

@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from tilewright.calib.collector import images_in
 from tilewright.calib.engines import RECIPE
 from tilewright.calib.profiled import low_layers, low_share
 from tilewright.calib.recipe import Recipe, read_recipe
@@ -21,7 +22,6 @@ from tilewright.runtime.bundle.read import Bundle, read_bundle
 from tilewright.runtime.engines import Engine, backend
 from tilewright.runtime.engines.machine import processor, usable_cores
 from tilewright.runtime.errors import AccuracyError, InputError, UsageError
-from tilewright.runtime.images.read import SUFFIXES
 from tilewright.runtime.restore import Restorer, load
 
 __all__ = ["BUDGET_DB", "REPORT", "gate", "held_out", "measurement", "require", "told"]
@@ -35,10 +35,7 @@ Report = Callable[[str, int, int], None]
 
 def held_out(folder: Path, recipe: Recipe, most: int | None = None) -> list[Path]:
     """The pictures of a folder that the recipe was not made from."""
-    try:
-        paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
-    except OSError as error:
-        raise InputError(f"{folder} cannot be read ({error.strerror}); check the path") from error
+    paths = images_in(folder)
     fresh = [path for path in paths if sha256_of_file(path) not in recipe.images]
     if not fresh:
         seen = "no image" if not paths else f"only {len(paths)} images that were calibrated on"
@@ -90,7 +87,7 @@ def gate(
     }
     with Trial(bundle, paths, **options, **arguments) as trial:
         restorers: dict[str, Restorer] = {}
-        names = _names(bundle)
+        names, _ = runnable(bundle)
         try:
             for name in names:
                 restorers[name] = load(bundle, engine=name, threads=threads, weights_dir=weights_dir)
@@ -113,12 +110,6 @@ def gate(
             engine["fault"] = _fault(engine, budget_db)
             engine["slower_than"] = _faster(report["engines"], engine)
     return report
-
-
-def _names(bundle: Bundle) -> list[str]:
-    """The engines that run here, float32 first."""
-    names, _ = runnable(bundle)
-    return names
 
 
 def _judged(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tilewright.calib.collector import IMAGES, collect
+from tilewright.calib.collector import IMAGES, collect, evenly, images_in
 from tilewright.calib.engines import Added, add_engines
 from tilewright.calib.frontier import calibrated_pictures, sensitivity, within_budget
 from tilewright.calib.gates import BUDGET_DB, gate
@@ -17,7 +17,6 @@ from tilewright.calib.recipe import Recipe, graphs_of, make_recipe
 from tilewright.calib.trial import Trial
 from tilewright.runtime.bundle.read import read_bundle
 from tilewright.runtime.errors import InputError
-from tilewright.runtime.images.read import SUFFIXES
 
 __all__ = ["Calibrated", "calibrate"]
 
@@ -98,15 +97,12 @@ def _best(found: Any) -> float:
 
 def _split(folder: Path, most: int) -> tuple[list[Path], list[Path]]:
     """The pictures to observe, and those to judge by."""
-    try:
-        paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
-    except OSError as error:
-        raise InputError(f"{folder} cannot be read ({error.strerror}); check the path") from error
+    paths = images_in(folder)
     if len(paths) < LEAST:
         raise InputError(
             f"{folder} holds {len(paths)} images; --calibrate needs {LEAST} or more, as it judges by some of them"
         )
-    chosen = [paths[place * len(paths) // min(most, len(paths))] for place in range(min(most, len(paths)))]
+    chosen = evenly(paths, most)
     judged = chosen[EACH - 1 :: EACH]
     return [path for path in chosen if path not in judged], judged
 

@@ -39,10 +39,16 @@ def split(targets: Sequence[str], precisions: Sequence[str]) -> tuple[Choice, Ch
 
     A bundle has an engine that runs anywhere, so ONNX Runtime's is added where none is asked for.
     """
-    pairs = engines_of(targets, precisions)
-    later = [pair for pair in pairs if target_module(pair[0]).COMPILED]
-    now = [pair for pair in pairs if pair not in later] or [("ort", "float32")]
-    return _choice(now), _choice(later)
+    now, later = _parted(engines_of(targets, precisions))
+    return _choice(now or [("ort", "float32")]), _choice(later)
+
+
+def _parted(pairs: Iterable[tuple[str, str]]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """The engines that are graphs, and those that are compiled."""
+    kinds: dict[bool, list[tuple[str, str]]] = {False: [], True: []}
+    for pair in pairs:
+        kinds[target_module(pair[0]).COMPILED].append(pair)
+    return kinds[False], kinds[True]
 
 
 def _choice(pairs: Iterable[tuple[str, str]]) -> Choice:
@@ -64,8 +70,7 @@ def compile_engines(
         if not target_module(target).FROM_BUNDLE:
             raise UsageError(f"target={target!r} needs the traced graph; use tilewright export build --target {target}")
     check_makeable(targets)
-    compiled = [(target, p) for target, p in pairs if target_module(target).COMPILED]
-    graphs = [pair for pair in pairs if pair not in compiled]
+    graphs, compiled = _parted(pairs)
     bundle = read_bundle(root, expect=expect)
     if plans := [p for target, p in compiled if target == "tensorrt"]:
         _check_room(bundle, plans)

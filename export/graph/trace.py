@@ -27,7 +27,16 @@ from tilewright.export.graph.ops import give_functions, translations
 from tilewright.export.system import ComponentSpec, part_of
 from tilewright.runtime.bundle.program import ANY, TensorSpec
 
-__all__ = ["OPSET", "UNRESOLVED", "exported_program", "network_on_meta", "parameter_specs", "sizes_of", "trace"]
+__all__ = [
+    "OPSET",
+    "UNRESOLVED",
+    "exported_program",
+    "network_on_meta",
+    "parameter_specs",
+    "quiet",
+    "sizes_of",
+    "trace",
+]
 
 OPSET = 23  # the first opset with Attention and RMSNormalization, which every target fuses
 MOST = {"batch": 31}  # the most tiles in a call; guidance doubles them, and the libraries' classes treat 64 differently
@@ -73,7 +82,7 @@ def trace(source: ComponentSpec) -> ir.Model:
 
 def _traced(source: ComponentSpec) -> ir.Model:
     network = network_on_meta(source)
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), quiet("torch.onnx", "torch.export", "onnxscript"):
         exported = exported_program(source, network)
         # the exporter would trace the whole graph twice more, for the few nodes without a translation
         exported.run_decompositions = partial(_decomposed, exported)  # type: ignore[method-assign]
@@ -100,7 +109,7 @@ def exported_program(source: ComponentSpec, network: nn.Module) -> ExportedProgr
     """The component's network as PyTorch exports it, with free sizes. Its parameters become fake tensors."""
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     _fake_parameters(network, fake)
-    with torch.no_grad(), _quiet(), fake:
+    with torch.no_grad(), quiet("torch.onnx", "torch.export", "onnxscript"), fake:
         arguments = {name: _example(source, spec) for name, spec in source.inputs.items()}
         return torch.export.export(network, (), arguments, dynamic_shapes=_dynamic(source), strict=False)
 
@@ -338,9 +347,9 @@ def _rarely_collected() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Hide the exporter's remarks about optional packages and its internals."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript")]
+def quiet(*names: str) -> Iterator[None]:
+    """Hide the remarks of these loggers, and warnings, about optional packages and PyTorch's internals."""
+    loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)

@@ -7,10 +7,8 @@ it, on the kind of CPU or GPU that made it.
 import contextlib
 import importlib.util
 import json
-import logging
 import re
 import shutil
-import warnings
 from collections.abc import Iterator, Mapping
 from functools import wraps
 from pathlib import Path, PurePosixPath
@@ -115,7 +113,7 @@ def compile_network(source: ComponentSpec, stored: Mapping[str, str], precision:
     """
     import torch
 
-    from tilewright.export.graph.trace import exported_program, network_on_meta, sizes_of
+    from tilewright.export.graph.trace import exported_program, network_on_meta, quiet, sizes_of
 
     network = network_on_meta(source)
     if precision != "float32":
@@ -127,7 +125,7 @@ def compile_network(source: ComponentSpec, stored: Mapping[str, str], precision:
     }
     package = folder / file(precision)
     folder.mkdir(parents=True, exist_ok=True)
-    with _quiet(), torch.no_grad(), _ops_in(precision):
+    with quiet("torch._inductor", "torch.export", "torch._functorch"), torch.no_grad(), _ops_in(precision):
         program = exported_program(source, network)
         _store_as(program, stored)
         if device() == "cuda":
@@ -212,19 +210,3 @@ def _ops_in(precision: str) -> Iterator[None]:
             dtype = getattr(torch, precision) if short else torch.float32
             torch.library.register_autocast(f"tilewright::{name}", device(), dtype, lib=library)
         yield
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Hide remarks about PyTorch's internals."""
-    loggers = [logging.getLogger(name) for name in ("torch._inductor", "torch.export", "torch._functorch")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)

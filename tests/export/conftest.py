@@ -1,5 +1,6 @@
 """HiTokSR's tiny preset, traced once for all: its graphs beside seeded weights, and the networks they came from."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import onnx_ir as ir
@@ -10,6 +11,7 @@ from torch import nn
 from support.shared import Shared
 from support.systems import components_of
 from tilewright.export.build.request import Request
+from tilewright.export.build.run import build
 from tilewright.export.build.stages.trace import stage
 from tilewright.export.graph.tidy import tidy
 from tilewright.export.graph.trace import network_on_meta
@@ -17,6 +19,16 @@ from tilewright.export.systems.hitoksr.system import SYSTEM as HITOKSR
 from tilewright.export.targets.ort import prepare
 from tilewright.export.weights.files import find, reference_parameters
 from tilewright.export.weights.writing import random_weights
+
+
+@pytest.fixture(scope="session")
+def unverified(cache: Path, shared: Shared) -> Callable[[str], Path]:
+    """A system -> its tiny bundle, built without a comparison; do not change it."""
+
+    def built(system: str) -> Path:
+        return shared(f"{system}-unverified", lambda r: build(Request(system, "tiny", r, seed=0, verify="never")))
+
+    return built
 
 
 @pytest.fixture(scope="session")

@@ -16,8 +16,6 @@ from safetensors.numpy import load_file
 from support.readers import QUANTIZED, onnx_checker, onnx_runtime
 from support.recorded import recorded
 from support.systems import EVERY_SYSTEM
-from tilewright.export.build.request import Request
-from tilewright.export.build.run import build as build_bundle
 from tilewright.export.onnx_folder import onnx_folder
 from tilewright.runtime.errors import BundleError, ResourceError, UsageError
 
@@ -26,10 +24,9 @@ CONSTANT = {"Cast", "Concat", "Identity", "Reshape", "Slice", "Split", "Squeeze"
 
 
 @pytest.fixture(scope="module", params=EVERY_SYSTEM)
-def tiny(request, cache, tmp_path_factory):
+def tiny(request, unverified):
     """A system's tiny bundle and its components' calls; do not change it."""
-    root = tmp_path_factory.mktemp("tiny") / request.param
-    build_bundle(Request(request.param, "tiny", root, seed=0, verify="never"))
+    root = unverified(request.param)
     return root, recorded(root)
 
 

@@ -21,6 +21,7 @@ from tilewright.runtime.plan.passes import least_px, part_bytes, plan_of, smalle
 from tilewright.runtime.plan.tiles import TilePlan
 
 __all__ = [
+    "INTERPRETER_BYTES",
     "MEMORY_MODES",
     "Estimate",
     "all_on_gpu",

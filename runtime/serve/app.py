@@ -49,7 +49,7 @@ def app_of(service: Service) -> ASGIApp:
         Route("/v2/health/ready", face.ready),
         Route("/metrics", face.metrics),
     ]
-    handlers: dict[Any, Any] = dict.fromkeys((HTTPException, Refusal, TilewrightError, MemoryError), _refused)
+    handlers: dict[Any, Any] = dict.fromkeys((HTTPException, Refusal, TilewrightError, Exception), _refused)
     app = Starlette(routes=routes, exception_handlers=handlers)
     return _Guard(app, service)
 
@@ -88,10 +88,8 @@ class _Guard:
             await _answer(refusal)(scope, receive, noted)
         except ClientDisconnect:
             pass
-        except Exception as error:  # ours to repair: the client gets no traceback
+        except Exception as error:  # ours to repair; the client has an answer without a traceback
             LOG.error("%s %s: internal error", scope["method"], scope["path"][:80], exc_info=error)
-            if not status:
-                await _answer(refusal_of(error))(scope, receive, noted)
         finally:
             route = getattr(scope.get("route"), "path", "other")
             self.service.metrics.requests.labels(route, str(status)).inc()
@@ -269,7 +267,4 @@ async def _refused(request: Request, error: Exception) -> Response:
         text = f"{request.method} {request.url.path[:80]}: {error.detail}"
         code = {404: "not_found", 405: "method_not_allowed", 400: "malformed"}.get(error.status_code)
         return _answer(Refusal(error.status_code, text, code, headers=dict(error.headers or {})))
-    refusal = refusal_of(error)
-    if refusal.status == 500:
-        LOG.error("%s %s: internal error", request.method, request.url.path, exc_info=error)
-    return _answer(refusal)
+    return _answer(refusal_of(error))

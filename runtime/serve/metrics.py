@@ -22,11 +22,19 @@ class Watched(Protocol):
     """What is looked at when the numbers are asked for."""
 
     shelf: Shelf
-    queue: Sized
-    running: Sized
     places: int
     limit: int  # bytes that everything may take
     held: int  # bytes in the ledger
+
+    @property
+    def queue(self) -> Sized:
+        """Orders that wait."""
+        ...
+
+    @property
+    def running(self) -> Sized:
+        """Orders that run."""
+        ...
 
 
 class Metrics:

@@ -290,7 +290,7 @@ class Service:
         if isinstance(end, Answer):
             order.future.set_result(end)
         else:
-            order.future.set_exception(end)
+            order.future.set_exception(refusal_of(end))  # without its traceback, which would hold the picture
 
     def _why(self, order: Order) -> BaseException:
         """The error of an order that was cancelled."""

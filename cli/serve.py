@@ -64,7 +64,7 @@ def serve(arguments: argparse.Namespace) -> None:
         memory_limit=limit,
         max_queue=arguments.max_queue,
         max_pixels=arguments.max_pixels,
-        max_body=bytes_of(arguments.max_body),
+        max_body=bytes_of(arguments.max_body, "max_body"),
         deadline_s=arguments.deadline,
         token=token,
         state_dir=arguments.state_dir,

@@ -96,12 +96,12 @@ def reset_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def bytes_of(text: str) -> int:
+def bytes_of(text: str, name: str = "memory_limit") -> int:
     """The number of bytes in a text like `2GiB`, `1.5 GB` or `800MiB`."""
     parsed = re.fullmatch(r"\s*(\d+\.?\d*)\s*([a-z]*)\s*", text.lower(), re.ASCII)
     size = float(parsed[1]) * UNITS.get(parsed[2], 0) if parsed else 0.0
     if not 1 <= size < 2**63:
-        raise UsageError(f"memory_limit={text!r} is no amount of memory; write 800MiB, 2GiB or 2GB")
+        raise UsageError(f"{name}={text!r} is no amount of memory; write 800MiB, 2GiB or 2GB")
     return int(size)
 
 

@@ -14,12 +14,13 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tilewright.runtime.errors import TilewrightError
 from tilewright.runtime.serve.form import order_of, wish_of
+from tilewright.runtime.serve.jobs import Jobs
 from tilewright.runtime.serve.orders import Answer, Order
 from tilewright.runtime.serve.refusals import Refusal, refusal_of
 from tilewright.runtime.serve.service import Service
@@ -37,12 +38,15 @@ MOST_FIELDS, MOST_FILES = 100, 4
 TEXT_BYTES = 64 << 10  # of a field without a file
 
 
-def app_of(service: Service) -> ASGIApp:
-    """The application of a service."""
-    face = _Face(service)
+def app_of(service: Service, jobs: Jobs) -> ASGIApp:
+    """The application of a service and its jobs."""
+    face = _Face(service, jobs)
     routes = [
         Route("/", face.page),
         Route("/v1/images/edits", face.edit, methods=["POST"]),
+        Route("/v1/jobs", face.add_job, methods=["POST"]),
+        Route("/v1/jobs/{job}", face.job, methods=["GET", "DELETE"]),
+        Route("/v1/jobs/{job}/result", face.job_result),
         Route("/v1/models", face.models),
         Route("/v1/models/{name}", face.model),
         Route("/v2/health/live", face.live),
@@ -122,8 +126,8 @@ class _Guard:
 class _Face:
     """The answers to requests."""
 
-    def __init__(self, service: Service) -> None:
-        self.service = service
+    def __init__(self, service: Service, jobs: Jobs) -> None:
+        self.service, self.jobs = service, jobs
         self.html = files("tilewright.runtime.serve").joinpath("page.html").read_text("utf-8")
 
     async def page(self, request: Request) -> Response:
@@ -206,6 +210,33 @@ class _Face:
         finally:
             await form.close()
         return Response(_json(answer), media_type="application/json")
+
+    async def add_job(self, request: Request) -> Response:
+        """Accept an image as a job."""
+        form = await self._form(request)
+        try:
+            if wish_of(form).stream:
+                raise Refusal(
+                    422, "a job has no stream; ask GET /v1/jobs/ID for its progress", "invalid_value", "stream"
+                )
+            order = await run_in_threadpool(order_of, form, self.service)
+            job = await run_in_threadpool(self.jobs.add, order)
+        finally:
+            await form.close()
+        return JSONResponse(job, 202, {"Location": f"/v1/jobs/{job['id']}"})
+
+    async def job(self, request: Request) -> Response:
+        """The state of a job, or its end."""
+        name = request.path_params["job"]
+        if request.method == "DELETE":
+            await run_in_threadpool(self.jobs.delete, name)
+            return JSONResponse({"id": name, "object": "job", "deleted": True})
+        return JSONResponse(await run_in_threadpool(self.jobs.get, name))
+
+    async def job_result(self, request: Request) -> Response:
+        """The picture of a job."""
+        path, format_ = await run_in_threadpool(self.jobs.result, request.path_params["job"])
+        return FileResponse(path, media_type=f"image/{format_}", headers={"X-Content-Type-Options": "nosniff"})
 
     async def _form(self, request: Request) -> FormData:
         """The fields of a request. Large files lie on disk."""

@@ -12,6 +12,7 @@ from types import FrameType
 import uvicorn
 
 from tilewright.runtime.serve.app import app_of
+from tilewright.runtime.serve.jobs import Jobs
 from tilewright.runtime.serve.service import Service
 from tilewright.runtime.serve.settings import Settings
 
@@ -32,10 +33,10 @@ class _Server(uvicorn.Server):
         yield
 
 
-def server_of(service: Service) -> uvicorn.Server:
-    """The server of a service. It leaves signals alone."""
+def server_of(service: Service, jobs: Jobs) -> uvicorn.Server:
+    """The server of a service and its jobs. It leaves signals alone."""
     config = uvicorn.Config(
-        app_of(service),
+        app_of(service, jobs),
         http="h11",
         ws="none",
         lifespan="off",
@@ -54,9 +55,13 @@ def serve(settings: Settings, listener: socket.socket, on_ready: Callable[[], No
 
     The first signal ends the service after all that was accepted. The second ends what runs, too.
     """
-    service = Service(settings)
-    server = server_of(service)
+    with contextlib.closing(Service(settings)) as service, contextlib.closing(Jobs(service)) as jobs:
+        _until_signals(service, server_of(service, jobs), listener, on_ready)
 
+
+def _until_signals(
+    service: Service, server: uvicorn.Server, listener: socket.socket, on_ready: Callable[[], None]
+) -> None:
     def stop(number: int, frame: FrameType | None) -> None:
         threading.Thread(target=ending, daemon=True).start()  # a signal's handler may hold no lock
 
@@ -74,7 +79,7 @@ def serve(settings: Settings, listener: socket.socket, on_ready: Callable[[], No
         service.open_first()
         on_ready()
         asyncio.run(server.serve([listener]))
+        service.close()  # a second signal may come meanwhile
     finally:
-        service.close()
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -14,7 +14,7 @@ from concurrent.futures import CancelledError
 from threading import Condition, Thread
 from typing import Any
 
-from tilewright.runtime.errors import DeviceError, InputError, TilewrightError, amount
+from tilewright.runtime.errors import DeviceError, InputError, ResourceError, TilewrightError, amount
 from tilewright.runtime.estimate import INTERPRETER_BYTES, available_bytes
 from tilewright.runtime.folder import PER_DEVICE
 from tilewright.runtime.images.write import encode_image
@@ -41,12 +41,12 @@ class Service:
         self.settings = settings
         free = available_bytes()
         self.limit = settings.memory_limit or (2**62 if free is None else int(SHARE * free))
-        self.shelf = Shelf(settings, self.limit)
+        self.changed = Condition()
+        self.shelf = Shelf(settings, self.limit, self.changed)
         self.metrics = Metrics(self)
         self.held = INTERPRETER_BYTES  # the ledger
         self.queue: deque[Order] = deque()
         self.running: set[Order] = set()
-        self.changed = Condition()
         self.draining = self.closed = False
         self.usual_s = 1.0  # that an order runs
         devices = max(len(volume.setup.devices) for volume in self.shelf.volumes.values())
@@ -61,12 +61,17 @@ class Service:
         return next(iter(self.shelf.roots))
 
     def open_first(self) -> None:
-        """Open the first bundle, if there is room for it."""
+        """Open the first bundle. Every bundle must fit, alone."""
+        for volume in self.shelf.volumes.values():
+            if (needed := INTERPRETER_BYTES + volume.base_bytes) > self.limit:
+                raise ResourceError(
+                    f"the service needs about {amount(needed)} of memory for {volume.name}, and may take"
+                    f" {amount(self.limit)}; allow it more with memory_limit"
+                )
         volume = self.shelf.current(self.first)
-        if INTERPRETER_BYTES + volume.base_bytes <= self.limit:
-            with self.changed:
-                self._hold(volume)
-            volume.open()
+        with self.changed:
+            self._hold(volume)
+        volume.open()
 
     def ready(self) -> str | None:
         """Why no request can be accepted now, or nothing."""
@@ -152,6 +157,8 @@ class Service:
     def close(self) -> None:
         """Wait until what was accepted has ended, and close the engines."""
         with self.changed:
+            if self.closed:
+                return
             self.draining = True
             while self.queue or self.running:
                 self.changed.wait(0.5)  # a signal is handled meanwhile
@@ -213,6 +220,8 @@ class Service:
                 if error is not None or volume is None:
                     self.queue.popleft()
                     self._end(order, error or RuntimeError(order.model))
+                    continue
+                if volume.outdated:
                     continue
                 if (idle := self._room(order, volume)) is None:
                     self.changed.wait(1.0)

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Lock
+from threading import Condition, Lock
 from typing import Any
 
 from tilewright.runtime.bundle.read import Bundle, read_bundle
@@ -85,8 +85,8 @@ class Volume:
 class Shelf:
     """The bundles of a service by name. The service's lock guards `volumes`, `held`, `users` and `turn`."""
 
-    def __init__(self, settings: Settings, limit: int) -> None:
-        self.options, self.limit = dict(settings.engines), limit
+    def __init__(self, settings: Settings, limit: int, lock: Condition) -> None:
+        self.options, self.limit, self.lock = dict(settings.engines), limit, lock
         self.roots = {name_of(path): path for path in settings.bundles}
         self.reading = Lock()
         self.volumes = {name: self._read(name) for name in self.roots}
@@ -119,9 +119,10 @@ class Shelf:
                 return volume
             old, new = volume.bundle.digest[:12], fresh.bundle.digest[:12]
             LOG.warning("bundle %r has changed: %s is replaced by %s", name, old, new)
-            volume.outdated = True
-            self.outdated.append(volume)
-            self.volumes[name] = fresh
+            with self.lock:
+                volume.outdated = True
+                self.outdated += [volume] if volume.held else []
+                self.volumes[name] = fresh
             return fresh
 
     def idle(self, other_than: Volume | None = None) -> Iterable[Volume]:

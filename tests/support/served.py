@@ -15,6 +15,7 @@ import httpx2
 import numpy as np
 from PIL import Image
 
+from tilewright.runtime.serve.jobs import Jobs
 from tilewright.runtime.serve.server import server_of
 from tilewright.runtime.serve.service import Service
 from tilewright.runtime.serve.settings import Settings, listen
@@ -27,6 +28,7 @@ class Served:
     """A service and a client of it."""
 
     service: Service
+    jobs: Jobs
     client: httpx2.Client
 
     @property
@@ -68,19 +70,24 @@ def until(true: Callable[[], bool], what: str) -> None:
 def served(*bundles: Path, headers: dict[str, str] | None = None, **settings: Any) -> Iterator[Served]:
     """Run a service of these bundles, each device with one thread."""
     settings = {"engines": {"threads": 1}, "memory_limit": 4 << 30} | settings
-    listener = listen("127.0.0.1", 0)
     service = Service(Settings(bundles=bundles, **settings))
+    try:
+        jobs = Jobs(service)
+    except BaseException:
+        service.close()
+        raise
     service.open_first()
-    server = server_of(service)
+    server = server_of(service, jobs)
+    listener = listen("127.0.0.1", 0)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])))
     thread.start()
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     try:
         with httpx2.Client(base_url=url, headers=headers, timeout=60) as client:
-            yield Served(service, client)
+            yield Served(service, jobs, client)
     finally:
         service.stop()
         server.should_exit = True
         thread.join()
-        service.close()
+        jobs.close()
         listener.close()

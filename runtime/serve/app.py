@@ -24,7 +24,7 @@ from tilewright.runtime.serve.jobs import Jobs
 from tilewright.runtime.serve.orders import Answer, Order
 from tilewright.runtime.serve.refusals import Refusal, refusal_of
 from tilewright.runtime.serve.service import Service
-from tilewright.runtime.serve.stream import Events, closed
+from tilewright.runtime.serve.stream import Events, closed, future_of
 
 __all__ = ["app_of"]
 
@@ -258,7 +258,7 @@ class _Face:
 
     async def _result(self, request: Request, order: Order) -> Answer:
         """Wait for the result. The order is cancelled if the client hangs up, or its time is over."""
-        result: asyncio.Future[Any] = asyncio.wrap_future(order.future)
+        result = future_of(order)
         gone = asyncio.ensure_future(closed(request.receive))
         try:
             waits: set[asyncio.Future[Any]] = {result, gone}
@@ -268,7 +268,6 @@ class _Face:
                 self.service.cancel(order, late=not gone.done())
                 if gone.done():
                     raise ClientDisconnect
-                result.add_done_callback(lambda ended: ended.exception())
                 raise self.service.late(order)
             answer: Answer = await result
             return answer

@@ -266,6 +266,7 @@ class Service:
         sitting = restorer.sitting(
             order.image.read(), max_pixels=self.settings.max_pixels, on_progress=order.on_progress, **options
         )
+        order.height, order.width = sitting.shape[:2]  # upright, unlike in the header of a turned photo
         ticket = sitting.begin({}, keep=False)
         with self.changed:
             order.ticket = ticket

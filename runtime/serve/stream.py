@@ -24,12 +24,19 @@ from tilewright.runtime.serve.orders import Order
 from tilewright.runtime.serve.refusals import refusal_of
 from tilewright.runtime.serve.service import Service
 
-__all__ = ["Events", "closed"]
+__all__ = ["Events", "closed", "future_of"]
 
 LOOK_S = 0.1  # between two looks at the progress
 QUIET_S = 10.0  # after which something is sent all the same, so that no proxy closes the connection
 Part = tuple[int, int, Pixels]
 NO_TOKENS = dict.fromkeys(("input_tokens", "output_tokens", "total_tokens"), 0)
+
+
+def future_of(order: Order) -> "asyncio.Future[Any]":
+    """The end of an order, to wait for. Nobody has to take its error."""
+    future = asyncio.wrap_future(order.future)
+    future.add_done_callback(lambda ended: ended.exception())
+    return future
 
 
 async def closed(receive: Receive) -> None:
@@ -77,7 +84,7 @@ class Events(Response):
 
     async def _events(self, gone: "asyncio.Future[None]") -> AsyncIterator[dict[str, Any]]:
         order = self.order
-        result: asyncio.Future[Any] = asyncio.wrap_future(order.future)
+        result = future_of(order)
         sent: dict[str, Any] = {}
         sent_at, partial = time.monotonic(), 0
         while not result.done():

@@ -9,6 +9,7 @@ import time
 from importlib.resources import files
 from typing import Any
 
+from h11 import LocalProtocolError
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData
@@ -55,6 +56,7 @@ def app_of(service: Service, jobs: Jobs) -> ASGIApp:
     ]
     handlers: dict[Any, Any] = dict.fromkeys((HTTPException, Refusal, TilewrightError, Exception), _refused)
     app = Starlette(routes=routes, exception_handlers=handlers)
+    app.router.redirect_slashes = False  # to a host that the client has named
     return _Guard(app, service)
 
 
@@ -82,7 +84,10 @@ class _Guard:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-            await send(message)
+            try:
+                await send(message)
+            except LocalProtocolError:  # what the client has sent is no HTTP, and the server has told it so
+                raise ClientDisconnect from None
 
         request = Request(scope)
         try:

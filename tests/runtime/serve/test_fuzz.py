@@ -86,7 +86,10 @@ def image_like(dice: random.Random) -> bytes:
 def form(dice: random.Random) -> bytes:
     """The body of a form, with the boundary x."""
     lines = b""
-    names = [*dice.choices(FIELDS, k=dice.choice((0, 0, 0, 1, 1, 2, 5))), *dice.choices(("image", "mask", "prompt"), (20, 1, 1))]
+    names = [
+        *dice.choices(FIELDS, k=dice.choice((0, 0, 0, 1, 1, 2, 5))),
+        *dice.choices(("image", "mask", "prompt"), (20, 1, 1)),
+    ]
     for name in names:
         is_file = dice.random() < (0.9 if name in ("image", "image[]", "mask") else 0.05)
         value = image_like(dice) if is_file else dice.choice(VALUES).encode("utf-8", "surrogatepass")

@@ -34,7 +34,7 @@ __all__ = [
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 MARKS = {"needs-network": "downloads or installs", "needs-minutes": "takes longer than a test may"}
-MARKS |= {"needs-gpu": "needs an NVIDIA GPU and TensorRT"}
+MARKS |= {"needs-gpu": "needs an NVIDIA GPU and TensorRT", "needs-cluster": "needs a Ray cluster"}
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
 
 

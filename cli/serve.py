@@ -57,6 +57,7 @@ def serve(arguments: argparse.Namespace) -> None:
         "devices": arguments.devices.split(","),
         "batch": arguments.batch,
         "weights_dir": arguments.weights_dir,
+        "cluster": arguments.cluster,
     }
     settings = Settings(
         bundles=arguments.bundle,

@@ -120,7 +120,7 @@ def needed_bytes(
 ) -> int:
     """The peak memory of restoring a padded image of this size in output pixels.
 
-    `copies`: how many devices have engines of their own.
+    `copies`: how many devices have engines of their own; 0 if other processes run them.
     """
     passes = list(passes)
     held = Held(bundle, passes, steps, devices)
@@ -130,10 +130,14 @@ def needed_bytes(
     for place, (p, plan) in enumerate(passes):
         called = {call.run for *_, call in p.calls()}
         before = passes[: place + 1] if all_open else [(p, plan)]  # the engines keep the memory of the largest calls
-        working = ARENA * max(
-            _at_once(q, its_plan, devices) * most(call.run, q, its_plan)
-            for q, its_plan in before
-            for *_, call in q.calls()
+        working = (
+            (copies > 0)
+            * ARENA
+            * max(
+                _at_once(q, its_plan, devices) * most(call.run, q, its_plan)
+                for q, its_plan in before
+                for *_, call in q.calls()
+            )
         )
         opened = {name: specs[name] for name in (every if all_open else called)}
         engines = weights_bytes(bundle, opened, memory) + GRAPH * _graph_bytes(bundle, opened)
@@ -329,13 +333,14 @@ def estimate(
     steps: int | None = None,
     devices: int = 1,
     shared: bool = False,
+    elsewhere: bool = False,
     memory_limit: int | None = None,
     engines: Mapping[str, EngineSpec] | None = None,
 ) -> Estimate:
     """The estimate for an input image of this size; nothing is run. Memory of `opened` engines counts as free.
 
     `engines`: the engine of each component; by default the first that the bundle lists. `shared`: the devices share
-    their engines. `memory_limit`: bytes that all of the process may take.
+    their engines. `elsewhere`: other processes run them. `memory_limit`: bytes that all of the process may take.
     """
     program = bundle.program
     if not all(isinstance(n, Integral) and not isinstance(n, bool) and n >= 1 for n in (width, height)):
@@ -349,7 +354,7 @@ def estimate(
     wide, high = (padded(n * scale, program.multiple_px, side) for n in (width, height))
     passes = [(p, plan_of(program, p, high, wide, tile, overlap)) for p in program.passes]
     _require_tiles(specs, passes)
-    copies = 1 if shared else devices
+    copies = 0 if elsewhere else 1 if shared else devices
     available = available_bytes()
     if available is not None:
         available += copies * weights_bytes(bundle, {name: specs[name] for name in opened}, memory)

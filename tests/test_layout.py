@@ -48,6 +48,7 @@ RUNTIME = (
     {"execute", "estimate.py"},
     {"resume"},
     {"setup.py", "sitting.py"},
+    {"cluster.py"},
     {"restore.py", "simulate.py"},
     {"profile.py", "triton_server.py", "folder.py"},
     {"doctor.py"},

@@ -42,7 +42,7 @@ def page() -> str:
     for module, names in PARTS:
         home = importlib.import_module(module)
         text += f"## {module}\n\n{_plain(home)}\n\n"
-        for name in names or home.__all__:
+        for name in names or [n for n in home.__all__ if n != "amount"]:
             text += _entry(name, getattr(importlib.import_module(HOMES.get(name, module)), name))
     return text.rstrip() + "\n"
 
@@ -54,12 +54,13 @@ def _entry(name: str, thing: Any) -> str:
         return f"### {name}\n\n{_plain(thing)} Exit code {thing.exit_code}.\n\n"
     text = f"### {name}\n\n{_plain(thing)}\n\n"
     if dataclasses.is_dataclass(thing) and name not in MADE:
-        fields = (f for f in dataclasses.fields(thing) if not f.name.startswith("_"))
-        text += "```python\n" + "".join(f"{f.name}: {_type(f.type)}\n" for f in fields) + "```\n\n"
-    for member in SHOWN.get(name, [n for n in vars(thing) if not n.startswith("_")]):
+        lines = (f"{f.name}: {_type(f.type)}\n" for f in dataclasses.fields(thing) if not f.name.startswith("_"))
+        text += f"```py\n{''.join(lines)}```\n\n"
+    fields = {f.name for f in dataclasses.fields(thing)} if dataclasses.is_dataclass(thing) else set()
+    for member in SHOWN.get(name, [n for n in vars(thing) if not n.startswith("_") and n not in fields]):
         value = inspect.getattr_static(thing, member)
         if isinstance(value, property):
-            text += f"#### {name}.{member}\n\n```python\n{member}: {_type(value.fget.__annotations__['return'])}\n```\n\n"
+            text += f"#### {name}.{member}\n\n```py\n{member}: {_type(value.fget.__annotations__['return'])}\n```\n\n"
             text += f"{_plain(value)}\n\n"
         elif inspect.isfunction(value):
             shown = "restorer" if name == "Restorer" else name.lower()
@@ -85,18 +86,18 @@ def _code(name: str, function: Any) -> str:
     line = f"{name}({', '.join(parts)}){end}"
     if len(line) > 100:
         line = f"{name}(\n" + "".join(f"    {part},\n" for part in parts) + f"){end}"
-    return f"```python\n{line}\n```\n\n"
+    return f"```py\n{line}\n```\n\n"
 
 
 def _default(value: Any) -> str:
-    return "<nothing>" if inspect.isfunction(value) else repr(value)
+    return "..." if inspect.isfunction(value) else repr(value)
 
 
 def _type(annotation: Any) -> str:
     text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
     text = text.replace("'", "").replace('"', "")
-    text = text.replace("numpy.ndarray[tuple[Any, ...], numpy.dtype[numpy.uint8]]", "NDArray[uint8]")
-    return re.sub(r"\b(?:[a-z_0-9]+\.)+(?=[A-Za-z])", "", text)
+    text = re.sub(r"\b(?:[a-z_0-9]+\.)+(?=[A-Za-z])", "", text)
+    return text.replace("ndarray[tuple[Any, ...], dtype[uint8]]", "NDArray[uint8]")
 
 
 def _plain(thing: Any) -> str:

@@ -56,6 +56,7 @@ class Volume:
             memory=self.options.get("memory", "fast"),
             devices=len(self.setup.devices),
             shared=self.setup.shared,
+            elsewhere=self.options.get("cluster") is not None,
             memory_limit=self.limit,
             engines=self.setup.specs,
             **sizes,

@@ -48,7 +48,7 @@ def service(bundle: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         lines = ""
-        while not lines.endswith("}\n"):
+        while not lines.endswith("\n}\n"):
             lines += process.stdout.readline()
         try:
             yield process, json.loads(lines)["url"]

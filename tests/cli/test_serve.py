@@ -35,7 +35,7 @@ def serving(*words: object) -> Iterator[tuple[subprocess.Popen[str], str]]:
         assert process.stdout is not None
         lines = ""
         try:
-            while not lines.endswith("}\n"):
+            while not lines.endswith("\n}\n"):
                 line = process.stdout.readline()
                 assert line, process.communicate()[1]
                 lines += line

@@ -260,3 +260,10 @@ def test_an_error_of_ours_shows_no_traceback(steps, monkeypatch, caplog) -> None
         answer = service.edit(IMAGE)
         assert answer.status_code == 500 and "its log says why" in answer.text and "division" not in answer.text
         assert "ZeroDivisionError" in caplog.text
+
+
+def test_answers_are_sent_without_waiting_for_an_acknowledgement() -> None:
+    with listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        accepted, _ = listener.accept()
+        with accepted:
+            assert accepted.proto == socket.IPPROTO_TCP  # by which asyncio decides to set TCP_NODELAY

@@ -91,17 +91,15 @@ def order_of(form: FormData, service: Service) -> Order:
         raise _wrong("output_format", f"output_format {_short(format_)} is not one of {', '.join(FORMATS)}")
     sizes: dict[str, Any] = {name: options[name] for name in ("tile", "overlap", "steps", "scale") if name in options}
     try:
-        order = service.needed(volume, size, sizes, mask is not None, _length(image))
+        room = service.room_for(volume, size, sizes, mask=mask is not None, file=_length(image))
     except UsageError as error:
         raise Refusal(422, str(error), "invalid_value") from None
-    order.image, order.mask, order.format = image, mask, format_
-    order.options = options | arguments
-    order.seconds = service.settings.deadline_s
-    if (seconds := _number(form, "deadline_s")) is not None:
-        if not 0 < seconds <= order.seconds:
-            raise _wrong("deadline_s", f"deadline_s={seconds:g} is not above 0 and at most {order.seconds:g}")
-        order.seconds = seconds
-    return order
+    longest = service.settings.deadline_s
+    chosen = _number(form, "deadline_s")
+    seconds = longest if chosen is None else chosen
+    if not 0 < seconds <= longest:
+        raise _wrong("deadline_s", f"deadline_s={seconds:g} is not above 0 and at most {longest:g}")
+    return Order(model, image, *room, format=format_, options=options | arguments, mask=mask, seconds=seconds)
 
 
 def _image(form: FormData) -> BinaryIO:

@@ -48,6 +48,7 @@ def image_of(url: str, image: np.ndarray) -> httpx2.Response:
     return httpx2.post(f"{url}/v1/images/edits", files={"image": ("a.png", png_of(image))}, timeout=60)
 
 
+@pytest.mark.slow
 def test_sigterm_under_load_loses_no_accepted_request(bundle) -> None:
     images = [scene(100 + i, 120) for i in range(12)]
     with (

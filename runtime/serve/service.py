@@ -14,7 +14,7 @@ from concurrent.futures import CancelledError
 from threading import Condition, Thread
 from typing import Any
 
-from tilewright.runtime.errors import DeviceError, InputError, ResourceError, TilewrightError, amount
+from tilewright.runtime.errors import DeviceError, InputError, ResourceError, TilewrightError, UsageError, amount
 from tilewright.runtime.estimate import INTERPRETER_BYTES, available_bytes
 from tilewright.runtime.folder import PER_DEVICE
 from tilewright.runtime.images.write import encode_image
@@ -264,12 +264,10 @@ class Service:
     def _carry_out(self, order: Order, volume: Volume) -> Answer:
         restorer = volume.open()
         order.image.seek(0)
-        options = dict(order.options)
+        options: dict[str, Any] = {"max_pixels": self.settings.max_pixels, **order.options}
         if order.on_part:
             options["on_part"] = order.on_part
-        sitting = restorer.sitting(
-            order.image.read(), max_pixels=self.settings.max_pixels, on_progress=order.on_progress, **options
-        )
+        sitting = restorer.sitting(order.image.read(), **options)
         order.height, order.width = sitting.shape[:2]  # upright, unlike in the header of a turned photo
         ticket = sitting.begin({}, keep=False)
         with self.changed:
@@ -296,7 +294,7 @@ class Service:
             order.state = "failed"
             if not isinstance(end, (TilewrightError, Refusal, MemoryError)):
                 LOG.error("order %s: internal error", order.id[:8], exc_info=end)
-            elif not isinstance(end, (Refusal, InputError)):
+            elif not isinstance(end, (Refusal, InputError, UsageError)):  # theirs may hold what the client has sent
                 LOG.warning("order %s failed: %s", order.id[:8], end)
             if isinstance(end, DeviceError):
                 LOG.error("%s: start the service anew", end)

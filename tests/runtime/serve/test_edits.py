@@ -82,6 +82,20 @@ def test_where_a_mask_is_not_transparent_the_enlarged_source_stays(service, grey
     assert np.array_equal(mixed[:, 54:], source[:, 54:])
 
 
+@pytest.mark.parametrize(
+    ("mask", "status", "part"),
+    [
+        (np.zeros((40, 50, 4), np.uint8), 422, "the mask has 50x40 px and the image 52x40"),
+        (np.zeros((40, 52, 3), np.uint8), 422, "the mask has no transparency; send a PNG of 52x40 px"),
+        (b"no picture", 415, "the mask is damaged"),
+    ],
+)
+def test_a_mask_that_does_not_fit_is_refused(service, mask, status, part) -> None:
+    files = {"image": ("a.png", png_of(IMAGE)), "mask": ("m.png", png_of(mask))}
+    answer = service.client.post("/v1/images/edits", files=files)
+    assert answer.status_code == status and part in answer.json()["error"]["message"], answer.text
+
+
 def test_a_turned_photo_comes_back_upright(service, bundles) -> None:
     turned = Image.fromarray(IMAGE)
     turned.getexif()[0x0112] = 6  # to be turned by 90 degrees

@@ -178,7 +178,7 @@ class _Face:
         return {
             "id": name,
             "object": "model",
-            "created": 0,
+            "created": volume.created,
             "owned_by": "tilewright",
             "system": volume.bundle.manifest.system,
             "licence": volume.bundle.manifest.licence,

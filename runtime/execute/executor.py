@@ -36,6 +36,7 @@ class Task:
     values: Values
     blocks: frozenset[int]  # the blocks that this round runs
     keep: bool = False
+    depth_first: bool = False
     on_progress: Callable[[str, int, int], None] = lambda name, done, total: None
     on_pass: Callable[[str], None] = lambda name: None  # a pass has ended
     seconds: dict[str, float] = field(default_factory=dict)  # component -> time in its engine
@@ -87,7 +88,7 @@ class Executor:
             self._go_on(task, task.finished)
         else:
             task.values.begin(task.blocks, keep=task.keep)
-        work = Work(task.graph, task.blocks, partial(self._key, task), task)
+        work = Work(task.graph, task.blocks, partial(self._key, task), task, task.depth_first)
         with self.changed:
             if self.closed:
                 raise RuntimeError("the executor is closed")

@@ -43,6 +43,7 @@ class Job:
     )  # called with each final part of the result
     seconds: dict[str, float] = field(default_factory=dict)  # filled in: component -> time in its engine
     shortest_px: int = 1  # the shortest side of a tile that all engines take
+    depth_first: bool = False  # let the result become final from the top to the bottom, with the least in memory
     notes: list[str] = field(default_factory=list)  # filled in: what went otherwise than planned
 
 
@@ -101,7 +102,8 @@ class Walk:
         final = self.graph.blocks[self.values.final]
         self.told = finished is not None and final.number in blocks and len(finished.regions) < final.size
         job = self.job
-        self.task = Task(self.graph, self.values, blocks, keep, job.on_progress, ended, job.seconds, job.notes)
+        deep = job.depth_first
+        self.task = Task(self.graph, self.values, blocks, keep, deep, job.on_progress, ended, job.seconds, job.notes)
         self.task.finished = finished
         self.executor.submit(self.task)
 

@@ -12,6 +12,7 @@ from tilewright.cli.bundle_arguments import LISTED, bundle_arguments, own_argume
 from tilewright.cli.engine_arguments import engine_arguments, note_large_tile, open_restorer
 from tilewright.cli.terminal import Progress, answer, mebibytes, note, send_image
 from tilewright.runtime.errors import UsageError
+from tilewright.runtime.images.color import COLORS
 from tilewright.runtime.images.write import (
     FORMATS,
     check_format,
@@ -57,6 +58,12 @@ def restore_arguments(restore: argparse.ArgumentParser) -> None:
     restore.add_argument("--scale", type=int, metavar="N", help="enlarge by this, where the system leaves it open")
     restore.add_argument(
         "--bits", type=int, choices=(8, 16), default=8, help="of a channel; 16 keeps those of the input (default: 8)"
+    )
+    restore.add_argument(
+        "--color",
+        choices=COLORS,
+        default="off",
+        help="take the input's low frequencies (wavelet), or its mean and spread (adain) (default: off)",
     )
     restore.add_argument(
         "--max-pixels", type=int, metavar="N", default=100_000_000, help="refuse larger inputs (default: 100 million)"

@@ -34,6 +34,7 @@ from tilewright.runtime.execute.devices import CpuDevice, Device, OpenEngines
 from tilewright.runtime.execute.executor import Executor
 from tilewright.runtime.execute.walk import Job, Walk, layout
 from tilewright.runtime.images.canvas import Enlarged
+from tilewright.runtime.images.color import COLORS
 from tilewright.runtime.images.on_disk import require_room
 from tilewright.runtime.images.read import Picture, read_image
 from tilewright.runtime.images.vips import BITS, check_large_format, installed, read_large
@@ -119,6 +120,7 @@ class Restorer:
         on_part: Callable[[int, int, npt.NDArray[Any]], None] = lambda top, left, pixels: None,
         beside: str | os.PathLike[str] | None = None,
         bits: int = 8,
+        color: str = "off",
         **arguments: Any,
     ) -> "Sitting":
         """An image that can be restored several times, with other arguments. Sizes are in output pixels.
@@ -131,7 +133,8 @@ class Restorer:
         the same restoration; the first round goes on from there, and does not hand these parts on again. Without that
         file it starts from the beginning. `beside`: the file that the result will be written to. If the image does not
         fit in memory, its pixels and those of the result lie in files beside that one; this needs the extra `large`.
-        `bits`: 16 keeps 16 bits of a channel, in files too.
+        `bits`: 16 keeps 16 bits of a channel, in files too. `color`: "wavelet" takes the low frequencies of the
+        enlarged image, "adain" the mean and spread of its channels; `on_part` gets the parts before that.
         """
         check_names(self.bundle, arguments)
         seed = whole("seed", seed, 0, WORD_MAX)
@@ -141,6 +144,8 @@ class Restorer:
         tile, overlap, steps, scale = (n if n is None else whole(name, n, 0) for name, n in sizes.items())
         if steps is not None and not any(p.steps for p in self.bundle.program.passes):
             raise UsageError(f"steps={steps}: {self.bundle.manifest.system} has no steps; leave it out")
+        if color not in COLORS:
+            raise UsageError(f"color={color!r} is not one of {', '.join(COLORS)}")
         clock = Clock()
         size = cache(partial(self.estimate, tile=tile, overlap=overlap, scale=scale, steps=steps))
         place = None if beside is None else Path(beside)

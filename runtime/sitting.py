@@ -19,6 +19,7 @@ from tilewright.runtime.errors import InputError, ResourceError, UsageError
 from tilewright.runtime.estimate import Estimate, peak_bytes
 from tilewright.runtime.execute.walk import Walk
 from tilewright.runtime.images.canvas import Enlarged, fill
+from tilewright.runtime.images.color import recolored
 from tilewright.runtime.images.on_disk import PixelFile, Rectangle, disk_error
 from tilewright.runtime.images.read import Picture
 from tilewright.runtime.images.vips import BITS
@@ -90,6 +91,7 @@ class Sitting:
     on_part: Callable[[int, int, npt.NDArray[Any]], None] = lambda top, left, pixels: None
     beside: Path | None = None  # the file of the result, if pixels lie on the disk
     bits: int = 8  # of a channel of the result
+    color: str = "off"  # where its colours come from
 
     def __post_init__(self) -> None:
         self.at_first = (self.walk, self.estimate)
@@ -169,6 +171,7 @@ class Sitting:
                 "steps=": job.steps,
                 "scale=": self.estimate.scale,
                 "bits=": self.bits,
+                "color=": self.color,
                 "batch=": sorted({p.tiles.batch for p in self.bundle.program.passes if p.tiles}),
                 **plain_values,
             }
@@ -235,11 +238,12 @@ class Sitting:
     def finish(self, rgb: Any) -> Restoration:
         """The result of a round whose passes have ended."""
         self.clock.lap("passes")
+        recoloured = recolored(self.color, rgb, self.picture.rgb, self.estimate.scale)
         pixels: Any = None
         if isinstance(rgb, PixelFile):
-            pixels = PictureOnDisk(rgb, self.picture, self.estimate.scale, rgb)
+            pixels = PictureOnDisk(recoloured, self.picture, self.estimate.scale, rgb)
         else:
-            pixels = assemble(rgb, self.picture)
+            pixels = assemble(recoloured[0 : rgb.shape[0], 0 : rgb.shape[1]], self.picture)
         self.clock.lap("assemble")
         tiles = {p.name: plan.count for p, plan in self.estimate.passes}
         seconds = self.clock.seconds | self.walk.job.seconds

@@ -46,11 +46,11 @@ def scarce(monkeypatch):
     return limit
 
 
-def restored(bundle, limit, source, target=OUT, *, devices=1, resume=None, on_part=None, bits=8, tile=32):
+def restored(bundle, limit, source, target=OUT, *, devices=1, resume=None, on_part=None, bits=8, tile=32, color="off"):
     """Restore a file to a file, and say whether the pixels lay on the disk."""
     with load(bundle, memory_limit=limit, threads=1, devices=CPUS[:devices]) as restorer:
         options = {} if on_part is None else {"on_part": on_part}
-        ticket = restorer.submit(source, beside=target, tile=tile, resume=resume, bits=bits, **options)
+        ticket = restorer.submit(source, beside=target, tile=tile, resume=resume, bits=bits, color=color, **options)
         with ticket.keeping(f"{target}.resume"):
             restoration = ticket.result()
             write_image(target, restoration.image, icc=restoration.icc)
@@ -66,6 +66,17 @@ def test_a_picture_on_the_disk_has_the_pixels_of_one_in_memory(bundle, scarce, c
         assert restored(bundle, scarce(bundle, 90, 120, devices), "in.png", target, devices=devices)
         np.testing.assert_array_equal(np.asarray(Image.open(target)), np.asarray(Image.open("memory.png")))
     assert files() == ["in.png", "memory.png", "out.png", "out.tif"]  # nothing else is left
+
+
+@pytest.mark.parametrize("color", ["wavelet", "adain"])
+def test_colours_are_the_same_on_the_disk_and_in_memory(bundle, scarce, color):
+    write_image("in.png", noise(90, 120, 4))
+    assert not restored(bundle, None, "in.png", Path("memory.png"), color=color)
+    assert restored(bundle, scarce(bundle, 90, 120, len(CPUS)), "in.png", devices=len(CPUS), color=color)
+    in_memory = np.asarray(Image.open("memory.png"))
+    np.testing.assert_array_equal(np.asarray(Image.open(OUT)), in_memory)
+    restored(bundle, None, "in.png", Path("off.png"))
+    assert (np.asarray(Image.open("off.png")) != in_memory).any()
 
 
 def test_sixteen_bits_are_kept(bundle, kernels):

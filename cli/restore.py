@@ -66,6 +66,9 @@ def restore_arguments(restore: argparse.ArgumentParser) -> None:
         help="take the input's low frequencies (wavelet), or its mean and spread (adain) (default: off)",
     )
     restore.add_argument(
+        "--jitter", action="store_true", help="move the borders of tiles from step to step, where steps join tiles"
+    )
+    restore.add_argument(
         "--max-pixels", type=int, metavar="N", default=100_000_000, help="refuse larger inputs (default: 100 million)"
     )
     restore.epilog = LISTED

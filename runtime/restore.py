@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache, partial
 from pathlib import Path
 from types import TracebackType
@@ -39,6 +39,7 @@ from tilewright.runtime.images.on_disk import require_room
 from tilewright.runtime.images.read import Picture, read_image
 from tilewright.runtime.images.vips import BITS, check_large_format, installed, read_large
 from tilewright.runtime.inputs import check_names, read_tensors, seconds, whole
+from tilewright.runtime.plan.lower import moves
 from tilewright.runtime.plan.noise import WORD_MAX
 from tilewright.runtime.plan.passes import least_px
 from tilewright.runtime.setup import set_up
@@ -121,6 +122,7 @@ class Restorer:
         beside: str | os.PathLike[str] | None = None,
         bits: int = 8,
         color: str = "off",
+        jitter: bool = False,
         **arguments: Any,
     ) -> "Sitting":
         """An image that can be restored several times, with other arguments. Sizes are in output pixels.
@@ -134,7 +136,8 @@ class Restorer:
         file it starts from the beginning. `beside`: the file that the result will be written to. If the image does not
         fit in memory, its pixels and those of the result lie in files beside that one; this needs the extra `large`.
         `bits`: 16 keeps 16 bits of a channel, in files too. `color`: "wavelet" takes the low frequencies of the
-        enlarged image, "adain" the mean and spread of its channels; `on_part` gets the parts before that.
+        enlarged image, "adain" the mean and spread of its channels; `on_part` gets the parts before that. `jitter`:
+        the borders of tiles move from step to step, where tiles are joined after every step.
         """
         check_names(self.bundle, arguments)
         seed = whole("seed", seed, 0, WORD_MAX)
@@ -144,6 +147,9 @@ class Restorer:
         tile, overlap, steps, scale = (n if n is None else whole(name, n, 0) for name, n in sizes.items())
         if steps is not None and not any(p.steps for p in self.bundle.program.passes):
             raise UsageError(f"steps={steps}: {self.bundle.manifest.system} has no steps; leave it out")
+        if jitter and not any(moves(self.bundle.program, p) for p in self.bundle.program.passes):
+            system = self.bundle.manifest.system
+            raise UsageError(f"jitter=True: {system} has no pass that joins its tiles after every step; leave it out")
         if color not in COLORS:
             raise UsageError(f"color={color!r} is not one of {', '.join(COLORS)}")
         clock = Clock()
@@ -154,8 +160,8 @@ class Restorer:
         program = self.bundle.program
         shortest = shortest_tile(self.specs.values())
         enlarged = Enlarged(picture.rgb, needs.scale, program.multiple_px, least_px(program, tile, shortest))
-        deep = needs.on_disk
-        job = Job(enlarged, seed, tile, overlap, steps, on_progress=on_progress, shortest_px=shortest, depth_first=deep)
+        job = Job(enlarged, seed, tile, overlap, steps, on_progress=on_progress, shortest_px=shortest)
+        job = replace(job, jitter=jitter, depth_first=needs.on_disk)
         walk = Walk(program, self.executor, self.constants, job, self.lay)
         file = None if resume is None else Path(resume)
         place = place if needs.on_disk else None

@@ -172,6 +172,7 @@ class Sitting:
                 "scale=": self.estimate.scale,
                 "bits=": self.bits,
                 "color=": self.color,
+                "jitter=": job.jitter,
                 "batch=": sorted({p.tiles.batch for p in self.bundle.program.passes if p.tiles}),
                 **plain_values,
             }

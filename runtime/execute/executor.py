@@ -149,7 +149,7 @@ class Executor:
         A node that is under suspicion shares calls with nodes of its own job only.
         """
         program = task.graph.program
-        p, plan = program.passes[block.place], task.graph.plan(block)
+        p, plan = program.passes[block.place], block.plan
         if p.tiles is None or block.section == "shared":
             return task.number, block.number
         job = task.number if (task.number, block.number, tile) in self.suspects else None

@@ -61,7 +61,8 @@ class _Recolored:
     def _planes(self, top: int, left: int, bottom: int, right: int) -> Canvas:
         """A rectangle of the picture, as planes in [0, 1]."""
         planes = self.rgb[top:bottom, left:right].transpose(2, 0, 1)
-        return np.divide(planes, np.iinfo(self.dtype).max, dtype=np.float32)
+        levels: Canvas = np.divide(planes, np.iinfo(self.dtype).max, dtype=np.float32)
+        return levels
 
     def _block(self, top: int, left: int, bottom: int, right: int) -> Canvas:
         raise NotImplementedError

@@ -12,7 +12,7 @@ from typing import Any
 from tilewright.calib.collector import IMAGES, collect, evenly, images_in
 from tilewright.calib.engines import Added, add_engines
 from tilewright.calib.frontier import calibrated_pictures, sensitivity, within_budget
-from tilewright.calib.gates import BUDGET_DB, gate
+from tilewright.calib.gates import BUDGET_DB, CROPS, gate
 from tilewright.calib.recipe import Recipe, graphs_of, make_recipe
 from tilewright.calib.trial import Trial
 from tilewright.runtime.bundle.read import read_bundle
@@ -86,7 +86,14 @@ def calibrate(
             recipe = within_budget(recipe, found, min(budget_db + MARGIN_DB, _best(found)))
         added = add_engines(root, recipe, targets, **options, on_progress=on_progress)
         report = gate(
-            root, judging, budget_db=budget_db, precision=format, steps=steps, **options, on_progress=on_progress
+            root,
+            judging,
+            budget_db=budget_db,
+            precision=format,
+            steps=steps,
+            crops=root / CROPS,
+            **options,
+            on_progress=on_progress,
         )
     return Calibrated(recipe, added, report)
 

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from tilewright.cli.bundle_arguments import own_arguments, own_values
+from tilewright.cli.judged import tell_gate
 from tilewright.cli.terminal import Progress, answer, expect_argument, mebibytes, table, verb
 from tilewright.runtime.bundle.read import require_bundle
 from tilewright.runtime.estimate import MEMORY_MODES, peak_bytes
 
-__all__ = ["add_verbs", "tell_gate"]
+__all__ = ["add_verbs"]
 
 
 def add_verbs(verbs: Any) -> None:
@@ -63,6 +64,7 @@ def add_verbs(verbs: Any) -> None:
     judge = verb(verbs, "gate", "judge engines in 8 bits on held-out images; exit 7 on a miss", _gate)
     judge.add_argument("bundle", type=Path, metavar="BUNDLE")
     judge.add_argument("images_dir", type=Path, metavar="IMAGES_DIR", help="images; those calibrated on are left out")
+    judge.add_argument("--originals", type=Path, metavar="DIR", help="the pictures that they were made from, if known")
     judge.add_argument("--budget-psnr", type=float, metavar="DB", default=45.0, help="least likeness (default: 45)")
     judge.add_argument("--images", type=int, metavar="N", help="most images to take (default: all)")
     judge.add_argument("--steps", type=int, metavar="N", help="sampling steps, where the system has any")
@@ -190,37 +192,16 @@ def _recipe(arguments: argparse.Namespace) -> None:
 
 
 def _gate(arguments: argparse.Namespace) -> None:
-    from tilewright.calib.gates import gate
+    from tilewright.calib.gates import CROPS, gate
 
-    with Progress(arguments, ("pictures", "times")) as progress:
+    with Progress(arguments, ("memory", "pictures", "times")) as progress:
         report = gate(
             arguments.bundle,
             arguments.images_dir,
             budget_db=arguments.budget_psnr,
             most=arguments.images,
+            crops=arguments.bundle / CROPS,
             on_progress=progress.tiles,
-            **{name: getattr(arguments, name) for name in ("steps", "threads", "expect", "weights_dir")},
+            **{name: getattr(arguments, name) for name in ("steps", "threads", "expect", "weights_dir", "originals")},
         )
     tell_gate(arguments, arguments.bundle, report)
-
-
-def tell_gate(arguments: argparse.Namespace, root: Path, report: dict[str, Any], before: str = "") -> None:
-    """Keep and print a report of the gate, then raise its fault if it has one."""
-    import json
-
-    from tilewright.calib.gates import REPORT, measurement, require, told
-    from tilewright.runtime.bundle.digests import writing
-    from tilewright.runtime.bundle.measured import remember
-    from tilewright.runtime.errors import AccuracyError
-
-    path = root / REPORT
-    path.parent.mkdir(exist_ok=True)
-    with writing(path) as temporary:
-        temporary.write_text(json.dumps(report, indent=2, sort_keys=True) + "\n")
-    remember(root, measurement(report))
-    fault = None
-    try:
-        require(report)
-    except AccuracyError as error:
-        fault = error
-    answer(arguments, report, f"{before}{told(report)}\nwritten to {path}", fault=fault)

@@ -26,8 +26,8 @@ class Crops:
         self.pictures: dict[str, list[Pixels]] = {}
         self.worst = 0.0, 0, 0, 0  # the largest error of a window, its picture, top and left
 
-    def add(self, engine: str, pictures: Sequence[Floats], judged: bool) -> None:
-        """Add the pictures of an engine. `judged`: it may be the one whose worst part is shown."""
+    def add(self, engine: str, pictures: Sequence[Floats], *, judged: bool) -> None:
+        """Add the pictures of an engine. `judged`: the part is where such an engine is at its worst."""
         self.pictures[engine] = [_pixels(picture) for picture in pictures]
         if judged:
             place = int(np.argmin([psnr(*pair) for pair in zip(pictures, self.exact, strict=True)]))
@@ -42,7 +42,7 @@ class Crops:
         parts = {"input": source, "float32": exact}
         parts |= {"original": _pixels(self.originals[place])} if self.originals else {}
         engines = {name: pictures[place] for name, pictures in self.pictures.items()}
-        parts |= {name: pixels for name, pixels in engines.items() if not np.array_equal(pixels, exact)}
+        parts |= engines
         folder.mkdir(parents=True, exist_ok=True)
         for old in folder.glob("*.png"):
             old.unlink()

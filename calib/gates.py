@@ -120,7 +120,8 @@ def gate(
                 on_progress("pictures", place, len(names))
                 specs = {c: s for c, s in restorer.specs.items() if s.name == name}
                 pictures, score = trial.pictures({c: restorer.engines[c] for c in specs})
-                shown.add(name, pictures, next(iter(specs.values())).precision in EIGHT_BITS)
+                if (kind := next(iter(specs.values())).precision) != "float32":
+                    shown.add(name, pictures, judged=kind in EIGHT_BITS)
                 report["engines"][name] = _judged(bundle, name, specs, restorer, score, recipes, calls, weights_dir)
             on_progress("pictures", len(names), len(names))
             seconds = _times(restorers, calls, trial, on_progress)

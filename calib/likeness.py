@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["MOST_DB", "psnr", "relative", "ssim"]
+__all__ = ["MOST_DB", "likeness", "psnr", "relative", "ssim"]
 
 MOST_DB = 200.0  # of equal pictures
 SIDE = 11  # of the window of SSIM, in pixels
@@ -42,3 +42,8 @@ def relative(pairs: list[tuple[Floats, Floats]]) -> float:
     error = sum(float(np.sum((a.astype(np.float64) - b) ** 2)) for a, b in pairs)
     size = sum(float(np.sum(b.astype(np.float64) ** 2)) for _, b in pairs)
     return float(np.sqrt(error / size)) if size else float(error > 0)
+
+
+def likeness(db: float) -> str:
+    """A PSNR as text."""
+    return "equal" if db >= MOST_DB else f"{db:.1f}"

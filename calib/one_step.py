@@ -11,7 +11,7 @@ from typing import Any
 
 from tilewright.calib.collector import IMAGES, collect, evenly, images_in
 from tilewright.calib.engines import Added, add_engines
-from tilewright.calib.frontier import calibrated_pictures, sensitivity, within_budget
+from tilewright.calib.frontier import calibrated_pictures, sensitivity, with_all, within_budget
 from tilewright.calib.gates import BUDGET_DB, CROPS, gate
 from tilewright.calib.recipe import Recipe, graphs_of, make_recipe
 from tilewright.calib.trial import Trial
@@ -69,8 +69,10 @@ def calibrate(
         recipe = make_recipe(bundle, observed, facts, format, smooth=SMOOTH[format], graphs=graphs)
         pictures = calibrated_pictures(bundle, facts)
         with Trial(bundle, pictures, steps=steps, **options) as trial:
-            reached = trial.score_of(graphs, recipe, trial.weights(graphs, recipe)).mean
-        if reached < budget_db + MARGIN_DB:
+            score = trial.score_of(graphs, recipe, trial.weights(graphs, recipe))
+        if score.mean >= budget_db + MARGIN_DB:
+            recipe = with_all(recipe, score, budget_db)
+        else:
             found = sensitivity(
                 bundle,
                 observed,

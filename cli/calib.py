@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tilewright.cli.bundle_arguments import own_arguments, own_values
-from tilewright.cli.judged import tell_gate
+from tilewright.cli.judged import FRONTIER, report_text, tell_gate
 from tilewright.cli.terminal import Progress, answer, expect_argument, mebibytes, table, verb
 from tilewright.runtime.bundle.read import require_bundle
 from tilewright.runtime.estimate import MEMORY_MODES, peak_bytes
@@ -72,6 +72,11 @@ def add_verbs(verbs: Any) -> None:
     judge.add_argument("--weights-dir", type=Path, metavar="DIR", help="where the weights are, if they moved")
     expect_argument(judge)
 
+    report = verb(verbs, "report", "show what was measured of a bundle's engines in 8 bits", _report)
+    report.add_argument("bundle", type=Path, metavar="BUNDLE")
+    report.add_argument("--html", type=Path, metavar="FILE", help="write a page with charts and pictures too")
+    expect_argument(report)
+
 
 def _bundle_and_statistics(parser: argparse.ArgumentParser, output: str) -> None:
     parser.add_argument("bundle", type=Path, metavar="BUNDLE")
@@ -127,7 +132,7 @@ def _collect(arguments: argparse.Namespace) -> None:
 
 def _sensitivity(arguments: argparse.Namespace) -> None:
     from tilewright.calib import read_observations
-    from tilewright.calib.frontier import calibrated_pictures, frontier_table, sensitivity
+    from tilewright.calib.frontier import calibrated_pictures, frontier_rows, sensitivity
     from tilewright.runtime.bundle.read import read_bundle
     from tilewright.runtime.bundle.strict import encode
 
@@ -150,9 +155,7 @@ def _sensitivity(arguments: argparse.Namespace) -> None:
     groups = sorted(found.groups, key=lambda group: group.mean_db)
     rows = [[group.name, f"{group.share:.1%}", f"{group.mean_db:.1f}", f"{group.worst_db:.1f}"] for group in groups]
     text = table(["alone in 8 bits", "share of work", "dB", "worst"], rows)
-    text += "\n\n" + table(
-        ["work in 8 bits", "of linear layers", "dB", "worst", "returned to float"], frontier_table(found)
-    )
+    text += "\n\n" + table(list(FRONTIER), frontier_rows(found.frontier))
     text += f"\n{arguments.output}: {len(groups)} groups in {time.perf_counter() - start:.0f} s"
     answer(arguments, {"output": str(arguments.output)} | encode(found), text)
 
@@ -189,6 +192,22 @@ def _recipe(arguments: argparse.Namespace) -> None:
     text = f"{arguments.output}: {count} of {len(recipe.layers)} layers in {arguments.format}"
     text += f", {share:.1%} of the work of linear layers, {value['smoothed']} inputs smoothed"
     answer(arguments, value, text)
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from tilewright.calib.report.facts import report
+    from tilewright.calib.report.page import page
+    from tilewright.runtime.bundle.digests import writing
+    from tilewright.runtime.images.write import check_place
+
+    facts = report(arguments.bundle, expect=arguments.expect)
+    text = report_text(facts)
+    if arguments.html is not None:
+        check_place(arguments.html)
+        with writing(arguments.html) as temporary:
+            temporary.write_text(page(facts, arguments.bundle), encoding="utf-8")
+        text += f"\nwritten to {arguments.html}"
+    answer(arguments, facts, text)
 
 
 def _gate(arguments: argparse.Namespace) -> None:

@@ -7,9 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from tilewright.cli.terminal import answer, mebibytes, table
+from tilewright.runtime.bundle.manifest import PRECISIONS
 
-__all__ = ["engine_table", "tell_gate", "verdicts"]
+__all__ = ["FRONTIER", "report_text", "tell_gate"]
 
+MOST_GROUPS = 8
+
+FRONTIER = ("work in 8 bits", "of linear layers", "dB", "worst", "returned to float")
 HEADS = ("engine", "dB", "worst", "SSIM", "choices", "drift", "lost dB", "s/MP", "peak", "in 8 bits")
 
 
@@ -30,8 +34,40 @@ def tell_gate(arguments: argparse.Namespace, root: Path, report: dict[str, Any],
         require(report)
     except AccuracyError as error:
         fault = error
-    lines = [before + judges(report), engine_table(report), *verdicts(report), f"written to {path}"]
-    answer(arguments, report, "\n".join(lines), fault=fault)
+    answer(arguments, report, f"{before}{_judged(report)}\nwritten to {path}", fault=fault)
+
+
+def report_text(facts: Mapping[str, Any]) -> str:
+    """A report in lines."""
+    parts = [_recipe(precision, recipe) for precision, recipe in facts["recipes"].items()]
+    if facts["stale"]:
+        parts.append("The bundle has changed since it was judged; judge it again with 'calib gate'.")
+    parts.append(_judged(facts["gate"]) if facts["gate"] else "Not judged yet; 'calib gate' does it.")
+    return "\n\n".join(parts)
+
+
+def _recipe(precision: str, recipe: Mapping[str, Any]) -> str:
+    """What was measured for a recipe, and what it keeps."""
+    from tilewright.calib.evidence import Point
+    from tilewright.calib.frontier import frontier_rows
+
+    layers = recipe["layers"]
+    text = (
+        f"{precision}: {recipe['quantised']} of {len(layers)} layers, {recipe['linear_share']:.1%} of the linear work"
+    )
+    if groups := recipe["groups"]:
+        rows = [[g["name"], f"{g['share']:.1%}", f"{g['mean_db']:.1f}", f"{g['worst_db']:.1f}"] for g in groups]
+        text += "\n" + table(["most sensitive, alone in 8 bits", "share of work", "dB", "worst"], rows[:MOST_GROUPS])
+    if recipe["frontier"]:
+        rows = frontier_rows([Point(**point) for point in recipe["frontier"]])
+        marks = ["<- this recipe" if place == recipe["chosen"] else "" for place in range(len(rows))]
+        text += "\n" + table([*FRONTIER, ""], [[*row, mark] for row, mark in zip(rows, marks, strict=True)])
+    return text
+
+
+def _judged(report: Mapping[str, Any]) -> str:
+    """What the gate found."""
+    return "\n".join([judges(report), engine_table(report), *verdicts(report)])
 
 
 def judges(report: Mapping[str, Any]) -> str:
@@ -41,7 +77,8 @@ def judges(report: Mapping[str, Any]) -> str:
 
 def engine_table(report: Mapping[str, Any]) -> str:
     """All engines and how they did, without the columns that no engine has."""
-    rows = [_row(name, engine) for name, engine in report["engines"].items()]
+    engines = sorted(report["engines"].items(), key=lambda item: PRECISIONS.index(item[1]["precision"]))
+    rows = [_row(name, engine) for name, engine in engines]
     known = [place for place in range(len(HEADS)) if any(row[place] for row in rows)]
     return table([HEADS[place] for place in known], [[row[place] or "-" for place in known] for row in rows])
 
@@ -61,16 +98,18 @@ def verdicts(report: Mapping[str, Any]) -> list[str]:
 
 def _row(name: str, engine: Mapping[str, Any]) -> list[str]:
     """An engine's cells; empty: it has no such number."""
+    from tilewright.calib.likeness import likeness
+
     changed, lost, share = (engine.get(key) for key in ("changed_choices", "lost_db", "low_share"))
     drift = max((steps[-1] for steps in engine["drift"].values()), default=None)
     return [
         name,
-        f"{engine['mean_db']:.1f}",
-        f"{engine['worst_db']:.1f}",
+        likeness(engine["mean_db"]),
+        likeness(engine["worst_db"]),
         f"{engine['ssim']:.4f}",
         "" if changed is None else f"{changed:.1%}",
         "" if drift is None else f"{drift:.1e}",
-        "" if lost is None else f"{lost + 0.0:.3f}".replace("-0.000", "0.000"),
+        "" if lost is None else f"{round(lost, 3) + 0.0:.3f}",
         f"{engine['seconds']:.3g}",
         mebibytes(engine["peak_bytes"]),
         "" if share is None else f"{share:.1%}",

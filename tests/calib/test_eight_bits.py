@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from support.html import Page
 from support.layered import LAYERS, layered
 from tilewright.calib import add_engines, collect, gate, make_recipe, read_observations, read_recipe
 from tilewright.calib.gates import CROPS, held_out, measurement, original_of, require
@@ -119,7 +120,7 @@ def test_the_gate_judges_on_pictures_that_were_held_out_and_says_what_ran_in_8_b
     require(report)
     parts = {part["name"]: np.asarray(Image.open(root / CROPS / part["file"])) for part in report["crops"]}
     worst = min(("50.png", "51.png"), key=lambda n: engines["openvino-int8"]["psnr_db"][report["images"].index(n)])
-    assert list(parts) == ["input", "float32", "original", "ort-int8", "openvino-int8"]
+    assert list(parts) == ["input", "float32", "original", "openvino-int8", "ort-int8"]
     assert np.array_equal(parts["input"], np.asarray(Image.open(held / worst)))
     with load(root, engine="ort-float32", threads=1) as exact:
         assert np.abs(exact(held / worst) - parts["float32"].astype(int)).max() <= 1
@@ -171,6 +172,7 @@ def test_the_commands_lead_from_a_bundle_to_a_judged_engine(
          "-o", out / "r.yaml"],
         ["export", "compile", root, "--precision", "int8", "--target", "ort", "--recipe", out / "r.yaml"],
         ["calib", "gate", root, held, "--budget-psnr", 20],
+        ["calib", "report", root, "--html", out / "report.html"],
     )  # fmt: skip
     for command in words:
         assert main([*map(str, command), "-q"]) == 0, capsys.readouterr().err
@@ -178,6 +180,18 @@ def test_the_commands_lead_from_a_bundle_to_a_judged_engine(
     assert "5 of 5 layers in int8, 100.0% of the work of linear layers, 1 inputs smoothed" in told
     assert "100.0%" in told and "all in 8 bits" in told and "ort-int8" in told
     assert read_recipe(out / "r.yaml").quantised == set(LAYERS)
+    assert "<- this recipe" in told and told.count("2 held-out images") == 2  # the gate's and the report's
+    text = (out / "report.html").read_text()
+    shown = Page(text)
+    assert shown.titles == ["Engines", "Before and after", "Frontier", "Sensitivity", "Scale per step", "Plan"]
+    frontier = read_recipe(out / "r.yaml").evidence.frontier
+    assert (shown.classes["dot line-0"], shown.classes["dot line-0 chosen"]) == (len(frontier) - 1, 1)
+    assert shown.classes["cell"] == len(read_recipe(out / "r.yaml").inputs) and shown.images == 4
+    assert not shown.elsewhere and "<script" not in text and "prefers-color-scheme: dark" in text
+    assert main(["calib", "report", str(root), "--json", "-q"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["recipes"]["int8"]["chosen"] == 0 and not facts["stale"]
+    assert facts["gate"] == json.loads((root / "reports" / "quantised.json").read_text())
 
 
 REFUSED = [  # words, the code, a part of the line

@@ -82,7 +82,7 @@ class Calls:
                 self.watched.notify()
         try:
             if begin := getattr(device, "begin", None):
-                begin([its_block.step for _, its_block, _ in batch.nodes])
+                begin([(its_block.step, tile) for _, its_block, tile in batch.nodes])
             results = device.run(call.run, feed, call.outputs)
         except Exception as error:
             if running.stopping:

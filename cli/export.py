@@ -303,7 +303,7 @@ def _add_eight_bits(arguments: argparse.Namespace, root: Path, precision: str, t
     from tilewright.calib.engines import add_engines
     from tilewright.calib.one_step import calibrate
     from tilewright.calib.recipe import read_recipe
-    from tilewright.cli.calib import tell_gate
+    from tilewright.cli.judged import tell_gate
 
     if arguments.recipe is not None:
         recipe = read_recipe(arguments.recipe)
@@ -318,7 +318,9 @@ def _add_eight_bits(arguments: argparse.Namespace, root: Path, precision: str, t
         lines += [f"next: tilewright calib gate {shlex.quote(str(root))} IMAGES_DIR, which judges all engines"]
         answer(arguments, asdict(added), "\n".join(lines))
         return
-    with Progress(arguments, ("observing", "groups", "frontier", "choosing forms", "pictures", "times")) as progress:
+    with Progress(
+        arguments, ("observing", "groups", "frontier", "choosing forms", "memory", "pictures", "times")
+    ) as progress:
         done = calibrate(
             root,
             arguments.calibrate,

@@ -67,8 +67,8 @@ class Calls:
 
     def run(self, batch: Batch, call: Call, feed: Mapping[str, Any]) -> dict[str, Any]:
         """Run a component as soon as the batch's device is free."""
-        work, block, _ = batch.nodes[0]
-        device, plan = self.devices[batch.device], work.graph.plan(block)
+        _, block, _ = batch.nodes[0]
+        device, plan = self.devices[batch.device], block.plan
         kind = (device.name.partition(":")[0], call.run, plan.tile_height, plan.tile_width, len(batch.nodes))
         with self.lock:
             while batch.device in self.running and not self.lost(batch):
@@ -82,7 +82,7 @@ class Calls:
                 self.watched.notify()
         try:
             if begin := getattr(device, "begin", None):
-                begin([its_block.step for _, its_block, _ in batch.nodes])
+                begin([(its_block.step, tile) for _, its_block, tile in batch.nodes])
             results = device.run(call.run, feed, call.outputs)
         except Exception as error:
             if running.stopping:

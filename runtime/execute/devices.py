@@ -21,7 +21,7 @@ class Device(Protocol):
     """A place with memory where engines run.
 
     A device may also have `stop()`, which any thread may call: the call that runs, if there is one, raises soon. It may
-    have `begin(steps)`, which gets the step of each row of the call that comes next.
+    have `begin(rows)`, which gets the step and the tile of each row of the call that comes next.
     """
 
     name: str  # "cpu:0"

@@ -212,13 +212,13 @@ def _groups(recipe: Facts, of: str) -> list[str]:
 
 
 def _heat(recipe: Facts, of: str) -> list[str]:
-    inputs = {name: entry for name, entry in recipe["inputs"].items() if entry["largest"]}
-    if not inputs:
+    steps = max((len(entry["largest"]) for entry in recipe["inputs"].values()), default=0)
+    if not steps:
         return []
+    inputs = {name: entry for name, entry in recipe["inputs"].items() if len(entry["largest"]) == steps}
     spread = {name: max(entry["largest"]) / (min(entry["largest"]) or 1) for name, entry in inputs.items()}
     shown = sorted(sorted(inputs, key=lambda name: -spread[name])[:MOST_ROWS])
     chart = heat_map({n: inputs[n]["largest"] for n in shown}, {n: f"{inputs[n]['scale']:.3g}" for n in shown})
-    steps = max(len(entry["largest"]) for entry in inputs.values())
     text = "The largest number that enters a layer at each step, beside the largest of all steps; each level of colour"
     text += " is a factor. At the right is the scale of the engine, which holds for all steps."
     if steps == 1:

@@ -1,7 +1,7 @@
 """Quantise the graphs of a folder with a tool of others. It runs in an environment that has the tool, not tilewright.
 
 FOLDER holds COMPONENT.onnx as `tilewright export onnx --fold` writes them, and COMPONENT.npz with inputs of calls: each
-array is NUMBER/INPUT. Every tool has its defaults. The result is FOLDER/TOOL/COMPONENT.onnx; prints JSON.
+array is NUMBER/INPUT. Every tool has its defaults. The result is FOLDER/TOOL/COMPONENT.onnx or .xml; prints JSON.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-PACKAGES = ("nncf", "onnxruntime", "onnx", "torch", "optimum-quanto", "nvidia-modelopt")
+PACKAGES = ("nncf", "openvino", "onnxruntime", "onnx", "torch", "optimum-quanto", "nvidia-modelopt")
 
 
 def calls_of(path: Path) -> list[dict[str, np.ndarray]]:
@@ -32,15 +32,17 @@ def loaded(graph: Path) -> Any:
 
 
 def nncf(graph: Path, calls: list[dict[str, np.ndarray]], out: Path) -> None:
+    """In OpenVINO's format, as nncf's reader of ONNX fails on nodes with an input left out."""
     import nncf
+    import openvino
 
-    quantised = nncf.quantize(loaded(graph), nncf.Dataset(calls), model_type=nncf.ModelType.TRANSFORMER)
-    onnx.save(quantised, out)
+    model = openvino.Core().read_model(graph)
+    quantised = nncf.quantize(model, nncf.Dataset(calls), model_type=nncf.ModelType.TRANSFORMER)
+    openvino.save_model(quantised, out.with_suffix(".xml"), compress_to_fp16=False)
 
 
 def ort(graph: Path, calls: list[dict[str, np.ndarray]], out: Path) -> None:
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
-    from onnxruntime.quantization.shape_inference import quant_pre_process
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -50,7 +52,7 @@ def ort(graph: Path, calls: list[dict[str, np.ndarray]], out: Path) -> None:
             return next(self.left, None)
 
     prepared = out.with_suffix(".prepared.onnx")
-    quant_pre_process(str(graph), str(prepared), skip_symbolic_shape=True)
+    onnx.save(onnx.shape_inference.infer_shapes(loaded(graph)), prepared)  # its own preparation fails with this onnx
     options = {"quant_format": QuantFormat.QDQ, "per_channel": True}
     quantize_static(str(prepared), str(out), Reader(), **options)
     prepared.unlink()

@@ -8,7 +8,7 @@ from html import escape
 __all__ = ["Dot", "bar", "heat_map", "lines"]
 
 WIDTH, HEIGHT = 640, 300
-LEFT, RIGHT, TOP, BOTTOM = 58, 18, 14, 46  # around the plot
+LEFT, RIGHT, TOP, BOTTOM = 58, 30, 14, 46  # around the plot
 FAINTEST = 5.0  # powers of two below the largest, where a cell has no colour left
 
 

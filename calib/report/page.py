@@ -1,6 +1,7 @@
 """The report as one HTML page, which needs nothing from elsewhere: no script, no font, no file beside it."""
 
 import base64
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -16,7 +17,7 @@ __all__ = ["page"]
 
 STYLE = Path(__file__).with_name("page.css")
 MOST_ROWS = 48  # of a heat map
-MOST_GROUPS = 40
+MOST_GROUPS = 24
 Facts = Mapping[str, Any]
 
 
@@ -194,21 +195,26 @@ def _groups(recipe: Facts, of: str) -> list[str]:
         returned = set(group["layers"]) <= kept
         rows.append(
             [
-                escape(group["name"]),
-                bar(10 ** (-group["mean_db"] / 20) / most, "kept" if returned else ""),
+                _breakable(group["name"]),
                 f"{group['mean_db']:.1f}",
+                bar(10 ** (-group["mean_db"] / 20) / most, "kept" if returned else ""),
                 f"{group['worst_db']:.1f}",
                 f"{group['share']:.1%}",
                 "float" if returned else "8 bits",
             ]
         )
-    heads = ["group alone in 8 bits", "error", "dB", "worst", "of the work", "now in"]
+    heads = ["group alone in 8 bits", "dB", "error", "worst", "of the work", "now in"]
     text = (
         "One group of layers in 8 bits, all others in float. The longer the bar, the larger the error of the picture."
     )
     if len(groups) > MOST_GROUPS:
         text += f" The {MOST_GROUPS} most sensitive of {len(groups)} are shown."
     return _section(f"Sensitivity{of}", _table(heads, rows, "bars"), text)
+
+
+def _breakable(name: str) -> str:
+    """A name that may be broken after its dots and slashes."""
+    return re.sub("([./])", r"\1<wbr>", escape(name))
 
 
 def _heat(recipe: Facts, of: str) -> list[str]:
@@ -251,7 +257,7 @@ def _plan(recipe: Facts, engines: Sequence[Facts], precision: str, of: str) -> l
         )
         layers.append(
             [
-                escape(name),
+                _breakable(name),
                 f"{layer['share']:.1%}",
                 "float" if kept else escape(layer["weight"]),
                 ranges,

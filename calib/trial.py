@@ -227,11 +227,10 @@ def _noted(bundle: Bundle) -> dict[str, dict[str, str | None]]:
         name: {output: None for output, spec in component.outputs.items() if spec.dtype.startswith("int")}
         for name, component in bundle.manifest.components.items()
     }
-    for p in bundle.program.passes:
+    for p in bundle.program.passes:  # other states are as large as the insides of a network
+        sampled = {name for name, state in p.state.items() if state.init == "noise"} | bundle.program.grids.keys()
         for call in p.each:
-            passed: dict[str, str | None] = {
-                o: v for o, v in call.outputs.items() if v in p.state or v in bundle.program.grids
-            }
+            passed: dict[str, str | None] = {o: v for o, v in call.outputs.items() if v in sampled}
             noted[call.run] = passed | noted[call.run]
     return noted
 

@@ -222,7 +222,7 @@ def _list(arguments: argparse.Namespace) -> None:
 
 def _build(arguments: argparse.Namespace) -> None:
     from tilewright.export.build.compile import compile_engines, split
-    from tilewright.export.build.history import usual_seconds
+    from tilewright.export.build.history import remember_added, usual_seconds
     from tilewright.export.build.preflight import check_request
     from tilewright.export.build.request import Request
     from tilewright.export.build.run import build, changes
@@ -230,6 +230,7 @@ def _build(arguments: argparse.Namespace) -> None:
     from tilewright.export.targets import check_makeable, usual_engines
     from tilewright.export.weights.hub import local
     from tilewright.runtime.bundle.digests import sha256_of_file
+    from tilewright.runtime.bundle.read import read_bundle
     from tilewright.runtime.engines.machine import this_machine
 
     floats, eight_bits = _split_precisions(arguments)
@@ -275,15 +276,17 @@ def _build(arguments: argparse.Namespace) -> None:
         if explained and not arguments.json:
             lines = [f"{stage} runs, changed: {', '.join(reasons)}" for stage, reasons in explained["changed"].items()]
             progress.say("\n".join(lines or ["nothing changed since the last build"]))
-        cost = {} if arguments.dry_run else build(request, tell, digest)
+        added = _eight_bit_inputs(arguments, eight_bits[0], asked[0]) if eight_bits else None
+        cost = {} if arguments.dry_run else build(request, tell, digest, added)
         if compiled[0] and not arguments.dry_run:
             progress.doing("compiling engines")
             compile_engines(arguments.out, *compiled)
     if arguments.dry_run:
         _dry_run(arguments, request, explained, compiled[1] if "tensorrt" in compiled[0] else ())
         return
-    if eight_bits:
+    if added and cost:
         _add_eight_bits(arguments, arguments.out, eight_bits[0], asked[0])
+        remember_added(arguments.out, added, read_bundle(arguments.out).digest)
         return
     seconds = time.perf_counter() - start
     done = f"{arguments.out}: built in {seconds:.1f} s" if cost else f"{arguments.out}: up to date, nothing to do"
@@ -296,6 +299,16 @@ def _split_precisions(arguments: argparse.Namespace) -> tuple[tuple[str, ...], t
     if len(eight_bits) > 1:
         raise UsageError("--precision int8,fp8: a recipe is of one 8-bit format; make one after the other")
     return tuple(name for name in arguments.precision if name not in eight_bits), eight_bits
+
+
+def _eight_bit_inputs(arguments: argparse.Namespace, precision: str, targets: Sequence[str]) -> str:
+    """The digest of all that the engines in 8 bits depend on besides the bundle."""
+    from tilewright.calib.one_step import inputs_of
+    from tilewright.calib.recipe import read_recipe
+
+    if arguments.recipe is not None:
+        return inputs_of(precision, targets, recipe=read_recipe(arguments.recipe))
+    return inputs_of(precision, targets, folder=arguments.calibrate, budget_db=arguments.budget_psnr)
 
 
 def _add_eight_bits(arguments: argparse.Namespace, root: Path, precision: str, targets: Sequence[str]) -> None:

@@ -15,7 +15,7 @@ from tilewright.runtime.bundle.arguments import Argument
 from tilewright.runtime.bundle.manifest import EngineSpec
 from tilewright.runtime.bundle.read import Bundle, read_bundle
 from tilewright.runtime.bundle.weights import checked_folder
-from tilewright.runtime.engines import Engine, backend
+from tilewright.runtime.engines import Engine, Opening, backend
 from tilewright.runtime.engines.choose import shortest_tile
 from tilewright.runtime.engines.driver import first_gpu
 from tilewright.runtime.engines.machine import usable_cores
@@ -203,13 +203,11 @@ def load(
     folder = checked_folder(weights_dir)
     setup = set_up(bundle, engine=engine, devices=devices, threads=threads, batch=batch, tile=tile)
     bundle, specs, names, threads = setup.bundle, setup.specs, setup.devices, setup.threads
-    calls = len(names) if setup.shared else 1
+    opening = Opening(memory, threads, len(names) if setup.shared else 1, folder)
 
     def open_engine(name: str) -> Engine:
         module = backend(specs[name].backend)
-        opened: Engine = module.open_engine(
-            bundle, name, specs[name], memory=memory, threads=threads, calls=calls, weights_dir=folder
-        )
+        opened: Engine = module.open_engine(bundle, name, specs[name], opening)
         return opened
 
     # engines of one thread run on the thread that calls them, so devices of one thread can share them

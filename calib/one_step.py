@@ -11,8 +11,8 @@ from typing import Any
 
 from tilewright.calib.collector import IMAGES, collect, evenly, images_in
 from tilewright.calib.engines import Added, add_engines
-from tilewright.calib.frontier import calibrated_pictures, sensitivity, within_budget
-from tilewright.calib.gates import BUDGET_DB, gate
+from tilewright.calib.frontier import calibrated_pictures, sensitivity, with_all, within_budget
+from tilewright.calib.gates import BUDGET_DB, CROPS, gate
 from tilewright.calib.recipe import Recipe, graphs_of, make_recipe
 from tilewright.calib.trial import Trial
 from tilewright.runtime.bundle.read import read_bundle
@@ -69,8 +69,10 @@ def calibrate(
         recipe = make_recipe(bundle, observed, facts, format, smooth=SMOOTH[format], graphs=graphs)
         pictures = calibrated_pictures(bundle, facts)
         with Trial(bundle, pictures, steps=steps, **options) as trial:
-            reached = trial.score_of(graphs, recipe, trial.weights(graphs, recipe)).mean
-        if reached < budget_db + MARGIN_DB:
+            score = trial.score_of(graphs, recipe, trial.weights(graphs, recipe))
+        if score.mean >= budget_db + MARGIN_DB:
+            recipe = with_all(recipe, score, budget_db)
+        else:
             found = sensitivity(
                 bundle,
                 observed,
@@ -86,7 +88,14 @@ def calibrate(
             recipe = within_budget(recipe, found, min(budget_db + MARGIN_DB, _best(found)))
         added = add_engines(root, recipe, targets, **options, on_progress=on_progress)
         report = gate(
-            root, judging, budget_db=budget_db, precision=format, steps=steps, **options, on_progress=on_progress
+            root,
+            judging,
+            budget_db=budget_db,
+            precision=format,
+            steps=steps,
+            crops=root / CROPS,
+            **options,
+            on_progress=on_progress,
         )
     return Calibrated(recipe, added, report)
 

@@ -34,7 +34,8 @@ __all__ = [
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 MARKS = {"needs-network": "downloads or installs", "needs-minutes": "takes longer than a test may"}
-MARKS |= {"needs-gpu": "needs an NVIDIA GPU and TensorRT"}
+MARKS |= {"serves": "runs until it is stopped; tests/runtime/serve/test_docs.py runs the page"}
+MARKS |= {"needs-gpu": "needs an NVIDIA GPU and TensorRT", "needs-cluster": "needs a Ray cluster"}
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
 
 

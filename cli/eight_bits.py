@@ -60,7 +60,7 @@ def add_eight_bits(
     from tilewright.calib.engines import add_engines
     from tilewright.calib.one_step import calibrate
     from tilewright.calib.recipe import read_recipe
-    from tilewright.cli.calib import tell_gate
+    from tilewright.cli.judged import tell_gate
 
     if arguments.recipe is not None:
         recipe = read_recipe(arguments.recipe)
@@ -80,7 +80,9 @@ def add_eight_bits(
         lines += [f"next: tilewright calib gate {shlex.quote(str(root))} IMAGES_DIR, which judges all engines"]
         answer(arguments, asdict(added), "\n".join(lines))
         return
-    with Progress(arguments, ("observing", "groups", "frontier", "choosing forms", "pictures", "times")) as progress:
+    with Progress(
+        arguments, ("observing", "groups", "frontier", "choosing forms", "memory", "pictures", "times")
+    ) as progress:
         done = calibrate(
             root,
             arguments.calibrate,

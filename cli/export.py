@@ -282,52 +282,6 @@ def _build(arguments: argparse.Namespace) -> None:
     answer(arguments, {"bundle": str(arguments.out), "built": bool(cost), "stages": cost} | explained, done)
 
 
-<<<<<<< HEAD
-=======
-def _split_precisions(arguments: argparse.Namespace) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The precisions in float, and those in 8 bits."""
-    eight_bits = tuple(name for name in arguments.precision if name in ("int8", "fp8"))
-    if len(eight_bits) > 1:
-        raise UsageError("--precision int8,fp8: a recipe is of one 8-bit format; make one after the other")
-    return tuple(name for name in arguments.precision if name not in eight_bits), eight_bits
-
-
-def _add_eight_bits(arguments: argparse.Namespace, root: Path, precision: str, targets: Sequence[str]) -> None:
-    """Add engines in 8 bits to a bundle, by a recipe or by pictures."""
-    from tilewright.calib.engines import add_engines
-    from tilewright.calib.one_step import calibrate
-    from tilewright.calib.recipe import read_recipe
-    from tilewright.cli.judged import tell_gate
-
-    if arguments.recipe is not None:
-        recipe = read_recipe(arguments.recipe)
-        if recipe.format != precision:
-            raise UsageError(f"{arguments.recipe} is a recipe for {recipe.format}, not {precision}")
-        with Progress(arguments) as progress:
-            added = add_engines(
-                root, recipe, targets, expect=getattr(arguments, "expect", None), on_progress=progress.tiles
-            )
-        lines = [f"{root}: has {', '.join(added.engines)}, digest {added.digest[:12]}"]
-        lines += [f"{engine}: {form}" for engine, form in added.forms.items()]
-        lines += [f"next: tilewright calib gate {shlex.quote(str(root))} IMAGES_DIR, which judges all engines"]
-        answer(arguments, asdict(added), "\n".join(lines))
-        return
-    with Progress(
-        arguments, ("observing", "groups", "frontier", "choosing forms", "memory", "pictures", "times")
-    ) as progress:
-        done = calibrate(
-            root,
-            arguments.calibrate,
-            precision,
-            budget_db=arguments.budget_psnr,
-            targets=tuple(targets),
-            on_progress=progress.tiles,
-        )
-    layers = f"{len(done.recipe.quantised)} of {len(done.recipe.layers)} layers in {precision}"
-    tell_gate(arguments, root, done.report, f"{root}: has {', '.join(done.added.engines)}, {layers}\n")
-
-
->>>>>>> main
 def _compile(arguments: argparse.Namespace) -> None:
     from tilewright.export.build.compile import compile_engines
 

@@ -122,18 +122,20 @@ class _Inserted:
         self.format = FORMATS[recipe.format]
         self.pairs: dict[tuple[Any, str], Any] = {}  # value and input -> the dequantised value
         self.undivided = set[str]()  # inputs whose smoothing is a node of its own
+        self.replaced: dict[Any, Any] = {}  # the result of a layer -> the value in its place
 
     def layer(self, layer: Layer) -> None:
         """Let a layer compute in 8 bits."""
         if layer.kind == "convolution":
-            layer.node.replace_input_with(0, self._pair(layer.parts[0].value, layer.parts[0], layer.node))
+            value = self.replaced.get(layer.parts[0].value, layer.parts[0].value)
+            layer.node.replace_input_with(0, self._pair(value, layer.parts[0], layer.node))
             layer.node.replace_input_with(1, self._weight(layer, layer.parts[0]))
             layer.node.name = layer.name
             return
         node, result = layer.node, layer.node.outputs[0]
         sums = []
         for part in layer.parts:
-            value = part.value
+            value = self.replaced.get(part.value, part.value)
             if part.stop is not None and node.op_type == "Gemm":  # which reads matrices
                 shape = self.graph.constant(self._name(f"{value.name}.rows"), np.array([-1, part.stop - part.start]))
                 value = self._op("Reshape", [value, shape], node, f"{value.name}.matrix")
@@ -148,6 +150,7 @@ class _Inserted:
         result.replace_all_uses_with(total, replace_graph_outputs=True)
         self.graph.model.graph.remove(node, safe=True)
         total.name = name
+        self.replaced[result] = total
 
     def _pair(self, value: Any, part: Part, before: Any) -> Any:
         """The value after a Q and a DQ, which all readers with the same range share."""

@@ -25,6 +25,7 @@ HERE = {  # pages whose commands run here, one page after the other in one direc
     "command-line": ROOT / "docs" / "command-line.md",
     "install": ROOT / "docs" / "install.md",
     "kernels": ROOT / "docs" / "kernels.md",
+    "large-images": ROOT / "docs" / "large-images.md",
     "python": ROOT / "docs" / "python.md",
     "runtime": ROOT / "docs" / "runtime.md",
 }

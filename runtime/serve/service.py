@@ -91,8 +91,8 @@ class Service:
     ) -> tuple[int, int, int]:
         """Width and height of the result for an image of this size, and the memory that it needs.
 
-        `sizes`: options that decide them. `layers`: how often pixels are mixed, by a mask or by colours. `file`: the bytes
-        of the image file.
+        `sizes`: options that decide them. `layers`: how often pixels are mixed, by a mask or by colours. `file`: the
+        bytes of the image file.
         """
         needs = volume.estimate(*size, **sizes)
         px = needs.width * needs.height

@@ -144,7 +144,7 @@ def test_a_command_that_cannot_run_here_is_checked_otherwise(name: str, block: B
             folder = words[words.index("--local-dir") + 1]
             assert any(folder.split("/")[0] in command for command in commands((ROOT / name).read_text())), line
         else:
-            assert words[0] in ("python3", ".", "hf", "git", "cd", "docker", "curl", "head", "chmod"), (
+            assert words[0] in ("python3", ".", "hf", "git", "cd", "docker", "curl", "head", "chmod", "ray"), (
                 f"{line}: nothing checks this"
             )
 

@@ -202,6 +202,13 @@ def memory(work: Path) -> None:
     bench("memory", full, "--sides", "512", "--ways", "fast;low", stored="memory_full")
 
 
+def serve(work: Path) -> None:
+    tiny = work / "serve"
+    words = ("--preset", "tiny", "--random-weights", 0, "--verify", "never", "--target", "ort")
+    tilewright("export", "build", "hitoksr", *words, "-o", tiny)
+    bench("serve", "--bundle", tiny)
+
+
 SYSTEMS = {
     "hitoksr": hitoksr,
     "flux": flux,
@@ -211,6 +218,7 @@ SYSTEMS = {
     "eight_bits": eight_bits,
     "kernels": kernels,
     "memory": memory,
+    "serve": serve,
     "wheel": wheel,
 }
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from tilewright.runtime.bundle.manifest import EngineSpec
 from tilewright.runtime.bundle.measured import on_processor
 from tilewright.runtime.bundle.read import Bundle
-from tilewright.runtime.engines import Engine, backend
+from tilewright.runtime.engines import Engine, Opening, backend
 from tilewright.runtime.engines.choose import choose_all, largest_batch, require, tile_sides
 from tilewright.runtime.engines.driver import first_gpu
 from tilewright.runtime.engines.machine import this_machine, usable_cores
@@ -70,13 +70,11 @@ def set_up(
 
 def opener(setup: Setup, memory: str, weights_dir: Path | None) -> Callable[[str], Engine]:
     """A function that opens the engine of a component."""
-    calls = len(setup.devices) if setup.shared else 1
+    opening = Opening(memory, setup.threads, len(setup.devices) if setup.shared else 1, weights_dir)
 
     def open_engine(name: str) -> Engine:
         spec = setup.specs[name]
-        engine: Engine = backend(spec.backend).open_engine(
-            setup.bundle, name, spec, memory=memory, threads=setup.threads, calls=calls, weights_dir=weights_dir
-        )
+        engine: Engine = backend(spec.backend).open_engine(setup.bundle, name, spec, opening)
         return engine
 
     return open_engine

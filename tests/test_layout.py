@@ -38,6 +38,7 @@ EXPORT = (
         "onnx_folder.py",
         "space.py",
         "triton_repo.py",
+        "unweighted.py",
     },
 )
 RUNTIME = (

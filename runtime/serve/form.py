@@ -84,24 +84,22 @@ def order_of(form: FormData, service: Service) -> Order:
         if options.get("scale", scale) != scale:
             raise _wrong("size", f"size and scale={options['scale']} ask for two sizes; send one of them")
         options["scale"] = scale
-    mask = _upload(form, "mask")
+    mask = _mask(form, size)
     _check_neutral(form, volume)
     format_ = _text(form, "output_format") or "png"
     if format_ not in FORMATS:
         raise _wrong("output_format", f"output_format {_short(format_)} is not one of {', '.join(FORMATS)}")
     sizes: dict[str, Any] = {name: options[name] for name in ("tile", "overlap", "steps", "scale") if name in options}
     try:
-        order = service.needed(volume, size, sizes, mask is not None, _length(image))
+        room = service.room_for(volume, size, sizes, mask=mask is not None, file=_length(image))
     except UsageError as error:
         raise Refusal(422, str(error), "invalid_value") from None
-    order.image, order.mask, order.format = image, mask, format_
-    order.options = options | arguments
-    order.seconds = service.settings.deadline_s
-    if (seconds := _number(form, "deadline_s")) is not None:
-        if not 0 < seconds <= order.seconds:
-            raise _wrong("deadline_s", f"deadline_s={seconds:g} is not above 0 and at most {order.seconds:g}")
-        order.seconds = seconds
-    return order
+    longest = service.settings.deadline_s
+    chosen = _number(form, "deadline_s")
+    seconds = longest if chosen is None else chosen
+    if not 0 < seconds <= longest:
+        raise _wrong("deadline_s", f"deadline_s={seconds:g} is not above 0 and at most {longest:g}")
+    return Order(model, image, *room, format=format_, options=options | arguments, mask=mask, seconds=seconds)
 
 
 def _image(form: FormData) -> BinaryIO:
@@ -115,12 +113,20 @@ def _image(form: FormData) -> BinaryIO:
     return images[0].file
 
 
-def _upload(form: FormData, name: str) -> BinaryIO | None:
-    values = form.getlist(name)
+def _mask(form: FormData, size: tuple[int, int]) -> BinaryIO | None:
+    """The mask, if there is one. It has the size of the image."""
+    values = form.getlist("mask")
     if not values:
         return None
     if len(values) > 1 or not isinstance(values[0], UploadFile):
-        raise _wrong(name, f"{name} is not one file; send the file itself, once")
+        raise _wrong("mask", "mask is not one file; send the file itself, once")
+    try:
+        width, height = image_size(values[0].file)
+    except InputError as error:
+        raise Refusal(415, str(error).replace("image", "mask", 1), "unsupported_image", "mask") from None
+    if (width, height) != size:
+        text = f"the mask has {width}x{height} px and the image {size[0]}x{size[1]}; send one of the image's size"
+        raise _wrong("mask", text)
     return values[0].file
 
 

@@ -220,7 +220,7 @@ def test_the_commands_lead_from_a_bundle_to_a_judged_engine(
 
 REFUSED = [  # words, the code, a part of the line
     (["export", "compile", "BUNDLE", "--precision", "int8"], 2, "--precision int8 needs --recipe FILE"),
-    (["export", "compile", "BUNDLE", "--recipe", "r.yaml"], 2, "--recipe is for --precision int8 or fp8 alone"),
+    (["export", "compile", "BUNDLE", "--recipe", "r.yaml"], 2, "--recipe is for --precision int8 or fp8"),
     (["export", "compile", "BUNDLE", "--precision", "int8,fp8", "--recipe", "r.yaml"], 2, "one 8-bit format"),
     (["export", "compile", "BUNDLE", "--precision", "fp8", "--target", "openvino", "--recipe", "f.yaml"], 2, "fp8"),
     (["export", "build", "hitoksr", "-o", "o", "--precision", "int8"], 2, "needs --recipe FILE or --calibrate"),

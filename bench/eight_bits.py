@@ -32,7 +32,7 @@ from train import data
 SIDE = 24  # of a picture: one tile
 ROUNDS = 3
 CALLS = 96  # the most that a tool is calibrated with
-BACKENDS = {"nncf": "openvino", "ort": "ort", "quanto": "ort", "modelopt": "ort"}
+BACKENDS = {"nncf": "openvino", "ort": "ort", "quanto": "ort", "modelopt": "openvino"}
 FRONT = Path(__file__).with_name("quantisers.py")
 
 
@@ -149,8 +149,9 @@ class OpenvinoGraph:
     def __init__(self, path: Path) -> None:
         import openvino
 
-        settings = {"PERFORMANCE_HINT": "LATENCY"}
-        self.compiled = openvino.Core().compile_model(str(path.with_suffix(".xml")), "CPU", settings)
+        settings, file = {"PERFORMANCE_HINT": "LATENCY"}, path.with_suffix(".xml")
+        file = file if file.is_file() else path.with_suffix(".onnx")
+        self.compiled = openvino.Core().compile_model(str(file), "CPU", settings)
 
     def run(self, inputs: Mapping[str, Any], outputs: Iterable[str]) -> dict[str, Any]:
         results = self.compiled(dict(inputs))

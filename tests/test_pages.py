@@ -53,6 +53,14 @@ def test_quality_is_as_measured(file: str) -> None:
             assert [pattern.format(of=of, name=name), *quality(averages[images][measured])] in said
 
 
+def test_engines_in_8_bits_are_as_measured() -> None:
+    said = {tuple(row[1:]) for row in rows((ROOT / "docs/measured.md").read_text()) if len(row) == 6}
+    for name, engine in result("eight_bits")["engines"].items():
+        changed, lost = f"{engine['changed_choices']:.1%}", f"{round(engine['lost_db'], 3) + 0.0:.3f} dB"
+        row = f"{engine['mean_db']:.1f} dB", f"{engine['worst_db']:.1f} dB", f"{engine['ssim']:.4f}", changed, lost
+        assert row in said or name == "openvino-float32"  # the reference
+
+
 @pytest.mark.parametrize("file", ["demo/hitoksr/README.md", "demo/in-token/README.md", "docs/measured.md"])
 def test_pages_say_that_gmsd_is_not_better_on_photographs(file: str) -> None:
     text = " ".join((ROOT / file).read_text().split())

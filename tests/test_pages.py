@@ -159,3 +159,12 @@ def test_the_page_of_the_api_is_made_from_the_docstrings() -> None:
     shown = set(re.findall(r"^### (\w+)$", page("api"), re.MULTILINE))
     assert {name for name in runtime.__all__ if name != "__version__"} <= shown
     assert set(errors.__all__) - {"amount"} <= shown
+
+
+def test_the_numbers_of_the_service_are_as_measured() -> None:
+    found, said = result("serve"), [row[1] for row in rows(page("measured")) if len(row) == 2]
+    load, latency = found["load"], found["latency"]
+    good, bad = load["answers"]["good: right bytes"], load["answers"]["malformed: its code"]
+    assert {f"{good} of {good}", f"{bad} of {bad}", f"{1 + load['growth']:.3f}", str(found["stop"]["lost"])} <= {*said}
+    assert {f"{found['throughput'][name]:.2f}" for name in ("ratio", "cpu_ratio")} <= {*said}
+    assert f"{1e3 * latency['added_median_s']:.1f} ms" in said

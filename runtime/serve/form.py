@@ -11,6 +11,7 @@ from starlette.datastructures import FormData, UploadFile
 from tilewright.runtime.bundle.arguments import Argument
 from tilewright.runtime.bundle.program import Input
 from tilewright.runtime.errors import InputError, UsageError
+from tilewright.runtime.images.color import COLORS
 from tilewright.runtime.images.read import image_size
 from tilewright.runtime.inputs import checked
 from tilewright.runtime.plan.noise import WORD_MAX
@@ -78,8 +79,12 @@ def order_of(form: FormData, service: Service) -> Order:
         text = f"the image is {width}x{height} = {width * height} pixels, over the limit of {most}; send a smaller one"
         raise Refusal(413, text, "image_too_large", "image")
     arguments = _arguments(form, volume)
-    options = {name: value for name, ends in WHOLE.items() if (value := _whole(form, name, *ends)) is not None}
+    options: dict[str, Any] = {
+        name: value for name, ends in WHOLE.items() if (value := _whole(form, name, *ends)) is not None
+    }
     _check_steps(options, volume)
+    options |= _color(form)
+    options |= {"jitter": True} if _truth(form, "jitter") else {}
     if (scale := _scale_of_size(form, size, volume)) is not None:
         if options.get("scale", scale) != scale:
             raise _wrong("size", f"size and scale={options['scale']} ask for two sizes; send one of them")
@@ -91,7 +96,8 @@ def order_of(form: FormData, service: Service) -> Order:
         raise _wrong("output_format", f"output_format {_short(format_)} is not one of {', '.join(FORMATS)}")
     sizes: dict[str, Any] = {name: options[name] for name in ("tile", "overlap", "steps", "scale") if name in options}
     try:
-        room = service.room_for(volume, size, sizes, mask=mask is not None, file=_length(image))
+        layers = (mask is not None) + ("color" in options)
+        room = service.room_for(volume, size, sizes, layers=layers, file=_length(image))
     except UsageError as error:
         raise Refusal(422, str(error), "invalid_value") from None
     longest = service.settings.deadline_s
@@ -135,6 +141,7 @@ def _arguments(form: FormData, volume: Volume) -> dict[str, Any]:
     listed = volume.bundle.arguments
     usual = {*NEUTRAL, *IGNORED, *WHOLE, *FILES}
     usual |= {"model", "prompt", "size", "output_format", "stream", "parts", "partial_images", "deadline_s"}
+    usual |= {"color", "jitter"}
     if unknown := [name for name in form if name not in usual and name not in listed]:
         takes = ", ".join(listed) or "no arguments of its own"
         raise _wrong(unknown[0], f"unknown field {_short(unknown[0])}; {volume.name} takes {takes}")
@@ -174,6 +181,13 @@ def _value(name: str, text: str, argument: Argument, spec: Input | None) -> Any:
 def _check_steps(options: Mapping[str, Any], volume: Volume) -> None:
     if "steps" in options and not any(p.steps for p in volume.bundle.program.passes):
         raise _wrong("steps", f"steps={options['steps']}: {volume.name} has no steps; leave it out")
+
+
+def _color(form: FormData) -> dict[str, str]:
+    color = _text(form, "color") or "off"
+    if color not in COLORS:
+        raise _wrong("color", f"color={_short(color)} is not one of {', '.join(COLORS)}")
+    return {} if color == "off" else {"color": color}
 
 
 def _scale_of_size(form: FormData, size: tuple[int, int], volume: Volume) -> int | None:

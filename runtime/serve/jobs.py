@@ -171,7 +171,8 @@ class Jobs:
         sizes = {option: options[option] for option in SIZES if option in options}
         volume = self.service.shelf.current(model)
         masked, size = mask.exists(), image.stat().st_size
-        room = self.service.room_for(volume, image_size(image), sizes, mask=masked, file=size)
+        layers = masked + ("color" in options)
+        room = self.service.room_for(volume, image_size(image), sizes, layers=layers, file=size)
         order = Order(model, image.open("rb"), *room, wish["format"], options, seconds=wish["seconds"])
         order.mask = mask.open("rb") if masked else None
         return order

@@ -31,7 +31,7 @@ __all__ = ["Service"]
 LOG = logging.getLogger("tilewright")
 SHARE = 0.8  # of the memory that is free at the start
 PX_BYTES = 10  # a pixel of a result: its file, the file as text, and a channel of alpha
-MASK_BYTES = 8  # the enlarged mask and the enlarged source
+LAYER_BYTES = 8  # of a pixel: the enlarged source, and what it is mixed by
 LONGEST_RETRY_S = 3600
 
 
@@ -87,15 +87,18 @@ class Service:
         return not any(len(executor.hung) == len(executor.devices) for executor in open_ones)
 
     def room_for(
-        self, volume: Volume, size: tuple[int, int], sizes: Mapping[str, Any], *, mask: bool, file: int
+        self, volume: Volume, size: tuple[int, int], sizes: Mapping[str, Any], *, layers: int, file: int
     ) -> tuple[int, int, int]:
         """Width and height of the result for an image of this size, and the memory that it needs.
 
-        `sizes`: options that decide them. `mask`: there is one. `file`: the bytes of the image file.
+        `sizes`: options that decide them. `layers`: how often pixels are mixed, by a mask or by colours. `file`: the
+        bytes of the image file.
         """
         needs = volume.estimate(*size, **sizes)
         px = needs.width * needs.height
-        needed = needs.needed_bytes - INTERPRETER_BYTES - volume.base_bytes + (PX_BYTES + MASK_BYTES * mask) * px + file
+        needed = (
+            needs.needed_bytes - INTERPRETER_BYTES - volume.base_bytes + (PX_BYTES + LAYER_BYTES * layers) * px + file
+        )
         if INTERPRETER_BYTES + volume.base_bytes + needed > self.limit:
             raise Refusal(
                 413,

@@ -40,6 +40,7 @@ def restored(bundles) -> dict[str, np.ndarray]:
         pictures["steps, 2 steps, lift 0.25"] = restorer(IMAGE, steps=2, lift=0.25)
     with load(bundles["tint"], threads=1) as restorer:
         pictures["tint"] = restorer(IMAGE)
+        pictures["tint, wavelet"] = restorer(IMAGE, color="wavelet")
         pictures["tint, dim, three times"] = restorer(IMAGE, prompt="dim warm", gain=-1.5, scale=3)
     return pictures
 
@@ -51,6 +52,7 @@ def restored(bundles) -> dict[str, np.ndarray]:
         ({"model": "steps", "prompt": "", "n": 1, "size": "52x40", "response_format": "b64_json"}, "steps"),
         ({"steps": 2, "lift": 0.25, "seed": 7, "user": "u", "quality": "high"}, "steps, 2 steps, lift 0.25"),
         ({"model": "tint", "prompt": ""}, "tint"),
+        ({"model": "tint", "color": "wavelet", "jitter": "false"}, "tint, wavelet"),
         ({"model": "tint", "prompt": "dim warm", "gain": -1.5, "size": "156x120"}, "tint, dim, three times"),
         ({"model": "tint", "prompt": "dim warm", "gain": "-1.5", "scale": 3}, "tint, dim, three times"),
     ],
@@ -129,6 +131,8 @@ def assert_refused(answer, status: int, part: str, param: str | None = None) -> 
         ({"steps": 0}, "steps", "is not a whole number from 1 to 10000"),
         ({"seed": "-1"}, "seed", "seed='-1' is not a whole number"),
         ({"scale": 2}, None, "scale=2 does not work with this bundle"),
+        ({"color": "blue"}, "color", "color='blue' is not one of off, wavelet, adain"),
+        ({"model": "tint", "jitter": "true"}, None, "has no pass that joins its tiles"),
         ({"stream": "maybe"}, "stream", "is not true or false"),
         ({"parts": "true"}, "parts", "parts needs stream=true"),
         ({"deadline_s": 0}, "deadline_s", "deadline_s=0 is not above 0"),

@@ -102,7 +102,7 @@ def test_memory_is_kept_in_a_ledger(steps) -> None:
     image = scene(120, 160)
     with served(steps) as service:
         volume = service.service.shelf.volumes["steps"]
-        needed = service.service.room_for(volume, (160, 120), {}, mask=False, file=len(png_of(image)))[2]
+        needed = service.service.room_for(volume, (160, 120), {}, layers=0, file=len(png_of(image)))[2]
         idle = service.service.held
     with served(steps, memory_limit=idle + int(1.9 * needed)) as service:
         ledger = service.service
@@ -184,8 +184,7 @@ def test_a_bundle_that_changes_while_it_is_in_use_gives_no_picture(steps, tmp_pa
 
 
 def test_bodies_are_limited_before_and_while_they_are_read(steps) -> None:
-    with served(steps, max_body=10_000, upload_s=0.5, max_queue=0) as service:
-        service.service.places = 1
+    with served(steps, max_body=10_000, upload_s=0.5) as service:
         assert service.edit(bytes(20_000)).status_code == 413
         endless = (bytes(1000) for _ in range(1000))  # without a length
         kind = {"content-type": "multipart/form-data; boundary=x"}
@@ -194,8 +193,17 @@ def test_bodies_are_limited_before_and_while_they_are_read(steps) -> None:
         with socket.create_connection(("127.0.0.1", service.client.base_url.port)) as slow:
             slow.sendall(b"POST /v1/images/edits HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: 9000\r\n")
             slow.sendall(b"content-type: multipart/form-data; boundary=x\r\n\r\n--x")
-            until(lambda: service.edit(IMAGE).status_code == 429, "no further upload has room")
             assert slow.recv(100).startswith(b"HTTP/1.1 408 ")
+
+
+def test_only_so_many_bodies_may_come_at_a_time(steps) -> None:
+    with served(steps, max_queue=0) as service:
+        service.service.places = 1
+        with socket.create_connection(("127.0.0.1", service.client.base_url.port)) as slow:
+            slow.sendall(b"POST /v1/images/edits HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: 9000\r\n")
+            slow.sendall(b"content-type: multipart/form-data; boundary=x\r\n\r\n--x")
+            until(lambda: service.edit(IMAGE).status_code == 429, "no further upload has room")
+        until(lambda: service.edit(IMAGE).status_code == 200, "the one that came has gone")
 
 
 def test_only_those_with_the_token_may_call(steps) -> None:

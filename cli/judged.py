@@ -72,7 +72,8 @@ def _judged(report: Mapping[str, Any]) -> str:
 
 def judges(report: Mapping[str, Any]) -> str:
     """By what and where the engines were judged."""
-    return f"{len(report['images'])} held-out images, {report['threads']} threads, {report['processor']}"
+    count = len(report["images"])
+    return f"{count} held-out image{'s' * (count != 1)}, {report['threads']} threads, {report['processor']}"
 
 
 def engine_table(report: Mapping[str, Any]) -> str:

@@ -75,7 +75,7 @@ def _verdict(facts: Facts) -> list[str]:
 def _judges(gate: Facts) -> str:
     count, threads = len(gate["images"]), gate["threads"]
     return (
-        f"Judged by {count} pictures that nothing was calibrated on, with {threads} threads of"
+        f"Judged by {count} picture{'s' * (count != 1)} that nothing was calibrated on, on {threads} threads of"
         f" {escape(gate['processor'])}. The engines took turns in one run."
     )
 
@@ -144,7 +144,7 @@ def _crops(crops: Sequence[Facts], folder: Path, gate: Facts) -> list[str]:
             note += f" <span>below: difference \u00d7{crop['gain']}</span>"
         figures.append(f"<figure>{images}<figcaption><b>{escape(name)}</b>{note}</figcaption></figure>")
     picture = gate["images"][crops[0]["picture"]]
-    text = f"The part of {escape(picture)} that 8 bits changed most, of all pictures that judged."
+    text = f"The part of {escape(picture)} that 8 bits changed most; no other picture has a part that changed more."
     return _section("Before and after", f'<div class="crops">{"".join(figures)}</div>', text)
 
 

@@ -49,7 +49,7 @@ RUNTIME = (
     {"resume"},
     {"setup.py", "sitting.py"},
     {"restore.py", "simulate.py"},
-    {"profile.py", "doctor.py", "folder.py", "triton_server.py"},
+    {"profile.py", "doctor.py", "folder.py", "triton_server.py", "atlas.py", "atlas_page.py"},
 )
 HEAVY = {"torch", "diffusers", "transformers", "onnx", "onnx_ir", "onnxruntime"}
 LAYERS = {"export": EXPORT, "runtime": RUNTIME}

@@ -1,4 +1,4 @@
-"""The verbs of `tilewright runtime`: restore, plan, simulate, select, doctor, profile."""
+"""The verbs of `tilewright runtime`: restore, serve, plan, simulate, select, doctor, profile."""
 
 import argparse
 from pathlib import Path
@@ -8,6 +8,7 @@ from tilewright.cli.bundle_arguments import bundle_arguments
 from tilewright.cli.engine_arguments import engine_argument, load_arguments, note_large_tile
 from tilewright.cli.profile import profile, profile_arguments
 from tilewright.cli.restore import restore, restore_arguments
+from tilewright.cli.serve import serve, serve_arguments
 from tilewright.cli.simulate import simulate, simulate_arguments
 from tilewright.cli.terminal import answer, expect_argument, verb
 from tilewright.runtime.bundle.read import read_bundle
@@ -19,8 +20,9 @@ __all__ = ["add_verbs"]
 
 
 def add_verbs(verbs: Any) -> None:
-    """Add the verbs restore, plan, simulate, select, doctor and profile."""
+    """Add the verbs restore, serve, plan, simulate, select, doctor and profile."""
     restore_arguments(verb(verbs, "restore", "restore an image, or every image of a folder", restore))
+    serve_arguments(verb(verbs, "serve", "restore images over HTTP", serve))
 
     plan = verb(verbs, "plan", "tiles and memory for an image size; nothing is run", _plan)
     plan.add_argument("width", type=int, help="of the input image")

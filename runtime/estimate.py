@@ -21,6 +21,7 @@ from tilewright.runtime.plan.passes import least_px, part_bytes, plan_of, smalle
 from tilewright.runtime.plan.tiles import TilePlan
 
 __all__ = [
+    "INTERPRETER_BYTES",
     "MEMORY_MODES",
     "Estimate",
     "all_on_gpu",
@@ -96,12 +97,12 @@ def reset_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def bytes_of(text: str) -> int:
+def bytes_of(text: str, name: str = "memory_limit") -> int:
     """The number of bytes in a text like `2GiB`, `1.5 GB` or `800MiB`."""
     parsed = re.fullmatch(r"\s*(\d+\.?\d*)\s*([a-z]*)\s*", text.lower(), re.ASCII)
     size = float(parsed[1]) * UNITS.get(parsed[2], 0) if parsed else 0.0
     if not 1 <= size < 2**63:
-        raise UsageError(f"memory_limit={text!r} is no amount of memory; write 800MiB, 2GiB or 2GB")
+        raise UsageError(f"{name}={text!r} is no amount of memory; write 800MiB, 2GiB or 2GB")
     return int(size)
 
 
@@ -121,8 +122,8 @@ def needed_bytes(
 ) -> int:
     """The peak memory of restoring a padded image of this size in output pixels.
 
-    `copies`: how many devices have engines of their own. `on_disk`: no pixels are held in memory, and the picture
-    becomes final from the top to the bottom.
+    `copies`: how many devices have engines of their own; 0 if other processes run them. `on_disk`: no pixels are held
+    in memory, and the picture becomes final from the top to the bottom.
     """
     passes = list(passes)
     held = Held(bundle, passes, steps, devices, depth_first=on_disk and all_open)
@@ -132,10 +133,14 @@ def needed_bytes(
     for place, (p, plan) in enumerate(passes):
         called = {call.run for *_, call in p.calls()}
         before = passes[: place + 1] if all_open else [(p, plan)]  # the engines keep the memory of the largest calls
-        working = ARENA * max(
-            _at_once(q, its_plan, devices) * most(call.run, q, its_plan)
-            for q, its_plan in before
-            for *_, call in q.calls()
+        working = (
+            (copies > 0)
+            * ARENA
+            * max(
+                _at_once(q, its_plan, devices) * most(call.run, q, its_plan)
+                for q, its_plan in before
+                for *_, call in q.calls()
+            )
         )
         opened = {name: specs[name] for name in (every if all_open else called)}
         engines = weights_bytes(bundle, opened, memory) + GRAPH * _graph_bytes(bundle, opened)
@@ -362,6 +367,7 @@ def estimate(
     steps: int | None = None,
     devices: int = 1,
     shared: bool = False,
+    elsewhere: bool = False,
     memory_limit: int | None = None,
     engines: Mapping[str, EngineSpec] | None = None,
     on_disk: bool = False,
@@ -369,7 +375,8 @@ def estimate(
     """The estimate for an input image of this size; nothing is run. Memory of `opened` engines counts as free.
 
     `engines`: the engine of each component; by default the first that the bundle lists. `shared`: the devices share
-    their engines. `memory_limit`: bytes that all of the process may take. `on_disk`: the pixels lie on a disk.
+    their engines. `elsewhere`: other processes run them. `memory_limit`: bytes that all of the process may take.
+    `on_disk`: the pixels lie on a disk.
     """
     program = bundle.program
     if not all(isinstance(n, Integral) and not isinstance(n, bool) and n >= 1 for n in (width, height)):
@@ -383,7 +390,7 @@ def estimate(
     wide, high = (padded(n * scale, program.multiple_px, side) for n in (width, height))
     passes = [(p, plan_of(program, p, high, wide, tile, overlap)) for p in program.passes]
     _require_tiles(specs, passes)
-    copies = 1 if shared else devices
+    copies = 0 if elsewhere else 1 if shared else devices
     available = available_bytes()
     if available is not None:
         available += copies * weights_bytes(bundle, {name: specs[name] for name in opened}, memory)

@@ -15,7 +15,7 @@ from tilewright.runtime.bundle.arguments import Argument
 from tilewright.runtime.bundle.manifest import EngineSpec
 from tilewright.runtime.bundle.read import Bundle, read_bundle
 from tilewright.runtime.bundle.weights import checked_folder
-from tilewright.runtime.engines import Engine, backend
+from tilewright.runtime.cluster import Joined, join
 from tilewright.runtime.engines.choose import shortest_tile
 from tilewright.runtime.engines.driver import first_gpu
 from tilewright.runtime.engines.machine import usable_cores
@@ -29,8 +29,7 @@ from tilewright.runtime.estimate import (
     bytes_of,
     estimate,
 )
-from tilewright.runtime.execute.cuda import CudaDevice
-from tilewright.runtime.execute.devices import CpuDevice, Device, OpenEngines
+from tilewright.runtime.execute.devices import OpenEngines
 from tilewright.runtime.execute.executor import Executor
 from tilewright.runtime.execute.walk import Job, Walk, layout
 from tilewright.runtime.images.canvas import Enlarged
@@ -42,7 +41,7 @@ from tilewright.runtime.inputs import check_names, read_tensors, seconds, whole
 from tilewright.runtime.plan.lower import moves
 from tilewright.runtime.plan.noise import WORD_MAX
 from tilewright.runtime.plan.passes import least_px
-from tilewright.runtime.setup import set_up
+from tilewright.runtime.setup import Setup, device_of, opener, set_up
 from tilewright.runtime.sitting import Clock, Restoration, Sitting, Ticket
 
 __all__ = ["Restorer", "load"]
@@ -55,7 +54,7 @@ class Restorer:
     """A bundle with its engines. It is a context manager."""
 
     bundle: Bundle
-    engines: OpenEngines  # of the first device
+    engines: OpenEngines  # of the first device; it is empty if a cluster runs them
     executor: Executor
     specs: Mapping[str, EngineSpec]  # component -> the engine that was chosen
     constants: Mapping[str, Any] = field(default_factory=dict)
@@ -219,6 +218,7 @@ class Restorer:
             opened=tuple(self.engines.opened),
             devices=len(self.executor.devices),
             shared=self.threads == 1,
+            elsewhere=not self.engines,
             memory_limit=self.memory_limit,
             engines=self.specs,
             **options,
@@ -231,6 +231,7 @@ def load(
     engine: str | None = None,
     memory: str = "fast",
     devices: Sequence[str] = ("cpu:0",),
+    cluster: str | None = None,
     threads: int = 0,
     batch: int | None = None,
     tile: int | None = None,
@@ -245,11 +246,12 @@ def load(
     `path`: a folder, or the result of `read_bundle`, for which `expect` and `fresh` have no effect.
     `expect` and `fresh` as for `read_bundle`. `engine`: the name, precision or backend of the engines; without it the
     best that fit the machine are chosen. `devices`: `cpu:0`, `cpu:1`, ... run tiles at the same time, each with
-    `threads` threads. With 0 threads the devices share the cores. `batch`: most tiles in a call of an engine, of any
-    steps and any images, instead of the bundle's. `tile`: the side of the tiles of every image that names no other;
-    engines that do not take it are not chosen. `memory_limit`: bytes, or a text like "2GiB", that a restoration may
-    need with all that the process holds. `deadline_s`: a call of an engine that takes longer hangs, and its device is
-    not used again; by default 20 times the slowest call of its kind, and a minute at least.
+    `threads` threads. With 0 threads the devices share the cores. `cluster`: the address of a Ray cluster, or `auto`
+    for the one that runs on this machine; every machine of it then has these devices. `batch`: most tiles in a call of
+    an engine, of any steps and any images, instead of the bundle's. `tile`: the side of the tiles of every image that
+    names no other; engines that do not take it are not chosen. `memory_limit`: bytes, or a text like "2GiB", that a
+    restoration may need with all that the process holds. `deadline_s`: a call of an engine that takes longer hangs, and
+    its device is not used again; by default 20 times the slowest call of its kind, and a minute at least.
     """
     if memory not in MEMORY_MODES:
         raise UsageError(f"memory={memory!r} is not one of {', '.join(MEMORY_MODES)}")
@@ -258,38 +260,41 @@ def load(
     limit = None if limit is None else whole("memory_limit", limit, 1)
     bundle = path if isinstance(path, Bundle) else read_bundle(path, expect=expect, fresh=fresh)
     folder = checked_folder(weights_dir)
-    setup = set_up(bundle, engine=engine, devices=devices, threads=threads, batch=batch, tile=tile)
-    bundle, specs, names, threads = setup.bundle, setup.specs, setup.devices, setup.threads
-    calls = len(names) if setup.shared else 1
+    options: dict[str, Any] = {"engine": engine, "threads": threads, "batch": batch, "tile": tile}
+    if cluster is None:
+        there = _here(set_up(bundle, devices=devices, **options), memory, folder, limit)
+    else:
+        there = join(cluster, bundle, devices=devices, memory=memory, weights_dir=folder, **options)
+    signatures = bundle.manifest.components
+    executor = Executor(there.devices, pass_by_pass=not there.fits, signatures=signatures, deadline_s=deadline_s)
+    bundle, constants = there.bundle, _constants(bundle)
+    return Restorer(bundle, there.engines, executor, there.specs, constants, memory, limit, there.threads, tile)
 
-    def open_engine(name: str) -> Engine:
-        module = backend(specs[name].backend)
-        opened: Engine = module.open_engine(
-            bundle, name, specs[name], memory=memory, threads=threads, calls=calls, weights_dir=folder
-        )
-        return opened
 
+def _here(setup: Setup, memory: str, weights_dir: Path | None, limit: int | None) -> Joined:
+    """The devices of this machine. Their engines are open, if they all fit in memory."""
+    bundle, specs, names = setup.bundle, setup.specs, setup.devices
+    open_engine = opener(setup, memory, weights_dir)
     # engines of one thread run on the thread that calls them, so devices of one thread can share them
     shared = OpenEngines(bundle.program.components(), open_engine)
     engines_of_device = [shared] + [
         shared if setup.shared else OpenEngines(shared.names, open_engine) for _ in names[1:]
     ]
-    constants = read_tensors(bundle.path(bundle.manifest.constants)) if bundle.manifest.constants else {}
     free = available_bytes()
     free = limit if free is None or (limit is not None and limit < free) else free
     if names == ["cuda:0"]:
         fits = all_on_gpu(bundle, specs, memory, first_gpu().memory()[0])
     else:
         fits = all_open(bundle, specs, memory, free, 1 if setup.shared else len(names))
-    opened = [_device(name, engines) for name, engines in zip(names, engines_of_device, strict=True)]
-    executor = Executor(opened, pass_by_pass=not fits, signatures=bundle.manifest.components, deadline_s=deadline_s)
+    devices = [device_of(name, engines) for name, engines in zip(names, engines_of_device, strict=True)]
     if fits:
         for engines in engines_of_device:
             for name in engines:
                 engines[name]
-    return Restorer(bundle, shared, executor, specs, constants, memory, limit, threads or usable_cores(), tile)
+    return Joined(devices, shared, bundle, specs, setup.threads or usable_cores(), fits)
 
 
-def _device(name: str, engines: OpenEngines) -> Device:
-    """The device of this name."""
-    return CpuDevice(name, engines) if name.startswith("cpu") else CudaDevice(name, engines, first_gpu())
+def _constants(bundle: Bundle) -> dict[str, Any]:
+    """The arrays of a bundle's constants."""
+    file = bundle.manifest.constants
+    return read_tensors(bundle.path(file)) if file else {}

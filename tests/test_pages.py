@@ -6,9 +6,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+import api_page
 import pytest
 
 from support.pages import ROOT, blocks, page, verbs_of
+from tilewright import runtime
 from tilewright.runtime import errors
 from tilewright.runtime.bundle.check import check_program
 from tilewright.runtime.bundle.manifest import Manifest
@@ -142,3 +144,10 @@ def test_hooks_and_workflow_use_the_tested_versions_and_targets() -> None:
 def test_an_issue_template_has_what_the_host_asks_for(file: Path) -> None:
     front = file.read_text().split("---\n")[1]
     assert {"name", "about"} <= {line.partition(":")[0] for line in front.splitlines()}
+
+
+def test_the_page_of_the_api_is_made_from_the_docstrings() -> None:
+    assert page("api") == api_page.page(), "run python tools/api_page.py"
+    shown = set(re.findall(r"^### (\w+)$", page("api"), re.MULTILINE))
+    assert {name for name in runtime.__all__ if name != "__version__"} <= shown
+    assert set(errors.__all__) - {"amount"} <= shown

@@ -19,7 +19,7 @@ from tilewright.runtime.bundle.write import seal
 from tilewright.runtime.errors import UsageError
 from tilewright.runtime.estimate import available_bytes
 
-__all__ = ["Compiled", "compile_engines", "link", "list_in_card", "split", "with_engines"]
+__all__ = ["Compiled", "check_plans_fit", "compile_engines", "link", "list_in_card", "split", "with_engines"]
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def compile_engines(
     graphs, compiled = _parted(pairs)
     bundle = read_bundle(root, expect=expect)
     if plans := [p for target, p in compiled if target == "tensorrt"]:
-        _check_room(bundle, plans)
+        check_plans_fit(bundle, plans)
     with staging(root.resolve()) as folder:
         shutil.copytree(root, folder, dirs_exist_ok=True, copy_function=link)
         components, names = {}, dict[str, None]()
@@ -90,7 +90,7 @@ def compile_engines(
     return Compiled(tuple(names), bundle.digest, read_bundle(root).digest)
 
 
-def _check_room(bundle: Bundle, precisions: Sequence[str]) -> None:
+def check_plans_fit(bundle: Bundle, precisions: Sequence[str]) -> None:
     """Refuse plans that do not fit on this machine's GPU, or into its memory, before anything is compiled."""
     from tilewright.export.build.plan import this_card
     from tilewright.export.plans.forecast import check_gpu, check_host, plan_forecast

@@ -17,7 +17,7 @@ __all__ = ["GPUS", "PlanForecast", "check_gpu", "check_host", "gpu_bytes", "plan
 
 # architecture -> memory in GB of its smallest card for servers
 GPUS = {"sm75": 16, "sm80": 40, "sm86": 24, "sm89": 24, "sm90": 80, "sm100": 180, "sm103": 270, "sm120": 32}
-WIDTHS = {"float32": 4, "bfloat16": 2}
+WIDTHS = {"float32": 4, "bfloat16": 2, "int8": 1, "fp8": 1}
 COPIES = 2  # of a component's weights while its plan is compiled, on the host and on the GPU
 HOST_BYTES = 3_000_000_000  # Python and TensorRT with its library of kernels
 DEVICE_BYTES = 1_500_000_000  # CUDA's context and the values inside of calls of a small tile

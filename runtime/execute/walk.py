@@ -12,7 +12,7 @@ import numpy as np
 from tilewright.runtime.bundle.program import Pass, Program, untiled_values
 from tilewright.runtime.engines import Engine
 from tilewright.runtime.errors import DeviceError, UsageError
-from tilewright.runtime.execute.devices import CpuDevice
+from tilewright.runtime.execute.devices import CpuDevice, Device
 from tilewright.runtime.execute.executor import Executor, Task
 from tilewright.runtime.execute.finished import Finished
 from tilewright.runtime.execute.values import Floats, Image, Table, Values
@@ -24,7 +24,7 @@ from tilewright.runtime.plan.rounds import reached, skipped_passes, with_other_w
 from tilewright.runtime.plan.schedules import SCHEDULES
 from tilewright.runtime.plan.tiles import TilePlan
 
-__all__ = ["Job", "Walk", "layout", "run"]
+__all__ = ["Job", "Walk", "layout", "run", "run_on"]
 
 
 @dataclass
@@ -211,7 +211,12 @@ def run(
     program: Program, engines: Mapping[str, Engine], constants: Mapping[str, Any], job: Job, *, devices: int = 1
 ) -> Floats:
     """The result grid [3, H, W] of a job, on devices that share these engines."""
-    executor = Executor([CpuDevice(f"cpu:{i}", engines) for i in range(devices)])
+    return run_on([CpuDevice(f"cpu:{i}", engines) for i in range(devices)], program, constants, job)
+
+
+def run_on(devices: Sequence[Device], program: Program, constants: Mapping[str, Any], job: Job) -> Floats:
+    """The result grid [3, H, W] of a job, on these devices."""
+    executor = Executor(devices)
     height, width = job.image.shape[1:]
     whole = np.empty((program.grids["result"].channels, height, width), np.float32)
 

@@ -113,9 +113,12 @@ def _from_array(array: npt.NDArray[Any], max_pixels: int) -> Picture:
     return _split(array, None)
 
 
-def image_size(path: Path) -> tuple[int, int]:
+def image_size(source: Path | BinaryIO) -> tuple[int, int]:
     """The width and the height of an image file, from its header."""
-    with opened_image(path) as file, _identified(file, str(path)) as image:
+    if not isinstance(source, Path):
+        with _identified(source, "the image") as image:
+            return image.size
+    with opened_image(source) as file, _identified(file, str(source)) as image:
         return image.size
 
 

@@ -1,0 +1,57 @@
+"""`tilewright export build --dry-run`: the stages, disk, memory and time of a build, and of its plans."""
+
+import argparse
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from tilewright.cli.plans import forecast_of_plans
+from tilewright.cli.terminal import answer, span
+from tilewright.runtime.errors import ResourceError, amount
+
+if TYPE_CHECKING:
+    from tilewright.export.build.forecast import Forecast
+    from tilewright.export.build.request import Request
+
+__all__ = ["dry_run"]
+
+
+def dry_run(arguments: argparse.Namespace, request: "Request", explained: dict[str, Any], plans: Sequence[str]) -> None:
+    """Predict a build, and the plans in these precisions."""
+    from tilewright.export.build.forecast import forecast
+    from tilewright.export.build.preflight import check_request, check_room, free_room
+    from tilewright.export.build.run import up_to_date
+    from tilewright.export.build.stage_list import list_stages, quick_digest
+
+    check_request(request)
+    stages = list_stages(request, quick_digest)
+    predicted = forecast(request, stages, up_to_date=up_to_date(request, stages))
+    free_disk, free_memory = free_room(predicted)
+    free = {"free_disk": {str(place): n for place, n in free_disk.items()}, "free_memory_bytes": free_memory}
+    fault = None
+    try:
+        check_room(predicted)
+    except ResourceError as error:
+        fault = error
+    disk = [f"{amount(n)} under {place}, {amount(free_disk[place])} free" for place, n in predicted.disk.items()]
+    memory = "unknown" if free_memory is None else amount(free_memory)
+    lines = [
+        f"stages: {', '.join(predicted.stages) or 'none, the bundle is up to date'}",
+        f"disk: {'; '.join(disk) or 'nothing'}",
+        f"peak memory: {amount(predicted.memory)}, {memory} free",
+        f"time: {_time(predicted)}",
+    ]
+    report = predicted.to_json() | free | explained
+    if plans:
+        compiling, too_much = forecast_of_plans(request, plans, arguments.gpu)
+        report["plans"] = compiling.to_json()
+        lines += compiling.lines()
+        fault = ResourceError(f"{fault}; {too_much}") if fault and too_much else fault or too_much
+    answer(arguments, report, "\n".join(lines), fault=fault)
+
+
+def _time(predicted: "Forecast") -> str:
+    unknown = [name for name in predicted.stages if name not in predicted.seconds]
+    if predicted.stages == unknown:
+        return "unknown, no build of this size has run here" if unknown else "none"
+    without = f", without {', '.join(unknown)}" if unknown else ""
+    return f"about {span(sum(predicted.seconds.values()))} by earlier builds here{without}"

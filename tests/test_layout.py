@@ -51,7 +51,7 @@ RUNTIME = (
     {"setup.py", "sitting.py"},
     {"cluster.py"},
     {"restore.py", "simulate.py"},
-    {"profile.py", "triton_server.py", "folder.py"},
+    {"profile.py", "triton_server.py", "folder.py", "atlas.py", "atlas_page.py"},
     {"doctor.py"},
     {"serve"},
 )

@@ -26,6 +26,7 @@ HERE = {  # pages whose commands run here, one page after the other in one direc
     "install": ROOT / "docs" / "install.md",
     "kernels": ROOT / "docs" / "kernels.md",
     "large-images": ROOT / "docs" / "large-images.md",
+    "profiling": ROOT / "docs" / "profiling.md",
     "python": ROOT / "docs" / "python.md",
     "runtime": ROOT / "docs" / "runtime.md",
 }

@@ -61,8 +61,8 @@ lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --cache-dir .mypy_cache/strict --strict -p tilewright.runtime
-	$(BIN)/mypy --cache-dir .mypy_cache/usual -p tilewright.cli -p tilewright.export -p tilewright.kernels -p tilewright.calib
-	MYPYPATH=tools:typings $(BIN)/mypy --cache-dir .mypy_cache/train -p train
+	MYPYPATH=tools:typings $(BIN)/mypy --cache-dir .mypy_cache/usual -p tilewright.cli -p tilewright.export \
+		-p tilewright.kernels -p tilewright.calib -p train
 
 bench: .venv/ready
 	$(BIN)/python bench/run.py

@@ -1,8 +1,10 @@
 """README and pages: commands and snippets run in an empty directory, what cannot run is checked otherwise."""
 
+import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,7 @@ from PIL import Image
 
 from support.commands import told
 from support.pages import MARKS, OPTION, ROOT, Block, all_options, blocks, commands, options_of, page, verbs_of
+from tilewright.export.systems.hitoksr.sizes import PRESETS
 
 HERE = {  # pages whose commands run here, one page after the other in one directory
     "README": ROOT / "README.md",
@@ -78,29 +81,38 @@ def run(line: str) -> None:
 SIDE = 40  # pixels: two tiles by two of HiTokSR
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with the models of demo/ and a corner of its picture, and nothing else."""
-    folder = tmp_path_factory.mktemp("pages")
-    (folder / "demo").mkdir()
-    for models in ("hitoksr", "in-token"):
-        (folder / "demo" / models).symlink_to(ROOT / "demo" / models)
-    Image.open(ROOT / "demo" / "sample.png").crop((0, 0, SIDE, SIDE)).save(folder / "demo" / "sample.png")
-    return folder
+REAL = ("README", "CONTRIBUTING", "demo/hitoksr", "demo/in-token")  # other pages say what any model does
 
 
 @pytest.fixture(scope="module")
-def ran() -> set[str]:
-    """The commands that ran in that directory: the same command on another page does the same."""
+def folders(hitoksr_tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
+    """Directories with the models of demo/ and a corner of its picture, and nothing else; in one, HiTokSR is tiny."""
+    folders = {real: tmp_path_factory.mktemp("pages") / "here" for real in (True, False)}
+    for real, folder in folders.items():
+        (folder / "demo").mkdir(parents=True)
+        for models in ("hitoksr", "in-token"):
+            if real or models == "in-token":
+                (folder / "demo" / models).symlink_to(ROOT / "demo" / models)
+        Image.open(ROOT / "demo" / "sample.png").crop((0, 0, SIDE, SIDE)).save(folder / "demo" / "sample.png")
+    tiny = shutil.copytree(hitoksr_tiny / "weights" / "hitoksr", folders[False] / "demo" / "hitoksr")
+    sizes = {"_class_name": "HiTokSR", **PRESETS["tiny"], "tile_px": 96, "overlap_px": 32}
+    (tiny / "config.json").write_text(json.dumps(sizes))
+    return folders
+
+
+@pytest.fixture(scope="module")
+def ran() -> set[tuple[bool, str]]:
+    """The commands that ran in each directory: the same command on another page does the same."""
     return set()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", HERE)
 def test_commands_and_snippets_run_in_an_empty_directory(
-    name: str, folder: Path, ran: set[str], monkeypatch: pytest.MonkeyPatch
+    name: str, folders: dict[bool, Path], ran: set[tuple[bool, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(folder)
+    real = name in REAL
+    monkeypatch.chdir(folders[real])
     for block in blocks(HERE[name].read_text(), "sh", "python"):
         if block.language == "python":
             code = f"{block.text}\nassert image.dtype.name == 'uint8' and image.shape[2] == 3"
@@ -109,12 +121,12 @@ def test_commands_and_snippets_run_in_an_empty_directory(
         for line in [] if block.mark else block.lines:
             if (target := make_target(line)) is not None:
                 assert target in TARGETS, line  # what they do runs in other tests, and in CI
-            elif line not in ran:
+            elif (real, line) not in ran:
                 assert RUNS.match(line), f"{line}: mark the block with one of {', '.join(MARKS)}"
                 (typed if name == "README" else run)(line)  # a new user's commands, each in a process of its own
                 for picture in re.findall(r"(\S+\.png)", line if " restore " in line else ""):
                     assert Path(picture).stat().st_size, line
-                ran.add(line)
+                ran.add((real, line))
 
 
 @pytest.mark.parametrize("file", PAGES, ids=name_of)

@@ -86,6 +86,7 @@ def test_engines_of_a_format_are_replaced_and_a_recipe_of_another_bundle_is_refu
     assert read_bundle(root).digest == bundle.digest
 
 
+@pytest.mark.slow
 def test_a_bundle_that_is_not_the_expected_one_gets_no_engines(
     made: tuple[Path, Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -110,6 +111,7 @@ def test_a_bundle_that_is_not_the_expected_one_gets_no_engines(
     assert read_bundle(root, fresh=True).digest != digest
 
 
+@pytest.mark.slow
 def test_the_gate_judges_on_pictures_that_were_held_out_and_says_what_ran_in_8_bits(
     made: tuple[Path, Recipe], held: Path
 ) -> None:

@@ -23,6 +23,7 @@ def written(observations: Observations, folder: Path) -> bytes:
     return (folder / "s.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_any_split_and_any_order_of_merging_gives_the_same_bytes(

@@ -243,6 +243,7 @@ def test_a_missing_engine_is_exit_4(hitoksr_tiny: Path, tmp_path: Path) -> None:
     assert "pip install" in refused(started(*words, PYTHONPATH=str(tmp_path)), 4)
 
 
+@pytest.mark.slow
 def test_too_little_memory_is_exit_5_before_anything_runs(hitoksr_tiny: Path, tmp_path: Path) -> None:
     big = tmp_path / "big.png"
     Image.new("RGB", (20_000, 5_000)).save(big)

@@ -144,6 +144,7 @@ def test_resources_without_triton_say_what_to_install(monkeypatch):
         run("check", "--resources")
 
 
+@pytest.mark.slow
 @with_triton
 def test_resources_are_a_table_of_kernels_and_a_miss_is_one_line(answered, doctored, monkeypatch, capsys):
     monkeypatch.setattr(gate, "ARCHS", (86,))

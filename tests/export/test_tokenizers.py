@@ -162,6 +162,7 @@ def test_clip_has_the_ids_of_a_byte_level_bpe(folder, vocab):
             assert ours(prompt, 77) == byte_level_bpe(files, prompt, 77), prompt
 
 
+@pytest.mark.slow
 def test_clip_keeps_eos_when_it_cuts(folder):
     ours = encoder(folder, clip(write(folder, stand_in_clip(49408)), 77))
     long, short = ours("photo " * 100, 77), ours("photo", 77)
@@ -270,6 +271,7 @@ def test_tiny_stand_ins_tell_prompts_apart(folder):
     assert ours("é", 16)[:3] == [3, 2, 1]
 
 
+@pytest.mark.slow
 def test_the_full_clip_stand_in_knows_every_byte(folder):
     ours = encoder(folder, clip(write(folder, stand_in_clip(49408)), 77))
     assert not any(49405 in ours(prompt, 77) for prompt in PROMPTS)

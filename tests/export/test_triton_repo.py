@@ -162,6 +162,7 @@ def test_a_bad_request_is_answered_by_one_line_and_the_others_go_on(
     assert after.outputs()["restored"].startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_the_config_is_a_message_of_the_server(tinted, tmp_path) -> None:
     triton_repo(tinted, tmp_path / "repository", devices=("cpu:0",))
     config = message(tmp_path / "repository")

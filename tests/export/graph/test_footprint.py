@@ -221,6 +221,7 @@ def test_the_need_of_a_traced_network_covers_its_peak_and_grows_with_the_picture
         assert needs[n - 1] - memory.per_px2 * (16 * n) ** 4 == pytest.approx(peak, rel=1e-3)
 
 
+@pytest.mark.slow
 @COMPONENTS
 @settings(deadline=None, max_examples=10)
 @given(data=st.data())

@@ -33,6 +33,7 @@ def test_no_weight_is_transposed_cut_or_cast(traced: Path) -> None:
         assert not moved & {"Cast", "Slice", "Transpose"}
 
 
+@pytest.mark.slow
 def test_a_second_time_nothing_is_left_to_do(traced: Path) -> None:
     for file in sorted(traced.glob("*.onnx")):
         model = ir.load(file)

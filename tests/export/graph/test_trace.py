@@ -229,6 +229,7 @@ def test_an_image_of_a_batch_is_restored_as_it_is_alone(sessions, form):
         np.testing.assert_array_equal(together[i], alone[0])
 
 
+@pytest.mark.slow
 def test_tracing_again_gives_the_same_bytes(traced, tmp_path):
     ir.save(trace(components_of("hitoksr", "tiny")["decode"]), tmp_path / "decode.onnx")
     assert (tmp_path / "decode.onnx").read_bytes() == (traced / "decode.onnx").read_bytes()

@@ -213,6 +213,7 @@ def test_a_step_is_that_of_the_librarys_scheduler(plain, kind):
     assert distance(ours, expected) <= 1e-5
 
 
+@pytest.mark.slow
 @LATENTS
 @pytest.mark.parametrize("kind", KINDS)
 def test_with_the_modulation_inside_a_step_is_the_same(plain, kind, size):

@@ -132,6 +132,7 @@ def test_the_graph_needs_each_parameter_and_has_plain_operators(graphs, name):
 
 
 # none is the example's own size, and two have a batch of 2
+@pytest.mark.slow
 @pytest.mark.parametrize("mixed", [0, 1])
 @pytest.mark.parametrize("units", [(2, 3, 2, 3), (2, 1, 5, 1), (1, 6, 1, 4)], ids=str)
 @pytest.mark.parametrize("name", GRAPHS)
@@ -161,6 +162,7 @@ def test_the_graph_runs_as_eager_pytorch_does_tile_by_tile(graphs, name, units, 
     assert distance(torch.from_numpy(np.asarray(ours)), expected) <= (1e-6 if name == "modulate" else 1e-5)
 
 
+@pytest.mark.slow
 def test_in_onnx_runtime_the_modulation_keeps_the_last_bit_of_guidance(graphs):
     """Whose sinusoid is evaluated at 30,000, where neighbouring numbers of float32 are 0.002 apart."""
     graph, pooled, sigmas = graphs["modulate"], random(1, 16, seed=5), torch.linspace(1, 0.04, 28)[None]

@@ -60,6 +60,7 @@ def bare_t5() -> nn.Module:
     return made(T5EncoderModel(T5Config(**T5_TINY, attn_implementation="eager")))
 
 
+@pytest.mark.slow
 def test_t5_has_one_table_of_embeddings_under_its_published_name(bare_t5):
     keys = {key for key in bare_t5.state_dict() if key != "encoder.embed_tokens.weight"}
     assert "shared.weight" in keys
@@ -160,6 +161,7 @@ def test_t5s_graph_runs_as_eager_pytorch_does(t5s, length):
     assert_runs_as_eager(t5s[length], random_ids(1, length))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 2, 5])
 def test_clips_graph_runs_as_eager_pytorch_does(clip, batch):
     assert_needs_each_parameter(clip)

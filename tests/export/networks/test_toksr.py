@@ -132,6 +132,7 @@ def test_the_graph_needs_each_parameter_and_has_plain_operators(networks, name):
     assert [node.op_type for node in nodes].count("Attention") == (4 if name in STEPS else 2)
 
 
+@pytest.mark.slow
 def test_the_texts_words_and_its_end_are_those_of_the_bare_class(networks):
     bare = CLIPTextModel(CLIPTextConfig(**CLIP, attn_implementation="eager")).eval()
     bare.load_state_dict({n.removeprefix("model."): w for n, w in networks["text"].eager.state_dict().items()})
@@ -143,6 +144,7 @@ def test_the_texts_words_and_its_end_are_those_of_the_bare_class(networks):
         close(pooled, expected[:, 3])
 
 
+@pytest.mark.slow
 @BATCHES
 @pytest.mark.parametrize(
     ("name", "expected_of"), [("ta-titok", tokens_of), ("textok", tokens_of), ("detokenise", picture_of)]
@@ -165,6 +167,7 @@ def test_a_patchs_pixels_come_row_by_row_and_the_three_of_a_pixel_together():
     torch.testing.assert_close(picture, expected, rtol=0, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("t", [0.0, 480.0, 999.0])
 @pytest.mark.parametrize("name", few_quick(STEPS, "default"))
 def test_a_step_is_the_formula_of_the_denoisers_answer(networks, name, t):

@@ -293,6 +293,7 @@ def assert_runs_as_eager(network: Any, name: str, array: np.ndarray) -> None:
 
 
 # shrunk, enlarged, one of each, square, and the example's own size, which the exporter saw
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "size", [(1, 90, 40), (2, 31, 77), (3, 9, 13), (1, 12, 200), (1, 28, 28), (2, 3, 4), (1, 1, 1)], ids=str
 )
@@ -302,18 +303,21 @@ def test_the_graph_sees_images_of_any_size_as_eager_pytorch_does(networks, name,
     assert_runs_as_eager(networks[name], "image", rng(height).random((batch, 3, height, width), np.float32))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(2, 64, 48), (1, 16, 160), (1, 48, 64), (1, 16, 16)], ids=str)
 def test_sizes_may_be_multiples(networks, size):
     batch, height, width = size
     assert_runs_as_eager(networks["clip of tiles"], "image", rng(height).random((batch, 3, height, width), np.float32))
 
 
+@pytest.mark.slow
 def test_the_crop_is_where_eager_pytorch_has_it_at_every_remainder(networks):
     for width in range(50, 90):
         for shape in ((1, 3, 50, width), (1, 3, width, 50)):
             assert_runs_as_eager(networks["clip"], "image", rng(width).random(shape, np.float32))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 3])
 def test_the_projections_run_as_eager_pytorch_does(networks, batch):
     assert_runs_as_eager(networks["redux"], "features", rng().standard_normal((batch, 5, 32), np.float32))

@@ -180,6 +180,7 @@ def as_file(shapes: Shapes) -> Tensors:
     return Tensors(Path("/nowhere"), tensors, {"it.safetensors": "it"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("components", HALVES, ids=" and ".join)
 def test_of_the_authors_full_files_every_byte_is_some_parameters(components):
     """Both layouts at full size, without a file; the authors' is one that diffusers' converter takes for FLUX's."""

@@ -16,6 +16,7 @@ from transformers import Dinov2Config, Dinov2Model
 
 from support import instantir_reference as instantir
 
+pytestmark = pytest.mark.slow
 STEPS = 5
 
 

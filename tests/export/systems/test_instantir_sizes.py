@@ -32,6 +32,7 @@ from tilewright.runtime.execute.walk import Job, run
 from tilewright.runtime.plan.noise import normal
 from tilewright.runtime.plan.schedules import ddim
 
+pytestmark = pytest.mark.slow
 TOWER = {"vocab_size": 64, "bos_token_id": 62, "max_position_embeddings": 12, "eos_token_id": 63}
 LINEAR = {
     "num_train_timesteps": 1000,

@@ -53,6 +53,7 @@ def expected(weights: dict[str, torch.Tensor], picture: np.ndarray) -> np.ndarra
     return 255 * (GAIN * F.pixel_shuffle(pixels, 2)).clamp(0, 1)[0].permute(1, 2, 0).numpy()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["branch", "merge"])
 def test_it_builds_verifies_and_restores_with_no_change_anywhere(
     cache: Path,

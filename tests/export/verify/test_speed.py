@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from tilewright.export.verify.engines import sample_photo
 from tilewright.export.verify.speed import ROUNDS, seconds_of
 from tilewright.runtime.bundle.read import read_bundle
@@ -10,6 +12,7 @@ from tilewright.runtime.execute.walk import Job
 from tilewright.runtime.images.canvas import Enlarged
 
 
+@pytest.mark.slow
 def test_each_component_has_a_time_and_the_engines_have_all_cores(hitoksr_tiny: Path) -> None:
     bundle, seen = read_bundle(hitoksr_tiny), []
     program = bundle.program

@@ -132,6 +132,7 @@ def flat(state: dict[str, Any], before: str = "") -> dict[str, torch.Tensor]:
     return made
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=150)
 @given(st.dictionaries(NAMES, STATES, min_size=1, max_size=4), st.booleans())
 def test_what_is_listed_without_loading_is_what_torch_loads(state, legacy):

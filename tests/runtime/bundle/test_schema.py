@@ -64,6 +64,7 @@ def test_the_published_schemas_say_the_default_of_all_that_may_be_left_out():
 VALUES = (-1, 0, 1, 2, 3, 16, 17, 1000, 1001, 4096, 4097, 2**63, [], "", "none of these", "float32", "zeros", "a/b")
 
 
+@pytest.mark.slow
 def test_a_value_outside_the_limits_of_the_schema_is_refused_by_the_reader(packed_bundle):
     refused = set()
     for name, schema in json_schema().items():

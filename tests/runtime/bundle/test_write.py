@@ -69,6 +69,7 @@ def test_an_existing_bundle_is_replaced_and_nothing_is_left_beside_it(
     read_bundle(target)
 
 
+@pytest.mark.slow
 def test_a_reader_finds_a_whole_bundle_at_every_moment_of_a_replacement(build, staged, tmp_path):
     target, done, read_times, faults = build("x.bundle"), threading.Event(), [], []
 

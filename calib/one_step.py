@@ -3,8 +3,9 @@
 A quarter of the pictures is held out: the engines are judged on those, and everything else sees only the others.
 """
 
+import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,13 @@ from tilewright.calib.frontier import calibrated_pictures, sensitivity, with_all
 from tilewright.calib.gates import BUDGET_DB, CROPS, gate
 from tilewright.calib.recipe import Recipe, graphs_of, make_recipe
 from tilewright.calib.trial import Trial
+from tilewright.export.build.code import code
+from tilewright.runtime.bundle.digests import sha256_of_bytes, sha256_of_file
 from tilewright.runtime.bundle.read import read_bundle
+from tilewright.runtime.bundle.strict import encode
 from tilewright.runtime.errors import InputError
 
-__all__ = ["Calibrated", "calibrate"]
+__all__ = ["Calibrated", "calibrate", "inputs_of"]
 
 LEAST = 4  # pictures: three to observe, and one to judge
 EACH = 4  # of so many pictures, the last one is held out
@@ -98,6 +102,16 @@ def calibrate(
             on_progress=on_progress,
         )
     return Calibrated(recipe, added, report)
+
+
+def inputs_of(
+    format: str, targets: Sequence[str], *, recipe: Recipe | None = None, folder: Path | None = None, **options: Any
+) -> str:
+    """The digest of all that engines in 8 bits depend on besides the bundle: a recipe or pictures, and our code."""
+    asked = {"format": format, "targets": list(targets), **options, **code(__name__)}
+    asked |= {} if recipe is None else {"recipe": encode(recipe)}
+    asked |= {} if folder is None else {"images": [sha256_of_file(p) for part in _split(folder, IMAGES) for p in part]}
+    return sha256_of_bytes(json.dumps(asked, sort_keys=True).encode())
 
 
 def _best(found: Any) -> float:

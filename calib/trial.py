@@ -61,6 +61,7 @@ class Score:
 class Recorded:
     """The calls of a component: the first few with their inputs and the names of outputs, and how many there were."""
 
+    most: int
     first: list[tuple[dict[str, Any], list[str]]] = field(default_factory=list)
     count: int = 0
 
@@ -117,9 +118,9 @@ class Trial:
             pictures.append(picture[:, :height, :width])
         return pictures, notes
 
-    def calls(self) -> dict[str, Recorded]:
-        """The calls of each component in float32."""
-        recorded = {name: Recorded() for name in sorted(self.bundle.program.components())}
+    def calls(self, most: int = RECORDED) -> dict[str, Recorded]:
+        """The calls of each component in float32, the inputs of so many at most."""
+        recorded = {name: Recorded(most) for name in sorted(self.bundle.program.components())}
         self._restore({}, recorded)
         return recorded
 
@@ -209,7 +210,7 @@ class _Noting(CpuDevice):
         names, noted = list(outputs), self.noted.get(component, {})
         if record := self.recorded.get(component):
             record.count += 1
-            if len(record.first) < RECORDED:
+            if len(record.first) < record.most:
                 record.first.append((dict(inputs), names))
         results = super().run(component, inputs, list(dict.fromkeys([*names, *noted])))
         for output in noted:
@@ -226,11 +227,10 @@ def _noted(bundle: Bundle) -> dict[str, dict[str, str | None]]:
         name: {output: None for output, spec in component.outputs.items() if spec.dtype.startswith("int")}
         for name, component in bundle.manifest.components.items()
     }
-    for p in bundle.program.passes:
+    for p in bundle.program.passes:  # other states are as large as the insides of a network
+        sampled = {name for name, state in p.state.items() if state.init == "noise"} | bundle.program.grids.keys()
         for call in p.each:
-            passed: dict[str, str | None] = {
-                o: v for o, v in call.outputs.items() if v in p.state or v in bundle.program.grids
-            }
+            passed: dict[str, str | None] = {o: v for o, v in call.outputs.items() if v in sampled}
             noted[call.run] = passed | noted[call.run]
     return noted
 

@@ -13,7 +13,7 @@ from tilewright.runtime.errors import UsageError
 if TYPE_CHECKING:
     from tilewright.export.plans.build import Options
 
-__all__ = ["add_calibrate", "add_eight_bits", "add_recipe", "split_precisions"]
+__all__ = ["add_calibrate", "add_eight_bits", "add_recipe", "eight_bit_inputs", "split_precisions"]
 
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
@@ -47,6 +47,16 @@ def split_precisions(arguments: argparse.Namespace) -> tuple[tuple[str, ...], tu
         subject = "--recipe and --calibrate are" if can_calibrate else "--recipe is"
         raise UsageError(f"{subject} for --precision int8 or fp8; name one of them")
     return tuple(name for name in arguments.precision if name not in eight_bits), eight_bits
+
+
+def eight_bit_inputs(arguments: argparse.Namespace, precision: str, targets: Sequence[str]) -> str:
+    """The digest of all that the engines in 8 bits depend on besides the bundle."""
+    from tilewright.calib.one_step import inputs_of
+    from tilewright.calib.recipe import read_recipe
+
+    if arguments.recipe is not None:
+        return inputs_of(precision, targets, recipe=read_recipe(arguments.recipe))
+    return inputs_of(precision, targets, folder=arguments.calibrate, budget_db=arguments.budget_psnr)
 
 
 def add_eight_bits(

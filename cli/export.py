@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tilewright.cli.dry_run import dry_run
-from tilewright.cli.eight_bits import add_calibrate, add_eight_bits, add_recipe, split_precisions
+from tilewright.cli.eight_bits import add_calibrate, add_eight_bits, add_recipe, eight_bit_inputs, split_precisions
 from tilewright.cli.explain import explain
 from tilewright.cli.lint import add_lint
 from tilewright.cli.plans import add_plan_options, plan_options
@@ -215,7 +215,7 @@ def _list(arguments: argparse.Namespace) -> None:
 
 def _build(arguments: argparse.Namespace) -> None:
     from tilewright.export.build.compile import compile_engines, split
-    from tilewright.export.build.history import usual_seconds
+    from tilewright.export.build.history import remember_added, usual_seconds
     from tilewright.export.build.preflight import check_request
     from tilewright.export.build.request import Request
     from tilewright.export.build.run import build, changes
@@ -223,6 +223,7 @@ def _build(arguments: argparse.Namespace) -> None:
     from tilewright.export.targets import check_makeable, target_module, usual_engines
     from tilewright.export.weights.hub import local
     from tilewright.runtime.bundle.digests import sha256_of_file
+    from tilewright.runtime.bundle.read import read_bundle
     from tilewright.runtime.engines.machine import this_machine
 
     floats, eight_bits = split_precisions(arguments)
@@ -269,15 +270,17 @@ def _build(arguments: argparse.Namespace) -> None:
         if explained and not arguments.json:
             lines = [f"{stage} runs, changed: {', '.join(reasons)}" for stage, reasons in explained["changed"].items()]
             progress.say("\n".join(lines or ["nothing changed since the last build"]))
-        cost = {} if arguments.dry_run else build(request, tell, digest)
+        added = eight_bit_inputs(arguments, eight_bits[0], asked[0]) if eight_bits else None
+        cost = {} if arguments.dry_run else build(request, tell, digest, added)
         if compiled[0] and not arguments.dry_run:
             progress.doing("compiling engines")
             compile_engines(arguments.out, *compiled)
     if arguments.dry_run:
         dry_run(arguments, request, explained, engines)
         return
-    if eight_bits:
+    if added and cost:
         add_eight_bits(arguments, arguments.out, eight_bits[0], asked[0])
+        remember_added(arguments.out, added, read_bundle(arguments.out).digest)
         return
     seconds = time.perf_counter() - start
     done = f"{arguments.out}: built in {seconds:.1f} s" if cost else f"{arguments.out}: up to date, nothing to do"

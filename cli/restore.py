@@ -115,7 +115,7 @@ def restore(arguments: argparse.Namespace) -> None:
             elif sitting.beside is None:
                 check_room(arguments.output, sitting.shape)
             elif not arguments.quiet:
-                progress.say("note: the picture does not fit in memory, so its pixels lie on the disk")
+                progress.say("note: the pixels of the picture lie on the disk, beside the output")
             ticket = sitting.begin({}, keep=False)
             progress.follow(ticket.forecast)
             if ticket.resumed and not arguments.quiet:
@@ -139,6 +139,7 @@ def restore(arguments: argparse.Namespace) -> None:
                 else:
                     write_or_keep(arguments.output, restoration.image, icc=restoration.icc, on_share=on_share)
                 now = time.perf_counter()
+                seams = ticket.seam_excess() if arguments.json else None  # it takes seconds for large pictures
     seconds = restoration.seconds | {"open": opened, "write": now - before, "total": now - start}
     height, width = restoration.image.shape[:2]
     value = {
@@ -150,6 +151,7 @@ def restore(arguments: argparse.Namespace) -> None:
         "bits": arguments.bits,
         "on_disk": sitting.beside is not None,
         "tiles": restoration.tiles,
+        "seam_excess": seams,
         "seconds": seconds,
         "peak_bytes": restoration.peak_bytes,
         "engines": restoration.engines,
@@ -171,9 +173,8 @@ def _lift_pillows_limit() -> None:
 
 def _sizes(arguments: argparse.Namespace) -> dict[str, Any]:
     """The options of a restoration that are not the bundle's."""
-    return {
-        name: getattr(arguments, name) for name in ("tile", "overlap", "seed", "steps", "scale", "max_pixels", "bits")
-    }
+    names = ("tile", "overlap", "seed", "steps", "scale", "max_pixels", "bits", "color", "jitter")
+    return {name: getattr(arguments, name) for name in names}
 
 
 def _notes(arguments: argparse.Namespace) -> None:

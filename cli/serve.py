@@ -43,7 +43,7 @@ def serve_arguments(serve: argparse.ArgumentParser) -> None:
 def serve(arguments: argparse.Namespace) -> None:
     """Run a service until a signal ends it."""
     from tilewright.runtime.bundle.read import require_bundle
-    from tilewright.runtime.serve.settings import Settings, is_loopback, listen, read_token
+    from tilewright.runtime.serve.settings import Settings, is_loopback, listen, name_of, read_token
 
     for bundle in arguments.bundle:
         require_bundle(bundle)
@@ -84,7 +84,7 @@ def serve(arguments: argparse.Namespace) -> None:
         note(arguments, f"whoever reaches {arguments.host} may use this service; add --token-file")
     host, port = listener.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    value = {"url": url, "bundles": sorted(path.resolve().name for path in arguments.bundle)}
+    value = {"url": url, "bundles": [name_of(path) for path in arguments.bundle]}
 
     def ready() -> None:
         answer(arguments, value, f"serving {', '.join(value['bundles'])} at {url}; Ctrl-C ends it")

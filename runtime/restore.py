@@ -164,9 +164,9 @@ class Restorer:
         walk = Walk(program, self.executor, self.constants, job, self.lay)
         file = None if resume is None else Path(resume)
         place = place if needs.on_disk else None
-        return Sitting(
-            self.bundle, picture, needs, walk, arguments, clock, self.ran, self.threads, file, on_part, place, bits
-        )
+        ran, threads = self.ran, self.threads
+        sitting = Sitting(self.bundle, picture, needs, walk, arguments, clock, ran, threads, file, on_part)
+        return replace(sitting, beside=place, bits=bits, color=color)
 
     def _picture(
         self, image: Any, beside: Path | None, bits: int, max_pixels: int, size: Callable[..., Estimate]

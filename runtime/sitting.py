@@ -22,6 +22,7 @@ from tilewright.runtime.images.canvas import Enlarged, fill
 from tilewright.runtime.images.color import recolored
 from tilewright.runtime.images.on_disk import PixelFile, Rectangle, disk_error
 from tilewright.runtime.images.read import Picture
+from tilewright.runtime.images.seams import borders, seam_excess
 from tilewright.runtime.images.vips import BITS
 from tilewright.runtime.images.write import PictureOnDisk, assemble
 from tilewright.runtime.inputs import gather, seconds
@@ -348,6 +349,19 @@ class Ticket:
 
     def _runs(self, walk: Walk) -> bool:
         return self._walk() is walk
+
+    def seam_excess(self) -> float:
+        """How much more the result changes across the borders of tiles than beside them; 0 means no seam.
+
+        It is of the pixels before their colours were changed, at the nominal borders of all passes.
+        """
+        sitting = self.sitting
+        tiled = [plan for p, plan in sitting.estimate.passes if p.tiles]
+        tops, lefts = (
+            sorted({place for pairs in axis for place in borders(*pairs)})
+            for axis in ([(p.tops, p.tile_height) for p in tiled], [(p.lefts, p.tile_width) for p in tiled])
+        )
+        return seam_excess(self.rgb, tops, lefts, sitting.bundle.program.multiple_px)
 
     def done(self) -> bool:
         """Whether `result` would return at once."""

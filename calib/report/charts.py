@@ -8,7 +8,7 @@ from html import escape
 __all__ = ["Dot", "bar", "heat_map", "lines"]
 
 WIDTH, HEIGHT = 640, 300
-LEFT, RIGHT, TOP, BOTTOM = 58, 18, 14, 46  # around the plot
+LEFT, RIGHT, TOP, BOTTOM = 58, 30, 14, 46  # around the plot
 FAINTEST = 5.0  # powers of two below the largest, where a cell has no colour left
 
 
@@ -63,7 +63,9 @@ def lines(
             parts.append(f'<circle class="dot {kind} {dot.kind}" cx="{x}" cy="{y}" r="4.5">{about}</circle>')
             if dot.label:
                 end = x > (LEFT + WIDTH - RIGHT) / 2
-                text = f'class="label {"end" if end else ""}" x="{x + (-9 if end else 9)}" y="{y + 4}"'
+                text = (
+                    f'class="label {"end" if end else ""}" x="{x + (-9 if end else 9)}" y="{y - 8 if end else y + 4}"'
+                )
                 parts.append(f"<text {text}>{escape(dot.label)}</text>")
     return "".join([*parts, "</svg>"])
 

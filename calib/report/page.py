@@ -1,6 +1,7 @@
 """The report as one HTML page, which needs nothing from elsewhere: no script, no font, no file beside it."""
 
 import base64
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -16,7 +17,7 @@ __all__ = ["page"]
 
 STYLE = Path(__file__).with_name("page.css")
 MOST_ROWS = 48  # of a heat map
-MOST_GROUPS = 40
+MOST_GROUPS = 24
 Facts = Mapping[str, Any]
 
 
@@ -194,15 +195,15 @@ def _groups(recipe: Facts, of: str) -> list[str]:
         returned = set(group["layers"]) <= kept
         rows.append(
             [
-                escape(group["name"]),
-                bar(10 ** (-group["mean_db"] / 20) / most, "kept" if returned else ""),
+                _breakable(group["name"]),
                 f"{group['mean_db']:.1f}",
+                bar(10 ** (-group["mean_db"] / 20) / most, "kept" if returned else ""),
                 f"{group['worst_db']:.1f}",
                 f"{group['share']:.1%}",
                 "float" if returned else "8 bits",
             ]
         )
-    heads = ["group alone in 8 bits", "error", "dB", "worst", "of the work", "now in"]
+    heads = ["group alone in 8 bits", "dB", "error", "worst", "of the work", "now in"]
     text = (
         "One group of layers in 8 bits, all others in float. The longer the bar, the larger the error of the picture."
     )
@@ -211,14 +212,19 @@ def _groups(recipe: Facts, of: str) -> list[str]:
     return _section(f"Sensitivity{of}", _table(heads, rows, "bars"), text)
 
 
+def _breakable(name: str) -> str:
+    """A name that may be broken after its dots and slashes."""
+    return re.sub("([./])", r"\1<wbr>", escape(name))
+
+
 def _heat(recipe: Facts, of: str) -> list[str]:
-    inputs = {name: entry for name, entry in recipe["inputs"].items() if entry["largest"]}
-    if not inputs:
+    steps = max((len(entry["largest"]) for entry in recipe["inputs"].values()), default=0)
+    if not steps:
         return []
+    inputs = {name: entry for name, entry in recipe["inputs"].items() if len(entry["largest"]) == steps}
     spread = {name: max(entry["largest"]) / (min(entry["largest"]) or 1) for name, entry in inputs.items()}
     shown = sorted(sorted(inputs, key=lambda name: -spread[name])[:MOST_ROWS])
     chart = heat_map({n: inputs[n]["largest"] for n in shown}, {n: f"{inputs[n]['scale']:.3g}" for n in shown})
-    steps = max(len(entry["largest"]) for entry in inputs.values())
     text = "The largest number that enters a layer at each step, beside the largest of all steps; each level of colour"
     text += " is a factor. At the right is the scale of the engine, which holds for all steps."
     if steps == 1:
@@ -251,7 +257,7 @@ def _plan(recipe: Facts, engines: Sequence[Facts], precision: str, of: str) -> l
         )
         layers.append(
             [
-                escape(name),
+                _breakable(name),
                 f"{layer['share']:.1%}",
                 "float" if kept else escape(layer["weight"]),
                 ranges,

@@ -98,7 +98,7 @@ class _Guard:
         except ClientDisconnect:
             pass
         except Exception as error:  # ours to repair; the client has an answer without a traceback
-            LOG.error("%s %s: internal error", scope["method"], scope["path"][:80], exc_info=error)
+            LOG.error("%s %r: internal error", scope["method"], scope["path"][:80], exc_info=error)
         finally:
             route = getattr(scope.get("route"), "path", "other")
             self.service.metrics.requests.labels(route, str(status)).inc()
@@ -133,6 +133,7 @@ class _Face:
 
     def __init__(self, service: Service, jobs: Jobs) -> None:
         self.service, self.jobs = service, jobs
+        self.uploads = 0  # requests whose body is still coming
         self.html = files("tilewright.runtime.serve").joinpath("page.html").read_text("utf-8")
 
     async def page(self, request: Request) -> Response:
@@ -177,7 +178,7 @@ class _Face:
         return {
             "id": name,
             "object": "model",
-            "created": 0,
+            "created": volume.created,
             "owned_by": "tilewright",
             "system": volume.bundle.manifest.system,
             "licence": volume.bundle.manifest.licence,
@@ -250,6 +251,10 @@ class _Face:
             raise Refusal(
                 415, "the request is no multipart/form-data; send the image as a file in a form", "wrong_type"
             )
+        if self.uploads >= self.service.settings.max_queue + self.service.places:
+            text, retry_s = f"{self.uploads} images are being sent already; try again later", self.service.retry_s()
+            raise Refusal(429, text, "queue_full", retry_s=retry_s)
+        self.uploads += 1
         try:
             form = request.form(max_files=MOST_FILES, max_fields=MOST_FIELDS, max_part_size=TEXT_BYTES)
             return await asyncio.wait_for(form, self.service.settings.upload_s)
@@ -260,6 +265,8 @@ class _Face:
             raise
         except Exception as error:  # what the parser makes of bytes that are no form
             raise Refusal(400, "the form is damaged; build it with a library", "malformed") from error
+        finally:
+            self.uploads -= 1
 
     async def _result(self, request: Request, order: Order) -> Answer:
         """Wait for the result. The order is cancelled if the client hangs up, or its time is over."""

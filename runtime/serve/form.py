@@ -11,6 +11,7 @@ from starlette.datastructures import FormData, UploadFile
 from tilewright.runtime.bundle.arguments import Argument
 from tilewright.runtime.bundle.program import Input
 from tilewright.runtime.errors import InputError, UsageError
+from tilewright.runtime.images.color import COLORS
 from tilewright.runtime.images.read import image_size
 from tilewright.runtime.inputs import checked
 from tilewright.runtime.plan.noise import WORD_MAX
@@ -78,30 +79,33 @@ def order_of(form: FormData, service: Service) -> Order:
         text = f"the image is {width}x{height} = {width * height} pixels, over the limit of {most}; send a smaller one"
         raise Refusal(413, text, "image_too_large", "image")
     arguments = _arguments(form, volume)
-    options = {name: value for name, ends in WHOLE.items() if (value := _whole(form, name, *ends)) is not None}
+    options: dict[str, Any] = {
+        name: value for name, ends in WHOLE.items() if (value := _whole(form, name, *ends)) is not None
+    }
     _check_steps(options, volume)
+    options |= _color(form)
+    options |= {"jitter": True} if _truth(form, "jitter") else {}
     if (scale := _scale_of_size(form, size, volume)) is not None:
         if options.get("scale", scale) != scale:
             raise _wrong("size", f"size and scale={options['scale']} ask for two sizes; send one of them")
         options["scale"] = scale
-    mask = _upload(form, "mask")
+    mask = _mask(form, size)
     _check_neutral(form, volume)
     format_ = _text(form, "output_format") or "png"
     if format_ not in FORMATS:
         raise _wrong("output_format", f"output_format {_short(format_)} is not one of {', '.join(FORMATS)}")
     sizes: dict[str, Any] = {name: options[name] for name in ("tile", "overlap", "steps", "scale") if name in options}
     try:
-        order = service.needed(volume, size, sizes, mask is not None, _length(image))
+        layers = (mask is not None) + ("color" in options)
+        room = service.room_for(volume, size, sizes, layers=layers, file=_length(image))
     except UsageError as error:
         raise Refusal(422, str(error), "invalid_value") from None
-    order.image, order.mask, order.format = image, mask, format_
-    order.options = options | arguments
-    order.seconds = service.settings.deadline_s
-    if (seconds := _number(form, "deadline_s")) is not None:
-        if not 0 < seconds <= order.seconds:
-            raise _wrong("deadline_s", f"deadline_s={seconds:g} is not above 0 and at most {order.seconds:g}")
-        order.seconds = seconds
-    return order
+    longest = service.settings.deadline_s
+    chosen = _number(form, "deadline_s")
+    seconds = longest if chosen is None else chosen
+    if not 0 < seconds <= longest:
+        raise _wrong("deadline_s", f"deadline_s={seconds:g} is not above 0 and at most {longest:g}")
+    return Order(model, image, *room, format=format_, options=options | arguments, mask=mask, seconds=seconds)
 
 
 def _image(form: FormData) -> BinaryIO:
@@ -115,12 +119,20 @@ def _image(form: FormData) -> BinaryIO:
     return images[0].file
 
 
-def _upload(form: FormData, name: str) -> BinaryIO | None:
-    values = form.getlist(name)
+def _mask(form: FormData, size: tuple[int, int]) -> BinaryIO | None:
+    """The mask, if there is one. It has the size of the image."""
+    values = form.getlist("mask")
     if not values:
         return None
     if len(values) > 1 or not isinstance(values[0], UploadFile):
-        raise _wrong(name, f"{name} is not one file; send the file itself, once")
+        raise _wrong("mask", "mask is not one file; send the file itself, once")
+    try:
+        width, height = image_size(values[0].file)
+    except InputError as error:
+        raise Refusal(415, str(error).replace("image", "mask", 1), "unsupported_image", "mask") from None
+    if (width, height) != size:
+        text = f"the mask has {width}x{height} px and the image {size[0]}x{size[1]}; send one of the image's size"
+        raise _wrong("mask", text)
     return values[0].file
 
 
@@ -129,6 +141,7 @@ def _arguments(form: FormData, volume: Volume) -> dict[str, Any]:
     listed = volume.bundle.arguments
     usual = {*NEUTRAL, *IGNORED, *WHOLE, *FILES}
     usual |= {"model", "prompt", "size", "output_format", "stream", "parts", "partial_images", "deadline_s"}
+    usual |= {"color", "jitter"}
     if unknown := [name for name in form if name not in usual and name not in listed]:
         takes = ", ".join(listed) or "no arguments of its own"
         raise _wrong(unknown[0], f"unknown field {_short(unknown[0])}; {volume.name} takes {takes}")
@@ -168,6 +181,13 @@ def _value(name: str, text: str, argument: Argument, spec: Input | None) -> Any:
 def _check_steps(options: Mapping[str, Any], volume: Volume) -> None:
     if "steps" in options and not any(p.steps for p in volume.bundle.program.passes):
         raise _wrong("steps", f"steps={options['steps']}: {volume.name} has no steps; leave it out")
+
+
+def _color(form: FormData) -> dict[str, str]:
+    color = _text(form, "color") or "off"
+    if color not in COLORS:
+        raise _wrong("color", f"color={_short(color)} is not one of {', '.join(COLORS)}")
+    return {} if color == "off" else {"color": color}
 
 
 def _scale_of_size(form: FormData, size: tuple[int, int], volume: Volume) -> int | None:

@@ -170,9 +170,11 @@ class Jobs:
         image, mask = self._image(name), self._mask(name)
         sizes = {option: options[option] for option in SIZES if option in options}
         volume = self.service.shelf.current(model)
-        order = self.service.needed(volume, image_size(image), sizes, mask.exists(), image.stat().st_size)
-        order.image, order.mask = image.open("rb"), mask.open("rb") if mask.exists() else None
-        order.options, order.format, order.seconds = options, wish["format"], wish["seconds"]
+        masked, size = mask.exists(), image.stat().st_size
+        layers = masked + ("color" in options)
+        room = self.service.room_for(volume, image_size(image), sizes, layers=layers, file=size)
+        order = Order(model, image.open("rb"), *room, wish["format"], options, seconds=wish["seconds"])
+        order.mask = mask.open("rb") if masked else None
         return order
 
     def _begin(self, name: str, order: Order, *, always: bool) -> None:
@@ -183,23 +185,32 @@ class Jobs:
 
         self.service.accept(order, always=always)
         order.future.add_done_callback(ended)
+        self.ended.put("")  # the keeper looks when this job will be late
 
     def _keep(self) -> None:
         """Store results as they come, and remove those that have expired."""
         while True:
             self._expire()
             try:
-                name = self.ended.get(timeout=LOOK_S)
+                name = self.ended.get(timeout=self._cancel_late())
             except Empty:
                 continue
             if name is None:
                 return
-            if (order := self.orders.get(name)) is None:  # deleted
+            if (order := self.orders.get(name)) is None:  # deleted, or no job
                 continue
             self._store(name, order)
             self.orders.pop(name, None)
             order.image.close()
             del order
+
+    def _cancel_late(self) -> float:
+        """Cancel the jobs whose time is over; the seconds until the next look."""
+        now = time.monotonic()
+        ends = {order: order.ends for order in list(self.orders.values()) if not order.late}
+        for order in [order for order, end in ends.items() if end <= now]:
+            self.service.cancel(order, late=True)
+        return min([LOOK_S, *(end - now for end in ends.values() if end > now)])
 
     def _store(self, name: str, order: Order) -> None:
         if error := order.future.exception():

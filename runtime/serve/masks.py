@@ -18,7 +18,7 @@ def masked(pixels: Pixels, source: Picture, mask: BinaryIO) -> Pixels:
     height, width = source.rgb.shape[:2]
     picture = read_image(mask.read(), max_pixels=height * width)
     if picture.alpha is None or picture.alpha.shape != (height, width):
-        shape = "no transparency" if picture.alpha is None else "x".join(map(str, picture.rgb.shape[1::-1]))
+        shape = "no transparency" if picture.alpha is None else "x".join(map(str, picture.rgb.shape[1::-1])) + " px"
         raise InputError(f"the mask has {shape}; send a PNG of {width}x{height} px, transparent where to restore")
     size = (pixels.shape[1], pixels.shape[0])
     enlarged = assemble(np.asarray(Image.fromarray(source.rgb).resize(size, Image.Resampling.BICUBIC)), source)

@@ -7,9 +7,10 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessColl
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from tilewright.runtime.restore import Restorer
 from tilewright.runtime.serve.orders import Answer, Order
 from tilewright.runtime.serve.refusals import refusal_of
-from tilewright.runtime.serve.shelf import Shelf, Volume
+from tilewright.runtime.serve.shelf import Shelf
 from tilewright.runtime.sitting import Restoration
 
 __all__ = ["Metrics"]
@@ -86,9 +87,9 @@ class Metrics:
         elif order.state == "failed" and refusal_of(end).status >= 500:
             self.faults.labels(type(end).__name__).inc()
 
-    def forget(self, volume: Volume) -> None:
+    def forget(self, name: str, restorer: Restorer) -> None:
         """Keep the busy time of the devices of a bundle that is about to be closed."""
-        for key, spent in busy(volume).items():
+        for key, spent in busy(name, restorer).items():
             self.closed_s[key] = self.closed_s.get(key, 0.0) + spent
 
 
@@ -98,14 +99,10 @@ def size_class(order: Order) -> str:
     return next((f"<={size:g}" for size in SIZES if megapixels <= size), f">{SIZES[-1]:g}")
 
 
-def busy(volume: Volume) -> dict[tuple[str, str], float]:
+def busy(name: str, restorer: Restorer) -> dict[tuple[str, str], float]:
     """Bundle and device -> the seconds that it has run calls."""
-    if volume.restorer is None:
-        return {}
-    executor = volume.restorer.executor
-    return {
-        (volume.name, device.name): spent for device, spent in zip(executor.devices, executor.calls.busy_s, strict=True)
-    }
+    executor = restorer.executor
+    return {(name, device.name): spent for device, spent in zip(executor.devices, executor.calls.busy_s, strict=True)}
 
 
 class _Now(Collector):
@@ -126,11 +123,13 @@ class _Now(Collector):
         seconds = dict(self.metrics.closed_s)
         hung = 0
         for volume in service.shelf.all():
+            restorer = volume.restorer  # another thread may put it away
             if not volume.outdated:
-                opened.add_metric([volume.name], float(volume.restorer is not None))
-            for key, spent in busy(volume).items():
-                seconds[key] = seconds.get(key, 0.0) + spent
-            hung += len(volume.restorer.executor.hung) if volume.restorer else 0
+                opened.add_metric([volume.name], float(restorer is not None))
+            if restorer is not None:
+                for key, spent in busy(volume.name, restorer).items():
+                    seconds[key] = seconds.get(key, 0.0) + spent
+                hung += len(restorer.executor.hung)
         yield opened
         devices = CounterMetricFamily(
             "tilewright_device_busy_seconds", "Time in which a device ran calls.", labels=["bundle", "device"]

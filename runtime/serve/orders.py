@@ -39,7 +39,6 @@ class Order:
     options: Mapping[str, Any] = field(default_factory=dict)  # of `Restorer.submit`, and the bundle's arguments
     mask: BinaryIO | None = None
     seconds: float = 3600.0  # that it may take
-    on_progress: Callable[[str, int, int], None] = lambda name, done, total: None
     on_part: Callable[[int, int, npt.NDArray[np.uint8]], None] | None = None
     id: str = field(default_factory=lambda: secrets.token_hex(16))
     future: "Future[Answer]" = field(default_factory=Future)

@@ -6,6 +6,7 @@ import logging
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
@@ -21,6 +22,7 @@ __all__ = ["serve", "server_of"]
 LOG = logging.getLogger("tilewright")
 MOST_CONNECTIONS = 1000
 IDLE_S = 30
+LAST_S = 1.0  # for the answers to orders that a second signal has cancelled
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -69,6 +71,9 @@ def _until_signals(
         if server.should_exit:
             LOG.warning("a second signal: what runs is cancelled")
             service.stop()
+            service.close()
+            time.sleep(LAST_S)
+            server.force_exit = True  # clients that do not read their answers would hold the service for ever
             return
         service.drain()
         LOG.warning("stopping: %d requests are finished first", len(service.queue) + len(service.running))

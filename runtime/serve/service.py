@@ -14,10 +14,11 @@ from concurrent.futures import CancelledError
 from threading import Condition, Thread
 from typing import Any
 
-from tilewright.runtime.errors import DeviceError, InputError, ResourceError, TilewrightError, amount
+from tilewright.runtime.errors import DeviceError, InputError, ResourceError, TilewrightError, UsageError, amount
 from tilewright.runtime.estimate import INTERPRETER_BYTES, available_bytes
 from tilewright.runtime.folder import PER_DEVICE
 from tilewright.runtime.images.write import encode_image
+from tilewright.runtime.restore import Restorer
 from tilewright.runtime.serve.masks import masked
 from tilewright.runtime.serve.metrics import Metrics
 from tilewright.runtime.serve.orders import Answer, Order
@@ -30,7 +31,7 @@ __all__ = ["Service"]
 LOG = logging.getLogger("tilewright")
 SHARE = 0.8  # of the memory that is free at the start
 PX_BYTES = 10  # a pixel of a result: its file, the file as text, and a channel of alpha
-MASK_BYTES = 8  # the enlarged mask and the enlarged source
+LAYER_BYTES = 8  # of a pixel: the enlarged source, and what it is mixed by
 LONGEST_RETRY_S = 3600
 
 
@@ -85,12 +86,18 @@ class Service:
             open_ones = [v.restorer.executor for v in self.shelf.all() if v.restorer]
         return not any(len(executor.hung) == len(executor.devices) for executor in open_ones)
 
-    def needed(self, volume: Volume, size: tuple[int, int], sizes: Mapping[str, Any], masks: bool, file: int) -> Order:
-        """An order for an image of this size, with its memory and without its image."""
+    def room_for(
+        self, volume: Volume, size: tuple[int, int], sizes: Mapping[str, Any], *, layers: int, file: int
+    ) -> tuple[int, int, int]:
+        """Width and height of the result for an image of this size, and the memory that it needs.
+
+        `sizes`: options that decide them. `layers`: how often pixels are mixed, by a mask or by colours. `file`: the
+        bytes of the image file.
+        """
         needs = volume.estimate(*size, **sizes)
         px = needs.width * needs.height
         needed = (
-            needs.needed_bytes - INTERPRETER_BYTES - volume.base_bytes + (PX_BYTES + MASK_BYTES * masks) * px + file
+            needs.needed_bytes - INTERPRETER_BYTES - volume.base_bytes + (PX_BYTES + LAYER_BYTES * layers) * px + file
         )
         if INTERPRETER_BYTES + volume.base_bytes + needed > self.limit:
             raise Refusal(
@@ -100,7 +107,7 @@ class Service:
                 "image_too_large",
                 "image",
             )
-        return Order(volume.name, None, needs.width, needs.height, max(0, needed))  # type: ignore[arg-type]
+        return needs.width, needs.height, max(0, needed)
 
     def accept(self, order: Order, *, always: bool = False) -> None:
         """Put an order into the queue. `always`: it was accepted before a restart."""
@@ -172,10 +179,8 @@ class Service:
     def _serve(self) -> None:
         while (taken := self._take()) is not None:
             order, volume, idle = taken
-            for other in idle:
-                LOG.info("%s is closed: its memory is needed", other.name)
-                self.metrics.forget(other)
-                other.close()
+            for restorer in idle:
+                restorer.close()
             begun = time.monotonic()
             end: Answer | BaseException
             try:
@@ -188,21 +193,16 @@ class Service:
                 volume.users -= 1
                 if isinstance(end, Answer):
                     self.usual_s += (time.monotonic() - begun - self.usual_s) / 8
-                close = volume if volume.outdated and not volume.users else None
-                if close:
-                    self.shelf.outdated.remove(volume)
-                    self.held -= volume.held
-                    volume.held = 0
-            if close:
-                self.metrics.forget(close)
-                close.close()
+                last = self._put_away(volume) if volume.outdated and not volume.users else None
+            if last is not None:
+                last.close()
             with self.changed:
                 self._end(order, end)
                 self.changed.notify_all()
-            del taken, order, volume, idle, end, close  # otherwise the picture stays until the next order
+            del taken, order, volume, idle, end, last  # otherwise the picture stays until the next order
 
-    def _take(self) -> tuple[Order, Volume, list[Volume]] | None:
-        """The next order, its bundle, and bundles to close before. None: the service is closed."""
+    def _take(self) -> tuple[Order, Volume, list[Restorer]] | None:
+        """The next order, its bundle, and what to close before. None: the service is closed."""
         while True:
             with self.changed:
                 while not self.queue and not self.closed:
@@ -234,8 +234,8 @@ class Service:
                 order.state = "running"
                 return order, volume, idle
 
-    def _room(self, order: Order, volume: Volume) -> list[Volume] | None:
-        """The bundles to close so that there is room for an order; none if it has to wait."""
+    def _room(self, order: Order, volume: Volume) -> list[Restorer] | None:
+        """What to close so that there is room for an order; none if it has to wait."""
         lacks = self.held + order.needed_bytes + (0 if volume.held else volume.base_bytes) - self.limit
         idle = []
         for other in self.shelf.idle(volume):
@@ -245,12 +245,19 @@ class Service:
             lacks -= other.held
         if lacks > 0 and self.running:
             return None
-        for other in idle:
-            self.held -= other.held
-            other.held = 0
-            if other.outdated:
-                self.shelf.outdated.remove(other)
-        return idle
+        return [restorer for other in idle if (restorer := self._put_away(other)) is not None]
+
+    def _put_away(self, volume: Volume) -> Restorer | None:
+        """Take a bundle that nobody uses out of the ledger; its engines, to be closed. The lock is held."""
+        self.held -= volume.held
+        volume.held = 0
+        if volume.outdated:
+            self.shelf.outdated.remove(volume)
+        restorer, volume.restorer = volume.restorer, None  # a new order opens others
+        if restorer is not None:
+            self.metrics.forget(volume.name, restorer)
+            LOG.info("%s is closed", volume.name)
+        return restorer
 
     def _hold(self, volume: Volume) -> None:
         if not volume.held:
@@ -260,12 +267,10 @@ class Service:
     def _carry_out(self, order: Order, volume: Volume) -> Answer:
         restorer = volume.open()
         order.image.seek(0)
-        options = dict(order.options)
+        options: dict[str, Any] = {"max_pixels": self.settings.max_pixels, **order.options}
         if order.on_part:
             options["on_part"] = order.on_part
-        sitting = restorer.sitting(
-            order.image.read(), max_pixels=self.settings.max_pixels, on_progress=order.on_progress, **options
-        )
+        sitting = restorer.sitting(order.image.read(), **options)
         order.height, order.width = sitting.shape[:2]  # upright, unlike in the header of a turned photo
         ticket = sitting.begin({}, keep=False)
         with self.changed:
@@ -292,7 +297,7 @@ class Service:
             order.state = "failed"
             if not isinstance(end, (TilewrightError, Refusal, MemoryError)):
                 LOG.error("order %s: internal error", order.id[:8], exc_info=end)
-            elif not isinstance(end, (Refusal, InputError)):
+            elif not isinstance(end, (Refusal, InputError, UsageError)):  # theirs may hold what the client has sent
                 LOG.warning("order %s failed: %s", order.id[:8], end)
             if isinstance(end, DeviceError):
                 LOG.error("%s: start the service anew", end)

@@ -12,7 +12,7 @@ from typing import Any
 from tilewright.runtime.errors import EnvironmentMismatch, InputError, UsageError
 from tilewright.runtime.inputs import seconds, whole
 
-__all__ = ["Settings", "is_loopback", "listen", "read_token"]
+__all__ = ["Settings", "is_loopback", "listen", "name_of", "read_token"]
 
 TOKEN = re.compile(r"[!-~]+")
 LONGEST_TOKEN = 4096
@@ -49,7 +49,8 @@ class Settings:
 
 def name_of(bundle: Path) -> str:
     """The name by which requests call a bundle: that of its folder."""
-    return bundle.resolve().name or "bundle"
+    name = (Path.cwd() / bundle).name  # of a link, not of its target
+    return name if name not in ("", "..") else bundle.resolve().name or "bundle"
 
 
 def read_token(path: Path) -> bytes:
@@ -81,7 +82,8 @@ def listen(host: str, port: int) -> socket.socket:
     whole("port", port, 0, 65535)
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family)
+        # with the protocol named, asyncio sends small answers at once; otherwise they wait 40 ms for an acknowledgement
+        listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(address)

@@ -47,6 +47,11 @@ class Volume:
     def __post_init__(self) -> None:
         self.base_bytes = self.estimate(1, 1).needed_bytes - INTERPRETER_BYTES  # of its engines
 
+    @property
+    def created(self) -> int:
+        """When its manifest was written, in seconds since 1970."""
+        return self.seal[0][2] // 10**9
+
     def estimate(self, width: int, height: int, **sizes: Any) -> Estimate:
         """What an image of this size needs with the engines. Only arithmetic."""
         return estimate(

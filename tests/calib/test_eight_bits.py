@@ -86,6 +86,30 @@ def test_engines_of_a_format_are_replaced_and_a_recipe_of_another_bundle_is_refu
     assert read_bundle(root).digest == bundle.digest
 
 
+def test_a_bundle_that_is_not_the_expected_one_gets_no_engines(
+    made: tuple[Path, Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, recipe = made
+    recipe.write(tmp_path / "r.yaml")
+    digest = read_bundle(root).digest
+    words = [
+        "export",
+        "compile",
+        str(root),
+        "--precision",
+        "int8",
+        "--target",
+        "ort",
+        "--recipe",
+        str(tmp_path / "r.yaml"),
+    ]
+    assert main([*words, "--expect", "0" * 64, "-q"]) == 3
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and "0" * 12 in lines[0] and read_bundle(root, fresh=True).digest == digest
+    assert main([*words, "--expect", digest, "-q"]) == 0
+    assert read_bundle(root, fresh=True).digest != digest
+
+
 def test_the_gate_judges_on_pictures_that_were_held_out_and_says_what_ran_in_8_bits(
     made: tuple[Path, Recipe], held: Path
 ) -> None:

@@ -120,7 +120,7 @@ def test_restore_writes_a_picture_and_tells_its_cost(hitoksr_tiny: Path, tmp_pat
     result = started("runtime", "restore", ROOT / "docs" / "sample.png", out, "--bundle", hitoksr_tiny, "--json")
     answer = json.loads(result.stdout)
     assert Image.open(out).size == (512, 512) == (answer["width"], answer["height"])
-    assert answer["tiles"] == {"restore": 1} and answer["peak_bytes"] > 0
+    assert answer["tiles"] == {"restore": 1} and answer["peak_bytes"] > 0 and answer["seam_excess"] == 0
     assert {"generate", "decode", "total", "open", "read", "write"} <= answer["seconds"].keys()
     assert "random weights" in result.stderr
 

@@ -3,7 +3,6 @@
 import json
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from support.forked import Forked
 from support.scenes import noise
 from tilewright.cli.main import main
 from tilewright.cli.terminal import Progress
@@ -115,13 +115,14 @@ def test_a_folder_goes_to_a_folder(folder, capsys) -> None:
         assert said in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_signal_ends_a_folder_soon_and_what_is_finished_stays(folder) -> None:
     for path in (folder / "in").iterdir():
         path.unlink()
     for i in range(60):
         Image.fromarray(noise(300, 400, 3, seed=i)).save(folder / "in" / f"{i:02}.png")
-    words = [sys.executable, "-m", "tilewright", "runtime", "restore", "in", "out", "--bundle", "b", "-q"]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+    words = ["runtime", "restore", "in", "out", "--bundle", "b", "-q"]
+    with Forked(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
         deadline = time.monotonic() + 60
         while not list(folder.glob("out/[0-9]*.png")) and time.monotonic() < deadline:
             time.sleep(0.01)

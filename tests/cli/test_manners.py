@@ -3,7 +3,6 @@
 import importlib.metadata
 import json
 import os
-import pty
 import resource
 import select
 import shutil
@@ -19,6 +18,7 @@ import pytest
 from PIL import Image
 
 import tilewright.runtime
+from support import forked
 from support.commands import told
 from tilewright.cli.commands import as_typed
 from tilewright.cli.main import main
@@ -30,6 +30,11 @@ COMMAND = [sys.executable, "-m", "tilewright"]
 
 
 def run(*words: object, **options: Any) -> subprocess.CompletedProcess[bytes]:
+    return forked.run(words, **options)
+
+
+def started(*words: object, **options: Any) -> subprocess.CompletedProcess[bytes]:
+    """The command in a process that runs nothing else before."""
     return subprocess.run([*COMMAND, *map(str, words)], capture_output=True, timeout=300, check=False, **options)
 
 
@@ -177,7 +182,7 @@ def test_a_reader_that_goes_away_is_no_error(restoring: Path) -> None:
     for words in (("export", "list", "--json"), (*RESTORE, "in.png", "-", "--bundle", "b", "-q")):
         reading, writing = os.pipe()
         os.close(reading)
-        done = subprocess.run([*COMMAND, *words], stdout=writing, stderr=subprocess.PIPE, check=False)
+        done = run(*words, stdout=writing)
         os.close(writing)
         assert done.returncode == 0 and b"Traceback" not in done.stderr
     closed = subprocess.run([*COMMAND, "export", "list"], preexec_fn=lambda: os.close(1), stderr=subprocess.PIPE)
@@ -188,7 +193,7 @@ def test_a_reader_that_goes_away_is_no_error(restoring: Path) -> None:
 def test_an_answer_that_does_not_fit_is_exit_5(restoring: Path) -> None:
     for words in (("export", "list"), (*RESTORE, "in.png", "-", "--bundle", "b", "-q")):
         with Path("/dev/full").open("wb") as full:
-            done = subprocess.run([*COMMAND, *words], stdout=full, stderr=subprocess.PIPE, check=False)
+            done = run(*words, stdout=full)
         assert done.returncode == 5 and done.stderr.decode().count("\n") == 1
         assert "cannot be written (No space left on device)" in done.stderr.decode()
 
@@ -207,7 +212,7 @@ def test_a_disk_that_is_full_is_named_with_the_file_and_nothing_is_left(
         resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))
 
     before = set(restoring.iterdir())
-    done = run(*words, "-q", preexec_fn=limit)
+    done = started(*words, "-q", preexec_fn=limit)
     refused(done, 5, said)
     assert "File too large" in done.stderr.decode()
     assert set(restoring.iterdir()) == before
@@ -220,9 +225,10 @@ def test_quiet_leaves_the_answer_alone(restoring: Path) -> None:
 
 def on_terminal(*words: str, **environment: str) -> str:
     """All that a command says where it is typed."""
-    child, terminal = pty.fork()
-    if child == 0:
-        os.execve(COMMAND[0], [*COMMAND, *words], {**os.environ, "TERM": "xterm", **environment})
+    terminal, its = os.openpty()
+    environment = {**os.environ, "TERM": "xterm", **environment}
+    running = forked.Forked(words, stdin=its, stdout=its, stderr=its, env=environment)
+    os.close(its)
     said = b""
     while select.select([terminal], [], [], 60)[0]:
         try:
@@ -230,7 +236,7 @@ def on_terminal(*words: str, **environment: str) -> str:
         except OSError:  # it has ended
             break
     os.close(terminal)
-    os.waitpid(child, 0)
+    running.wait()
     return said.decode()
 
 
@@ -321,8 +327,8 @@ def test_what_libraries_write_stays_away_unless_it_is_asked_for(restoring: Path)
         "atexit.register(speak)\n"
     )
     loud = {**os.environ, "PYTHONPATH": str(restoring)}
-    assert run("export", "list", env=loud).stderr == b""
-    assert b"library: logged" in run("export", "list", "--verbose", env=loud).stderr
+    assert started("export", "list", env=loud).stderr == b""
+    assert b"library: logged" in started("export", "list", "--verbose", env=loud).stderr
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 from itertools import product
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
+from support import forked
 from support.pages import ROOT
 
 LOOK = {"look.tint": np.zeros((1, 3), np.float32)}
@@ -86,9 +86,7 @@ def folder(bundle: Path, tinted: Path, tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "tilewright", *words, "-q"]
-    environment = os.environ | {"TILEWRIGHT_CACHE_DIR": "cache"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environment)
+    return forked.run([*words, "-q"], text=True, timeout=60, env=os.environ | {"TILEWRIGHT_CACHE_DIR": "cache"})
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from support.forked import Forked
 from support.scenes import noise
 from support.shared import Shared
 from tilewright.cli.main import main
@@ -45,9 +46,9 @@ def restored(source: str, target: Path) -> None:
 
 def stopped(number: signal.Signals, source: str, target: str, *words: str, once="out.png.resume", again=None):
     """Run a command, and send it a signal as soon as there is a file of finished parts. Its code and its last line."""
-    command = [sys.executable, "-m", "tilewright", *words_of(source, target, *words, "-q")]
     before = Path(once).stat().st_ino if Path(once).exists() else None
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as running:
+    words = words_of(source, target, *words, "-q")
+    with Forked(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as running:
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline and running.poll() is None:
             if Path(once).exists() and Path(once).stat().st_ino != before:
@@ -94,6 +95,7 @@ def test_a_second_signal_does_not_interrupt_the_keeping(folder) -> None:
     assert restore("in.png", "out.png", "--resume") == 0 and same()
 
 
+@pytest.mark.slow
 def test_a_full_disk_says_that_nothing_could_be_kept(folder) -> None:
     command = [sys.executable, "-m", "tilewright", *words_of("in.png", "out.png", "-q")]
     limited = ["sh", "-c", 'ulimit -f 8; exec "$@"', "sh", *command]  # no file may have more than 8 KiB
@@ -141,6 +143,7 @@ def test_a_command_without_resume_says_that_it_could_go_on(folder, capsys) -> No
     assert same() and not (folder / "out.png.resume").exists()
 
 
+@pytest.mark.slow
 def test_with_nothing_to_go_on_from_it_begins_anew_and_says_so(folder, capsys) -> None:
     capsys.readouterr()
     assert restore("in.png", "out.png", "--resume", "--json") == 0
@@ -172,6 +175,7 @@ def test_words_that_cannot_be(folder, capsys) -> None:
         assert error.count("\n") == 1 and said in error
 
 
+@pytest.mark.slow
 def test_a_device_that_fails_for_good_says_that_the_work_is_kept(folder, capsys, monkeypatch) -> None:
     run, calls = ort.OrtEngine.run, itertools.count()
 

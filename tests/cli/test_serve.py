@@ -35,7 +35,7 @@ def serving(*words: object) -> Iterator[tuple[subprocess.Popen[str], str]]:
         assert process.stdout is not None
         lines = ""
         try:
-            while not lines.endswith("}\n"):
+            while not lines.endswith("\n}\n"):
                 line = process.stdout.readline()
                 assert line, process.communicate()[1]
                 lines += line
@@ -48,6 +48,7 @@ def image_of(url: str, image: np.ndarray) -> httpx2.Response:
     return httpx2.post(f"{url}/v1/images/edits", files={"image": ("a.png", png_of(image))}, timeout=60)
 
 
+@pytest.mark.slow
 def test_sigterm_under_load_loses_no_accepted_request(bundle) -> None:
     images = [scene(100 + i, 120) for i in range(12)]
     with (

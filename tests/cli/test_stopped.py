@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from support.endless import endless_bundle
+from support.forked import Forked
 
 
 def threads_of(process: subprocess.Popen[str]) -> int:
@@ -29,8 +30,7 @@ def test_a_signal_ends_an_endless_call(tmp_path: Path, monkeypatch, what, number
     Image.new("RGB", (20, 20)).save("in/1.png")
     source, target = ("in/1.png", "out.png") if what == "image" else ("in", "out")
     words = ["runtime", "restore", source, target, "--bundle", "b", "--threads", "1", "-q"]
-    command = [sys.executable, "-m", "tilewright", *words]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as running:
+    with Forked(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as running:
         working = 0
         while working < 40 and running.poll() is None:  # one after another: the command is in its call
             working = working + 1 if threads_of(running) else 0

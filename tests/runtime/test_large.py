@@ -70,9 +70,9 @@ def test_a_picture_on_the_disk_has_the_pixels_of_one_in_memory(bundle, scarce, c
 
 @pytest.mark.parametrize("color", ["wavelet", "adain"])
 def test_colours_are_the_same_on_the_disk_and_in_memory(bundle, scarce, color):
-    write_image("in.png", noise(90, 120, 4))
+    write_image("in.png", noise(50, 60, 4))
     assert not restored(bundle, None, "in.png", Path("memory.png"), color=color)
-    assert restored(bundle, scarce(bundle, 90, 120, len(CPUS)), "in.png", devices=len(CPUS), color=color)
+    assert restored(bundle, scarce(bundle, 50, 60, len(CPUS)), "in.png", devices=len(CPUS), color=color)
     in_memory = np.asarray(Image.open("memory.png"))
     np.testing.assert_array_equal(np.asarray(Image.open(OUT)), in_memory)
     restored(bundle, None, "in.png", Path("off.png"))

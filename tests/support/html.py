@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 
 __all__ = ["Page"]
 
-OPEN = {"meta", "img", "rect", "line", "circle", "polyline"}  # elements that may have no end
+OPEN = {"meta", "img", "wbr", "rect", "line", "circle", "polyline"}  # elements that may have no end
 
 
 class Page(HTMLParser):

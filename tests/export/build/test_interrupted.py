@@ -8,11 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
 import pytest
 
+from support.forked import Forked
 from tilewright.export.build.cache import filling, staging
 from tilewright.runtime.bundle.read import read_bundle
 
@@ -21,19 +24,20 @@ LASTS = {"attach": 0.02, "constants": 0.02, "trace": 1.0, "optimise": 0.1, "veri
 TOY = Path(__file__).parents[1] / "toy" / "packages"  # a system whose networks are traced in no time
 
 
-def started(out: Path, *more: str) -> subprocess.Popen[str]:
+def started(out: Path, *more: str, importing: bool = False) -> subprocess.Popen[str]:
     """A build in a process of its own, with a cache beside its bundle."""
-    return command(out, "build", "toy", "--random-weights", "0", "--target", "ort", "-o", str(out), *more)
+    words = ("build", "toy", "--random-weights", "0", "--target", "ort", "-o", str(out), *more)
+    return command(out, *words, importing=importing)
 
 
-def command(out: Path, *words: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "tilewright.cli.main", "export", *words],
-        env={**os.environ, "TILEWRIGHT_CACHE_DIR": str(out.parent / "cache"), "PYTHONPATH": str(TOY)},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def command(out: Path, *words: str, importing: bool = False) -> subprocess.Popen[str]:
+    """A command that has its modules, or one that imports them."""
+    begun: Callable[..., subprocess.Popen[str]] = partial(Forked, torch=True)
+    arguments = ["export", *words]
+    if importing:
+        begun, arguments = subprocess.Popen, [sys.executable, "-m", "tilewright", *arguments]
+    environment = {**os.environ, "TILEWRIGHT_CACHE_DIR": str(out.parent / "cache"), "PYTHONPATH": str(TOY)}
+    return begun(arguments, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
 def wait_for(running: subprocess.Popen[str], stage: str) -> None:
@@ -86,7 +90,7 @@ STOPPED += [("trace", signal.SIGTERM), ("trace", signal.SIGINT), ("verify", sign
 def test_a_signal_at_any_moment_ends_a_build_in_one_line(tmp_path: Path) -> None:
     moments = random.Random(1)
     for stage, number in STOPPED:
-        running, (code, said) = started(tmp_path / "b"), SIGNALS[number]
+        running, (code, said) = started(tmp_path / "b", importing=stage is None), SIGNALS[number]
         while not has_signals_in_hand(running):  # before, Python itself starts
             time.sleep(0.001)
         if stage:

@@ -117,3 +117,11 @@ def test_a_folder_that_cannot_hold_jobs_is_refused(bundles, tmp_path) -> None:
     (tmp_path / "other" / "jobs.sqlite3").write_text("no database, and long enough to be looked at" * 9)
     with pytest.raises(EnvironmentMismatch, match="cannot hold jobs"), served(bundles[0], state_dir=tmp_path / "other"):
         pass
+
+
+def test_a_job_that_is_late_fails(bundles) -> None:
+    with served(bundles[1]) as service:
+        job = job_of(service, deadline_s=0.3)
+        state = ended(service, job)
+        assert state["state"] == "failed" and "has not ended after 0.3 s" in state["error"]["message"]
+        assert service.client.get(f"/v1/jobs/{job}/result").status_code == 504

@@ -102,7 +102,7 @@ def test_memory_is_kept_in_a_ledger(steps) -> None:
     image = scene(120, 160)
     with served(steps) as service:
         volume = service.service.shelf.volumes["steps"]
-        needed = service.service.needed(volume, (160, 120), {}, False, len(png_of(image))).needed_bytes
+        needed = service.service.room_for(volume, (160, 120), {}, layers=0, file=len(png_of(image)))[2]
         idle = service.service.held
     with served(steps, memory_limit=idle + int(1.9 * needed)) as service:
         ledger = service.service
@@ -196,6 +196,16 @@ def test_bodies_are_limited_before_and_while_they_are_read(steps) -> None:
             assert slow.recv(100).startswith(b"HTTP/1.1 408 ")
 
 
+def test_only_so_many_bodies_may_come_at_a_time(steps) -> None:
+    with served(steps, max_queue=0) as service:
+        service.service.places = 1
+        with socket.create_connection(("127.0.0.1", service.client.base_url.port)) as slow:
+            slow.sendall(b"POST /v1/images/edits HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: 9000\r\n")
+            slow.sendall(b"content-type: multipart/form-data; boundary=x\r\n\r\n--x")
+            until(lambda: service.edit(IMAGE).status_code == 429, "no further upload has room")
+        until(lambda: service.edit(IMAGE).status_code == 200, "the one that came has gone")
+
+
 def test_only_those_with_the_token_may_call(steps) -> None:
     with served(steps, token=b"secret-1") as service:
         for headers in ({}, {"authorization": "Bearer secret-2"}, {"authorization": "Basic secret-1"}):
@@ -260,3 +270,10 @@ def test_an_error_of_ours_shows_no_traceback(steps, monkeypatch, caplog) -> None
         answer = service.edit(IMAGE)
         assert answer.status_code == 500 and "its log says why" in answer.text and "division" not in answer.text
         assert "ZeroDivisionError" in caplog.text
+
+
+def test_answers_are_sent_without_waiting_for_an_acknowledgement() -> None:
+    with listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        accepted, _ = listener.accept()
+        with accepted:
+            assert accepted.proto == socket.IPPROTO_TCP  # by which asyncio decides to set TCP_NODELAY

@@ -103,7 +103,7 @@ def test_the_inputs_follow_from_the_bundle(page, file, bundles) -> None:
     kinds = "[...document.querySelectorAll('[data-name]')].map(f => [f.dataset.name, f.type, f.min || '', f.max || ''])"
     assert page.run(kinds) == [
         ["prompt", "textarea", "", ""], ["gain", "number", "-8", "8"], ["seed", "number", "0", ""],
-        ["scale", "number", "1", "16"], ["output_format", "select-one", "", ""],
+        ["scale", "number", "1", "16"], ["color", "select-one", "", ""], ["output_format", "select-one", "", ""],
     ]  # fmt: skip
     assert page.run("document.querySelector('[data-name=prompt]').placeholder") == "bright bright bright"
     page.run("document.querySelector('[data-name=prompt]').value = 'dim warm'")

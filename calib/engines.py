@@ -21,7 +21,7 @@ from tilewright.calib.networks import check_networks
 from tilewright.calib.recipe import Recipe, graphs_of
 from tilewright.calib.trial import Trial
 from tilewright.export.build.cache import staging, write
-from tilewright.export.build.compile import check_plans_fit, link, list_in_card, with_engines
+from tilewright.export.build.compile import check_room_for, link, list_in_card, with_engines
 from tilewright.export.plans.build import Options
 from tilewright.export.targets import check_makeable, engine_folder, target_module
 from tilewright.export.targets.tensorrt import typed
@@ -74,7 +74,7 @@ def add_engines(
         raise UsageError(f"precision={precision!r} is none that {' or '.join(targets)} makes; add another target")
     check_makeable([target for target, forms in makers.items() if forms])
     if makers.get("tensorrt"):
-        check_plans_fit(bundle, [precision])
+        check_room_for(bundle, "tensorrt", [precision])
     graphs = graphs_of(bundle, weights_dir)
     names = sorted({name.partition("/")[0] for name in recipe.quantised})
     with staging(root.resolve()) as folder:

@@ -1,10 +1,10 @@
-"""`tilewright export build --dry-run`: the stages, disk, memory and time of a build, and of its plans."""
+"""`tilewright export build --dry-run`: the stages, disk, memory and time of a build, and of its compiled engines."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tilewright.cli.plans import forecast_of_plans
+from tilewright.cli.plans import forecasts
 from tilewright.cli.terminal import answer, span
 from tilewright.runtime.errors import ResourceError, amount
 
@@ -15,8 +15,10 @@ if TYPE_CHECKING:
 __all__ = ["dry_run"]
 
 
-def dry_run(arguments: argparse.Namespace, request: "Request", explained: dict[str, Any], plans: Sequence[str]) -> None:
-    """Predict a build, and the plans in these precisions."""
+def dry_run(
+    arguments: argparse.Namespace, request: "Request", explained: dict[str, Any], compiled: Mapping[str, Sequence[str]]
+) -> None:
+    """Predict a build, and its compiled engines by target and precisions."""
     from tilewright.export.build.forecast import forecast
     from tilewright.export.build.preflight import check_request, check_room, free_room
     from tilewright.export.build.run import up_to_date
@@ -41,11 +43,12 @@ def dry_run(arguments: argparse.Namespace, request: "Request", explained: dict[s
         f"time: {_time(predicted)}",
     ]
     report = predicted.to_json() | free | explained
-    if plans:
-        compiling, too_much = forecast_of_plans(request, plans, arguments.gpu)
-        report["plans"] = compiling.to_json()
-        lines += compiling.lines()
-        fault = ResourceError(f"{fault}; {too_much}") if fault and too_much else fault or too_much
+    if compiled:
+        compiling, too_much = forecasts(request, compiled, arguments.gpu)
+        report |= {each.made: each.to_json() for each in compiling}
+        lines += [line for each in compiling for line in each.lines()]
+        faults = [*filter(None, [fault]), *too_much]
+        fault = ResourceError("; ".join(map(str, faults))) if len(faults) > 1 else next(iter(faults), None)
     answer(arguments, report, "\n".join(lines), fault=fault)
 
 

@@ -60,7 +60,7 @@ def add_verbs(verbs: Any) -> None:
     build.add_argument(
         "--dry-run", action="store_true", help="check all files, predict stages, disk, memory and time; build nothing"
     )
-    build.add_argument("--gpu", metavar="NAME", help="with --dry-run: predict plans for sm90, which need not be here")
+    build.add_argument("--gpu", metavar="NAME", help="with --dry-run: predict engines for sm90, which need not be here")
     build.add_argument("--explain", action="store_true", help="say which inputs changed since the last build")
 
     build.set_defaults(more_arguments=_system_options)
@@ -220,7 +220,7 @@ def _build(arguments: argparse.Namespace) -> None:
     from tilewright.export.build.request import Request
     from tilewright.export.build.run import build, changes
     from tilewright.export.build.stage_list import all_remembered, list_stages, quick_digest
-    from tilewright.export.targets import check_makeable, usual_engines
+    from tilewright.export.targets import check_makeable, target_module, usual_engines
     from tilewright.export.weights.hub import local
     from tilewright.runtime.bundle.digests import sha256_of_file
     from tilewright.runtime.bundle.read import read_bundle
@@ -230,9 +230,11 @@ def _build(arguments: argparse.Namespace) -> None:
     precisions = floats or (("float32",) if eight_bits else ())
     asked = usual_engines(this_machine(kinds=("cpu",)), arguments.target, precisions)
     graphs, compiled = split(*asked)
-    plans = (*compiled[1], *eight_bits) if "tensorrt" in asked[0] else ()
     if eight_bits and not floats:  # the bundle is made in float32, and needs no compiled engine in it
-        compiled, plans = ((), ()), eight_bits if plans else ()
+        compiled = (), ()
+    engines = {target: [p for p in target_module(target).PRECISIONS if p in compiled[1]] for target in compiled[0]}
+    if eight_bits and "tensorrt" in asked[0]:
+        engines["tensorrt"] = [*engines.get("tensorrt", ()), *eight_bits]
     if arguments.gpu and not arguments.dry_run:
         raise UsageError(f"--gpu {arguments.gpu} predicts only; add --dry-run, or compile on the machine with the GPU")
     if not arguments.gpu:
@@ -274,7 +276,7 @@ def _build(arguments: argparse.Namespace) -> None:
             progress.doing("compiling engines")
             compile_engines(arguments.out, *compiled)
     if arguments.dry_run:
-        dry_run(arguments, request, explained, plans)
+        dry_run(arguments, request, explained, engines)
         return
     if added and cost:
         add_eight_bits(arguments, arguments.out, eight_bits[0], asked[0])

@@ -43,13 +43,6 @@ std::string escaped(char32_t c) {
     return text;
 }
 
-template <class Value>
-std::string dictionary(const std::map<std::string, Value>& pairs, std::string (*shown)(const Value&)) {
-    Strings parts;
-    for (const auto& [key, value] : pairs) parts.push_back(repr(key) + ": " + shown(value));
-    return "{" + join(parts) + "}";
-}
-
 }  // namespace
 
 std::string repr(const std::string& text) {
@@ -88,11 +81,9 @@ std::string repr(const Shape& shape) {
 }
 
 std::string repr(const std::map<std::string, std::string>& pairs) {
-    return dictionary<std::string>(pairs, [](const std::string& value) { return repr(value); });
-}
-
-std::string repr(const std::map<std::string, std::int64_t>& pairs) {
-    return dictionary<std::int64_t>(pairs, [](const std::int64_t& value) { return std::to_string(value); });
+    Strings parts;
+    for (const auto& [key, value] : pairs) parts.push_back(repr(key) + ": " + repr(value));
+    return "{" + join(parts) + "}";
 }
 
 std::string general(double number) {

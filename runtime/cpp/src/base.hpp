@@ -30,7 +30,6 @@ std::string repr(const std::string& text);
 std::string repr(double number);
 std::string repr(const Shape& shape);
 std::string repr(const std::map<std::string, std::string>& pairs);
-std::string repr(const std::map<std::string, std::int64_t>& pairs);
 std::string general(double number);  // as printf's %g
 std::string join(const Strings& parts, const std::string& between = ", ");
 // A complaint as one printable line; the middle of a long one is cut out.

@@ -71,7 +71,9 @@ void check_input(const std::string& name, const Input& spec, const Named<TensorS
     if (spec.choices.empty() || standard.kind == Scalar::none) return;
     for (const auto& [choice, value] : spec.choices)
         if (number && static_cast<double>(value) == standard.number) return;
-    refuse(where + ": default " + standard.repr() + " is not among " + repr(spec.choices));
+    Strings choices;
+    for (const auto& choice : spec.order) choices.push_back(repr(choice) + ": " + std::to_string(spec.choices.at(choice)));
+    refuse(where + ": default " + standard.repr() + " is not among {" + join(choices) + "}");
 }
 
 void check_texts(const Program& program) {
@@ -248,7 +250,7 @@ class Scope {
             if (!(spec == sized[0])) refuse(where + ": the tables of tile sizes differ in type or shape; rebuild the bundle");
         const Shape sides = now_->tiles ? now_->tiles->fixed_px : Shape{};
         bool lacks = sides.empty();
-        for (auto px : sides) lacks = lacks || !constants_.count(name + "." + std::to_string(px * px / now_->steps->px_per_token));
+        for (auto px : sides) lacks = lacks || px > INT32_MAX || !constants_.count(name + "." + std::to_string(px * px / now_->steps->px_per_token));
         if (!sized.empty() && lacks) refuse(where + ": a table of tile sizes needs fixed_px, and one for each of " + repr(sides));
         Named<TensorSpec> known = constants_;
         if (!sized.empty()) known[name] = sized[0];

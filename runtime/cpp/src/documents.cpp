@@ -81,7 +81,7 @@ struct Numbers {
 Scalar scalar(const Json& v, const std::string& where, Numbers allowed) {
     Scalar out;
     if (v.kind == Json::null && allowed.nothing) return out;
-    std::string expected = allowed.text ? "integer or number or string" : "integer or number";
+    std::string expected = std::string("integer or number") + (allowed.text ? " or string" : "") + (allowed.nothing ? " or null" : "");
     if (v.kind == Json::string && allowed.text) {
         out.kind = Scalar::words;
         out.text = v.text;
@@ -140,6 +140,12 @@ void read(const Json& v, const std::string& where, std::optional<T>& out) {
     } else {
         read(v, where, out.emplace());
     }
+}
+
+void read_choices(const Json& v, const std::string& where, Input& out) {
+    read(v, where, out.choices);
+    out.order.clear();
+    for (const auto& [name, value] : v.members) out.order.push_back(name);
 }
 
 template <class T>
@@ -269,7 +275,7 @@ void limits(const Tiles& tiles) {
 }
 
 void limits(const Steps& steps) {
-    in_enum("schedule", steps.schedule, keys(SCHEDULE_TABLES));
+    in_enum("schedule", steps.schedule, {"flow_shift", "ddim", "ddpm"});
     between("count", steps.count, 1, 1000);
     at_least("px_per_token", steps.px_per_token, 1);
     const std::string schedule = "schedule " + repr(steps.schedule);
@@ -364,7 +370,7 @@ RECORD(Signature, no_limits, NEED(Signature, inputs), NEED(Signature, outputs))
 RECORD(Grid, limits, NEED(Grid, px), NEED(Grid, channels), MAY(Grid, init))
 RECORD(State, limits, NEED(State, shape), MAY(State, init))
 RECORD(Input, limits, NEED(Input, dtype), MAY(Input, shape), AS(Input, "default", false, read_default(v, w, out.standard)),
-       MAY(Input, choices), MAY(Input, help), AS(Input, "least", false, read_bound(v, w, out.least)),
+       AS(Input, "choices", false, read_choices(v, w, out)), MAY(Input, help), AS(Input, "least", false, read_bound(v, w, out.least)),
        AS(Input, "most", false, read_bound(v, w, out.most)))
 RECORD(Text, limits, NEED(Text, ids), AS(Text, "default", false, read(v, w, out.standard)), MAY(Text, help))
 RECORD(TensorFile, no_limits, NEED(TensorFile, tensors), MAY(TensorFile, help))

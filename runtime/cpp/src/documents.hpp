@@ -71,6 +71,7 @@ struct Input {
     Shape shape;
     Scalar standard;  // the default
     Named<std::int64_t> choices;
+    Strings order;  // of the choices in the document
     std::string help;
     Scalar least, most;
 

@@ -144,6 +144,13 @@ Tables diffusion(bool ancestral, std::int64_t count, const Named<Scalar>& option
 
 }  // namespace
 
+std::int64_t product(const Shape& shape) {
+    std::int64_t all = 1;
+    for (auto size : shape)
+        if (__builtin_mul_overflow(all, size, &all)) throw Error(resource, "an array of " + repr(shape) + " is larger than any memory");
+    return all;
+}
+
 Tile TilePlan::tile(std::int64_t index) const {
     auto columns = static_cast<std::int64_t>(lefts.size());
     return {index, tops[index / columns], lefts[index % columns], tile_height, tile_width};
@@ -196,7 +203,7 @@ Floats normal(std::int64_t seed, std::int64_t region, std::int64_t stream, std::
             refuse(std::string(name) + "=" + text(value) + " does not fit in 32 bits; use a whole number from 0 to " + text(WORD_MAX));
     auto word = [](std::int64_t value) { return static_cast<std::uint32_t>(value); };
     Floats field;
-    field.reserve(channels * height * width);
+    field.reserve(product({channels, height, width}));
     for (std::int64_t c = 0; c < channels; ++c)
         for (std::int64_t y = top; y < top + height; ++y)
             for (std::int64_t x = left; x < left + width; ++x) {

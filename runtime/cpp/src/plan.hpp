@@ -13,6 +13,8 @@ namespace tw {
 
 using Floats = std::vector<float>;
 
+std::int64_t product(const Shape& shape);  // throws Error(resource) beyond 64 bits
+
 struct Tile {
     std::int64_t index, top, left, height, width;
 

@@ -3,13 +3,10 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <numeric>
 
 namespace tw {
 
 namespace {
-
-std::int64_t product(const Shape& shape) { return std::accumulate(shape.begin(), shape.end(), std::int64_t{1}, std::multiplies<>()); }
 
 // What one node wrote, before it is stored.
 struct Outputs {
@@ -237,7 +234,7 @@ class Walk {
         if (parts.size() == 1 && plan.tile(parts[0]) == rectangle) return written.at(parts[0]);
         std::int64_t px = grid.px, rows = rectangle.height / px, columns = rectangle.width / px;
         std::int64_t top = rectangle.top / px, left = rectangle.left / px;
-        Floats whole(grid.channels * rows * columns, 0.0F);
+        Floats whole(product({grid.channels, rows, columns}), 0.0F);
         for (auto i : parts) {
             Tile tile = plan.tile(i);
             std::int64_t t = tile.top / px, l = tile.left / px, high = tile.height / px, wide = tile.width / px;

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from support.pages import OPTION, page
 from support.shared import Shared
 from tilewright.runtime.restore import load
 from tilewright.runtime.text import token_ids
@@ -83,7 +85,7 @@ def test_it_exports_the_functions_of_its_header_and_no_other(built):
     listing = subprocess.run(
         ["nm", "-D", "--defined-only", built / "libtilewright.so"], capture_output=True, text=True, check=True
     )
-    exported = {line.split()[2] for line in listing.stdout.splitlines() if line.split()[1] == "T"}
+    exported = {line.split()[2] for line in listing.stdout.splitlines()}
     header = (ROOT / "runtime" / "cpp" / "include" / "tilewright.h").read_text()
     declared = {
         line.partition("(")[0].split()[-1].lstrip("*") for line in header.splitlines() if line.startswith("TW_API ")
@@ -182,3 +184,16 @@ def test_a_changed_file_is_refused(run, bundle, tmp_path):
     done = run("tilewright-restore", "--bundle", bundle, tmp_path / "in.png", tmp_path / "out.png")
     assert done.returncode == 3
     assert "sharpen.onnx: SHA-256 differs from the sealed" in done.stderr
+
+
+def test_the_page_names_options_and_functions_that_exist(run):
+    text, usage = page("cpp"), run("tilewright-restore", "--help").stdout
+    lines = [line for line in text.splitlines() if line.startswith("build/cpp/tilewright-restore ")]
+    assert len(lines) >= 4
+    assert set(OPTION.findall(" ".join(lines))) <= set(OPTION.findall(usage))
+    header = (ROOT / "runtime" / "cpp" / "include" / "tilewright.h").read_text()
+    names = set(re.findall(r"\btw_\w+|\bTW_\w+", text))
+    assert {"tw_open", "tw_restore", "tw_close"} <= names
+    assert all(re.search(rf"\b{name}\b", header) for name in names)
+    options = set(re.findall(r"-D([A-Z_]+)=", text))
+    assert all(f"option({name} " in (ROOT / "runtime" / "cpp" / "CMakeLists.txt").read_text() for name in options)

@@ -35,6 +35,7 @@ HERE = {  # pages whose commands run here, one page after the other in one direc
 }
 ELSEWHERE = {  # pages whose commands need files that are not here, and the test that runs them on tiny ones
     "calibration": "calib/test_docs.py",
+    "cpp": "runtime/cpp/test_cpp.py",
     "flux": "export/systems/test_docs.py",
     "instantir": "export/systems/test_docs.py",
     "hitoksr": "export/systems/test_hitoksr.py",

@@ -6,6 +6,7 @@ only while it is read.
 
 from __future__ import annotations
 
+import logging
 import os
 import struct
 from collections.abc import Callable, Mapping, Sequence
@@ -75,6 +76,7 @@ def _library() -> Any:
         raise EnvironmentMismatch(
             f"images larger than memory need pyvips ({reason(error)}); pip install 'tilewright[large]'"
         ) from error
+    logging.getLogger("pyvips").addHandler(logging.NullHandler())  # otherwise Python writes them there, too
     pyvips.cache_set_max(0)
     return pyvips
 

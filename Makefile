@@ -8,7 +8,7 @@ PYTEST = MAKEFLAGS= PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/pytest -n 
 CMAKE := $(or $(wildcard $(BIN)/cmake),cmake)
 PREFIX := kernels/native
 
-.PHONY: demo demo-hitoksr demo-in-token check test test-quick test-isa lint bench native wheel clean
+.PHONY: demo demo-hitoksr demo-in-token check test test-quick test-isa lint bench native cpp wheel clean
 .PHONY: train-hitoksr train-in-token
 
 .venv/ready: pyproject.toml constraints.txt
@@ -73,6 +73,13 @@ native:
 	$(CMAKE) -S kernels/native -B build/native $(if $(shell command -v ninja),-G Ninja)
 	$(CMAKE) --build build/native
 	$(CMAKE) --install build/native --prefix $(PREFIX)
+
+# the C++ library and its command; needs what `native` needs, and libpng. The library of ONNX Runtime is that of .venv
+cpp: .venv/ready
+	test -n "$$ONNXRUNTIME_ROOT" || pkg-config --exists libonnxruntime || kernels/native/headers.sh build/onnxruntime
+	$(CMAKE) -S runtime/cpp -B build/cpp $(if $(shell command -v ninja),-G Ninja) -DTILEWRIGHT_TESTS=$(abspath tests/runtime/cpp)
+	$(CMAKE) --build build/cpp
+	build/cpp/tests/vectors tests/vectors tests/programs
 
 # into dist/: the sdist, the pure wheel, and a wheel for this platform with the native kernels; auditwheel finds its tag
 wheel: .venv/ready

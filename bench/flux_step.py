@@ -35,11 +35,11 @@ def inputs(bundle: Path, side: int) -> dict[str, Any]:
 def engine(name: str, memory: str) -> Callable[[Path, int], Callable[[], Any]]:
     def ready(bundle: Path, side: int) -> Callable[[], Any]:
         from tilewright.runtime.bundle.read import read_bundle
-        from tilewright.runtime.engines import backend
+        from tilewright.runtime.engines import Opening, backend
 
         opened = read_bundle(bundle)
         spec = next(spec for spec in opened.manifest.components["step"].engines if spec.name == name)
-        step = backend(spec.backend).open_engine(opened, "step", spec, memory=memory, threads=THREADS)
+        step = backend(spec.backend).open_engine(opened, "step", spec, Opening(memory, THREADS))
         feed = inputs(bundle, side)
         return lambda: step.run(feed, ["z_next"])["z_next"]
 

@@ -13,6 +13,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
 from safetensors.torch import save_file as save_torch
@@ -20,7 +21,11 @@ from safetensors.torch import save_file as save_torch
 from tilewright.export.tokenizers import put, stand_in_clip
 from tilewright.runtime.profile import hardware
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+from train import data
+
 HERE = Path(__file__).parent
+TOOLS: list[str] = []  # of others, for eight_bits
 PACKAGES = [
     "torch",
     "diffusers",
@@ -125,6 +130,52 @@ def demo(work: Path) -> None:
     bench("demo", "--hitoksr", hitoksr, "--in-token", in_token)
 
 
+def eight_bits(work: Path) -> None:
+    """Engines in 8 bits of the demo models. `--tool` names tools of others to compare hitoksr's with."""
+    work.mkdir(parents=True, exist_ok=True)
+    photos = work / "calibration"
+    photos.mkdir(exist_ok=True)
+    for name, _, small in data.kept_back("calibration"):
+        Image.fromarray(small).save(photos / f"{name}.png")
+    models, targets = HERE.parent / "demo", ("--target", "ort,openvino", "--precision", "float32,bfloat16")
+    hitoksr, standard, in_token = work / "hitoksr-8", work / "hitoksr-standard", work / "in-token-8"
+    tilewright("export", "build", "hitoksr", "--weights", models / "hitoksr", *targets, "-o", hitoksr)
+    tilewright(
+        "export",
+        "build",
+        "hitoksr",
+        "--weights",
+        models / "hitoksr",
+        "--ops",
+        "standard",
+        "--verify",
+        "never",
+        "-o",
+        standard,
+    )
+    tilewright(
+        "export", "build", "in-token", "--preset", "demo", "--weights", models / "in-token", *targets, "-o", in_token
+    )
+    stats, recipe, found = (work / name for name in ("hitoksr.safetensors", "hitoksr.yaml", "sens.json"))
+    tilewright("calib", "collect", hitoksr, photos, "-o", stats)
+    for precision, words, target in (("int8", ("--smooth", 0.5), "ort,openvino"), ("fp8", (), "ort")):
+        tilewright("calib", "recipe", hitoksr, stats, "--format", precision, *words, "-o", recipe)
+        tilewright("export", "compile", hitoksr, "--precision", precision, "--target", target, "--recipe", recipe)
+    tools = [word for tool in TOOLS for word in ("--tool", tool)]
+    bench("eight_bits", hitoksr, standard, "--components", "generate,decode", *tools)
+    stats, recipe = work / "in-token.safetensors", work / "in-token.yaml"
+    tilewright("calib", "collect", in_token, photos, "-o", stats, "--images", 12, "--steps", 8)
+    words = ("--format", "int8", "--smooth", 0.5)
+    tilewright("calib", "sensitivity", in_token, stats, *words, "-o", found)
+    tilewright(
+        "calib", "recipe", in_token, stats, "--format", "int8", "--sens", found, "--budget-psnr", 60, "-o", recipe
+    )
+    tilewright("export", "compile", in_token, "--precision", "int8", "--target", "ort,openvino", "--recipe", recipe)
+    words = ("--components", "step", "--steps", 8, "--images", 8)
+    bench("eight_bits", in_token, in_token, *words, stored="eight_bits_in_token")
+    bench("step_ranges", in_token, stats, recipe)
+
+
 def kernels(work: Path) -> None:
     command = [sys.executable, "-m", "tilewright.cli.main", "kernels"]
     for name, words in (("kernels_cpu", ["bench"]), ("kernel_resources", ["check", "--resources"])):
@@ -151,14 +202,23 @@ def memory(work: Path) -> None:
     bench("memory", full, "--sides", "512", "--ways", "fast;low", stored="memory_full")
 
 
+def serve(work: Path) -> None:
+    tiny = work / "serve"
+    words = ("--preset", "tiny", "--random-weights", 0, "--verify", "never", "--target", "ort")
+    tilewright("export", "build", "hitoksr", *words, "-o", tiny)
+    bench("serve", "--bundle", tiny)
+
+
 SYSTEMS = {
     "hitoksr": hitoksr,
     "flux": flux,
     "instantir": instantir,
     "toksr": toksr,
     "demo": demo,
+    "eight_bits": eight_bits,
     "kernels": kernels,
     "memory": memory,
+    "serve": serve,
     "wheel": wheel,
 }
 
@@ -168,6 +228,8 @@ if __name__ == "__main__":
         "systems", nargs="*", default=list(SYSTEMS), help=f"some of {', '.join(SYSTEMS)} (default: all)"
     )
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "tilewright-bench")
+    parser.add_argument("--tool", action="append", default=[], metavar="NAME=PYTHON", help="see bench/eight_bits.py")
     arguments = parser.parse_args()
+    TOOLS += arguments.tool
     for name in arguments.systems:
         SYSTEMS[name](arguments.work)

@@ -1,6 +1,7 @@
 """Adding engines in 8 bits to a bundle, each in the form that its backend computes fastest here.
 
 The graphs of all backends have the same layers in 8 bits, and read the same weights. They differ in the form alone.
+TensorRT's graphs are compiled to plans, on the machine with the GPU.
 The bundle's other files stay as they are, and the new bundle replaces the old one in one step.
 """
 
@@ -20,14 +21,16 @@ from tilewright.calib.networks import check_networks
 from tilewright.calib.recipe import Recipe, graphs_of
 from tilewright.calib.trial import Trial
 from tilewright.export.build.cache import staging, write
-from tilewright.export.build.compile import link, list_in_card, with_engines
-from tilewright.export.targets import engine_folder, target_module
+from tilewright.export.build.compile import check_room_for, link, list_in_card, with_engines
+from tilewright.export.plans.build import Options
+from tilewright.export.targets import check_makeable, engine_folder, target_module
+from tilewright.export.targets.tensorrt import typed
 from tilewright.export.verify.engines import sample_photo
 from tilewright.runtime.bundle.digests import sha256_of_file
 from tilewright.runtime.bundle.manifest import EngineSpec, File, Form, Needs
 from tilewright.runtime.bundle.read import Bundle, read_bundle
 from tilewright.runtime.bundle.strict import to_json
-from tilewright.runtime.bundle.weights import Folder, Weights
+from tilewright.runtime.bundle.weights import Folder, Weights, location
 from tilewright.runtime.bundle.write import seal
 from tilewright.runtime.engines import Engine, backend
 from tilewright.runtime.engines.machine import this_machine
@@ -60,14 +63,18 @@ def add_engines(
     threads: int = 0,
     expect: str | None = None,
     weights_dir: Path | None = None,
+    plans: Options | None = None,
     on_progress: Report = lambda part, done, total: None,
 ) -> Added:
-    """Add an engine of each target for every component that has layers in 8 bits."""
+    """Add an engine of each target for every component that has layers in 8 bits. `plans`: how those are made."""
     precision, bundle = recipe.format, read_bundle(root, expect=expect)
     check_networks(bundle, recipe.networks, "the recipe")
     makers = {target: target_module(target).FORMS.get(precision, ()) for target in targets}
     if not any(makers.values()):
         raise UsageError(f"precision={precision!r} is none that {' or '.join(targets)} makes; add another target")
+    check_makeable([target for target, forms in makers.items() if forms])
+    if makers.get("tensorrt"):
+        check_room_for(bundle, "tensorrt", [precision])
     graphs = graphs_of(bundle, weights_dir)
     names = sorted({name.partition("/")[0] for name in recipe.quantised})
     with staging(root.resolve()) as folder:
@@ -78,14 +85,18 @@ def add_engines(
         tables, components, forms = dict(bundle.weights.tensors), dict(bundle.manifest.components), {}
         for name in names:
             for target, form in chosen[name].items():
-                model = insert(graphs[name], recipe, codes, form)
-                file = f"{engine_folder(name, target)}/{precision}.onnx"
-                (folder / file).unlink(missing_ok=True)
-                (folder / file).parent.mkdir(parents=True, exist_ok=True)
-                ir.save(model, folder / file)
-                own = f"{name}.{target}-{precision}"
+                model, own = insert(graphs[name], recipe, codes, form), f"{name}.{target}-{precision}"
                 tables[own] = table(codes, model, bundle.weights.tensors.get(name, {}))
-                spec = _spec(bundle, name, target, precision, form, file, own)
+                if target == "tensorrt":
+                    files = bundle.files_of(name, weights_dir) | {location(c.reference): c.path for c in codes.values()}
+                    spec = _plan(bundle, name, precision, model, files, form, plans or Options(), folder)
+                else:
+                    file = f"{engine_folder(name, target)}/{precision}.onnx"
+                    (folder / file).unlink(missing_ok=True)
+                    (folder / file).parent.mkdir(parents=True, exist_ok=True)
+                    ir.save(model, folder / file)
+                    spec = _spec(bundle, name, target, precision, form, file)
+                spec = replace(spec, weights=own, form=form)
                 components[name] = with_engines(components[name], [spec])
                 forms[f"{name}, {spec.name}"] = form.text
         stored = folder / "weights" / precision / f"{precision}.safetensors"
@@ -98,16 +109,33 @@ def add_engines(
         (folder / "bundle.json").unlink()  # a link to the one that stays in use until the end
         seal(folder, replace(bundle.manifest, components=components), root)
     sizes = {name: sum(r.length for r in t.values()) for name, t in tables.items() if name not in components}
-    engines = tuple(dict.fromkeys(f"{target}-{precision}" for name in names for target in chosen[name]))
+    engines = tuple(dict.fromkeys(name.partition(", ")[2] for name in forms))
     return Added(engines, forms, bundle.digest, read_bundle(root).digest, sizes)
 
 
-def _spec(bundle: Bundle, component: str, target: str, precision: str, form: Form, graph: str, own: str) -> EngineSpec:
+def _plan(
+    bundle: Bundle,
+    component: str,
+    precision: str,
+    model: Any,
+    files: Mapping[str, Path],
+    form: Form,
+    options: Options,
+    folder: Path,
+) -> EngineSpec:
+    """Compile a graph in 8 bits."""
+    from tilewright.export.build.plan import compile_graph, this_card
+
+    typed(model, form.rest)
+    return compile_graph(bundle, component, precision, model, files, this_card(), options, folder)
+
+
+def _spec(bundle: Bundle, component: str, target: str, precision: str, form: Form, graph: str) -> EngineSpec:
     first = bundle.manifest.components[component].engines[0]
     references = bundle.weights.tensors.get(component, {}).values()
     parameters = sum(r.length for r in references) // 2
     spec: EngineSpec = target_module(target).spec(precision, graph, first.memory, parameters)
-    return replace(spec, weights=own, form=form, needs=_needs(spec.needs, target, form))
+    return replace(spec, needs=_needs(spec.needs, target, form))
 
 
 def _needs(needs: Needs, target: str, form: Form) -> Needs:
@@ -132,16 +160,19 @@ def _forms(
     """The form for each component and target."""
     names = sorted({name.partition("/")[0] for name in recipe.quantised})
     able = {
-        target: of_target for target, forms in makers.items() if (of_target := [f for f in forms if _runs(target, f)])
+        target: of_target
+        for target, forms in makers.items()
+        if (of_target := [f for f in forms if target_module(target).COMPILED or _runs(target, f)])
     }
     chosen: dict[str, dict[str, Form]] = {name: {target: forms[0] for target, forms in able.items()} for name in names}
-    if all(len(forms) == 1 for forms in able.values()):
+    several = {target: forms for target, forms in able.items() if len(forms) > 1}
+    if not several:
         return chosen
     with Trial(bundle, [_picture(bundle)], threads=threads, weights_dir=weights_dir) as trial:
         recorded = trial.calls()
         for place, name in enumerate(names):
             on_progress("choosing forms", place, len(names))
-            for target, forms in able.items():
+            for target, forms in several.items():
                 opened = {form: _open(target, recipe, graphs[name], codes, form, trial) for form in forms}
                 try:
                     chosen[name][target] = _fastest(name, opened, recorded[name].first, trial)
@@ -189,8 +220,6 @@ def _fastest(
     name: str, opened: Mapping[Form, Engine], calls: Sequence[tuple[Mapping[str, Any], list[str]]], trial: Trial
 ) -> Form:
     """The fastest form of those that are about as exact as the most exact one."""
-    if len(opened) == 1:
-        return next(iter(opened))
     likeness = {form: trial.score({name: engine}).mean for form, engine in opened.items()}
     seconds: dict[Form, list[float]] = {form: [] for form in opened}
     for _ in range(ROUNDS):

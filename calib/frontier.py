@@ -7,13 +7,14 @@ its share of the work returns to float, one after the other. Pictures are always
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from tilewright.calib.evidence import Evidence, Group, Point
 from tilewright.calib.observers import Observations
 from tilewright.calib.recipe import Recipe, graphs_of, make_recipe
 from tilewright.calib.trial import Score, Trial
@@ -26,13 +27,12 @@ from tilewright.runtime.resume.checkpoint import beside
 
 __all__ = [
     "BY",
-    "Group",
-    "Point",
     "Sensitivity",
     "calibrated_pictures",
-    "frontier_table",
+    "frontier_rows",
     "read_sensitivity",
     "sensitivity",
+    "with_all",
     "within_budget",
 ]
 
@@ -40,29 +40,6 @@ BY = ("kind", "block", "layer")
 IMAGES = 4
 ENOUGH_DB = 60.0  # closer than this, no more layers return to float
 Report = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class Group:
-    """Layers that are judged together, alone in 8 bits."""
-
-    name: str
-    layers: tuple[str, ...]
-    share: float  # of the multiplications of all layers
-    mean_db: float
-    worst_db: float
-
-
-@dataclass(frozen=True)
-class Point:
-    """A point of the frontier."""
-
-    kept: tuple[str, ...]  # groups that stay in float
-    share: float  # of the multiplications of all layers in 8 bits
-    linear: float  # of those of linear layers alone
-    mean_db: float
-    worst_db: float
-    changed: float | None = None  # share of choices that differ
 
 
 @dataclass(frozen=True)
@@ -212,10 +189,18 @@ def within_budget(recipe: Recipe, found: Sensitivity, budget_db: float) -> Recip
     for name in point.kept:
         why = f"alone in 8 bits it costs most for its work: {groups[name].mean_db:.1f} dB"
         recipe = recipe.keeping(groups[name].layers, why)
-    return recipe
+    evidence = Evidence(recipe.evidence.largest, found.groups, found.frontier, budget_db)
+    return replace(recipe, evidence=evidence)
 
 
-def frontier_table(found: Sensitivity) -> list[list[str]]:
+def with_all(recipe: Recipe, score: Score, budget_db: float) -> Recipe:
+    """The recipe with the evidence that all its layers in 8 bits are within the budget."""
+    return replace(
+        recipe, evidence=replace(recipe.evidence, frontier=(_point((), recipe, score),), budget_db=budget_db)
+    )
+
+
+def frontier_rows(frontier: Sequence[Point]) -> list[list[str]]:
     """The rows of the frontier as text: shares in 8 bits, dB, what returned to float."""
     return [
         [
@@ -225,7 +210,7 @@ def frontier_table(found: Sensitivity) -> list[list[str]]:
             f"{p.worst_db:.1f}",
             p.kept[-1] if p.kept else "all in 8 bits",
         ]
-        for p in found.frontier
+        for p in frontier
     ]
 
 

@@ -9,8 +9,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
+
 from tilewright.calib.collector import images_in
+from tilewright.calib.crops import Crops
 from tilewright.calib.engines import RECIPE
+from tilewright.calib.peak import peak_of
 from tilewright.calib.profiled import low_layers, low_share
 from tilewright.calib.recipe import Recipe, read_recipe
 from tilewright.calib.trial import Recorded, Score, Trial
@@ -22,13 +26,15 @@ from tilewright.runtime.bundle.read import Bundle, read_bundle
 from tilewright.runtime.engines import Engine, backend
 from tilewright.runtime.engines.machine import processor, usable_cores
 from tilewright.runtime.errors import AccuracyError, InputError, UsageError
+from tilewright.runtime.images.read import SUFFIXES, read_image
 from tilewright.runtime.restore import Restorer, load
 
-__all__ = ["BUDGET_DB", "REPORT", "gate", "held_out", "measurement", "require", "told"]
+__all__ = ["BUDGET_DB", "CROPS", "EIGHT_BITS", "REPORT", "gate", "held_out", "measurement", "original_of", "require"]
 
 BUDGET_DB = 45.0
 REPORT = "reports/quantised.json"  # in the bundle
 ROUNDS = 3  # of timing
+CROPS = "reports/quantised"
 EIGHT_BITS = ("int8", "fp8")
 Report = Callable[[str, int, int], None]
 
@@ -41,6 +47,15 @@ def held_out(folder: Path, recipe: Recipe, most: int | None = None) -> list[Path
         seen = "no image" if not paths else f"only {len(paths)} images that were calibrated on"
         raise InputError(f"{folder} holds {seen}; give others, as the result must not be judged on those")
     return fresh[:most]
+
+
+def original_of(path: Path, folder: Path) -> Path:
+    """The original of a picture: the image in this folder with the same name but for the suffix."""
+    for suffix in SUFFIXES:
+        for original in (folder / f"{path.stem}{suffix}", folder / f"{path.stem}{suffix.upper()}"):
+            if original.is_file():
+                return original
+    raise InputError(f"{folder} holds no original of {path.name}; name it {path.stem}.png")
 
 
 def gate(
@@ -56,10 +71,17 @@ def gate(
     threads: int = 0,
     expect: str | None = None,
     weights_dir: Path | None = None,
+    originals: Path | None = None,
+    crops: Path | None = None,
     on_progress: Report = lambda part, done, total: None,
     **arguments: Any,
 ) -> dict[str, Any]:
-    """Judge the engines in 8 bits of a bundle on the held-out pictures of a folder, and return a report."""
+    """Judge the engines in 8 bits of a bundle on the held-out pictures of a folder, and return a report.
+
+    `originals`: a folder with the picture that each one was made from, of the size of the restored one, under the same
+    name but for the suffix. `crops`: a folder that gets a part of the picture that suffered most, by every engine.
+    `arguments` are the bundle's, such as a prompt.
+    """
     bundle = read_bundle(root, expect=expect)
     recipes = {
         p: read_recipe(file)
@@ -70,13 +92,9 @@ def gate(
         wanted = precision or "int8 or fp8"
         raise UsageError(f"{root} has no engine in {wanted}; add one with 'export compile --recipe'")
     paths = held_out(folder, next(iter(recipes.values())), most)
-    options: dict[str, Any] = {
-        "steps": steps,
-        "tile": tile,
-        "seed": seed,
-        "threads": threads,
-        "weights_dir": weights_dir,
-    }
+    truth = [] if originals is None else [original_of(path, originals) for path in paths]
+    loading: dict[str, Any] = {"threads": threads, "weights_dir": weights_dir}
+    restoring: dict[str, Any] = {"steps": steps, "tile": tile, "seed": seed, **arguments}
     report: dict[str, Any] = {
         "bundle": bundle.digest,
         "processor": processor(),
@@ -85,24 +103,38 @@ def gate(
         "budget_db": budget_db,
         "engines": {},
     }
-    with Trial(bundle, paths, **options, **arguments) as trial:
+    names, _ = runnable(bundle)
+    peaks = {}
+    for place, name in enumerate(names):  # before this process holds all of them
+        on_progress("memory", place, len(names))
+        peaks[name] = peak_of(root, name, paths[0], loading, restoring)
+    on_progress("memory", len(names), len(names))
+    with Trial(bundle, paths, originals=truth, **loading, **restoring) as trial:
         restorers: dict[str, Restorer] = {}
-        names, _ = runnable(bundle)
+        shown = Crops([read_image(path).rgb for path in paths], trial.reference, trial.truth)
         try:
             for name in names:
-                restorers[name] = load(bundle, engine=name, threads=threads, weights_dir=weights_dir)
+                restorers[name] = load(bundle, engine=name, **loading)
             calls = trial.calls()
             for place, (name, restorer) in enumerate(restorers.items()):
                 on_progress("pictures", place, len(names))
                 specs = {c: s for c, s in restorer.specs.items() if s.name == name}
-                score = trial.score({c: restorer.engines[c] for c in specs})
+                pictures, score = trial.pictures({c: restorer.engines[c] for c in specs})
+                if (kind := next(iter(specs.values())).precision) != "float32":
+                    shown.add(name, pictures, judged=kind in EIGHT_BITS)
                 report["engines"][name] = _judged(bundle, name, specs, restorer, score, recipes, calls, weights_dir)
             on_progress("pictures", len(names), len(names))
             seconds = _times(restorers, calls, trial, on_progress)
         finally:
             for restorer in restorers.values():
                 restorer.close()
+    if crops is not None:
+        report["crops"] = shown.write(crops)
+    exact = report["engines"][names[0]].get("truth_db")
     for name, engine in report["engines"].items():
+        engine["peak_bytes"] = peaks[name]
+        if exact is not None:  # against the originals, how much worse than float32
+            engine["lost_db"] = float(np.mean(exact) - np.mean(engine["truth_db"]))
         engine["seconds_per_megapixel"] = {c: seconds[name][c] for c in engine["components"]}
         engine["seconds"] = sum(seconds[name].values())  # a megapixel, with other engines where it has none
     for engine in report["engines"].values():
@@ -131,8 +163,12 @@ def _judged(
         "psnr_db": list(score.psnr_db),
         "mean_db": score.mean,
         "worst_db": score.worst,
+        "ssim": float(np.mean(score.ssim)),
+        "drift": {value: list(steps) for value, steps in score.drift.items()},
         "changed_choices": score.changed,
     }
+    if score.truth_db:
+        judged["truth_db"] = list(score.truth_db)
     if recipe := recipes.get(spec.precision):
         low = set[str]()
         for component, its in specs.items():
@@ -198,24 +234,3 @@ def require(report: Mapping[str, Any]) -> None:
         best = max(missed, key=lambda name: missed[name]["mean_db"])
         if len(missed) == len(judged):
             raise AccuracyError(f"{best}, the best in 8 bits: {missed[best]['fault']}")
-
-
-def told(report: Mapping[str, Any]) -> str:
-    """The report in lines."""
-    lines = [f"{len(report['images'])} held-out images, {report['threads']} threads, {report['processor']}"]
-    for name, engine in report["engines"].items():
-        line = (
-            f"{name}: {engine['mean_db']:.1f} dB, worst {engine['worst_db']:.1f}, {engine['seconds']:.3g} s a megapixel"
-        )
-        if engine["changed_choices"] is not None:
-            line += f", {engine['changed_choices']:.1%} of choices changed"
-        lines.append(line)
-        if engine["precision"] in EIGHT_BITS:
-            lines.append(
-                f"  {engine['low_share']:.1%} of the linear work in 8 bits, asked for {engine['asked_share']:.1%}"
-            )
-            if engine["fault"]:
-                lines.append(f"  misses the budget: {engine['fault']}")
-            if engine["slower_than"]:
-                lines.append(f"  slower than {engine['slower_than']} here, so it is not the default")
-    return "\n".join(lines)

@@ -63,8 +63,8 @@ def quantised_weights(graphs: Mapping[str, StandardGraph], recipe: Recipe, folde
     layers = {n: layer for g in graphs.values() for n, layer in g.layers(tensors_of(recipe)).items()}
     check_layers(recipe, layers)
     format, scales = FORMATS[recipe.format], dict[str, Floats]()
-    places = {_key(layers[n], part): (layers[n], part) for n in sorted(recipe.quantised) for part in layers[n].parts}
-    specs = {key: TensorSpec(format.name, _shape(layer, part)) for key, (layer, part) in places.items()}
+    places = {layers[n].key(part): (layers[n], part) for n in sorted(recipe.quantised) for part in layers[n].parts}
+    specs = {key: TensorSpec(format.name, layer.part_shape(part)) for key, (layer, part) in places.items()}
 
     def tensors() -> Iterator[bytes]:
         for key, (layer, part) in places.items():
@@ -88,16 +88,6 @@ def _scaling(format: Format, numbers: Floats, axis: int) -> Any:
     if format is INT8:
         return of_channels(format, numbers, axis)
     return symmetric(format, np.abs(numbers).max(initial=0.0))
-
-
-def _key(layer: Layer, part: Part) -> str:
-    return layer.name if part.stop is None else f"{layer.name}[{part.start}:{part.stop}]"
-
-
-def _shape(layer: Layer, part: Part) -> tuple[int, ...]:
-    if part.stop is None:
-        return layer.shape
-    return (part.stop - part.start, layer.shape[1])
 
 
 def insert(graph: StandardGraph, recipe: Recipe, codes: Mapping[str, Codes], form: Form | None = None) -> Any:
@@ -132,24 +122,26 @@ class _Inserted:
         self.format = FORMATS[recipe.format]
         self.pairs: dict[tuple[Any, str], Any] = {}  # value and input -> the dequantised value
         self.undivided = set[str]()  # inputs whose smoothing is a node of its own
+        self.replaced: dict[Any, Any] = {}  # the result of a layer -> the value in its place
 
     def layer(self, layer: Layer) -> None:
         """Let a layer compute in 8 bits."""
         if layer.kind == "convolution":
-            layer.node.replace_input_with(0, self._pair(layer.parts[0].value, layer.parts[0], layer.node))
+            value = self.replaced.get(layer.parts[0].value, layer.parts[0].value)
+            layer.node.replace_input_with(0, self._pair(value, layer.parts[0], layer.node))
             layer.node.replace_input_with(1, self._weight(layer, layer.parts[0]))
             layer.node.name = layer.name
             return
         node, result = layer.node, layer.node.outputs[0]
         sums = []
         for part in layer.parts:
-            value = part.value
+            value = self.replaced.get(part.value, part.value)
             if part.stop is not None and node.op_type == "Gemm":  # which reads matrices
                 shape = self.graph.constant(self._name(f"{value.name}.rows"), np.array([-1, part.stop - part.start]))
                 value = self._op("Reshape", [value, shape], node, f"{value.name}.matrix")
             factors = [self._pair(value, part, node), self._weight(layer, part)]
-            sums.append(self._op("MatMul", factors, node, f"{_key(layer, part)}.product"))
-            sums[-1].producer().name = _key(layer, part)  # backends tell by it what they computed in 8 bits
+            sums.append(self._op("MatMul", factors, node, f"{layer.key(part)}.product"))
+            sums[-1].producer().name = layer.key(part)  # backends tell by it what they computed in 8 bits
         total = sums[0]
         bias = [node.inputs[2]] if len(node.inputs) > 2 and node.inputs[2] is not None else []
         for term in (*sums[1:], *bias):
@@ -158,6 +150,7 @@ class _Inserted:
         result.replace_all_uses_with(total, replace_graph_outputs=True)
         self.graph.model.graph.remove(node, safe=True)
         total.name = name
+        self.replaced[result] = total
 
     def _pair(self, value: Any, part: Part, before: Any) -> Any:
         """The value after a Q and a DQ, which all readers with the same range share."""
@@ -189,7 +182,8 @@ class _Inserted:
 
     def _weight(self, layer: Layer, part: Part) -> Any:
         """The dequantised weight."""
-        codes, key = self.codes[_key(layer, part)], _key(layer, part)
+        key = layer.key(part)
+        codes = self.codes[key]
         name = self._name(f"{key.partition('/')[2]}.{self.format.name}")
         r = codes.reference
         stored = ir.Value(name=name, shape=ir.Shape(r.shape), type=ir.TensorType(TYPES[self.format.name]))

@@ -18,7 +18,7 @@ from tilewright.export.graph.rewrites.fold_weights import MOVES, computed
 from tilewright.export.weights.files import WeightReader
 from tilewright.runtime.bundle.read import Bundle
 
-__all__ = ["Layer", "Part", "StandardGraph", "standard_graph"]
+__all__ = ["Layer", "Part", "StandardGraph", "standard", "standard_graph"]
 
 SAME_NUMBERS = {"Identity", "Reshape", "Squeeze", "Unsqueeze"}
 Floats = npt.NDArray[np.float32]
@@ -55,6 +55,14 @@ class Layer:
     def axis(self) -> int:
         """The axis of the output channels."""
         return 1 if self.kind == "linear" or self.node.op_type == "ConvTranspose" else 0
+
+    def key(self, part: Part) -> str:
+        """The name of the weight that meets a part."""
+        return self.name if part.stop is None else f"{self.name}[{part.start}:{part.stop}]"
+
+    def part_shape(self, part: Part) -> tuple[int, ...]:
+        """The shape of the weight that meets a part."""
+        return self.shape if part.stop is None else (part.stop - part.start, self.shape[1])
 
     def work(self, elements: int) -> float:
         """The multiplications of the layer, for so many numbers that entered it."""
@@ -123,19 +131,24 @@ CONVOLUTIONS = ("Conv", "ConvTranspose")
 
 def standard_graph(bundle: Bundle, component: str, weights_dir: Path | None = None) -> StandardGraph:
     """The portable graph of a component in standard operators."""
+    model = ir.load(bundle.path(bundle.manifest.components[component].graph))
+    references = bundle.weights.tensors.get(component, {})
+    folders = {name: bundle.folder(name, weights_dir) for name in bundle.weights.folders_of(component)}
+    return standard(component, model, WeightReader(references, folders))
+
+
+def standard(component: str, model: Any, reader: WeightReader) -> StandardGraph:
+    """A portable graph in standard operators. It is changed in place."""
     from onnx_ir.passes.common import ShapeInferencePass
 
     from tilewright.export.graph.ops import inline
     from tilewright.export.graph.rewrites.fold import fold
 
-    model = ir.load(bundle.path(bundle.manifest.components[component].graph))
     if model.functions:
         inline(model)
     ShapeInferencePass(data_prop=True)(model)  # some weights are cut to sizes that only shapes tell
     fold(model)
-    references = bundle.weights.tensors.get(component, {})
-    folders = {name: bundle.folder(name, weights_dir) for name in bundle.weights.folders_of(component)}
-    return StandardGraph(component, model, WeightReader(references, folders))
+    return StandardGraph(component, model, reader)
 
 
 def _weight(node: ir.Node) -> ir.Value | None:

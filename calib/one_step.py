@@ -3,22 +3,26 @@
 A quarter of the pictures is held out: the engines are judged on those, and everything else sees only the others.
 """
 
+import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tilewright.calib.collector import IMAGES, collect, evenly, images_in
 from tilewright.calib.engines import Added, add_engines
-from tilewright.calib.frontier import calibrated_pictures, sensitivity, within_budget
-from tilewright.calib.gates import BUDGET_DB, gate
+from tilewright.calib.frontier import calibrated_pictures, sensitivity, with_all, within_budget
+from tilewright.calib.gates import BUDGET_DB, CROPS, gate
 from tilewright.calib.recipe import Recipe, graphs_of, make_recipe
 from tilewright.calib.trial import Trial
+from tilewright.export.build.code import code
+from tilewright.runtime.bundle.digests import sha256_of_bytes, sha256_of_file
 from tilewright.runtime.bundle.read import read_bundle
+from tilewright.runtime.bundle.strict import encode
 from tilewright.runtime.errors import InputError
 
-__all__ = ["Calibrated", "calibrate"]
+__all__ = ["Calibrated", "calibrate", "inputs_of"]
 
 LEAST = 4  # pictures: three to observe, and one to judge
 EACH = 4  # of so many pictures, the last one is held out
@@ -69,8 +73,10 @@ def calibrate(
         recipe = make_recipe(bundle, observed, facts, format, smooth=SMOOTH[format], graphs=graphs)
         pictures = calibrated_pictures(bundle, facts)
         with Trial(bundle, pictures, steps=steps, **options) as trial:
-            reached = trial.score_of(graphs, recipe, trial.weights(graphs, recipe)).mean
-        if reached < budget_db + MARGIN_DB:
+            score = trial.score_of(graphs, recipe, trial.weights(graphs, recipe))
+        if score.mean >= budget_db + MARGIN_DB:
+            recipe = with_all(recipe, score, budget_db)
+        else:
             found = sensitivity(
                 bundle,
                 observed,
@@ -86,9 +92,26 @@ def calibrate(
             recipe = within_budget(recipe, found, min(budget_db + MARGIN_DB, _best(found)))
         added = add_engines(root, recipe, targets, **options, on_progress=on_progress)
         report = gate(
-            root, judging, budget_db=budget_db, precision=format, steps=steps, **options, on_progress=on_progress
+            root,
+            judging,
+            budget_db=budget_db,
+            precision=format,
+            steps=steps,
+            crops=root / CROPS,
+            **options,
+            on_progress=on_progress,
         )
     return Calibrated(recipe, added, report)
+
+
+def inputs_of(
+    format: str, targets: Sequence[str], *, recipe: Recipe | None = None, folder: Path | None = None, **options: Any
+) -> str:
+    """The digest of all that engines in 8 bits depend on besides the bundle: a recipe or pictures, and our code."""
+    asked = {"format": format, "targets": list(targets), **options, **code(__name__)}
+    asked |= {} if recipe is None else {"recipe": encode(recipe)}
+    asked |= {} if folder is None else {"images": [sha256_of_file(p) for part in _split(folder, IMAGES) for p in part]}
+    return sha256_of_bytes(json.dumps(asked, sort_keys=True).encode())
 
 
 def _best(found: Any) -> float:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from tilewright.calib.evidence import Evidence
 from tilewright.calib.formats import E4M3FN, INT8, UINT8, Format, Scaling
 from tilewright.calib.layers import Layer, Part, StandardGraph, standard_graph
 from tilewright.calib.networks import check_networks, networks_digest
@@ -22,8 +23,10 @@ from tilewright.calib.ranges import range_of, spread
 from tilewright.export.systems import names, system
 from tilewright.runtime.bundle.digests import writing
 from tilewright.runtime.bundle.read import Bundle
+from tilewright.runtime.bundle.safetensors import safetensors_start
 from tilewright.runtime.bundle.strict import check_limits, encode, from_json, schema
 from tilewright.runtime.errors import BundleError, InputError, UsageError
+from tilewright.runtime.inputs import read_tensors
 
 __all__ = [
     "FORMATS",
@@ -39,6 +42,7 @@ __all__ = [
 
 FORMATS: dict[str, Format] = {"int8": INT8, "fp8": E4M3FN}  # precision of a recipe -> format of its numbers
 KEPT = "kept"
+FACTORS = ".safetensors"  # instead of .yaml
 Floats = npt.NDArray[np.float32]
 
 
@@ -48,13 +52,14 @@ class Entering:
 
     range: tuple[float, float]
     method: str  # that chose the range
-    factors: tuple[float, ...] = ()  # smoothing divides each channel by its factor, and multiplies the weight by it
+    # smoothing divides each channel by its factor, and multiplies the weight by it; in a file: where the factors are
+    factors: tuple[float, ...] | str = ()
 
     def __post_init__(self) -> None:
         check_limits(self)
         if not self.range[0] <= self.range[1]:
             raise ValueError(f"range {list(self.range)} must go from the lowest to the highest number")
-        if not all(0 < factor < float("inf") for factor in self.factors):
+        if not isinstance(self.factors, str) and not all(0 < factor < float("inf") for factor in self.factors):
             raise ValueError("factors must be above 0")
 
     def scaling(self, format: Format, *, unsigned: bool = False) -> Scaling:
@@ -87,6 +92,7 @@ class Recipe:
     layers: dict[str, LayerRecipe]
     inputs: dict[str, Entering]
     images: tuple[str, ...] = ()  # SHA-256 of the pictures that were observed, on which the result must not be judged
+    evidence: Evidence = field(default_factory=Evidence)
 
     def __post_init__(self) -> None:
         check_limits(self)
@@ -120,10 +126,20 @@ class Recipe:
         return self.keeping(self.quantised - set(names), "left out")
 
     def write(self, path: Path) -> None:
-        """Write the file, completely or not at all."""
+        """Write the file, completely or not at all, and before it the file of factors beside it."""
         import yaml
 
-        text = yaml.safe_dump(encode(self), sort_keys=False, width=120, default_flow_style=None)
+        beside, inputs = path.with_suffix(FACTORS), dict(self.inputs)
+        factors = {name: np.asarray(e.factors, np.float32) for name, e in inputs.items() if e.factors}
+        inputs |= {name: replace(inputs[name], factors=beside.name) for name in factors}
+        if factors:
+            specs = {name: ("float32", array.shape) for name, array in factors.items()}
+            with writing(beside) as temporary, temporary.open("xb") as file:
+                file.write(safetensors_start(specs, {}))
+                file.writelines(array.tobytes() for array in factors.values())
+        document = encode(replace(self, inputs=inputs))
+        dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+        text = yaml.dump(document, Dumper=dumper, sort_keys=False, width=120, default_flow_style=None)
         with writing(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
 
@@ -139,8 +155,9 @@ def read_recipe(path: str | os.PathLike[str]) -> Recipe:
 
     path = Path(path)
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return from_json(Recipe, json.dumps(document), str(path))
+        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+        document = yaml.load(path.read_text(encoding="utf-8"), Loader=loader)
+        return _with_factors(from_json(Recipe, json.dumps(document), str(path)), path)
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}); check the path") from error
     except (yaml.YAMLError, UnicodeDecodeError, TypeError, ValueError) as error:
@@ -148,6 +165,19 @@ def read_recipe(path: str | os.PathLike[str]) -> Recipe:
     except BundleError as error:
         said = str(error).removesuffix("; rebuild the bundle")
         raise InputError(f"{said}; see docs/recipe.schema.json, or make the recipe with 'calib recipe'") from None
+
+
+def _with_factors(recipe: Recipe, path: Path) -> Recipe:
+    """The recipe with the factors that are in files beside it."""
+    inputs = dict(recipe.inputs)
+    for name, entering in inputs.items():
+        if isinstance(entering.factors, str):
+            beside = path.parent / Path(entering.factors).name
+            tensors = read_tensors(beside) if beside.is_file() else {}
+            if name not in tensors:
+                raise InputError(f"{beside} does not hold the factors of {name!r}; keep it beside {path.name}")
+            inputs[name] = replace(entering, factors=tuple(tensors[name].tolist()))
+    return replace(recipe, inputs=inputs)
 
 
 def graphs_of(bundle: Bundle, weights_dir: Path | None = None) -> dict[str, StandardGraph]:
@@ -197,8 +227,17 @@ def make_recipe(
         for part in layer.parts:
             entering[part.name] = _entering(observed, part, FORMATS[format], method, factors.get(part.name))
     images = tuple(image["sha256"] for image in facts.get("images", ()))
-    networks = networks_digest(bundle)
-    return Recipe(1, bundle.manifest.system, networks, format, rows, dict(sorted(entering.items())), images)
+    networks, entering = networks_digest(bundle), dict(sorted(entering.items()))
+    parts = {part.name: part for layer in quantised.values() for part in layer.parts}
+    evidence = Evidence({name: _largest(observed, parts[name]) for name in entering})
+    return Recipe(1, bundle.manifest.system, networks, format, rows, entering, images, evidence)
+
+
+def _largest(observed: Observations, part: Part) -> tuple[float, ...]:
+    """The largest magnitude of an input at each step."""
+    seen = [observed.over(part.tensor, [step]) for step in observed.steps(part.tensor)]
+    largest = [o.histogram.amax if o.channels is None else o.channels[part.rows].max() for o in seen]
+    return tuple(float(f"{number:.4g}") for number in largest)
 
 
 def _elements(observed: Observations, layer: Layer) -> int:
@@ -219,7 +258,7 @@ def _entering(
     divisors = np.ones_like(channels) if factors is None else factors
     amax = float((channels / divisors).max())
     lowest = max(-amax, min(0.0, seen.histogram.lowest) / float(divisors.min()))
-    kept = () if factors is None else tuple(float(f"{f:.6g}") for f in factors)
+    kept = () if factors is None else tuple(map(float, factors))
     return Entering(_rounded(lowest, amax), "absmax", kept)
 
 

@@ -1,7 +1,7 @@
 """Engines and a device that run a bundle's program and look at the tensors inside its networks."""
 
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,9 +83,9 @@ class WatchingDevice(CpuDevice):
         self.observations = Observations()
         self.step = 0
 
-    def begin(self, steps: Iterable[int]) -> None:
+    def begin(self, rows: Sequence[tuple[int, int]]) -> None:
         """Take the step of the call that comes next."""
-        (self.step,) = set(steps)  # one tile at a time
+        ((self.step, _),) = rows  # one tile at a time
 
     def look(self, component: str) -> Look:
         """The function that the engine of a component hands its tensors to."""

@@ -19,9 +19,9 @@ LISTED = "A bundle has arguments of its own: --bundle DIR --help lists them."
 METAVARS = {"words": "WORDS", "tensors": "FILE", "number": "NUMBER", "integer": "INTEGER"}
 
 
-def bundle_arguments(parser: argparse.ArgumentParser) -> None:
+def bundle_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """Add --bundle, and the options of its tiles."""
-    parser.add_argument("--bundle", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--bundle", type=Path, required=required, metavar="DIR")
     expect_argument(parser)
     parser.add_argument(
         "--tile", type=int, metavar="PX", help="side of a tile in output pixels, instead of the bundle's"

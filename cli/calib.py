@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from tilewright.cli.bundle_arguments import own_arguments, own_values
+from tilewright.cli.judged import FRONTIER, report_text, tell_gate
 from tilewright.cli.terminal import Progress, answer, expect_argument, mebibytes, table, verb
 from tilewright.runtime.bundle.read import require_bundle
 from tilewright.runtime.estimate import MEMORY_MODES, peak_bytes
 
-__all__ = ["add_verbs", "tell_gate"]
+__all__ = ["add_verbs"]
 
 
 def add_verbs(verbs: Any) -> None:
@@ -63,12 +64,18 @@ def add_verbs(verbs: Any) -> None:
     judge = verb(verbs, "gate", "judge engines in 8 bits on held-out images; exit 7 on a miss", _gate)
     judge.add_argument("bundle", type=Path, metavar="BUNDLE")
     judge.add_argument("images_dir", type=Path, metavar="IMAGES_DIR", help="images; those calibrated on are left out")
+    judge.add_argument("--originals", type=Path, metavar="DIR", help="the pictures that they were made from, if known")
     judge.add_argument("--budget-psnr", type=float, metavar="DB", default=45.0, help="least likeness (default: 45)")
     judge.add_argument("--images", type=int, metavar="N", help="most images to take (default: all)")
     judge.add_argument("--steps", type=int, metavar="N", help="sampling steps, where the system has any")
     judge.add_argument("--threads", type=int, metavar="N", default=0, help="of an engine (default: all cores)")
     judge.add_argument("--weights-dir", type=Path, metavar="DIR", help="where the weights are, if they moved")
     expect_argument(judge)
+
+    report = verb(verbs, "report", "show what was measured of a bundle's engines in 8 bits", _report)
+    report.add_argument("bundle", type=Path, metavar="BUNDLE")
+    report.add_argument("--html", type=Path, metavar="FILE", help="write a page with charts and pictures too")
+    expect_argument(report)
 
 
 def _bundle_and_statistics(parser: argparse.ArgumentParser, output: str) -> None:
@@ -125,7 +132,7 @@ def _collect(arguments: argparse.Namespace) -> None:
 
 def _sensitivity(arguments: argparse.Namespace) -> None:
     from tilewright.calib import read_observations
-    from tilewright.calib.frontier import calibrated_pictures, frontier_table, sensitivity
+    from tilewright.calib.frontier import calibrated_pictures, frontier_rows, sensitivity
     from tilewright.runtime.bundle.read import read_bundle
     from tilewright.runtime.bundle.strict import encode
 
@@ -148,9 +155,7 @@ def _sensitivity(arguments: argparse.Namespace) -> None:
     groups = sorted(found.groups, key=lambda group: group.mean_db)
     rows = [[group.name, f"{group.share:.1%}", f"{group.mean_db:.1f}", f"{group.worst_db:.1f}"] for group in groups]
     text = table(["alone in 8 bits", "share of work", "dB", "worst"], rows)
-    text += "\n\n" + table(
-        ["work in 8 bits", "of linear layers", "dB", "worst", "returned to float"], frontier_table(found)
-    )
+    text += "\n\n" + table(list(FRONTIER), frontier_rows(found.frontier))
     text += f"\n{arguments.output}: {len(groups)} groups in {time.perf_counter() - start:.0f} s"
     answer(arguments, {"output": str(arguments.output)} | encode(found), text)
 
@@ -189,38 +194,33 @@ def _recipe(arguments: argparse.Namespace) -> None:
     answer(arguments, value, text)
 
 
-def _gate(arguments: argparse.Namespace) -> None:
-    from tilewright.calib.gates import gate
+def _report(arguments: argparse.Namespace) -> None:
+    from tilewright.calib.report.facts import report
+    from tilewright.calib.report.page import page
+    from tilewright.runtime.bundle.digests import writing
+    from tilewright.runtime.images.write import check_place
 
-    with Progress(arguments, ("pictures", "times")) as progress:
+    facts = report(arguments.bundle, expect=arguments.expect)
+    text = report_text(facts)
+    if arguments.html is not None:
+        check_place(arguments.html)
+        with writing(arguments.html) as temporary:
+            temporary.write_text(page(facts, arguments.bundle), encoding="utf-8")
+        text += f"\nwritten to {arguments.html}"
+    answer(arguments, facts, text)
+
+
+def _gate(arguments: argparse.Namespace) -> None:
+    from tilewright.calib.gates import CROPS, gate
+
+    with Progress(arguments, ("memory", "pictures", "times")) as progress:
         report = gate(
             arguments.bundle,
             arguments.images_dir,
             budget_db=arguments.budget_psnr,
             most=arguments.images,
+            crops=arguments.bundle / CROPS,
             on_progress=progress.tiles,
-            **{name: getattr(arguments, name) for name in ("steps", "threads", "expect", "weights_dir")},
+            **{name: getattr(arguments, name) for name in ("steps", "threads", "expect", "weights_dir", "originals")},
         )
     tell_gate(arguments, arguments.bundle, report)
-
-
-def tell_gate(arguments: argparse.Namespace, root: Path, report: dict[str, Any], before: str = "") -> None:
-    """Keep and print a report of the gate, then raise its fault if it has one."""
-    import json
-
-    from tilewright.calib.gates import REPORT, measurement, require, told
-    from tilewright.runtime.bundle.digests import writing
-    from tilewright.runtime.bundle.measured import remember
-    from tilewright.runtime.errors import AccuracyError
-
-    path = root / REPORT
-    path.parent.mkdir(exist_ok=True)
-    with writing(path) as temporary:
-        temporary.write_text(json.dumps(report, indent=2, sort_keys=True) + "\n")
-    remember(root, measurement(report))
-    fault = None
-    try:
-        require(report)
-    except AccuracyError as error:
-        fault = error
-    answer(arguments, report, f"{before}{told(report)}\nwritten to {path}", fault=fault)

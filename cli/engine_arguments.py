@@ -15,6 +15,11 @@ def engine_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of a command that opens engines."""
     load_arguments(parser)
     parser.add_argument("--weights-dir", type=Path, metavar="DIR", help="where the weights are, if they moved")
+    parser.add_argument(
+        "--cluster",
+        metavar="ADDRESS",
+        help="use these devices of every machine of a Ray cluster: auto, HOST:PORT or ray://HOST:PORT",
+    )
 
 
 def load_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,6 +53,7 @@ def open_restorer(arguments: argparse.Namespace) -> Restorer:
         memory=arguments.memory,
         threads=arguments.threads,
         devices=arguments.devices.split(","),
+        cluster=arguments.cluster,
         batch=arguments.batch,
         tile=arguments.tile,
         weights_dir=arguments.weights_dir,

@@ -10,16 +10,17 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tilewright.cli.dry_run import dry_run
+from tilewright.cli.eight_bits import add_calibrate, add_eight_bits, add_recipe, eight_bit_inputs, split_precisions
 from tilewright.cli.explain import explain
 from tilewright.cli.lint import add_lint
-from tilewright.cli.plans import add_plan_options, forecast_of_plans, plan_options
+from tilewright.cli.plans import add_plan_options, plan_options
 from tilewright.cli.space import space
-from tilewright.cli.terminal import Progress, answer, expect_argument, span, verb
-from tilewright.runtime.errors import ResourceError, UsageError, amount
+from tilewright.cli.terminal import Progress, answer, expect_argument, verb
+from tilewright.runtime.errors import UsageError, amount
 
 if TYPE_CHECKING:
-    from tilewright.export.build.forecast import Forecast
-    from tilewright.export.build.request import Request
+    pass
 
 __all__ = ["add_verbs"]
 
@@ -54,20 +55,12 @@ def add_verbs(verbs: Any) -> None:
         help="keep our ops as nodes with functions, or inline them as standard ONNX",
     )
     _engine_options(build)
-    build.add_argument(
-        "--calibrate",
-        type=Path,
-        metavar="IMAGES_DIR",
-        help="for --precision int8 or fp8: find the recipe with these images",
-    )
-    build.add_argument(
-        "--budget-psnr", type=float, metavar="DB", default=45.0, help="least likeness with --calibrate (default: 45)"
-    )
+    add_calibrate(build)
     build.add_argument("--allow-nonfinite", action="store_true", help="build from weights that hold NaN or infinity")
     build.add_argument(
         "--dry-run", action="store_true", help="check all files, predict stages, disk, memory and time; build nothing"
     )
-    build.add_argument("--gpu", metavar="NAME", help="with --dry-run: predict plans for sm90, which need not be here")
+    build.add_argument("--gpu", metavar="NAME", help="with --dry-run: predict engines for sm90, which need not be here")
     build.add_argument("--explain", action="store_true", help="say which inputs changed since the last build")
 
     build.set_defaults(more_arguments=_system_options)
@@ -146,7 +139,7 @@ def _engine_options(parser: argparse.ArgumentParser, targets: str = "", precisio
         value = _names(default) if default else ()
         help_text = f"{text} (default: {default or here})"
         parser.add_argument(f"--{name}", type=_names, default=value, metavar="NAMES", help=help_text)
-    parser.add_argument("--recipe", type=Path, metavar="FILE", help="for --precision int8 or fp8: see calib recipe")
+    add_recipe(parser)
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -222,28 +215,30 @@ def _list(arguments: argparse.Namespace) -> None:
 
 def _build(arguments: argparse.Namespace) -> None:
     from tilewright.export.build.compile import compile_engines, split
-    from tilewright.export.build.history import usual_seconds
+    from tilewright.export.build.history import remember_added, usual_seconds
     from tilewright.export.build.preflight import check_request
     from tilewright.export.build.request import Request
     from tilewright.export.build.run import build, changes
     from tilewright.export.build.stage_list import all_remembered, list_stages, quick_digest
-    from tilewright.export.targets import check_makeable, usual_engines
+    from tilewright.export.targets import check_makeable, target_module, usual_engines
     from tilewright.export.weights.hub import local
     from tilewright.runtime.bundle.digests import sha256_of_file
+    from tilewright.runtime.bundle.read import read_bundle
     from tilewright.runtime.engines.machine import this_machine
 
-    floats, eight_bits = _split_precisions(arguments)
-    if eight_bits and arguments.recipe is None and arguments.calibrate is None:
-        raise UsageError(f"--precision {eight_bits[0]} needs --recipe FILE or --calibrate IMAGES_DIR")
-    if not eight_bits and (arguments.recipe or arguments.calibrate):
-        raise UsageError("--recipe and --calibrate are for --precision int8 or fp8; name one of them")
+    floats, eight_bits = split_precisions(arguments)
     precisions = floats or (("float32",) if eight_bits else ())
     asked = usual_engines(this_machine(kinds=("cpu",)), arguments.target, precisions)
     graphs, compiled = split(*asked)
+    if eight_bits and not floats:  # the bundle is made in float32, and needs no compiled engine in it
+        compiled = (), ()
+    engines = {target: [p for p in target_module(target).PRECISIONS if p in compiled[1]] for target in compiled[0]}
+    if eight_bits and "tensorrt" in asked[0]:
+        engines["tensorrt"] = [*engines.get("tensorrt", ()), *eight_bits]
     if arguments.gpu and not arguments.dry_run:
         raise UsageError(f"--gpu {arguments.gpu} predicts only; add --dry-run, or compile on the machine with the GPU")
     if not arguments.gpu:
-        check_makeable(compiled[0])
+        check_makeable(asked[0])
     request = Request(
         arguments.system,
         arguments.preset,
@@ -275,72 +270,31 @@ def _build(arguments: argparse.Namespace) -> None:
         if explained and not arguments.json:
             lines = [f"{stage} runs, changed: {', '.join(reasons)}" for stage, reasons in explained["changed"].items()]
             progress.say("\n".join(lines or ["nothing changed since the last build"]))
-        cost = {} if arguments.dry_run else build(request, tell, digest)
+        added = eight_bit_inputs(arguments, eight_bits[0], asked[0]) if eight_bits else None
+        cost = {} if arguments.dry_run else build(request, tell, digest, added)
         if compiled[0] and not arguments.dry_run:
             progress.doing("compiling engines")
             compile_engines(arguments.out, *compiled)
     if arguments.dry_run:
-        _dry_run(arguments, request, explained, compiled[1] if "tensorrt" in compiled[0] else ())
+        dry_run(arguments, request, explained, engines)
         return
-    if eight_bits:
-        _add_eight_bits(arguments, arguments.out, eight_bits[0], asked[0])
+    if added and cost:
+        add_eight_bits(arguments, arguments.out, eight_bits[0], asked[0])
+        remember_added(arguments.out, added, read_bundle(arguments.out).digest)
         return
     seconds = time.perf_counter() - start
     done = f"{arguments.out}: built in {seconds:.1f} s" if cost else f"{arguments.out}: up to date, nothing to do"
     answer(arguments, {"bundle": str(arguments.out), "built": bool(cost), "stages": cost} | explained, done)
 
 
-def _split_precisions(arguments: argparse.Namespace) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The precisions in float, and those in 8 bits."""
-    eight_bits = tuple(name for name in arguments.precision if name in ("int8", "fp8"))
-    if len(eight_bits) > 1:
-        raise UsageError("--precision int8,fp8: a recipe is of one 8-bit format; make one after the other")
-    return tuple(name for name in arguments.precision if name not in eight_bits), eight_bits
-
-
-def _add_eight_bits(arguments: argparse.Namespace, root: Path, precision: str, targets: Sequence[str]) -> None:
-    """Add engines in 8 bits to a bundle, by a recipe or by pictures."""
-    from tilewright.calib.engines import add_engines
-    from tilewright.calib.one_step import calibrate
-    from tilewright.calib.recipe import read_recipe
-    from tilewright.cli.calib import tell_gate
-
-    if arguments.recipe is not None:
-        recipe = read_recipe(arguments.recipe)
-        if recipe.format != precision:
-            raise UsageError(f"{arguments.recipe} is a recipe for {recipe.format}, not {precision}")
-        with Progress(arguments) as progress:
-            added = add_engines(
-                root, recipe, targets, expect=getattr(arguments, "expect", None), on_progress=progress.tiles
-            )
-        lines = [f"{root}: has {', '.join(added.engines)}, digest {added.digest[:12]}"]
-        lines += [f"{engine}: {form}" for engine, form in added.forms.items()]
-        lines += [f"next: tilewright calib gate {shlex.quote(str(root))} IMAGES_DIR, which judges all engines"]
-        answer(arguments, asdict(added), "\n".join(lines))
-        return
-    with Progress(arguments, ("observing", "groups", "frontier", "choosing forms", "pictures", "times")) as progress:
-        done = calibrate(
-            root,
-            arguments.calibrate,
-            precision,
-            budget_db=arguments.budget_psnr,
-            targets=tuple(targets),
-            on_progress=progress.tiles,
-        )
-    layers = f"{len(done.recipe.quantised)} of {len(done.recipe.layers)} layers in {precision}"
-    tell_gate(arguments, root, done.report, f"{root}: has {', '.join(done.added.engines)}, {layers}\n")
-
-
 def _compile(arguments: argparse.Namespace) -> None:
     from tilewright.export.build.compile import compile_engines
 
-    floats, eight_bits = _split_precisions(arguments)
-    if eight_bits and arguments.recipe is None:
-        raise UsageError(f"--precision {eight_bits[0]} needs --recipe FILE; calib recipe makes one")
-    if arguments.recipe is not None:
-        if floats or not eight_bits:
+    floats, eight_bits = split_precisions(arguments)
+    if eight_bits:
+        if floats:
             raise UsageError("--recipe is for --precision int8 or fp8 alone; add engines in float by another command")
-        _add_eight_bits(arguments, arguments.bundle, eight_bits[0], arguments.target)
+        add_eight_bits(arguments, arguments.bundle, eight_bits[0], arguments.target, plan_options(arguments))
         return
     done = compile_engines(
         arguments.bundle,
@@ -355,50 +309,6 @@ def _compile(arguments: argparse.Namespace) -> None:
         f"{arguments.bundle}: has {', '.join(done.engines)}, digest {done.digest[:12]}\n"
         f"next: tilewright export verify {shlex.quote(str(arguments.bundle))}, which measures all engines",
     )
-
-
-def _dry_run(
-    arguments: argparse.Namespace, request: "Request", explained: dict[str, Any], plans: Sequence[str]
-) -> None:
-    """Predict a build, and the plans in these precisions."""
-    from tilewright.export.build.forecast import forecast
-    from tilewright.export.build.preflight import check_request, check_room, free_room
-    from tilewright.export.build.run import up_to_date
-    from tilewright.export.build.stage_list import list_stages, quick_digest
-
-    check_request(request)
-    stages = list_stages(request, quick_digest)
-    predicted = forecast(request, stages, up_to_date=up_to_date(request, stages))
-    free_disk, free_memory = free_room(predicted)
-    free = {"free_disk": {str(place): n for place, n in free_disk.items()}, "free_memory_bytes": free_memory}
-    fault = None
-    try:
-        check_room(predicted)
-    except ResourceError as error:
-        fault = error
-    disk = [f"{amount(n)} under {place}, {amount(free_disk[place])} free" for place, n in predicted.disk.items()]
-    memory = "unknown" if free_memory is None else amount(free_memory)
-    lines = [
-        f"stages: {', '.join(predicted.stages) or 'none, the bundle is up to date'}",
-        f"disk: {'; '.join(disk) or 'nothing'}",
-        f"peak memory: {amount(predicted.memory)}, {memory} free",
-        f"time: {_time(predicted)}",
-    ]
-    report = predicted.to_json() | free | explained
-    if plans:
-        compiling, too_much = forecast_of_plans(request, plans, arguments.gpu)
-        report["plans"] = compiling.to_json()
-        lines += compiling.lines()
-        fault = ResourceError(f"{fault}; {too_much}") if fault and too_much else fault or too_much
-    answer(arguments, report, "\n".join(lines), fault=fault)
-
-
-def _time(predicted: "Forecast") -> str:
-    unknown = [name for name in predicted.stages if name not in predicted.seconds]
-    if predicted.stages == unknown:
-        return "unknown, no build of this size has run here" if unknown else "none"
-    without = f", without {', '.join(unknown)}" if unknown else ""
-    return f"about {span(sum(predicted.seconds.values()))} by earlier builds here{without}"
 
 
 def _inspect(arguments: argparse.Namespace) -> None:

@@ -12,6 +12,9 @@ KEPT = {  # command -> what stays when it is stopped
     "calib collect": "; finished images are kept, the same command goes on from there",
 }
 ENDINGS = {signal.SIGINT: ("interrupted", 130), signal.SIGTERM: ("terminated", 143)}
+EXTRAS = {"onnxruntime": "cpu"} | dict.fromkeys(
+    ("starlette", "uvicorn", "python_multipart", "prometheus_client"), "serve"
+)
 RETRY_S = 0.05
 UNBROKEN = {"_locked", "keep_at_stop", "staging", "writing"}  # they make and remove temporary files, or keep work
 _stopped_by: list[int] = []  # the signals that came; a library may catch the exception that a signal raised
@@ -165,7 +168,7 @@ def ending(error: Exception) -> tuple[str, int]:
     from tilewright.runtime.bundle.strict import one_line
 
     if isinstance(error, ModuleNotFoundError):
-        needed = "cpu" if error.name == "onnxruntime" else "export"
+        needed = EXTRAS.get(str(error.name).partition(".")[0], "export")
         return f"{error.name} is not installed; pip install 'tilewright[{needed}]'", 4
     if isinstance(error, MemoryError):
         return "out of memory; use a smaller --tile or --memory low", 5

@@ -1,17 +1,17 @@
-"""Options and forecasts of TensorRT's plans, for the verbs that build bundles and add engines to them."""
+"""Options of TensorRT's plans, and forecasts of compiled engines, for the verbs that build them."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tilewright.export.build.request import Request
     from tilewright.export.plans.build import Options
-    from tilewright.export.plans.forecast import PlanForecast
+    from tilewright.export.plans.forecast import CompiledForecast
     from tilewright.runtime.errors import ResourceError
 
-__all__ = ["add_plan_options", "forecast_of_plans", "plan_options"]
+__all__ = ["add_plan_options", "forecasts", "plan_options"]
 
 MOST_TILES = 32  # in one call
 
@@ -44,22 +44,35 @@ def plan_options(arguments: argparse.Namespace) -> "Options":
     return Options(arguments.tile, batch, arguments.stream_weights, timings=arguments.timing_cache)
 
 
-def forecast_of_plans(
-    request: "Request", precisions: Sequence[str], gpu: str | None
-) -> "tuple[PlanForecast, ResourceError | None]":
-    """What compiling plans takes, and the fault if it is too much; without a name, on the GPU that is here."""
+def forecasts(
+    request: "Request", engines: Mapping[str, Sequence[str]], gpu: str | None
+) -> "tuple[list[CompiledForecast], list[ResourceError]]":
+    """What compiled engines take, by target and precisions, and what is too much. No name: the GPU here, if any."""
     from tilewright.export.build.parameters import count
-    from tilewright.export.plans.forecast import check_gpu, gpu_bytes, plan_forecast
+    from tilewright.export.plans.forecast import (
+        check_gpu,
+        gpu_bytes,
+        graph_forecast,
+        package_forecast,
+        plan_forecast,
+    )
+    from tilewright.runtime.engines.machine import compute_capability
     from tilewright.runtime.errors import ResourceError
 
     sizes = {name: count({name: request.parameters[name]}) for name in request.components}
-    named, memory = (gpu, gpu_bytes(gpu)) if gpu else _gpu_here()
-    predicted = plan_forecast(named, memory, sizes, precisions)
-    try:
-        check_gpu(predicted)
-    except ResourceError as error:
-        return predicted, error
-    return predicted, None
+    named, memory = (gpu, gpu_bytes(gpu)) if gpu else _gpu_here() if compute_capability() else (None, None)
+    predicted, faults = [], []
+    for target, precisions in engines.items():
+        if target == "tensorrt":
+            predicted.append(plan_forecast(str(named), memory or 0, sizes, precisions))
+        else:
+            predict = package_forecast if target == "aoti" else graph_forecast
+            predicted.append(predict(named, memory, sizes, precisions))
+        try:
+            check_gpu(predicted[-1])
+        except ResourceError as error:
+            faults.append(error)
+    return predicted, faults
 
 
 def _gpu_here() -> tuple[str, int]:

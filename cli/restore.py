@@ -12,6 +12,7 @@ from tilewright.cli.bundle_arguments import LISTED, bundle_arguments, own_argume
 from tilewright.cli.engine_arguments import engine_arguments, note_large_tile, open_restorer
 from tilewright.cli.terminal import Progress, answer, mebibytes, note, send_image
 from tilewright.runtime.errors import UsageError
+from tilewright.runtime.images.color import COLORS
 from tilewright.runtime.images.write import (
     FORMATS,
     check_format,
@@ -56,6 +57,18 @@ def restore_arguments(restore: argparse.ArgumentParser) -> None:
     restore.add_argument("--steps", type=int, metavar="N", help="sampling steps, where the system has any")
     restore.add_argument("--scale", type=int, metavar="N", help="enlarge by this, where the system leaves it open")
     restore.add_argument(
+        "--bits", type=int, choices=(8, 16), default=8, help="of a channel; 16 keeps those of the input (default: 8)"
+    )
+    restore.add_argument(
+        "--color",
+        choices=COLORS,
+        default="off",
+        help="take the input's low frequencies (wavelet), or its mean and spread (adain) (default: off)",
+    )
+    restore.add_argument(
+        "--jitter", action="store_true", help="move the borders of tiles from step to step, where steps join tiles"
+    )
+    restore.add_argument(
         "--max-pixels", type=int, metavar="N", default=100_000_000, help="refuse larger inputs (default: 100 million)"
     )
     restore.epilog = LISTED
@@ -95,11 +108,14 @@ def restore(arguments: argparse.Namespace) -> None:
             opened = time.perf_counter() - start
             progress.doing("reading the image")
             options = _sizes(arguments) | values | {"resume": file if arguments.resume else None}
+            options["beside"] = None if piped else arguments.output
             sitting = restorer.sitting(source, on_progress=progress.tiles, **options)
             if piped:
                 check_format("the image", f".{arguments.format or 'png'}", sitting.shape)
-            else:
+            elif sitting.beside is None:
                 check_room(arguments.output, sitting.shape)
+            elif not arguments.quiet:
+                progress.say("note: the pixels of the picture lie on the disk, beside the output")
             ticket = sitting.begin({}, keep=False)
             progress.follow(ticket.forecast)
             if ticket.resumed and not arguments.quiet:
@@ -123,6 +139,7 @@ def restore(arguments: argparse.Namespace) -> None:
                 else:
                     write_or_keep(arguments.output, restoration.image, icc=restoration.icc, on_share=on_share)
                 now = time.perf_counter()
+                seams = ticket.seam_excess() if arguments.json else None  # it takes seconds for large pictures
     seconds = restoration.seconds | {"open": opened, "write": now - before, "total": now - start}
     height, width = restoration.image.shape[:2]
     value = {
@@ -131,7 +148,10 @@ def restore(arguments: argparse.Namespace) -> None:
         "output": str(arguments.output),
         "width": width,
         "height": height,
+        "bits": arguments.bits,
+        "on_disk": sitting.beside is not None,
         "tiles": restoration.tiles,
+        "seam_excess": seams,
         "seconds": seconds,
         "peak_bytes": restoration.peak_bytes,
         "engines": restoration.engines,
@@ -153,7 +173,8 @@ def _lift_pillows_limit() -> None:
 
 def _sizes(arguments: argparse.Namespace) -> dict[str, Any]:
     """The options of a restoration that are not the bundle's."""
-    return {name: getattr(arguments, name) for name in ("tile", "overlap", "seed", "steps", "scale", "max_pixels")}
+    names = ("tile", "overlap", "seed", "steps", "scale", "max_pixels", "bits", "color", "jitter")
+    return {name: getattr(arguments, name) for name in names}
 
 
 def _notes(arguments: argparse.Namespace) -> None:

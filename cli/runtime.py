@@ -1,20 +1,16 @@
-"""The verbs of `tilewright runtime`: restore, plan, simulate, select, doctor, profile."""
+"""The verbs of `tilewright runtime`: restore, serve, plan, simulate, select, doctor, profile."""
 
 import argparse
 from pathlib import Path
 from typing import Any
 
-from tilewright.cli.bundle_arguments import LISTED, bundle_arguments, own_arguments, own_values
-from tilewright.cli.engine_arguments import (
-    engine_argument,
-    engine_arguments,
-    load_arguments,
-    note_large_tile,
-    open_restorer,
-)
+from tilewright.cli.bundle_arguments import bundle_arguments
+from tilewright.cli.engine_arguments import engine_argument, load_arguments, note_large_tile
+from tilewright.cli.profile import profile, profile_arguments
 from tilewright.cli.restore import restore, restore_arguments
+from tilewright.cli.serve import serve, serve_arguments
 from tilewright.cli.simulate import simulate, simulate_arguments
-from tilewright.cli.terminal import Progress, answer, expect_argument, verb
+from tilewright.cli.terminal import answer, expect_argument, verb
 from tilewright.runtime.bundle.read import read_bundle
 from tilewright.runtime.errors import UsageError
 from tilewright.runtime.estimate import bytes_of, estimate
@@ -24,8 +20,9 @@ __all__ = ["add_verbs"]
 
 
 def add_verbs(verbs: Any) -> None:
-    """Add the verbs restore, plan, simulate, select, doctor and profile."""
+    """Add the verbs restore, serve, plan, simulate, select, doctor and profile."""
     restore_arguments(verb(verbs, "restore", "restore an image, or every image of a folder", restore))
+    serve_arguments(verb(verbs, "serve", "restore images over HTTP", serve))
 
     plan = verb(verbs, "plan", "tiles and memory for an image size; nothing is run", _plan)
     plan.add_argument("width", type=int, help="of the input image")
@@ -45,24 +42,8 @@ def add_verbs(verbs: Any) -> None:
     engine_argument(doctor)
     expect_argument(doctor)
 
-    _profile_arguments(verb(verbs, "profile", "measure latency and memory per resolution", _profile))
-
-
-def _profile_arguments(profile: argparse.ArgumentParser) -> None:
-    bundle_arguments(profile)
-    engine_arguments(profile)
-    profile.add_argument(
-        "--resolutions",
-        metavar="SIZES",
-        default="512,1024",
-        help="output sizes: 512 or 2560x1440, with commas (default: 512,1024)",
-    )
-    profile.add_argument(
-        "--runs", type=int, metavar="N", default=5, help="measured runs after a warm-up, at least 5 (default: 5)"
-    )
-    profile.add_argument("--steps", type=int, metavar="N", help="as for restore")
-    profile.epilog = LISTED
-    profile.set_defaults(more_arguments=own_arguments)
+    summary = "measure time and memory for sizes and settings, or compare two measurements"
+    profile_arguments(verb(verbs, "profile", summary, profile, json_file=True))
 
 
 def _plan(arguments: argparse.Namespace) -> None:
@@ -142,23 +123,3 @@ def _doctor(arguments: argparse.Namespace) -> None:
         raise UsageError(f"--engine {arguments.engine} needs a bundle; name its directory")
     report, fault = diagnose(bundle, arguments.engine)
     answer(arguments, report, summary(report), fault=fault)
-
-
-def _profile(arguments: argparse.Namespace) -> None:
-    from tilewright.runtime.profile import profile, resolutions, table
-
-    sizes, values = resolutions(arguments.resolutions), own_values(arguments)
-    note_large_tile(arguments, arguments.opened.program)
-    parts = [f"{width}x{height}" for width, height in sizes]
-    with open_restorer(arguments) as restorer, Progress(arguments, parts) as progress:
-        measured = profile(
-            restorer,
-            sizes,
-            runs=arguments.runs,
-            tile=arguments.tile,
-            overlap=arguments.overlap,
-            steps=arguments.steps,
-            on_progress=progress.tiles,
-            **values,
-        )
-    answer(arguments, measured, table(measured))

@@ -32,10 +32,18 @@ REDRAW_S = 0.2
 EVERY_S = 5.0  # between two lines of progress if there is no terminal
 
 
-def verb(verbs: Any, name: str, summary: str, run: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
-    """Add a verb with the options that every verb has."""
+def verb(
+    verbs: Any, name: str, summary: str, run: Callable[[argparse.Namespace], None], *, json_file: bool = False
+) -> argparse.ArgumentParser:
+    """Add a verb with the options that every verb has. `json_file`: --json may name a file for the answer."""
     parser: argparse.ArgumentParser = verbs.add_parser(name, help=summary, description=summary)
-    parser.add_argument("--json", action="store_true", help="the answer, or the error, as one JSON object")
+    help_of_json = "the answer, or the error, as one JSON object"
+    if json_file:
+        parser.add_argument(
+            "--json", nargs="?", const=True, default=False, metavar="FILE", help=f"{help_of_json}; or write it to FILE"
+        )
+    else:
+        parser.add_argument("--json", action="store_true", help=help_of_json)
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress and no notes")
     parser.add_argument("--verbose", action="store_true", help="show the log of every library, and tracebacks")
     parser.set_defaults(run=run)

@@ -207,7 +207,7 @@ class _Shapes:
             return self._joined(operator.mul, e.args)
         if isinstance(e, FloorDiv):
             return self._joined(operator.floordiv, e.args)
-        raise NotImplementedError(f"TensorRT has no expression for {e}")
+        raise ValueError(f"TensorRT computes sizes with + - * // only, and not {e}: write the launch with these")
 
     def _joined(self, operation: Callable[[Any, Any], Any], terms: Iterable[Any]) -> Any:
         return reduce(operation, map(self._translated, terms))

@@ -21,6 +21,7 @@ from tilewright.runtime.plan.passes import least_px, part_bytes, plan_of, smalle
 from tilewright.runtime.plan.tiles import TilePlan
 
 __all__ = [
+    "INTERPRETER_BYTES",
     "MEMORY_MODES",
     "Estimate",
     "all_on_gpu",
@@ -39,6 +40,7 @@ OPEN_SHARE = 0.7  # share of the free memory for all engines together; the rest 
 INTERPRETER_BYTES = 80_000_000  # Python, NumPy, Pillow and ONNX Runtime, measured
 # memory for calls in proportion to the values alive, measured: between the values in use lie gaps that are too small
 ARENA = 1.4
+LIBVIPS_BYTES, LIBVIPS_ROWS = 60_000_000, 1000  # its code, and the rows that it reads or writes at once
 GRAPH = 30  # bytes of an open engine for each byte of its graph's file, measured 28 to 35
 WIDTHS = {"float64": 8, "int64": 8, "float16": 2, "bfloat16": 2, "int16": 2, "int8": 1, "uint8": 1, "bool": 1}
 UNITS = {"": 1, "b": 1} | {
@@ -95,12 +97,12 @@ def reset_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def bytes_of(text: str) -> int:
+def bytes_of(text: str, name: str = "memory_limit") -> int:
     """The number of bytes in a text like `2GiB`, `1.5 GB` or `800MiB`."""
     parsed = re.fullmatch(r"\s*(\d+\.?\d*)\s*([a-z]*)\s*", text.lower(), re.ASCII)
     size = float(parsed[1]) * UNITS.get(parsed[2], 0) if parsed else 0.0
     if not 1 <= size < 2**63:
-        raise UsageError(f"memory_limit={text!r} is no amount of memory; write 800MiB, 2GiB or 2GB")
+        raise UsageError(f"{name}={text!r} is no amount of memory; write 800MiB, 2GiB or 2GB")
     return int(size)
 
 
@@ -116,28 +118,36 @@ def needed_bytes(
     steps: int | None = None,
     devices: int = 1,
     copies: int = 1,
+    on_disk: bool = False,
 ) -> int:
     """The peak memory of restoring a padded image of this size in output pixels.
 
-    `copies`: how many devices have engines of their own.
+    `copies`: how many devices have engines of their own; 0 if other processes run them. `on_disk`: no pixels are held
+    in memory, and the picture becomes final from the top to the bottom.
     """
     passes = list(passes)
-    held = Held(bundle, passes, steps, devices)
+    held = Held(bundle, passes, steps, devices, depth_first=on_disk and all_open)
     every = bundle.program.components()
     most = partial(_call_bytes, specs)
     peak = 0.0
     for place, (p, plan) in enumerate(passes):
         called = {call.run for *_, call in p.calls()}
         before = passes[: place + 1] if all_open else [(p, plan)]  # the engines keep the memory of the largest calls
-        working = ARENA * max(
-            _at_once(q, its_plan, devices) * most(call.run, q, its_plan)
-            for q, its_plan in before
-            for *_, call in q.calls()
+        working = (
+            (copies > 0)
+            * ARENA
+            * max(
+                _at_once(q, its_plan, devices) * most(call.run, q, its_plan)
+                for q, its_plan in before
+                for *_, call in q.calls()
+            )
         )
         opened = {name: specs[name] for name in (every if all_open else called)}
         engines = weights_bytes(bundle, opened, memory) + GRAPH * _graph_bytes(bundle, opened)
         peak = max(peak, held.at(place) + working + copies * engines)
     picture = 3 * height * width + 3 * height * width // bundle.program.scale**2  # the result and the source, 8 bits
+    if on_disk:
+        picture = LIBVIPS_BYTES + LIBVIPS_ROWS * 3 * width
     constants = bundle.manifest.constants
     fixed = bundle.path(constants).stat().st_size if constants else 0
     return int(INTERPRETER_BYTES + picture + fixed + peak)
@@ -195,19 +205,28 @@ class Held:
     """The bytes that a job holds between calls: parts of grids, values of tiles, values of the job."""
 
     def __init__(
-        self, bundle: Bundle, passes: Sequence[tuple[Pass, TilePlan]], steps: int | None, devices: int
+        self,
+        bundle: Bundle,
+        passes: Sequence[tuple[Pass, TilePlan]],
+        steps: int | None,
+        devices: int,
+        depth_first: bool = False,
     ) -> None:
         self.grids, self.passes, self.devices = bundle.program.grids, passes, devices
+        joined = any(p.writes("each") & self.grids.keys() for p, _ in passes)
+        self.depth_first = depth_first and not joined  # a joined pass needs all of its tiles at once
         self.job = 0
         self.kept: list[tuple[int, int, int, int]] = []  # written by a pass, read last by a pass, bytes a tile, tiles
         self.open: list[int] = []  # pass -> bytes of an open tile
         shapes: dict[tuple[Tiles | None, str], tuple[int, ...]] = {}
+        of_tiles: dict[Tiles | None, set[str]] = {}
         for place, (p, plan) in enumerate(passes):
+            shared = self._shared(p, of_tiles.setdefault(p.tiles, set()))
             sizes = self._pass_shapes(bundle, p, plan, _steps(p, steps), shapes)
             of_tile = 0
             for name, size in sizes.items():
                 last = max((i for i, (q, _) in enumerate(passes) if name in q.reads()), default=place)
-                if p.tiles is None:
+                if p.tiles is None or name in shared:
                     self.job += size
                 elif last > place:
                     self.kept.append((place, last, size, plan.count))
@@ -221,6 +240,7 @@ class Held:
         stays, goes, comes = self.job, 0, 0
         spans = [*self.kept, *self._parts()]
         for first, last, size, count in spans:
+            count = min(count, 2 * self._front(plan)) if self.depth_first else count
             if first < place < last:
                 stays += size * count
             elif first < place == last:
@@ -230,11 +250,29 @@ class Held:
         joined = bool(p.writes("each") & self.grids.keys())
         ready = (4 * self.devices - 2) if p.each else 2 * self.devices
         tiles = plan.count if joined else min(plan.count, ready * (p.tiles.batch if p.tiles else 1))
-        front = min(plan.count, len(plan.lefts) + 2 + 2 * self.devices)  # parts that wait for the next row of tiles
+        front = self._front(plan)
         parts = {name: part_bytes(self.grids[name], plan) for name in p.writes() & self.grids.keys()}
         written = sum(parts.values())
         generation = plan.count * sum(size for name, size in parts.items() if name in p.writes("each"))
         return stays + max(goes, comes, generation if joined else 0) + front * written + tiles * self.open[place]
+
+    def _shared(self, p: Pass, of_tiles: set[str]) -> set[str]:
+        """The values that a pass computes once for all of its tiles; `of_tiles` gets the names of the others."""
+        if p.tiles is None:
+            return set()
+        shared: set[str] = set()
+        of_tiles |= self.grids.keys() | p.state.keys()
+        for section, *_, call in p.calls():
+            targets = set(call.outputs.values())
+            if section == "once" and call.shared(of_tiles):
+                shared |= targets
+            else:
+                of_tiles |= targets
+        return shared
+
+    def _front(self, plan: TilePlan) -> int:
+        """How many parts wait for the next row of tiles."""
+        return min(plan.count, len(plan.lefts) + 2 + 2 * self.devices)
 
     def _parts(self) -> Iterable[tuple[int, int, int, int]]:
         """The parts of grids: first and last pass, bytes a tile, tiles. `result` goes to the picture at once."""
@@ -300,6 +338,7 @@ class Estimate:
     mapped_bytes: int  # the most of mapped weights, which the system keeps in memory while there is room
     available_bytes: int | None
     limited: bool = False  # what is available is what the caller allows
+    on_disk: bool = False  # its pixels lie on a disk
     # the least bytes, and the options with which so few suffice
     least: "Callable[[], tuple[int, str]]" = field(default=lambda: (0, ""), compare=False)
 
@@ -328,13 +367,16 @@ def estimate(
     steps: int | None = None,
     devices: int = 1,
     shared: bool = False,
+    elsewhere: bool = False,
     memory_limit: int | None = None,
     engines: Mapping[str, EngineSpec] | None = None,
+    on_disk: bool = False,
 ) -> Estimate:
     """The estimate for an input image of this size; nothing is run. Memory of `opened` engines counts as free.
 
     `engines`: the engine of each component; by default the first that the bundle lists. `shared`: the devices share
-    their engines. `memory_limit`: bytes that all of the process may take.
+    their engines. `elsewhere`: other processes run them. `memory_limit`: bytes that all of the process may take.
+    `on_disk`: the pixels lie on a disk.
     """
     program = bundle.program
     if not all(isinstance(n, Integral) and not isinstance(n, bool) and n >= 1 for n in (width, height)):
@@ -348,13 +390,13 @@ def estimate(
     wide, high = (padded(n * scale, program.multiple_px, side) for n in (width, height))
     passes = [(p, plan_of(program, p, high, wide, tile, overlap)) for p in program.passes]
     _require_tiles(specs, passes)
-    copies = 1 if shared else devices
+    copies = 0 if elsewhere else 1 if shared else devices
     available = available_bytes()
     if available is not None:
         available += copies * weights_bytes(bundle, {name: specs[name] for name in opened}, memory)
     limited = memory_limit is not None and (available is None or memory_limit < available)
     available = memory_limit if limited else available
-    needs = partial(needed_bytes, bundle, specs, steps=steps, devices=devices, copies=copies)
+    needs = partial(needed_bytes, bundle, specs, steps=steps, devices=devices, copies=copies, on_disk=on_disk)
     needed = needs(passes, high, wide, memory, all_open=all_open(bundle, specs, memory, available, copies))
 
     def least() -> tuple[int, str]:
@@ -369,7 +411,7 @@ def estimate(
         return needs(plans, *sides, "low", all_open=False), " and ".join(options)
 
     mapped = mapped_bytes(bundle, specs, memory)
-    return Estimate(width * scale, height * scale, scale, passes, needed, mapped, available, limited, least)
+    return Estimate(width * scale, height * scale, scale, passes, needed, mapped, available, limited, on_disk, least)
 
 
 def _require_tiles(specs: Mapping[str, EngineSpec], passes: Iterable[tuple[Pass, TilePlan]]) -> None:

@@ -114,9 +114,11 @@ class _Job:
     ) -> None:
         self.restorer, self.force, self.on_progress, self.options = restorer, force, on_progress, options
         self.resume, self.keep_every_s, self.pairs = resume, seconds("keep_every_s", keep_every_s, none=True), pairs
-        smallest = restorer.sitting(np.zeros((1, 1, 3), np.uint8), **options)
+        of_any_depth = {name: value for name, value in options.items() if name != "bits"}
+        smallest = restorer.sitting(np.zeros((1, 1, 3), np.uint8), **of_any_depth)
         gather(restorer.bundle, smallest.arguments)
         self.asked = {name: value for name, value in smallest.asked({})().items() if name != "image "}
+        self.asked["bits="] = options.get("bits", 8)
         self.results = Results(pairs[0][1].parent)
         self.finished = self._finished() if resume else frozenset()
         self.shared_bytes, self.free_bytes = smallest.estimate.needed_bytes, smallest.estimate.available_bytes
@@ -164,8 +166,9 @@ class _Job:
             check_writable(target)
             if not self.force:
                 check_overwrite(target, source)
-            sitting = self._sitting(source, beside(target) if self.resume else None)
-            check_room(target, sitting.shape)
+            sitting = self._sitting(source, target)
+            if sitting.beside is None:
+                check_room(target, sitting.shape)
             ticket = self._begin(source, sitting)
             with ticket.keeping(beside(target), every_s=self.keep_every_s):
                 restoration = ticket.result()
@@ -190,17 +193,23 @@ class _Job:
                 self.changed.notify_all()
                 self._tell()
 
-    def _sitting(self, source: Path, resume: Path | None) -> Sitting:
-        """Read an image when there is memory for it. Without any other image in work, it must fit."""
+    def _sitting(self, source: Path, target: Path) -> Sitting:
+        """Read an image when there is memory for it. One that does not fit alone lies on the disk."""
+        resume = beside(target) if self.resume else None
+        on_disk = target if self.options.get("bits", 8) > 8 else None
         while True:
             ended = self.ended
             try:
-                on_progress = partial(self._ran, source)
-                sitting = self.restorer.sitting(source, on_progress=on_progress, resume=resume, **self.options)
+                sitting = self.restorer.sitting(
+                    source, on_progress=partial(self._ran, source), resume=resume, beside=on_disk, **self.options
+                )
             except ResourceError:
                 with self.changed:
                     if not self.held and self.ended == ended:
-                        raise
+                        if on_disk is not None:
+                            raise
+                        on_disk = target
+                        continue
                     while not self.stopped and self.ended == ended:
                         self.changed.wait()
                     self._go_on()

@@ -4,6 +4,7 @@ A percentile needs runs beyond it: median and maximum are always told, p90 from 
 """
 
 import platform
+import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Any
@@ -17,7 +18,7 @@ from tilewright.runtime.estimate import peak_bytes, reset_peak
 from tilewright.runtime.inputs import whole
 from tilewright.runtime.restore import Restorer
 
-__all__ = ["engines_text", "hardware", "profile", "resolutions", "table"]
+__all__ = ["engines_text", "hardware", "profile", "resolutions"]
 
 PERCENTILES = {"p50": 1, "p90": 20, "p99": 200}  # and how many runs each needs
 
@@ -49,7 +50,7 @@ def profile(
     on_progress: Callable[[str, int, int], None] = lambda name, done, total: None,
     **arguments: Any,
 ) -> dict[str, Any]:
-    """Measure each output size: seconds, megapixels of output a second, peak memory, tiles.
+    """Measure each output size: seconds, time to the first part, megapixels of output a second, peak memory, tiles.
 
     `arguments` are the bundle's, as for `Restorer.restore`.
     """
@@ -57,14 +58,29 @@ def profile(
     rows = []
     for width, height in sizes:
         name = f"{width}x{height}"
-        measured = []
+        measured, firsts = [], []
         reset_peak()
         for i in range(runs + 1):
-            picture = _picture(restorer, width, height)
-            restoration = restorer.restore(picture, tile=tile, overlap=overlap, steps=steps, **arguments)
-            measured.append(restoration)
+            picture, parts = _picture(restorer, width, height), _Parts()
+            restoration = restorer.restore(
+                picture, tile=tile, overlap=overlap, steps=steps, on_part=parts.take, **arguments
+            )
+            measured.append(restoration.seconds)
+            firsts.append(parts.first_s)
             on_progress(name, i + 1, runs + 1)
-        rows.append(_row([m.seconds for m in measured[1:]], restoration.image.shape, restoration.tiles))
+        row = _row(measured[1:], restoration.image.shape, restoration.tiles)
+        plans = restorer.estimate(picture.shape[1], picture.shape[0], tile=tile, overlap=overlap).passes
+        devices, components = len(restorer.executor.devices), restorer.specs.keys()
+        busy = [sum(s.get(c, 0.0) for c in components) / (devices * s["passes"]) for s in measured[1:]]
+        row["first_part_s"] = float(np.median(firsts[1:]))
+        row["outside_engines"] = 1 - float(np.median(busy))
+        row["computed_px"] = sum(plan.count * plan.tile_height * plan.tile_width for _, plan in plans)
+        row["waste"] = {
+            p.name: plan.count * plan.tile_height * plan.tile_width / (row["width"] * row["height"]) - 1
+            for p, plan in plans
+            if p.tiles
+        }
+        rows.append(row)
     bundle = restorer.bundle
     backends = sorted({spec.backend for spec in restorer.specs.values()})
     return {
@@ -73,12 +89,24 @@ def profile(
         "preset": bundle.manifest.preset,
         "engine": ", ".join(backend(name).version() for name in backends),
         **restorer.ran,
+        "batch": max((p.tiles.batch for p in bundle.program.passes if p.tiles), default=1),
+        "threads": restorer.threads,
         "memory": restorer.memory,
         "hardware": hardware(),
         "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "runs": runs,
         "resolutions": rows,
     }
+
+
+class _Parts:
+    """The time until the first part of a picture is final."""
+
+    def __init__(self) -> None:
+        self.begun, self.first_s = time.perf_counter(), 0.0
+
+    def take(self, top: int, left: int, pixels: Any) -> None:
+        self.first_s = self.first_s or time.perf_counter() - self.begun
 
 
 def _picture(restorer: Restorer, width: int, height: int) -> Any:
@@ -96,6 +124,8 @@ def _row(seconds: list[dict[str, float]], shape: tuple[int, ...], tiles: dict[st
         "width": shape[1],
         "height": shape[0],
         "seconds": shown | {"max": float(total.max())},
+        "runs_s": [float(t) for t in total],
+        "images_per_second": len(total) / float(total.sum()),
         "megapixels_per_second": shape[0] * shape[1] / 1e6 / shown["p50"],
         "phases": {phase: float(np.median([s[phase] for s in seconds])) for phase in seconds[0] if phase != "total"},
         "peak_bytes": peak_bytes(),
@@ -106,25 +136,3 @@ def _row(seconds: list[dict[str, float]], shape: tuple[int, ...], tiles: dict[st
 def engines_text(engines: Mapping[str, str], devices: Sequence[str]) -> str:
     """The engines and devices of a measurement or a restoration, as text."""
     return f"{', '.join(sorted(set(engines.values())))} on {', '.join(devices)}"
-
-
-def table(measured: dict[str, Any]) -> str:
-    """A measurement as text."""
-    machine = measured["hardware"]
-    names = list(measured["resolutions"][0]["seconds"])
-    lines = [
-        f"{measured['system']} {measured['preset']}, {engines_text(measured['engines'], measured['devices'])},"
-        f" {measured['engine']}, memory {measured['memory']},"
-        f" {machine['cpu']} x{machine['cores']}, {measured['runs']} runs",
-        f"{'resolution':>12} {'tiles':>6} {' '.join(f'{name} s'.rjust(8) for name in names)}"
-        f" {'Mpx/s':>7} {'peak MiB':>9}  phases (s)",
-    ]
-    for row in measured["resolutions"]:
-        phases = ", ".join(f"{name} {value:.3f}" for name, value in row["phases"].items() if name != "passes")
-        lines.append(
-            f"{row['width']}x{row['height']}".rjust(12)
-            + f" {sum(row['tiles'].values()):>6}"
-            + "".join(f" {row['seconds'][name]:>8.3f}" for name in names)
-            + f" {row['megapixels_per_second']:>7.2f} {row['peak_bytes'] / 2**20:>9.0f}  {phases}"
-        )
-    return "\n".join(lines)

@@ -1,18 +1,22 @@
-"""The engines and devices for a bundle on this machine. Nothing is opened."""
+"""The engines and devices for a bundle on this machine, and how they are opened."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from tilewright.runtime.bundle.manifest import EngineSpec
 from tilewright.runtime.bundle.measured import on_processor
 from tilewright.runtime.bundle.read import Bundle
+from tilewright.runtime.engines import Engine, Opening, backend
 from tilewright.runtime.engines.choose import choose_all, largest_batch, require, tile_sides
+from tilewright.runtime.engines.driver import first_gpu
 from tilewright.runtime.engines.machine import this_machine, usable_cores
 from tilewright.runtime.engines.trust import strangers
-from tilewright.runtime.execute.devices import device_names
+from tilewright.runtime.execute.cuda import CudaDevice
+from tilewright.runtime.execute.devices import CpuDevice, Device, device_names
 from tilewright.runtime.inputs import whole
 
-__all__ = ["Setup", "set_up"]
+__all__ = ["Setup", "device_of", "opener", "set_up"]
 
 MOST_THREADS = 1024
 
@@ -62,3 +66,20 @@ def set_up(
     elif any(p.tiles.batch > most for p in bundle.program.passes if p.tiles):
         bundle = replace(bundle, program=bundle.program.batched(most))
     return Setup(bundle, specs, names, threads)
+
+
+def opener(setup: Setup, memory: str, weights_dir: Path | None) -> Callable[[str], Engine]:
+    """A function that opens the engine of a component."""
+    opening = Opening(memory, setup.threads, len(setup.devices) if setup.shared else 1, weights_dir)
+
+    def open_engine(name: str) -> Engine:
+        spec = setup.specs[name]
+        engine: Engine = backend(spec.backend).open_engine(setup.bundle, name, spec, opening)
+        return engine
+
+    return open_engine
+
+
+def device_of(name: str, engines: Mapping[str, Engine]) -> Device:
+    """The device of this name."""
+    return CpuDevice(name, engines) if name.startswith("cpu") else CudaDevice(name, engines, first_gpu())

@@ -163,9 +163,7 @@ class _Ledger:
     def __init__(self, graph: Graph) -> None:
         grids = graph.program.grids
         sizes = {
-            (grid, block.number): part_bytes(grids[grid], graph.plan(block))
-            for block in graph.blocks
-            for grid in block.writes
+            (grid, block.number): part_bytes(grids[grid], block.plan) for block in graph.blocks for grid in block.writes
         }
         # grid, block -> tile -> nodes that have yet to read the part
         unread = {(grid, number): [0] * graph.blocks[number].size for grid, number in sizes}
@@ -207,7 +205,7 @@ def _state_bytes(graph: Graph, block: Block) -> int:
     p = graph.program.passes[block.place]
     if not p.state or block.section == "shared":
         return 0
-    blocks, plan = graph.tile_blocks[block.place], graph.plan(block)
+    blocks, plan = graph.tile_blocks[block.place], block.plan
     shapes = [state_shape(state, plan.tile_height, plan.tile_width) for state in p.state.values()]
     return 4 * sum(map(math.prod, shapes)) * ((block.number == blocks[0]) - (block.number == blocks[-1]))
 

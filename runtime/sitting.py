@@ -3,7 +3,7 @@
 import asyncio
 import os
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from importlib.metadata import version
@@ -15,12 +15,16 @@ import numpy as np
 import numpy.typing as npt
 
 from tilewright.runtime.bundle.read import Bundle
-from tilewright.runtime.errors import InputError, ResourceError
+from tilewright.runtime.errors import InputError, ResourceError, UsageError
 from tilewright.runtime.estimate import Estimate, peak_bytes
 from tilewright.runtime.execute.walk import Walk
 from tilewright.runtime.images.canvas import Enlarged, fill
+from tilewright.runtime.images.color import recolored
+from tilewright.runtime.images.on_disk import PixelFile, Rectangle, disk_error
 from tilewright.runtime.images.read import Picture
-from tilewright.runtime.images.write import assemble
+from tilewright.runtime.images.seams import borders, seam_excess
+from tilewright.runtime.images.vips import BITS
+from tilewright.runtime.images.write import PictureOnDisk, assemble
 from tilewright.runtime.inputs import gather, seconds
 from tilewright.runtime.plan.forecast import Forecast
 from tilewright.runtime.plan.passes import least_px
@@ -28,9 +32,13 @@ from tilewright.runtime.resume.checkpoint import (
     DIGITS,
     Checkpoint,
     Outdated,
+    beside,
+    lies_on_disk,
+    pixels_beside,
     plain,
     read_checkpoint,
     require_same,
+    share_in,
     value_of_picture,
 )
 from tilewright.runtime.resume.keeper import Keeper
@@ -57,7 +65,7 @@ class Clock:
 class Restoration:
     """A restored image, with times, tiles and memory."""
 
-    image: npt.NDArray[np.uint8]
+    image: Any  # an array, or a `PictureOnDisk`, which `write_image` takes too
     scale: int
     icc: bytes | None
     seconds: dict[str, float]  # phase -> time; the phase of an engine has its component's name
@@ -81,7 +89,10 @@ class Sitting:
     ran: Mapping[str, Any]  # the engines and the devices, as `Restorer.ran`
     threads: int  # of a device
     resume: Path | None  # the file with what the first round has finished
-    on_part: Callable[[int, int, npt.NDArray[np.uint8]], None] = lambda top, left, pixels: None
+    on_part: Callable[[int, int, npt.NDArray[Any]], None] = lambda top, left, pixels: None
+    beside: Path | None = None  # the file of the result, if pixels lie on the disk
+    bits: int = 8  # of a channel of the result
+    color: str = "off"  # where its colours come from
 
     def __post_init__(self) -> None:
         self.at_first = (self.walk, self.estimate)
@@ -93,7 +104,7 @@ class Sitting:
         channels = (1 if self.picture.grey else 3) + (self.picture.alpha is not None)
         return self.estimate.height, self.estimate.width, channels
 
-    def __call__(self, **arguments: Any) -> npt.NDArray[np.uint8]:
+    def __call__(self, **arguments: Any) -> Any:
         """The image restored with these arguments of the bundle: `sitting(prompt="a stone bridge")`."""
         return self.restore(**arguments).image
 
@@ -111,9 +122,9 @@ class Sitting:
         job.seconds.clear()
         job.notes.clear()
         self.clock.last = time.perf_counter()  # the caller's time between rounds does not count
-        rgb = np.empty((self.estimate.height, self.estimate.width, 3), np.uint8)
-        job.on_final = partial(self._part, rgb)
         inputs = gather(self.bundle, {**self.arguments, **arguments})
+        rgb = self._canvas()
+        job.on_final = partial(self._part, rgb)
         asked = self.asked(arguments)
         ticket = Ticket(self, rgb, partial(self._begin_smaller, inputs, keep=keep), asked)
         checkpoint = None
@@ -122,6 +133,23 @@ class Sitting:
         self.walk.begin(inputs, keep=keep, finished=checkpoint.finished if checkpoint else None)
         self.resume, self.ticket = None, ticket
         return ticket
+
+    def _canvas(self) -> Any:
+        """The pixels of a result: an array, or a file of them."""
+        shape = self.estimate.height, self.estimate.width, 3
+        if self.beside is None:
+            return np.empty(shape, np.uint8)
+        file = pixels_beside(self.beside)
+        if self.resume is None and lies_on_disk(beside(self.beside)):
+            share = f"{share_in(beside(self.beside)) or 0:.0%}"
+            raise UsageError(
+                f"{file} holds pixels of an earlier restoration, of which {share} is done; go on with resume, or"
+                " remove the file"
+            )
+        try:
+            return PixelFile(file, shape, BITS[self.bits])
+        except OSError as error:
+            raise disk_error(file, error) from error
 
     def asked(self, arguments: Mapping[str, Any]) -> Callable[[], dict[str, Any]]:
         """All that decides the result of a round. The digest of the image is computed when it is first needed."""
@@ -143,6 +171,9 @@ class Sitting:
                 "overlap=": job.overlap_px,
                 "steps=": job.steps,
                 "scale=": self.estimate.scale,
+                "bits=": self.bits,
+                "color=": self.color,
+                "jitter=": job.jitter,
                 "batch=": sorted({p.tiles.batch for p in self.bundle.program.passes if p.tiles}),
                 **plain_values,
             }
@@ -161,6 +192,7 @@ class Sitting:
         ticket.resumed = self.resume, checkpoint.share
         for (top, left), pixels in checkpoint.pixels.items():
             ticket.rgb[top : top + pixels.shape[0], left : left + pixels.shape[1]] = pixels
+        self._take_stored(checkpoint, ticket)
         notes = self.walk.job.notes
         notes += checkpoint.notes
         if checkpoint.threads != self.threads:
@@ -168,6 +200,21 @@ class Sitting:
                 f"each device has {self.threads} thread(s) and had {checkpoint.threads}: values may differ by one"
                 " level of 255"
             )
+
+    def _take_stored(self, checkpoint: Checkpoint, ticket: "Ticket") -> None:
+        """Check the pixels of a checkpoint that lie on the disk, and take them."""
+        assert self.resume is not None
+        if not checkpoint.sums:
+            return
+        path = pixels_beside(self.resume.with_suffix(""))
+        stored = (
+            ticket.rgb if isinstance(ticket.rgb, PixelFile) else PixelFile(path, ticket.rgb.shape, ticket.rgb.dtype)
+        )
+        for (top, left, bottom, right), total in checkpoint.sums.items():
+            if not stored.holds((top, left, bottom, right), total):
+                raise InputError(f"{path} lacks pixels that {self.resume} counts as done; remove both to begin anew")
+            if stored is not ticket.rgb:
+                ticket.rgb[top:bottom, left:right] = stored[top:bottom, left:right]
 
     def _begin_smaller(self, inputs: Mapping[str, Any], *, keep: bool) -> bool:
         """Begin anew with smaller tiles, if the memory did not suffice for one tile. Whether it has begun."""
@@ -185,16 +232,20 @@ class Sitting:
         self.walk = Walk(program, walk.executor, walk.constants, replace(walk.job, image=enlarged, tile_px=tile))
         self.estimate = replace(self.estimate, passes=[(p, self.walk.graph.plans[p.name]) for p in program.passes])
 
-    def _part(self, rgb: npt.NDArray[np.uint8], top: int, left: int, part: npt.NDArray[np.float32]) -> None:
-        fill(rgb, top, left, part)
-        pixels = rgb[top : top + part.shape[1], left : left + part.shape[2]]
+    def _part(self, rgb: Any, top: int, left: int, part: npt.NDArray[np.float32]) -> None:
+        pixels = fill(rgb, top, left, part)
         if pixels.size:  # a part that is all padding has no pixels
             self.on_part(top, left, pixels)
 
-    def finish(self, rgb: npt.NDArray[np.uint8]) -> Restoration:
+    def finish(self, rgb: Any) -> Restoration:
         """The result of a round whose passes have ended."""
         self.clock.lap("passes")
-        pixels = assemble(rgb, self.picture)
+        recoloured = recolored(self.color, rgb, self.picture.rgb, self.estimate.scale)
+        pixels: Any = None
+        if isinstance(rgb, PixelFile):
+            pixels = PictureOnDisk(recoloured, self.picture, self.estimate.scale, rgb)
+        else:
+            pixels = assemble(recoloured[0 : rgb.shape[0], 0 : rgb.shape[1]], self.picture)
         self.clock.lap("assemble")
         tiles = {p.name: plan.count for p, plan in self.estimate.passes}
         seconds = self.clock.seconds | self.walk.job.seconds
@@ -210,7 +261,7 @@ class Ticket:
     def __init__(
         self,
         sitting: Sitting,
-        rgb: npt.NDArray[np.uint8],
+        rgb: Any,
         begin_smaller: Callable[[], bool],
         asked: Callable[[], dict[str, Any]],
     ) -> None:
@@ -252,16 +303,31 @@ class Ticket:
         while True:
             walk = self._walk()
             finished = walk.copy()
-            pixels = {(t, e): self.rgb[t:b, e:r] for t, e, b, r in walk.values.all_handed_on({*finished.regions})}
-            pixels = {place: part for place, part in pixels.items() if part.size}  # the padding has no pixels
+            pixels, sums = self._pixels(walk.values.all_handed_on({*finished.regions}))
             notes = tuple(dict.fromkeys(walk.job.notes))
             tile, threads = walk.job.tile_px, self.sitting.threads
-            checkpoint = Checkpoint(self.asked(), threads, walk.share(finished.done), tile, notes, finished, pixels)
+            checkpoint = Checkpoint(
+                self.asked(), threads, walk.share(finished.done), tile, notes, finished, pixels, sums
+            )
             try:
                 checkpoint.write(Path(path), still_right=partial(self._runs, walk))
                 return
             except Outdated:  # smaller tiles overwrite the pixels
                 continue
+
+    def _pixels(self, final: Sequence[Rectangle]) -> tuple[dict[tuple[int, int], Any], dict[Rectangle, int]]:
+        """The final pixels in memory, and the CRC-32 of those on the disk. The padding has no pixels."""
+        height, width = self.rgb.shape[:2]
+        places = [(t, e, min(b, height), min(r, width)) for t, e, b, r in final if t < height and e < width]
+        if isinstance(self.rgb, PixelFile):
+            self.rgb.sync()
+            return {}, {place: self.rgb.sums[place] for place in places}
+        return {(t, e): self.rgb[t:b, e:r] for t, e, b, r in places}, {}
+
+    def drop(self) -> None:
+        """Remove the file with the pixels of the result, if there is one."""
+        if isinstance(self.rgb, PixelFile):
+            self.rgb.close(remove=True)
 
     def share(self) -> float:
         """The share of the work that is done."""
@@ -283,6 +349,19 @@ class Ticket:
 
     def _runs(self, walk: Walk) -> bool:
         return self._walk() is walk
+
+    def seam_excess(self) -> float:
+        """How much more the result changes across the borders of tiles than beside them; 0 means no seam.
+
+        It is of the pixels before their colours were changed, at the nominal borders of all passes.
+        """
+        sitting = self.sitting
+        tiled = [plan for p, plan in sitting.estimate.passes if p.tiles]
+        tops, lefts = (
+            sorted({place for pairs in axis for place in borders(*pairs)})
+            for axis in ([(p.tops, p.tile_height) for p in tiled], [(p.lefts, p.tile_width) for p in tiled])
+        )
+        return seam_excess(self.rgb, tops, lefts, sitting.bundle.program.multiple_px)
 
     def done(self) -> bool:
         """Whether `result` would return at once."""

@@ -38,6 +38,7 @@ EXPORT = (
         "onnx_folder.py",
         "space.py",
         "triton_repo.py",
+        "unweighted.py",
     },
 )
 RUNTIME = (
@@ -48,10 +49,13 @@ RUNTIME = (
     {"execute", "estimate.py"},
     {"resume"},
     {"setup.py", "sitting.py"},
+    {"cluster.py"},
     {"restore.py", "simulate.py"},
-    {"profile.py", "doctor.py", "folder.py", "triton_server.py"},
+    {"profile.py", "triton_server.py", "folder.py", "atlas.py", "atlas_page.py"},
+    {"doctor.py"},
+    {"serve"},
 )
-HEAVY = {"torch", "diffusers", "transformers", "onnx", "onnx_ir", "onnxruntime"}
+HEAVY = {"torch", "diffusers", "transformers", "onnx", "onnx_ir", "onnxruntime", "starlette", "uvicorn"}
 LAYERS = {"export": EXPORT, "runtime": RUNTIME}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 

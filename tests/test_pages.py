@@ -6,9 +6,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+import api_page
 import pytest
 
 from support.pages import ROOT, blocks, page, verbs_of
+from tilewright import runtime
 from tilewright.runtime import errors
 from tilewright.runtime.bundle.check import check_program
 from tilewright.runtime.bundle.manifest import Manifest
@@ -49,6 +51,14 @@ def test_quality_is_as_measured(file: str) -> None:
     for of, images in (("all 16", "all"), ("the 4 photographs", "photographs")):
         for measured, name in names.items():
             assert [pattern.format(of=of, name=name), *quality(averages[images][measured])] in said
+
+
+def test_engines_in_8_bits_are_as_measured() -> None:
+    said = {tuple(row[1:]) for row in rows((ROOT / "docs/measured.md").read_text()) if len(row) == 6}
+    for name, engine in result("eight_bits")["engines"].items():
+        changed, lost = f"{engine['changed_choices']:.1%}", f"{round(engine['lost_db'], 3) + 0.0:.3f} dB"
+        row = f"{engine['mean_db']:.1f} dB", f"{engine['worst_db']:.1f} dB", f"{engine['ssim']:.4f}", changed, lost
+        assert row in said or name == "openvino-float32"  # the reference
 
 
 @pytest.mark.parametrize("file", ["demo/hitoksr/README.md", "demo/in-token/README.md", "docs/measured.md"])
@@ -142,3 +152,19 @@ def test_hooks_and_workflow_use_the_tested_versions_and_targets() -> None:
 def test_an_issue_template_has_what_the_host_asks_for(file: Path) -> None:
     front = file.read_text().split("---\n")[1]
     assert {"name", "about"} <= {line.partition(":")[0] for line in front.splitlines()}
+
+
+def test_the_page_of_the_api_is_made_from_the_docstrings() -> None:
+    assert page("api") == api_page.page(), "run python tools/api_page.py"
+    shown = set(re.findall(r"^### (\w+)$", page("api"), re.MULTILINE))
+    assert {name for name in runtime.__all__ if name != "__version__"} <= shown
+    assert set(errors.__all__) - {"amount"} <= shown
+
+
+def test_the_numbers_of_the_service_are_as_measured() -> None:
+    found, said = result("serve"), [row[1] for row in rows(page("measured")) if len(row) == 2]
+    load, latency = found["load"], found["latency"]
+    good, bad = load["answers"]["good: right bytes"], load["answers"]["malformed: its code"]
+    assert {f"{good} of {good}", f"{bad} of {bad}", f"{1 + load['growth']:.3f}", str(found["stop"]["lost"])} <= {*said}
+    assert {f"{found['throughput'][name]:.2f}" for name in ("ratio", "cpu_ratio")} <= {*said}
+    assert f"{1e3 * latency['added_median_s']:.1f} ms" in said

@@ -28,15 +28,19 @@ HERE = {  # pages whose commands run here, one page after the other in one direc
     "command-line": ROOT / "docs" / "command-line.md",
     "install": ROOT / "docs" / "install.md",
     "kernels": ROOT / "docs" / "kernels.md",
+    "large-images": ROOT / "docs" / "large-images.md",
+    "profiling": ROOT / "docs" / "profiling.md",
     "python": ROOT / "docs" / "python.md",
     "runtime": ROOT / "docs" / "runtime.md",
 }
 ELSEWHERE = {  # pages whose commands need files that are not here, and the test that runs them on tiny ones
     "calibration": "calib/test_docs.py",
+    "cpp": "runtime/cpp/test_cpp.py",
     "flux": "export/systems/test_docs.py",
     "instantir": "export/systems/test_docs.py",
     "hitoksr": "export/systems/test_hitoksr.py",
     "toksr": "export/systems/test_toksr.py",
+    "serving": "runtime/serve/test_docs.py",
 }
 PAGES = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("demo/*/README.md")})
 MAKEFILE = (ROOT / "Makefile").read_text()
@@ -154,7 +158,9 @@ def test_a_command_that_cannot_run_here_is_checked_otherwise(name: str, block: B
             folder = words[words.index("--local-dir") + 1]
             assert any(folder.split("/")[0] in command for command in commands((ROOT / name).read_text())), line
         else:
-            assert words[0] in ("python3", ".", "hf", "git", "cd", "docker"), f"{line}: nothing checks this"
+            assert words[0] in ("python3", ".", "hf", "git", "cd", "docker", "curl", "head", "chmod", "ray"), (
+                f"{line}: nothing checks this"
+            )
 
 
 def assert_installable(line: str) -> None:

@@ -19,7 +19,7 @@ from tilewright.runtime.bundle.write import seal
 from tilewright.runtime.errors import UsageError
 from tilewright.runtime.estimate import available_bytes
 
-__all__ = ["Compiled", "compile_engines", "link", "list_in_card", "split", "with_engines"]
+__all__ = ["Compiled", "check_room_for", "compile_engines", "link", "list_in_card", "split", "with_engines"]
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,8 @@ def compile_engines(
     check_makeable(targets)
     graphs, compiled = _parted(pairs)
     bundle = read_bundle(root, expect=expect)
-    if plans := [p for target, p in compiled if target == "tensorrt"]:
-        _check_room(bundle, plans)
+    for target in dict(compiled):
+        check_room_for(bundle, target, [p for t, p in compiled if t == target])
     with staging(root.resolve()) as folder:
         shutil.copytree(root, folder, dirs_exist_ok=True, copy_function=link)
         components, names = {}, dict[str, None]()
@@ -90,15 +90,21 @@ def compile_engines(
     return Compiled(tuple(names), bundle.digest, read_bundle(root).digest)
 
 
-def _check_room(bundle: Bundle, precisions: Sequence[str]) -> None:
-    """Refuse plans that do not fit on this machine's GPU, or into its memory, before anything is compiled."""
-    from tilewright.export.build.plan import this_card
-    from tilewright.export.plans.forecast import check_gpu, check_host, plan_forecast
-    from tilewright.runtime.engines.driver import first_gpu
+def check_room_for(bundle: Bundle, target: str, precisions: Sequence[str]) -> None:
+    """Refuse engines that do not fit on this machine's GPU, or into its memory, before anything is compiled."""
+    from tilewright.export.plans.forecast import check_gpu, check_host, package_forecast, plan_forecast
 
     sizes = {name: sum(math.prod(r.shape) for r in table.values()) for name, table in bundle.weights.tensors.items()}
-    predicted = plan_forecast(this_card().architecture, first_gpu().memory()[1], sizes, precisions)
-    check_gpu(predicted)
+    if target == "tensorrt":
+        from tilewright.export.build.plan import this_card
+        from tilewright.runtime.engines.driver import first_gpu
+
+        predicted = plan_forecast(this_card().architecture, first_gpu().memory()[1], sizes, precisions)
+        check_gpu(predicted)
+    elif target == "aoti":
+        predicted = package_forecast(None, None, sizes, precisions)
+    else:  # graphs, which are written anywhere
+        return
     check_host(predicted, available_bytes())
 
 

@@ -12,7 +12,7 @@ from tilewright.export.build.parameters import count
 from tilewright.export.build.request import Request
 from tilewright.runtime.bundle.digests import cache_dir, sha256_of_bytes
 
-__all__ = ["note_of", "remember", "usual_seconds"]
+__all__ = ["note_of", "remember", "remember_added", "usual_seconds"]
 
 LIKE = 2.0  # a build is compared with those of at most so many times its parameters
 
@@ -35,6 +35,12 @@ def remember(
         "seconds": usual_seconds(request) | dict(seconds),
     }
     write(note_of(request.out), json.dumps(note, sort_keys=True))
+
+
+def remember_added(out: Path, inputs: str, digest: str) -> None:
+    """Add to the note of a build that its bundle got more engines. `inputs`: the digest of all they depend on."""
+    note = json.loads(note_of(out).read_text())
+    write(note_of(out), json.dumps(note | {"added": {"inputs": inputs, "digest": digest}}, sort_keys=True))
 
 
 def usual_seconds(request: Request) -> dict[str, float]:

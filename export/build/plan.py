@@ -2,7 +2,9 @@
 
 import json
 import logging
+import math
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -25,9 +27,9 @@ from tilewright.runtime.bundle.manifest import Profile as Sizes
 from tilewright.runtime.bundle.read import Bundle
 from tilewright.runtime.errors import EnvironmentMismatch, TilewrightError
 
-__all__ = ["compile_plan", "this_card"]
+__all__ = ["compile_graph", "compile_plan", "this_card"]
 
-OLDEST = {"float32": (7, 5), "bfloat16": (8, 0)}  # compute capability
+OLDEST = {"float32": (7, 5), "bfloat16": (8, 0), "int8": (8, 0), "fp8": (8, 9)}  # compute capability
 LOG = logging.getLogger("tilewright")
 INSPECTED = "inspected.json"
 
@@ -43,7 +45,31 @@ def this_card() -> Card:
 
 
 def compile_plan(bundle: Bundle, name: str, precision: str, card: Card, options: Options, folder: Path) -> EngineSpec:
-    """Put the plan of a component, and the graph that it is of, into a bundle's folder; returns its engine."""
+    """Put the plan of a component in a float precision into a bundle's folder; returns its engine."""
+    import onnx_ir as ir
+
+    model = ir.load(bundle.path(bundle.manifest.components[name].graph))
+    typed(model, precision)
+    prepare(model)
+    return compile_graph(bundle, name, precision, model, bundle.files_of(name), card, options, folder)
+
+
+def compile_graph(
+    bundle: Bundle,
+    name: str,
+    precision: str,
+    model: Any,
+    files: Mapping[str, Path],
+    card: Card,
+    options: Options,
+    folder: Path,
+) -> EngineSpec:
+    """Put a graph of a component, and its plan, into a bundle's folder; returns its engine.
+
+    `files`: path of weights in the graph -> real path.
+    """
+    import onnx_ir as ir
+
     if card.capability < OLDEST[precision]:
         least = "{}.{}".format(*OLDEST[precision])
         raise EnvironmentMismatch(f"{precision} needs a GPU of compute capability {least}, and here is {card}")
@@ -51,8 +77,8 @@ def compile_plan(bundle: Bundle, name: str, precision: str, card: Card, options:
     sides = sides_of(bundle.program, name, options.tiles)
     batch = options.batch or max((p.tiles.batch for p in bundle.program.passes if p.tiles), default=1)
     shapes = profiles(component, sides, bundle.program.multiple_px, batch)
-    graph = _graph(bundle, name, precision)
-    stage = _stage(bundle, name, precision, graph, shapes, card, options)
+    graph = ir.to_proto(model).SerializeToString()
+    stage = _stage(bundle, name, precision, graph, files, shapes, card, options)
     with filling(stage.directory) as new:
         if new:
             stage.work(new)
@@ -75,18 +101,15 @@ def compile_plan(bundle: Bundle, name: str, precision: str, card: Card, options:
     )
 
 
-def _graph(bundle: Bundle, name: str, precision: str) -> bytes:
-    """The graph of a component with the types of a precision, which refers to its weights."""
-    import onnx_ir as ir
-
-    model = ir.load(bundle.path(bundle.manifest.components[name].graph))
-    typed(model, precision)
-    prepare(model)
-    return ir.to_proto(model).SerializeToString()
-
-
 def _stage(
-    bundle: Bundle, name: str, precision: str, graph: bytes, shapes: list[Profile], card: Card, options: Options
+    bundle: Bundle,
+    name: str,
+    precision: str,
+    graph: bytes,
+    files: Mapping[str, Path],
+    shapes: list[Profile],
+    card: Card,
+    options: Options,
 ) -> Stage:
     """The compilation; its inputs are all that decides a plan. The values of weights do not."""
     external = external_data(graph, name)
@@ -96,13 +119,10 @@ def _stage(
     inputs |= {"options": json.dumps(chosen), "precision": precision} | code("tilewright.export.plans.build")
 
     def work(folder: Path) -> None:
-        references = bundle.weights.tensors.get(name, {})
-        files = bundle.files_of(name)
         maps = {file: np.memmap(file, np.uint8, mode="r") for file in set(files.values())}
         weights: dict[str, Any] = {
             weight: maps[files[e.location]][e.offset : e.offset + e.length] for weight, e in external.items()
         }
-        assert weights.keys() <= references.keys()
         if DOMAIN.encode() in graph:  # it takes seconds to load them
             _register_plugins(card)
         timings = options.timings or default_place(card)
@@ -118,7 +138,7 @@ def _stage(
         write_timings(timings, card, built.timings)
         (folder / "plan").write_bytes(built.plan)
         note = built.inspected.to_json() | {"device_memory": built.memory, "architecture": card.architecture}
-        note |= {"parameters": sum(array.nbytes for array in weights.values()) // 4}
+        note |= {"parameters": sum(math.prod(e.shape) for e in external.values())}
         write(folder / INSPECTED, json.dumps(note | {"seconds": time.perf_counter() - start}, indent=1))
 
     return Stage("plan", inputs, work)

@@ -34,13 +34,18 @@ def build(
     request: Request,
     on_stage: Report = lambda name, event, seconds: None,
     digest: Callable[[Path], str] = sha256_of_file,
+    added: str | None = None,
 ) -> Cost:
-    """Run the stages that are not finished, put the bundle in place, and return the cost of each stage that ran."""
+    """Run the stages that are not finished, put the bundle in place, and return the cost of each stage that ran.
+
+    `added`: the digest of all that engines depend on which are added to the bundle later. If it has them from the last
+    time, nothing runs.
+    """
     unread = not all_remembered(request)
     if unread:  # check files before reading gigabytes for the keys of stages
         check_request(request)
     stages = list_stages(request, digest)
-    if up_to_date(request, stages):
+    if up_to_date(request, stages, added):
         return {}
     if not unread:
         check_request(request)
@@ -79,11 +84,13 @@ def _run(request: Request, stage: Stage, on_stage: Report, before: Cost) -> dict
     return spent
 
 
-def up_to_date(request: Request, stages: list[Stage]) -> bool:
-    """Whether the existing bundle is complete and equals the result of these stages."""
+def up_to_date(request: Request, stages: list[Stage], added: str | None = None) -> bool:
+    """Whether the existing bundle is complete and equals the result of these stages, and has what was added to it."""
     try:
         note = json.loads(note_of(request.out).read_text())
-        if note["stages"] != {s.name: s.inputs for s in stages} or read_bundle(request.out).digest != note["digest"]:
+        if note["stages"] != {s.name: s.inputs for s in stages} or (added and note["added"]["inputs"] != added):
+            return False
+        if read_bundle(request.out).digest != (note["added"] if added else note)["digest"]:
             return False
         verified = (request.out / "reports" / "accuracy.json").is_file() or request.verify == "never"
         return verified or unverifiable(request) is not None

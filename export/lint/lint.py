@@ -1,6 +1,6 @@
 """The linter: every graph of a bundle, or of a folder of graphs, against every rule of a target."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,13 @@ from tilewright.runtime.bundle.read import read_bundle
 from tilewright.runtime.bundle.strict import one_line
 from tilewright.runtime.errors import BundleError, UsageError
 
-__all__ = ["RULES", "Finding", "lint", "lint_graph"]
+__all__ = ["RULES", "Finding", "lint", "lint_graph", "lint_unweighted"]
 
 SIZE = "size of the file"
+PLACES = "places of weights"
 RULES: dict[str, Rule] = {
     "versions of ONNX": files.versions,
-    "places of weights": files.places,
+    PLACES: files.places,
     "operators": operators.operators,
     "plugins": operators.plugins,
     "types": types.value_types,
@@ -48,22 +49,32 @@ class Finding:
     remedy: str
 
 
+Linted = tuple[list[Finding], dict[str, int]]
+
+
 def lint(root: Path, target: str, *, weights_dir: Path | None = None, expect: str | None = None) -> dict[str, Any]:
     """Check all graphs of a bundle, or of a folder with graphs; returns a report with all findings."""
-    findings: list[Finding] = []
-    graphs = {}
-    for name, (path, find) in _graphs(root, target, weights_dir, expect).items():
-        of_graph, counts = lint_graph(name, path, find)
-        findings += of_graph
-        graphs[name] = counts
+    linted = {
+        name: lint_graph(name, path, find) for name, (path, find) in _graphs(root, target, weights_dir, expect).items()
+    }
+    return {"bundle": str(root), "checked": [SIZE, *RULES]} | _report(linted, target)
+
+
+def lint_unweighted(graphs: Iterable[tuple[str, ir.Model]], target: str) -> dict[str, Any]:
+    """Check named graphs whose weights have no files; returns a report with all findings."""
+    rules = {title: rule for title, rule in RULES.items() if title != PLACES}
+    linted = {name: _judged(name, prepared(model, Path), rules) for name, model in graphs}
+    return {"checked": [*rules]} | _report(linted, target)
+
+
+def _report(linted: Mapping[str, Linted], target: str) -> dict[str, Any]:
+    findings = [finding for of_graph, _ in linted.values() for finding in of_graph]
     faulty = len({finding.graph for finding in findings})
-    count = f"{len(findings)} finding{'s' * (len(findings) > 1)} in {faulty} of {len(graphs)} graphs"
+    count = f"{len(findings)} finding{'s' * (len(findings) > 1)} in {faulty} of {len(linted)} graphs"
     return {
-        "bundle": str(root),
         "target": target,
         "versions": list(TABLE.versions),
-        "checked": [SIZE, *RULES],
-        "graphs": graphs,
+        "graphs": {name: counts for name, (_, counts) in linted.items()},
         "findings": [asdict(finding) for finding in findings],
         "summary": f"{count if findings else 'no findings'} for {TABLE.named}",
     }
@@ -95,15 +106,19 @@ def _finder(places: Mapping[str, Path], root: Path) -> Callable[[str], Path]:
     return lambda location: places.get(location, root / location)
 
 
-def lint_graph(name: str, path: Path, find: Callable[[str], Path]) -> tuple[list[Finding], dict[str, int]]:
-    """Check one graph; returns its findings, and the numbers of all that was checked."""
+def lint_graph(name: str, path: Path, find: Callable[[str], Path]) -> Linted:
+    """Check the graph in a file; returns its findings, and the numbers of all that was checked."""
     if large := files.too_large(path.stat().st_size):
         return [_finding(name, SIZE, large)], {}
     try:
         graph = prepared(ir.load(path), find)
     except Exception as error:  # the readers' exceptions share no base class
         raise BundleError(f"{path}: not an ONNX graph ({one_line(str(error))}); export it again") from error
-    findings = [_finding(name, title, complaint) for title, rule in RULES.items() for complaint in rule(graph)]
+    return _judged(name, graph, RULES)
+
+
+def _judged(name: str, graph: Graph, rules: Mapping[str, Rule]) -> Linted:
+    findings = [_finding(name, title, complaint) for title, rule in rules.items() for complaint in rule(graph)]
     return findings, dict(_counts(graph))
 
 

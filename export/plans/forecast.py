@@ -1,4 +1,4 @@
-"""Predicting the compilation of plans for a GPU that need not be here: memory, disk and time.
+"""Compiling without having compiled: the memory, disk and time that plans, packages and graphs for GPUs need.
 
 The factors are rules of thumb, not measurements: TensorRT holds weights twice while it tries kernels.
 """
@@ -13,36 +13,51 @@ from typing import Any
 from tilewright.runtime.bundle.digests import cache_dir
 from tilewright.runtime.errors import ResourceError, UsageError, amount
 
-__all__ = ["GPUS", "PlanForecast", "check_gpu", "check_host", "gpu_bytes", "plan_forecast"]
+__all__ = [
+    "GPUS",
+    "NOTES",
+    "CompiledForecast",
+    "check_gpu",
+    "check_host",
+    "gpu_bytes",
+    "graph_forecast",
+    "package_forecast",
+    "plan_forecast",
+]
 
 # architecture -> memory in GB of its smallest card for servers
 GPUS = {"sm75": 16, "sm80": 40, "sm86": 24, "sm89": 24, "sm90": 80, "sm100": 180, "sm103": 270, "sm120": 32}
-WIDTHS = {"float32": 4, "bfloat16": 2}
+WIDTHS = {"float32": 4, "bfloat16": 2, "int8": 1, "fp8": 1}
 COPIES = 2  # of a component's weights while its plan is compiled, on the host and on the GPU
-HOST_BYTES = 3_000_000_000  # Python and TensorRT with its library of kernels
+PLAN_HOST_BYTES = 3_000_000_000  # Python and TensorRT with its library of kernels
+PACKAGE_HOST_BYTES = 2_000_000_000  # PyTorch and a C++ compiler
 DEVICE_BYTES = 1_500_000_000  # CUDA's context and the values inside of calls of a small tile
 PLAN_BYTES = 30_000_000  # a plan without weights: code of kernels
-LIKE = 2.0  # a plan is compared with those of at most so many times its parameters
+PACKAGE_BYTES = 10_000_000  # 2 to 3 MB were measured for HiTokSR tiny
+GRAPH_BYTES = 1_000_000
+LIKE = 2.0  # a component is compared with those of at most so many times its parameters
+NOTES = {"plans": "plan/*/inspected.json", "packages": "package/*/noted.json"}  # in the cache: what was compiled here
 
 
 @dataclass(frozen=True)
-class PlanForecast:
-    """What compiling all plans takes, and what running them takes."""
+class CompiledForecast:
+    """What making all compiled engines of a target takes, and what running them takes."""
 
-    gpu: str
-    plans: int
-    host: int
-    device: int  # while the largest component is compiled
-    running: int  # with all engines open
-    device_memory: int  # of the GPU
+    made: str  # plans | packages | graphs
+    count: int
+    place: str  # a GPU, as sm90 or sm90:141, or the CPU
+    host: int  # memory of the machine, while the largest component is compiled
+    device: int  # memory of the GPU at the same time
+    running: int  # memory of the GPU with all engines open
+    device_memory: int | None  # of the GPU; none: it is not known, or the CPU runs them
     disk: int
-    seconds: float | None  # none: no plan of a like size was compiled here for this architecture
+    seconds: float | None  # none: nothing of a like size was compiled here for this place
 
     def to_json(self) -> dict[str, Any]:
         """The forecast as plain values."""
         return {
-            "gpu": self.gpu,
-            "plans": self.plans,
+            "gpu": self.place,
+            self.made: self.count,
             "host_memory_bytes": self.host,
             "device_memory_bytes": self.device,
             "running_memory_bytes": self.running,
@@ -53,14 +68,16 @@ class PlanForecast:
 
     def lines(self) -> list[str]:
         """The forecast as text."""
-        time = "unknown, no plan like these was compiled here" if self.seconds is None else f"{self.seconds:.0f} s"
-        return [
-            f"plans: {self.plans} for {self.gpu}, {amount(self.disk)}, without weights",
-            f"GPU memory: {amount(self.device)} while compiling, {amount(self.running)} with all engines open,"
-            f" {amount(self.device_memory)} on the card",
-            f"memory of the machine with the GPU: {amount(self.host)}",
-            f"time of compiling: {time}",
-        ]
+        lines = [f"{self.made}: {self.count} for {self.place}, {amount(self.disk)}, without weights"]
+        gpu = [f"{amount(self.device)} while compiling"] if self.device else []
+        gpu += [f"{amount(self.running)} with all engines open"] if self.running else []
+        gpu += [f"{amount(self.device_memory)} on the card"] if self.device_memory else []
+        lines += [f"GPU memory: {', '.join(gpu)}"] if gpu else []
+        if self.host:
+            unknown = f"unknown, no {self.made[:-1]} like these was compiled here"
+            lines.append(f"memory of the machine that compiles: {amount(self.host)}")
+            lines.append(f"time of compiling: {unknown if self.seconds is None else f'{self.seconds:.0f} s'}")
+        return lines
 
 
 def gpu_bytes(gpu: str) -> int:
@@ -71,47 +88,80 @@ def gpu_bytes(gpu: str) -> int:
     return int(size or GPUS[name]) * 10**9
 
 
-def plan_forecast(gpu: str, memory: int, parameters: Mapping[str, int], precisions: Sequence[str]) -> PlanForecast:
+def plan_forecast(gpu: str, memory: int, parameters: Mapping[str, int], precisions: Sequence[str]) -> CompiledForecast:
     """Predict the plans of components with so many parameters, for a GPU with so much memory."""
-    architecture = gpu.partition(":")[0]
-    widest = max(WIDTHS[precision] for precision in precisions)
-    largest = max(parameters.values(), default=0)
-    pairs = [(count, p) for count in parameters.values() for p in (precisions if count else precisions[:1])]
-    usual = [_usual(architecture, count) for count, _ in pairs]
-    return PlanForecast(
-        gpu,
+    widest, largest, pairs = _sizes(parameters, precisions)
+    return CompiledForecast(
+        "plans",
         len(pairs),
-        COPIES * WIDTHS["float32"] * largest + HOST_BYTES,
+        gpu,
+        COPIES * WIDTHS["float32"] * largest + PLAN_HOST_BYTES,
         COPIES * widest * largest + DEVICE_BYTES,
         widest * sum(parameters.values()) + DEVICE_BYTES,
         memory,
         len(pairs) * PLAN_BYTES,
-        None if None in usual else sum(filter(None, usual)),
+        _usual("plans", gpu.partition(":")[0], pairs),
     )
 
 
-def check_gpu(predicted: PlanForecast) -> None:
-    """Refuse plans that do not fit on the GPU."""
-    if predicted.device > predicted.device_memory:
+def package_forecast(
+    gpu: str | None, memory: int | None, parameters: Mapping[str, int], precisions: Sequence[str]
+) -> CompiledForecast:
+    """Predict the packages of components, for a GPU or for the CPU. Weights are in memory only where they run."""
+    _, _, pairs = _sizes(parameters, precisions)
+    running = WIDTHS["float32"] * sum(parameters.values()) + DEVICE_BYTES if gpu else 0  # as their files store them
+    disk, seconds = len(pairs) * PACKAGE_BYTES, _usual("packages", (gpu or "cpu").partition(":")[0], pairs)
+    place, device = (gpu, DEVICE_BYTES) if gpu else ("the CPU", 0)
+    return CompiledForecast("packages", len(pairs), place, PACKAGE_HOST_BYTES, device, running, memory, disk, seconds)
+
+
+def graph_forecast(
+    gpu: str | None, memory: int | None, parameters: Mapping[str, int], precisions: Sequence[str]
+) -> CompiledForecast:
+    """Predict the graphs for ONNX Runtime on a GPU. Nothing is compiled, and weights are as their files store them."""
+    _, _, pairs = _sizes(parameters, precisions)
+    running = WIDTHS["float32"] * sum(parameters.values()) + DEVICE_BYTES
+    place = gpu or "any GPU"
+    return CompiledForecast("graphs", len(pairs), place, 0, 0, running, memory, len(pairs) * GRAPH_BYTES, 0.0)
+
+
+def check_gpu(predicted: CompiledForecast) -> None:
+    """Refuse engines that do not fit on the GPU."""
+    needed, what = (
+        (predicted.device, "compiling for") if predicted.made == "plans" else (predicted.running, "running on")
+    )
+    if predicted.device_memory is not None and needed > predicted.device_memory:
+        narrower = "leave out --precision float32, or " if predicted.made == "plans" else ""
         raise ResourceError(
-            f"compiling for {predicted.gpu} needs about {amount(predicted.device)} of GPU memory, and such a card has"
-            f" {amount(predicted.device_memory)}; leave out --precision float32, or use a larger card: --gpu sm90:141"
+            f"{what} {predicted.place} needs about {amount(needed)} of GPU memory, and such a card has"
+            f" {amount(predicted.device_memory)}; {narrower}use a larger card: --gpu sm90:141"
         )
 
 
-def check_host(predicted: PlanForecast, free: int | None) -> None:
-    """Refuse plans that do not fit into the memory of this machine, where they are compiled."""
+def check_host(predicted: CompiledForecast, free: int | None) -> None:
+    """Refuse engines whose compilation does not fit into the memory of this machine."""
     if free is not None and predicted.host > free:
         raise ResourceError(
-            f"compiling plans needs about {amount(predicted.host)} of memory, and {amount(free)} are free; end other"
-            " programs, or compile on a machine with more"
+            f"compiling {predicted.made} needs about {amount(predicted.host)} of memory, and {amount(free)} are free;"
+            " end other programs, or compile on a machine with more"
         )
 
 
-def _usual(architecture: str, parameters: int) -> float | None:
-    """The seconds that the plan nearest in size took for this architecture."""
+def _sizes(parameters: Mapping[str, int], precisions: Sequence[str]) -> tuple[int, int, list[int]]:
+    """The bytes of the widest number, the parameters of the largest component, and those of each engine."""
+    engines = [count for count in parameters.values() for _ in (precisions if count else precisions[:1])]
+    return max(WIDTHS[precision] for precision in precisions), max(parameters.values(), default=0), engines
+
+
+def _usual(made: str, architecture: str, engines: Sequence[int]) -> float | None:
+    """The seconds that the nearest in size of all engines took for this architecture."""
+    usual = [_nearest(made, architecture, parameters) for parameters in engines]
+    return None if None in usual else sum(filter(None, usual))
+
+
+def _nearest(made: str, architecture: str, parameters: int) -> float | None:
     past = []
-    for file in (cache_dir() / "build" / "plan").glob("*/inspected.json"):
+    for file in (cache_dir() / "build").glob(NOTES[made]):
         try:
             note = json.loads(file.read_text())
             size, seconds = max(1, note["parameters"]), float(note["seconds"])

@@ -8,14 +8,16 @@ import contextlib
 import importlib.util
 import json
 import re
+import shlex
 import shutil
 from collections.abc import Iterator, Mapping
 from functools import wraps
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from tilewright.export.system import ComponentSpec
 from tilewright.export.weights.writing import write_tensors
+from tilewright.runtime.bundle.digests import cache_dir, writing
 from tilewright.runtime.bundle.manifest import EngineSpec, Form, Memory, Needs
 from tilewright.runtime.bundle.program import TensorSpec
 from tilewright.runtime.engines.aoti import SIZES
@@ -28,6 +30,7 @@ __all__ = [
     "FORMS",
     "FROM_BUNDLE",
     "PRECISIONS",
+    "architecture",
     "compile_network",
     "file",
     "machine",
@@ -44,6 +47,7 @@ FORMS: dict[str, tuple[Form, ...]] = {}
 INSTRUCTIONS = re.compile(
     r"sse4_2|avx\w*|amx\w*|fma|f16c|bmi[12]|abm|movbe|popcnt|gfni|sve\w*|asimd\w*|bf16|i8mm|atomics"
 )
+LARGEST_KEPT = 2 * 10**9  # bytes of the weights of a program that failed, which is kept with other numbers in them
 CHOICES = "codebook"  # these ops choose among close scores: they compute in float32, also in networks in bfloat16
 SETTINGS = {
     "aot_inductor.package_constants_in_so": False,
@@ -65,6 +69,12 @@ def prepare(model: Any) -> bool:
 def device() -> str:
     """The device for which packages are made here: the GPU, if PyTorch can use one."""
     return "cuda" if compute_capability() else "cpu"
+
+
+def architecture() -> str:
+    """The kind of device for which packages are made here: cpu, or sm90 for a GPU of compute capability 9.0."""
+    capability = compute_capability()
+    return "sm{}{}".format(*capability) if capability else "cpu"
 
 
 def _compiled(here: Machine) -> tuple[str, ...]:
@@ -102,14 +112,16 @@ def spec(precision: str, graph: str, memory: Memory, parameters: int) -> EngineS
     here, place = this_machine(), device()
     versions = {"torch": here.packages["torch"].partition("+")[0]}
     needs = Needs(_compiled(here) if place == "cpu" else (), here.compute_capability, versions, exactly=True)
-    files = (graph, str(PurePosixPath(graph).with_suffix(".safetensors")))
+    files = (graph, f"{graph.removesuffix('.pt2')}.safetensors")
     return EngineSpec(f"aoti-{precision}", "aoti", place, precision, files, needs, memory=memory)
 
 
-def compile_network(source: ComponentSpec, stored: Mapping[str, str], precision: str, folder: Path) -> None:
+def compile_network(
+    source: ComponentSpec, stored: Mapping[str, str], precision: str, folder: Path, what: str = "the network"
+) -> None:
     """Write a component's package, and the constants that its network computes, into a folder.
 
-    `stored`: the type in which each weight is stored.
+    `stored`: the type in which each weight is stored; `what`: the component in a complaint.
     """
     import torch
 
@@ -132,14 +144,39 @@ def compile_network(source: ComponentSpec, stored: Mapping[str, str], precision:
             from torch.export.passes import move_to_device_pass
 
             program = move_to_device_pass(program, "cuda")
-        torch._inductor.aoti_compile_and_package(
-            program, package_path=str(package), inductor_configs=SETTINGS | {"aot_inductor.metadata": metadata}
-        )
+        try:
+            torch._inductor.aoti_compile_and_package(
+                program, package_path=str(package), inductor_configs=SETTINGS | {"aot_inductor.metadata": metadata}
+            )
+        except Exception as error:  # PyTorch and the compiler raise errors of any type
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            refusal = BuildError(f"target 'aoti' cannot compile {what} ({reason}); see --verbose")
+            refusal.repeat = _repeat(program, f"{what}.{precision}")
+            raise refusal from error
         loader = torch._C._aoti.AOTIModelPackageLoader(str(package), "model", False, 1, -1)
         computed = {name: _constant(program, name) for name in sorted(loader.get_constant_fqns()) if name not in stored}
     specs = {name: TensorSpec(str(tensor.dtype)[6:], tuple(tensor.shape)) for name, tensor in computed.items()}
     data = (tensor.numpy().tobytes() for tensor in computed.values())
     write_tensors(package.with_suffix(".safetensors"), specs, data, "computed by the network")
+
+
+def _repeat(program: Any, name: str) -> tuple[str, ...]:
+    """The command that compiles a program again, without its weights' values; none if the weights are large."""
+    import torch
+
+    if sum(tensor.nbytes for tensor in program.state_dict.values()) > LARGEST_KEPT:
+        return ()
+    file = cache_dir() / "aoti" / "failed" / f"{name}.pt2"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with writing(file) as temporary:
+        torch.export.save(program, temporary)
+    ours = any(str(node.target).startswith("tilewright.") for node in program.graph.nodes)
+    code = (
+        f"import torch{', tilewright.kernels.table' * ours};"  # which makes our operators known
+        f" torch._inductor.aoti_compile_and_package(torch.export.load({str(file)!r}), package_path='again.pt2',"
+        f" inductor_configs={SETTINGS})"
+    )
+    return (shlex.join(["python", "-c", code]),)
 
 
 def _constant(program: Any, name: str) -> Any:

@@ -11,7 +11,8 @@ __all__ = ["COMPILED", "FORMS", "FROM_BUNDLE", "PRECISIONS", "missing", "prepare
 FROM_BUNDLE = True
 COMPILED = True
 PRECISIONS = ("float32", "bfloat16")
-FORMS: dict[str, tuple[Form, ...]] = {}
+# INT8 and FP8 in the places that it fuses, and products in float beside them as short as GPUs multiply fastest
+FORMS = {"int8": (Form("int8", rest="bfloat16"),), "fp8": (Form("float8_e4m3fn", rest="bfloat16"),)}
 OLDEST = "10.16"
 LINT = "'tilewright export lint BUNDLE --target tensorrt' and 'export build --dry-run --gpu sm90' work without one"
 

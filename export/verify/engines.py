@@ -159,13 +159,13 @@ def _repeatable(root: Path, calls: Calls) -> Iterator[None]:
 
 
 def runnable(bundle: Bundle) -> tuple[list[str], dict[str, str]]:
-    """The names of the engines that can run here, float32 first, and for the others why not."""
+    """The names of the engines that can run here, the most accurate precision first, and for the others why not."""
     components = {name: bundle.manifest.components[name] for name in bundle.program.components()}
     specs = {spec.name: spec for component in components.values() for spec in component.engines}
     machine = this_machine({package for spec in specs.values() for package in spec.needs.packages})
     choices = choose_all(components, machine, strange=strangers(bundle.manifest))
     skipped = {name: reason for choice in choices.values() for name, reason in choice.misfits.items()}
-    names = sorted(specs.keys() - skipped.keys(), key=lambda name: specs[name].precision != "float32")
+    names = sorted(specs.keys() - skipped.keys(), key=lambda name: (PRECISIONS.index(specs[name].precision), name))
     if not names:
         require_engines(choices)
     return names, dict(sorted(skipped.items()))

@@ -30,9 +30,9 @@ OPTIONS = (  # options of `tilewright runtime restore` and `profile`
         "quiet",
     ),
     *("resolutions", "runs", "scale", "seed", "steps", "threads", "tile", "verbose", "version", "weights_dir"),
-    *("devices", "engine", "batch", "resume", "checkpoint"),
+    *("devices", "engine", "batch", "resume", "checkpoint", "cluster", "bits", "color", "jitter"),
 )
-PARAMETERS = ("self", "image", "restorer", "sizes", "on_progress", "on_part")  # parameters of the Python functions
+PARAMETERS = ("self", "image", "restorer", "sizes", "on_progress", "on_part", "beside")  # of Python functions
 RESERVED = (*OPTIONS, *PARAMETERS)
 
 

@@ -1,15 +1,15 @@
 """Backends that run a component's graph. Each is one file with a tuple of names and three functions.
 
-PACKAGES                                             the packages that it runs on
-missing() -> str | None                              what the backend needs and lacks here, and how to install it
-version() -> str                                     name and version of the backend, for reports
-open_engine(bundle, component, spec, ...) -> Engine  the component, ready to run
-
-`open_engine` takes memory, a mode; threads of a call, or 0 for all cores; calls that run at the same time; weights_dir.
+PACKAGES                                       the packages that it runs on
+missing() -> str | None                        what the backend needs and lacks here, and how to install it
+version() -> str                               name and version of the backend, for reports
+open_engine(bundle, component, spec, opening)  the component, ready to run: an Engine
 """
 
 import importlib
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -18,10 +18,20 @@ import numpy.typing as npt
 
 from tilewright.runtime.errors import EnvironmentMismatch
 
-__all__ = ["BACKENDS", "Array", "Engine", "backend"]
+__all__ = ["BACKENDS", "Array", "Engine", "Opening", "backend"]
 
 Array = npt.NDArray[np.generic]
 BACKENDS = {name: f"tilewright.runtime.engines.{name}" for name in ("ort", "openvino", "tensorrt", "cuda", "aoti")}
+
+
+@dataclass(frozen=True)
+class Opening:
+    """How an engine is opened."""
+
+    memory: str = "fast"  # a mode: speed, or weights mapped and not copied
+    threads: int = 0  # of a call; 0: all cores
+    calls: int = 1  # that run at the same time
+    weights_dir: Path | None = None  # the folder of the weights, if they moved
 
 
 class Engine(Protocol):

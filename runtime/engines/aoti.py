@@ -7,6 +7,7 @@ import importlib.util
 import json
 import re
 from collections.abc import Iterable, Mapping
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from tilewright.runtime.bundle.manifest import EngineSpec
 from tilewright.runtime.bundle.read import Bundle
 from tilewright.runtime.bundle.safetensors import safetensors_header
 from tilewright.runtime.bundle.weights import Reference
+from tilewright.runtime.engines import Opening
 from tilewright.runtime.engines.driver import Tensor, first_gpu
 from tilewright.runtime.engines.explained import DAMAGED, MEMORY, OTHER_GRAPH, OTHER_SIZE, Reason, explained
 from tilewright.runtime.engines.machine import usable_cores
@@ -52,6 +54,9 @@ def missing() -> str | None:
 def version() -> str:
     """The name and version of PyTorch."""
     return f"torch {metadata.version('torch')}"
+
+
+_explained = partial(explained, version, REASONS, NOISE)
 
 
 class AotiEngine:
@@ -159,22 +164,13 @@ def _fits(size: int, expected: int | list[Any], units: dict[str, int]) -> bool:
     return not rest and 1 <= count <= most and units.setdefault(name, count) == count
 
 
-def open_engine(
-    bundle: Bundle,
-    component: str,
-    spec: EngineSpec,
-    *,
-    memory: str = "fast",
-    threads: int = 0,
-    calls: int = 1,
-    weights_dir: Path | None = None,
-) -> AotiEngine:
+def open_engine(bundle: Bundle, component: str, spec: EngineSpec, opening: Opening) -> AotiEngine:
     """Open an engine of a component. Weights are mapped from their own files, in every mode of memory."""
     references = bundle.weights.tensors.get(spec.weights or component, {})
-    folders = {name: bundle.folder(name, weights_dir) for name in {r.folder for r in references.values()}}
+    folders = {name: bundle.folder(name, opening.weights_dir) for name in {r.folder for r in references.values()}}
     places = {name: (folders[r.folder] / r.file, r) for name, r in references.items()}
     package, computed = (bundle.path(file) for file in spec.files)
-    return open_package(package, computed, places, device=spec.device, threads=threads, calls=calls)
+    return open_package(package, computed, places, device=spec.device, threads=opening.threads, calls=opening.calls)
 
 
 def open_package(
@@ -228,8 +224,3 @@ def _mapped(file: Path, reference: Reference) -> Any:
     if data.data_ptr() % dtype.itemsize:
         data = data.clone()
     return data.view(dtype).reshape(reference.shape)
-
-
-def _explained(package: Path, what: str, error: Exception) -> TilewrightError:
-    """An error of PyTorch with what to do about it."""
-    return explained(package, version(), what, error, REASONS, NOISE)

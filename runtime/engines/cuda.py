@@ -10,6 +10,7 @@ import importlib.util
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -18,7 +19,7 @@ import numpy as np
 
 from tilewright.runtime.bundle.manifest import EngineSpec
 from tilewright.runtime.bundle.read import Bundle
-from tilewright.runtime.engines import ort
+from tilewright.runtime.engines import Opening, ort
 from tilewright.runtime.engines.driver import Gpu, Tensor, first_gpu
 from tilewright.runtime.engines.explained import OTHER_GRAPH, explained
 from tilewright.runtime.errors import BundleError, EnvironmentMismatch, ResourceError, TilewrightError
@@ -53,6 +54,9 @@ def version() -> str:
     import onnxruntime
 
     return f"onnxruntime {onnxruntime.__version__} with CUDA ({UNPROVEN})"
+
+
+_explained = partial(explained, version, REASONS, ort.NOISE)
 
 
 def provider_options(stream: int, *, graphs: bool) -> dict[str, str]:
@@ -170,18 +174,9 @@ class CudaEngine:
             self.session = None
 
 
-def open_engine(
-    bundle: Bundle,
-    component: str,
-    spec: EngineSpec,
-    *,
-    memory: str = "fast",
-    threads: int = 0,
-    calls: int = 1,
-    weights_dir: Path | None = None,
-) -> CudaEngine:
+def open_engine(bundle: Bundle, component: str, spec: EngineSpec, opening: Opening) -> CudaEngine:
     """Open an engine of a component. Weights are read from their own files, and copied to the GPU."""
-    files = bundle.files_of(spec.weights or component, weights_dir)
+    files = bundle.files_of(spec.weights or component, opening.weights_dir)
     return open_graph(bundle.path(spec.graph), files, first_gpu())
 
 
@@ -219,8 +214,3 @@ def open_graph(
             )
         break
     return CudaEngine(session, graph, gpu, place=place, graphs=graphs)
-
-
-def _explained(graph: Path, what: str, error: Exception) -> TilewrightError:
-    """An error of ONNX Runtime with what to do about it."""
-    return explained(graph, version(), what, error, REASONS, ort.NOISE)

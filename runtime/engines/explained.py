@@ -1,7 +1,7 @@
 """What an error of a backend means for the caller, and what to do about it. Each backend lists the words it uses."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tilewright.runtime.bundle.strict import one_line
@@ -18,11 +18,19 @@ DAMAGED = "the graph is damaged: copy the bundle again, or rebuild the bundle"
 
 
 def explained(
-    graph: Path, version: str, what: str, error: Exception, reasons: Sequence[Reason], noise: re.Pattern[str]
+    version: Callable[[], str],
+    reasons: Sequence[Reason],
+    noise: re.Pattern[str],
+    graph: Path,
+    what: str,
+    error: Exception,
 ) -> TilewrightError:
-    """The error for the caller: the first reason that fits counts. `noise`: parts of messages that help nobody."""
-    text = " ".join(str(error).split())
-    told = f"{graph}: {version} {what} ({one_line(noise.sub('', text).strip())})"
+    """The error for the caller: the first reason that fits counts. `noise`: parts of messages that help nobody.
+
+    Each backend gives the first three arguments once.
+    """
+    text, name = " ".join(str(error).split()), version()
+    told = f"{graph}: {name} {what} ({one_line(noise.sub('', text).strip())})"
     if isinstance(error, MemoryError):
         return ResourceError(f"{told}; {MEMORY}")
     for words, kind, advice in reasons:
@@ -30,5 +38,5 @@ def explained(
             return kind(f"{told}; {advice}")
     return BundleError(
         f"{told}; verify the bundle with 'tilewright export verify';"
-        f" if it finds no fault, rebuild the bundle or install another version of {version.partition(' ')[0]}"
+        f" if it finds no fault, rebuild the bundle or install another version of {name.partition(' ')[0]}"
     )

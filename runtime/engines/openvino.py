@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import CancelledError
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from threading import Lock, get_ident
 from typing import Any
@@ -23,8 +24,9 @@ import numpy as np
 from tilewright.runtime.bundle.external_data import External, external_data, with_inputs
 from tilewright.runtime.bundle.manifest import EngineSpec
 from tilewright.runtime.bundle.read import Bundle
+from tilewright.runtime.engines import Opening
 from tilewright.runtime.engines.explained import DAMAGED, MEMORY, OTHER_GRAPH, OTHER_SIZE, Reason, explained
-from tilewright.runtime.errors import BundleError, EnvironmentMismatch, ResourceError, TilewrightError, UsageError
+from tilewright.runtime.errors import BundleError, EnvironmentMismatch, ResourceError, UsageError
 
 __all__ = ["PACKAGES", "OpenvinoEngine", "missing", "open_engine", "open_graph", "version"]
 
@@ -73,6 +75,9 @@ def version() -> str:
     import openvino
 
     return f"openvino {openvino.__version__.partition('-')[0]}"
+
+
+_explained = partial(explained, version, REASONS, NOISE)
 
 
 @dataclass
@@ -156,21 +161,14 @@ class OpenvinoEngine:
         self.maps.clear()
 
 
-def open_engine(
-    bundle: Bundle,
-    component: str,
-    spec: EngineSpec,
-    *,
-    memory: str = "fast",
-    threads: int = 0,
-    calls: int = 1,
-    weights_dir: Path | None = None,
-) -> OpenvinoEngine:
+def open_engine(bundle: Bundle, component: str, spec: EngineSpec, opening: Opening) -> OpenvinoEngine:
     """Open an engine of a component. Weights are read from their own files."""
-    files = bundle.files_of(spec.weights or component, weights_dir)
+    files = bundle.files_of(spec.weights or component, opening.weights_dir)
     graph = bundle.path(spec.graph)
     precision = spec.form.rest if spec.form else spec.precision
-    return open_graph(graph, files, precision=precision, memory=memory, threads=threads, calls=calls)
+    return open_graph(
+        graph, files, precision=precision, memory=opening.memory, threads=opening.threads, calls=opening.calls
+    )
 
 
 def open_graph(
@@ -287,8 +285,3 @@ def _before(node: Any) -> dict[str, Any]:
                 nodes[source.get_friendly_name()] = source
                 pending.append(source)
     return nodes
-
-
-def _explained(graph: Path, what: str, error: Exception) -> TilewrightError:
-    """An error of OpenVINO with what to do about it."""
-    return explained(graph, version(), what, error, REASONS, NOISE)

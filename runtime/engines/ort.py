@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import CancelledError
+from functools import partial
 from pathlib import Path
 from threading import get_ident
 from typing import Any
@@ -19,13 +20,13 @@ from tilewright.runtime.bundle.external_data import external_data, relocated
 from tilewright.runtime.bundle.manifest import EngineSpec
 from tilewright.runtime.bundle.read import Bundle
 from tilewright.runtime.bundle.strict import one_line
+from tilewright.runtime.engines import Opening
 from tilewright.runtime.engines.arena import give_back, take_shared
 from tilewright.runtime.engines.explained import DAMAGED, MEMORY, OTHER_GRAPH, OTHER_SIZE, Reason, explained
 from tilewright.runtime.errors import (
     BundleError,
     EnvironmentMismatch,
     ResourceError,
-    TilewrightError,
     UsageError,
 )
 
@@ -103,6 +104,7 @@ NOISE = re.compile(
     r"\[ONNXRuntimeError\] : \d+ : \w+ : |Load model from .*? failed: ?|Non-zero status code returned while (?=running)"
     r"|/onnxruntime_src/\S+ .*?\) (?=\S)|\b\w+\.(cc|h):\d+ \w+ "
 )
+_explained = partial(explained, version, REASONS, NOISE)
 
 
 class OrtEngine:
@@ -140,21 +142,14 @@ class OrtEngine:
         give_back()
 
 
-def open_engine(
-    bundle: Bundle,
-    component: str,
-    spec: EngineSpec,
-    *,
-    memory: str = "fast",
-    threads: int = 0,
-    calls: int = 1,
-    weights_dir: Path | None = None,
-) -> OrtEngine:
+def open_engine(bundle: Bundle, component: str, spec: EngineSpec, opening: Opening) -> OrtEngine:
     """Open an engine of a component. Weights are read from their own files. It takes any number of calls at once."""
-    files = bundle.files_of(spec.weights or component, weights_dir)
+    files = bundle.files_of(spec.weights or component, opening.weights_dir)
     native = spec.precision == "float32"  # our kernels compute in float32 only
     graph = bundle.path(spec.graph)
-    return open_graph(graph, files, precision=spec.precision, memory=memory, threads=threads, native=native)
+    return open_graph(
+        graph, files, precision=spec.precision, memory=opening.memory, threads=opening.threads, native=native
+    )
 
 
 def open_graph(
@@ -212,11 +207,6 @@ def open_graph(
         raise _explained(graph, "refuses the graph", error) from error
     give_back()  # re-packing leaves a fifth of the weights' size in free blocks
     return OrtEngine(session, graph)
-
-
-def _explained(graph: Path, what: str, error: Exception) -> TilewrightError:
-    """An error of ONNX Runtime with what to do about it."""
-    return explained(graph, version(), what, error, REASONS, NOISE)
 
 
 def with_places(graph: Path, files: Mapping[str, Path]) -> tuple[bytes, Path]:

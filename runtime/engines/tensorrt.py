@@ -22,6 +22,7 @@ import numpy as np
 
 from tilewright.runtime.bundle.manifest import EngineSpec
 from tilewright.runtime.bundle.read import Bundle
+from tilewright.runtime.engines import Opening
 from tilewright.runtime.engines.driver import Gpu, Recording, Tensor, first_gpu
 from tilewright.runtime.engines.explained import MEMORY, OTHER_GRAPH, Reason, explained
 from tilewright.runtime.engines.refit import AGAIN, Refit
@@ -248,20 +249,11 @@ def _within(shape: Iterable[int], least: Iterable[int], usual: Iterable[int], mo
     return len(sizes) == len(least) and all(a <= n <= b for a, n, b in zip(least, sizes, most, strict=True))
 
 
-def open_engine(
-    bundle: Bundle,
-    component: str,
-    spec: EngineSpec,
-    *,
-    memory: str = "fast",
-    threads: int = 0,
-    calls: int = 1,
-    weights_dir: Path | None = None,
-) -> TensorrtEngine:
+def open_engine(bundle: Bundle, component: str, spec: EngineSpec, opening: Opening) -> TensorrtEngine:
     """Open an engine of a component. `low` leaves weights in the host's memory, if the plan can do that."""
     table = spec.weights or component
-    files = bundle.files_of(table, weights_dir)
-    engine = open_plan(bundle.path(spec.graph), first_gpu(), low=memory == "low")
+    files = bundle.files_of(table, opening.weights_dir)
+    engine = open_plan(bundle.path(spec.graph), first_gpu(), low=opening.memory == "low")
     engine.weights.load(bundle.weights.tensors.get(table, {}), files)
     return engine
 
@@ -281,5 +273,8 @@ def open_plan(plan: Path, gpu: Gpu, *, low: bool = False) -> TensorrtEngine:
 def _explained(plan: Path, what: str) -> TilewrightError:
     """An error with the last words of TensorRT, and what to do about it."""
     told = logger().told[-1:] or ["without a message"]
-    name = f"tensorrt {_tensorrt().__version__}"
-    return explained(plan, name, what, RuntimeError(told[0]), REASONS, NOISE)
+    return explained(_numbered, REASONS, NOISE, plan, what, RuntimeError(told[0]))
+
+
+def _numbered() -> str:
+    return f"tensorrt {_tensorrt().__version__}"

@@ -63,11 +63,12 @@ class Calls:
         self.watcher_sleeps = False
         self.running: dict[int, Running] = {}  # device -> the call that it runs
         self.slowest: dict[Hashable, float] = {}  # kind of call -> seconds
+        self.busy_s = [0.0 for _ in devices]  # device -> time of all its calls
 
     def run(self, batch: Batch, call: Call, feed: Mapping[str, Any]) -> dict[str, Any]:
         """Run a component as soon as the batch's device is free."""
-        work, block, _ = batch.nodes[0]
-        device, plan = self.devices[batch.device], work.graph.plan(block)
+        _, block, _ = batch.nodes[0]
+        device, plan = self.devices[batch.device], block.plan
         kind = (device.name.partition(":")[0], call.run, plan.tile_height, plan.tile_width, len(batch.nodes))
         with self.lock:
             while batch.device in self.running and not self.lost(batch):
@@ -81,7 +82,7 @@ class Calls:
                 self.watched.notify()
         try:
             if begin := getattr(device, "begin", None):
-                begin([its_block.step for _, its_block, _ in batch.nodes])
+                begin([(its_block.step, tile) for _, its_block, tile in batch.nodes])
             results = device.run(call.run, feed, call.outputs)
         except Exception as error:
             if running.stopping:
@@ -98,6 +99,7 @@ class Calls:
     def _count(self, batch: Batch, component: str, kind: Hashable, seconds: float) -> None:
         """Remember how long a call took, and give each of its nodes its share."""
         self.slowest[kind] = max(seconds, self.slowest.get(kind, 0.0))
+        self.busy_s[batch.device] += seconds
         share = seconds / len(batch.nodes)
         for work, *_ in batch.nodes:
             task = work.owner

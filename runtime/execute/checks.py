@@ -19,7 +19,7 @@ def wrong_shape(
 ) -> BundleError | None:
     """An error if an output has another shape than its grid or its component's signature says."""
     work, block, _ = batch.nodes[0]
-    grids, plan = work.graph.program.grids, work.graph.plan(block)
+    grids, plan = work.graph.program.grids, block.plan
     sizes = {"batch": len(batch.nodes)}
     if signature:
         for name, array in feed.items():

@@ -14,14 +14,14 @@ from tilewright.runtime.engines import Engine
 from tilewright.runtime.engines.machine import compute_capability, usable_cores
 from tilewright.runtime.errors import EnvironmentMismatch, UsageError
 
-__all__ = ["CpuDevice", "Device", "OpenEngines", "cpu_names", "device_names"]
+__all__ = ["CpuDevice", "Device", "OpenEngines", "cpu_names", "device_names", "finite_only"]
 
 
 class Device(Protocol):
     """A place with memory where engines run.
 
     A device may also have `stop()`, which any thread may call: the call that runs, if there is one, raises soon. It may
-    have `begin(steps)`, which gets the step of each row of the call that comes next.
+    have `begin(rows)`, which gets the step and the tile of each row of the call that comes next.
     """
 
     name: str  # "cpu:0"
@@ -77,6 +77,15 @@ class OpenEngines(Mapping[str, Engine]):
                 engine.close()
 
 
+def finite_only(array: Any) -> bool:
+    """Whether an array holds finite numbers only. If it does, one pass over them shows it."""
+    if array.dtype.kind != "f":
+        return True
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = np.sum(array, dtype=np.float32)  # allocates nothing; a finite sum proves that all numbers are finite
+    return bool(np.isfinite(total)) or bool(np.isfinite(array).all())
+
+
 class CpuDevice:
     """Processor cores that run engines."""
 
@@ -93,14 +102,8 @@ class CpuDevice:
         return buffer
 
     def finite(self, buffer: Any) -> bool:
-        """Whether all numbers are finite. If they are, one pass over them shows it."""
-        if buffer.dtype.kind != "f":
-            return True
-        with np.errstate(over="ignore", invalid="ignore"):
-            total = np.sum(
-                buffer, dtype=np.float32
-            )  # allocates nothing; a finite sum proves that all numbers are finite
-        return bool(np.isfinite(total)) or bool(np.isfinite(buffer).all())
+        """Whether all numbers are finite."""
+        return finite_only(buffer)
 
     def run(self, component: str, inputs: Mapping[str, Any], outputs: Iterable[str]) -> dict[str, Any]:
         """Run the component's engine."""

@@ -36,6 +36,7 @@ class Task:
     values: Values
     blocks: frozenset[int]  # the blocks that this round runs
     keep: bool = False
+    depth_first: bool = False
     on_progress: Callable[[str, int, int], None] = lambda name, done, total: None
     on_pass: Callable[[str], None] = lambda name: None  # a pass has ended
     seconds: dict[str, float] = field(default_factory=dict)  # component -> time in its engine
@@ -87,7 +88,7 @@ class Executor:
             self._go_on(task, task.finished)
         else:
             task.values.begin(task.blocks, keep=task.keep)
-        work = Work(task.graph, task.blocks, partial(self._key, task), task)
+        work = Work(task.graph, task.blocks, partial(self._key, task), task, task.depth_first)
         with self.changed:
             if self.closed:
                 raise RuntimeError("the executor is closed")
@@ -148,7 +149,7 @@ class Executor:
         A node that is under suspicion shares calls with nodes of its own job only.
         """
         program = task.graph.program
-        p, plan = program.passes[block.place], task.graph.plan(block)
+        p, plan = program.passes[block.place], block.plan
         if p.tiles is None or block.section == "shared":
             return task.number, block.number
         job = task.number if (task.number, block.number, tile) in self.suspects else None

@@ -1,7 +1,8 @@
 """Which node runs next: the nodes that are ready, in the order of their longest path to the end. No threads.
 
-Jobs take turns: next is the job that has run the fewest nodes. In a pass whose tiles do not read each other, only a few
-tiles are open at a time, so that memory does not grow with the image. The executor and the simulation use this queue.
+A job may ask for the reverse, so that its picture becomes final from the top to the bottom. Jobs take turns: next is
+the job that has run the fewest nodes. In a pass whose tiles do not read each other, only a few tiles are open at a
+time, so that memory does not grow with the image. The executor and the simulation use this queue.
 """
 
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
@@ -15,7 +16,7 @@ __all__ = ["LANES", "Batch", "Queue", "Work"]
 
 LANES = 2  # batches that a device has at once: one runs while the next is prepared
 
-Entry = tuple[int, int, int]  # minus the rank, tile, block: the order within a job
+Entry = tuple[int, int, int]  # rank, or minus the rank, tile, block: the order within a job
 
 
 @dataclass(eq=False)
@@ -26,6 +27,7 @@ class Work:
     runs: frozenset[int]  # the blocks that this round runs
     key: Callable[[Block, int], Hashable]  # nodes of the same key may share a call
     owner: Any = None
+    depth_first: bool = False  # finish what is begun before anything else, so that the least is in memory
     left: list[list[int]] = field(default_factory=list)  # block -> tile -> nodes it waits for
     todo: list[int] = field(default_factory=list)  # block -> nodes that are not done
     ready: dict[Hashable, list[Entry]] = field(default_factory=dict)
@@ -201,7 +203,8 @@ class Queue:
 
 
 def _entry(work: Work, block: Block, tile: int) -> Entry:
-    return -work.graph.ranks[block.number], tile, block.number
+    rank = work.graph.ranks[block.number]
+    return rank if work.depth_first else -rank, tile, block.number
 
 
 def _count(graph: Graph, block: int, under: Any, rule: str, tile: int) -> int:

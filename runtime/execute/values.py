@@ -82,7 +82,7 @@ class Values:
         self.ramps: dict[tuple[TilePlan, int], Any] = {}
         last = graph.blocks[graph.last_writer["result"]]
         self.final = last.number
-        self.regions: Beneath = beneath(regions(graph.plan(last)), graph.plan(last))
+        self.regions: Beneath = beneath(regions(last.plan), last.plan)
         # region of the result that has not been handed on -> parts that it lacks
         self.waiting: dict[int, int] = {}
         self.runs: Collection[int] = ()  # the blocks of this round
@@ -166,14 +166,14 @@ class Values:
 
     def crop(self, block: Block, tile: int, grid: str) -> Any:
         """A grid [1, C, H, W] under a tile, as it was before the block; a single part stays on its device."""
-        rectangle = _rectangle(self.graph.plan(block).tiles[tile])
+        rectangle = _rectangle(block.plan.tiles[tile])
         top, left, bottom, right = rectangle
         if grid == "image":
             return np.ascontiguousarray(self.image.crop(top, left, bottom - top, right - left)[None])
         writer = dict(block.reads)[grid]
         if writer is None:
             return self._blank(grid, rectangle)[None]
-        over = beneath(self.graph.plan(block), self.graph.plan(self.graph.blocks[writer]))
+        over = beneath(block.plan, self.graph.blocks[writer].plan)
         return self._gather(grid, writer, rectangle, over.below(tile))
 
     def commit(self, block: Block, tile: int, outputs: Outputs) -> list[int]:
@@ -205,7 +205,7 @@ class Values:
         return rectangle[0] // px, rectangle[1] // px, on_host(whole)[0]
 
     def _region(self, region: int) -> Rectangle:
-        plan = self.graph.plan(self.graph.blocks[self.final])
+        plan = self.graph.blocks[self.final].plan
         row, column = divmod(region, len(plan.lefts))
         top, bottom = (*plan.tops, plan.height)[row : row + 2]
         left, right = (*plan.lefts, plan.width)[column : column + 2]
@@ -225,7 +225,7 @@ class Values:
 
     def weighted(self, block: Block, grid: str, tile: int, part: Any) -> Any:
         """A part times its tile's ramps, ready to be added; a part that overlaps no other tile stays as it is."""
-        plan = self.graph.plan(block)
+        plan = block.plan
         if _alone(plan, tile):
             return part
         rows, columns = self._ramps(plan, self.graph.program.grids[grid].px)
@@ -247,7 +247,7 @@ class Values:
 
     def result(self) -> Floats:
         """The whole grid `result` [3, H, W] of a round that kept it."""
-        plan = self.graph.plan(self.graph.blocks[self.final])
+        plan = self.graph.blocks[self.final].plan
         whole = self._gather("result", self.final, (0, 0, plan.height, plan.width), range(len(plan.tiles)))
         return np.ascontiguousarray(on_host(whole)[0])
 
@@ -265,7 +265,7 @@ class Values:
         for grid, writer in block.reads:
             if writer is None:
                 continue
-            over = beneath(self.graph.plan(block), self.graph.plan(self.graph.blocks[writer]))
+            over = beneath(block.plan, self.graph.blocks[writer].plan)
             for part in over.below(tile):
                 self._used(grid, writer, part)
 
@@ -279,7 +279,7 @@ class Values:
 
     def _gather(self, grid: str, writer: int, rectangle: Rectangle, parts: Sequence[int]) -> Any:
         """A rectangle of a grid [1, C, H, W]: the parts that overlap it, added in tile order."""
-        plan, written = self.graph.plan(self.graph.blocks[writer]), self.parts[grid, writer]
+        plan, written = self.graph.blocks[writer].plan, self.parts[grid, writer]
         px, channels = self.graph.program.grids[grid].px, self.graph.program.grids[grid].channels
         if len(parts) == 1 and _rectangle(plan.tiles[parts[0]]) == rectangle:
             return written[parts[0]]
@@ -311,7 +311,7 @@ class Values:
         return self.ramps[plan, px]
 
     def _initial(self, p: Pass, block: Block, tile: int, name: str) -> Any:
-        state, here = p.state[name], self.graph.plan(block).tiles[tile]
+        state, here = p.state[name], block.plan.tiles[tile]
         if state.init == "noise":
             return self._noise(p, block, tile, name, 0)
         shape = (1, *state_shape(state, here.height, here.width))
@@ -319,7 +319,7 @@ class Values:
 
     def _noise(self, p: Pass, block: Block, tile: int, name: str, stream: int) -> Any:
         """For a grid the noise of the whole image under the tile; for a state a field of the tile's own."""
-        here = self.graph.plan(block).tiles[tile]
+        here = block.plan.tiles[tile]
         if grid := self.graph.program.grids.get(name):
             px = grid.px
             rows, columns = here.height // px, here.width // px
@@ -332,7 +332,7 @@ class Values:
         tables = self.tables[p.name]
         if name in tables:
             return (tables[name].whole if block.section != "each" else tables[name].rows[block.step]), False
-        here = self.graph.plan(block).tiles[tile]
+        here = block.plan.tiles[tile]
         if table := table_for_tokens(p, name, here.height * here.width, self.constants):
             name = table
         value, of_tile = self._value(p, tile, name, outputs) or (self.constants[name], False)

@@ -12,7 +12,7 @@ import numpy as np
 from tilewright.runtime.bundle.program import Pass, Program, untiled_values
 from tilewright.runtime.engines import Engine
 from tilewright.runtime.errors import DeviceError, UsageError
-from tilewright.runtime.execute.devices import CpuDevice
+from tilewright.runtime.execute.devices import CpuDevice, Device
 from tilewright.runtime.execute.executor import Executor, Task
 from tilewright.runtime.execute.finished import Finished
 from tilewright.runtime.execute.values import Floats, Image, Table, Values
@@ -24,7 +24,7 @@ from tilewright.runtime.plan.rounds import reached, skipped_passes, with_other_w
 from tilewright.runtime.plan.schedules import SCHEDULES
 from tilewright.runtime.plan.tiles import TilePlan
 
-__all__ = ["Job", "Walk", "layout", "run"]
+__all__ = ["Job", "Walk", "layout", "run", "run_on"]
 
 
 @dataclass
@@ -43,6 +43,8 @@ class Job:
     )  # called with each final part of the result
     seconds: dict[str, float] = field(default_factory=dict)  # filled in: component -> time in its engine
     shortest_px: int = 1  # the shortest side of a tile that all engines take
+    jitter: bool = False  # let tiles move from step to step, in passes that join them after every step
+    depth_first: bool = False  # let the result become final from the top to the bottom, with the least in memory
     notes: list[str] = field(default_factory=list)  # filled in: what went otherwise than planned
 
 
@@ -50,13 +52,22 @@ Layout = tuple[Graph, Mapping[str, Mapping[str, Table]]]  # the nodes, and pass 
 
 
 def layout(
-    program: Program, height: int, width: int, tile_px: int | None, overlap_px: int | None, steps: int | None
+    program: Program,
+    height: int,
+    width: int,
+    tile_px: int | None,
+    overlap_px: int | None,
+    steps: int | None,
+    jitter: int | None = None,
 ) -> Layout:
-    """All that depends on the size of an image and not on its pixels. `steps`: instead of the program's."""
+    """All that depends on the size of an image and not on its pixels. `steps`: instead of the program's.
+
+    `jitter`: the seed by which tiles move, if they do.
+    """
     plans = {p.name: plan_of(program, p, height, width, tile_px, overlap_px) for p in program.passes}
     tables = {p.name: _tables(p, plans[p.name], steps) for p in program.passes}
     counts = {name: len(next(iter(t.values())).rows) for name, t in tables.items() if t}
-    return lower(program, plans, counts), tables
+    return lower(program, plans, counts, jitter), tables
 
 
 class Walk:
@@ -72,7 +83,9 @@ class Walk:
     ) -> None:
         self.program, self.executor, self.constants, self.job = program, executor, constants, job
         lay = lay or partial(layout, program)
-        self.graph, tables = lay(*job.image.shape[1:], job.tile_px, job.overlap_px, job.steps)
+        self.graph, tables = lay(
+            *job.image.shape[1:], job.tile_px, job.overlap_px, job.steps, job.seed if job.jitter else None
+        )
         self.values = Values(self.graph, job.image, job.seed, constants, tables, self._final)
         self.inputs: dict[str, Any] = {}  # as the caller gave them
         self.reached = reached(program)
@@ -101,7 +114,8 @@ class Walk:
         final = self.graph.blocks[self.values.final]
         self.told = finished is not None and final.number in blocks and len(finished.regions) < final.size
         job = self.job
-        self.task = Task(self.graph, self.values, blocks, keep, job.on_progress, ended, job.seconds, job.notes)
+        deep = job.depth_first
+        self.task = Task(self.graph, self.values, blocks, keep, deep, job.on_progress, ended, job.seconds, job.notes)
         self.task.finished = finished
         self.executor.submit(self.task)
 
@@ -197,7 +211,12 @@ def run(
     program: Program, engines: Mapping[str, Engine], constants: Mapping[str, Any], job: Job, *, devices: int = 1
 ) -> Floats:
     """The result grid [3, H, W] of a job, on devices that share these engines."""
-    executor = Executor([CpuDevice(f"cpu:{i}", engines) for i in range(devices)])
+    return run_on([CpuDevice(f"cpu:{i}", engines) for i in range(devices)], program, constants, job)
+
+
+def run_on(devices: Sequence[Device], program: Program, constants: Mapping[str, Any], job: Job) -> Floats:
+    """The result grid [3, H, W] of a job, on these devices."""
+    executor = Executor(devices)
     height, width = job.image.shape[1:]
     whole = np.empty((program.grids["result"].channels, height, width), np.float32)
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 import os
 import stat
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
@@ -23,7 +23,17 @@ from PIL import ExifTags, Image
 
 from tilewright.runtime.errors import InputError
 
-__all__ = ["SUFFIXES", "Picture", "Pixels", "image_size", "read_image"]
+__all__ = [
+    "SUFFIXES",
+    "Picture",
+    "Pixels",
+    "check_size",
+    "fitting_profile",
+    "image_size",
+    "opened_image",
+    "read_image",
+    "reason",
+]
 
 Pixels = npt.NDArray[np.uint8]
 Source: TypeAlias = (
@@ -60,12 +70,13 @@ _TURNS = {
 
 @dataclass(frozen=True)
 class Picture:
-    """The 8-bit pixels of an image."""
+    """The pixels of an image: 8 bits in memory, or 8 or 16 bits in a file, where `Stored` reads them by rectangles."""
 
-    rgb: Pixels  # [H, W, 3]; may share memory with the array it was read from
-    alpha: Pixels | None  # [H, W]
+    rgb: Any  # [H, W, 3]; may share memory with the array it was read from
+    alpha: Any  # [H, W], [H, W, 1] in a file, or none
     grey: bool  # the source had no colour, so the result is written without colour
     icc: bytes | None  # only a profile that describes these pixels: a CMYK one is dropped
+    kept: Mapping[str, Any] = field(default_factory=dict)  # what else was beside the pixels, for `write_large`
 
 
 def read_image(
@@ -79,7 +90,7 @@ def read_image(
     if isinstance(source, np.ndarray):
         return _from_array(source, max_pixels)
     if isinstance(source, Image.Image):
-        _check_size("the image", source.size, max_pixels)
+        check_size("the image", source.size, max_pixels)
         return _from_image(source, "the image")
     if isinstance(source, (str, os.PathLike)):
         return _from_file(Path(source), max_pixels, check)
@@ -98,25 +109,28 @@ def _from_array(array: npt.NDArray[Any], max_pixels: int) -> Picture:
         raise InputError(f"the array holds {array.dtype}: scale it to 0..255, round it and {accepted}")
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
         raise InputError(f"the array has shape {list(array.shape)}: {accepted}")
-    _check_size("the array", (array.shape[1], array.shape[0]), max_pixels)
+    check_size("the array", (array.shape[1], array.shape[0]), max_pixels)
     return _split(array, None)
 
 
-def image_size(path: Path) -> tuple[int, int]:
+def image_size(source: Path | BinaryIO) -> tuple[int, int]:
     """The width and the height of an image file, from its header."""
-    with _opened(path) as file, _identified(file, str(path)) as image:
+    if not isinstance(source, Path):
+        with _identified(source, "the image") as image:
+            return image.size
+    with opened_image(source) as file, _identified(file, str(source)) as image:
         return image.size
 
 
 def _from_file(path: Path, max_pixels: int, check: Callable[[int, int], None]) -> Picture:
     # Not by its name: Pillow would map the file, and so scramble an uncompressed TIFF that is stored on its side.
-    with _opened(path) as file:
+    with opened_image(path) as file:
         return _from_bytes(file, str(path), max_pixels, check)
 
 
 def _from_bytes(file: BinaryIO, name: str, max_pixels: int, check: Callable[[int, int], None]) -> Picture:
     with _identified(file, name) as image:
-        _check_size(name, image.size, max_pixels)
+        check_size(name, image.size, max_pixels)
         check(*image.size)
         return _from_image(image, name)
 
@@ -133,7 +147,8 @@ def _read_all(file: BinaryIO) -> bytes:
     return content
 
 
-def _opened(path: Path) -> BinaryIO:
+def opened_image(path: Path) -> BinaryIO:
+    """An image's file, opened to read; a pipe or a device is refused."""
     try:
         mode = path.stat().st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # opening a pipe waits for its other end
@@ -172,11 +187,13 @@ def _over_pillows_limit(name: str) -> InputError:
 
 
 def reason(error: Exception) -> str:
+    """What an error says, in one line."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return " ".join(text.split())
 
 
-def _check_size(name: str, size: tuple[int, int], max_pixels: int) -> None:
+def check_size(name: str, size: tuple[int, int], max_pixels: int) -> None:
+    """Refuse a picture without pixels, or with too many."""
     width, height = size
     if not width * height:
         raise InputError(f"{name} is {width}x{height} and has no pixels: pass one of at least 1x1")

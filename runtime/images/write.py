@@ -15,14 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from tilewright.runtime.bundle.digests import writing
 from tilewright.runtime.errors import ResourceError, UsageError, amount
+from tilewright.runtime.images.canvas import Stored, enlarged_rows
+from tilewright.runtime.images.on_disk import PixelFile
 from tilewright.runtime.images.read import Picture, Pixels, fitting_profile, reason
+from tilewright.runtime.images.vips import write_large
 
 __all__ = [
     "FORMATS",
+    "PictureOnDisk",
     "assemble",
     "check_format",
     "check_overwrite",
@@ -65,6 +70,49 @@ LARGE_PX = 1 << 23  # smaller pictures are written in a second or two
 BANDS, BAND_PX = 8, 16  # rows of a picture that are encoded first, to estimate the size of its file
 OnShare = Callable[[float], None]
 FORMATS = tuple(suffix[1:] for suffix in _WRITERS)
+
+
+@dataclass(frozen=True)
+class PictureOnDisk:
+    """A result [H, W, C] whose pixels lie in a file. `write_image` writes it, strip by strip."""
+
+    rgb: Stored
+    like: Picture  # the source
+    scale: int
+    file: PixelFile
+
+    @property
+    def dtype(self) -> Any:
+        """Unsigned integers of 8 or 16 bits."""
+        return self.file.dtype
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Height, width, channels."""
+        return (*self.rgb.shape[:2], (1 if self.like.grey else 3) + (self.like.alpha is not None))  # type: ignore[return-value]
+
+    def rows(self, top: int, bottom: int) -> npt.NDArray[Any]:
+        """Some rows, with the layout of the source."""
+        pixels = self.rgb[top:bottom, 0 : self.rgb.shape[1]]
+        if self.like.grey:
+            pixels = _grey(pixels)[:, :, None]
+        if self.like.alpha is None:
+            return pixels
+        alpha = enlarged_rows(self.like.alpha, self.scale, top, bottom)
+        most = int(np.iinfo(self.dtype).max)
+        if alpha.dtype == np.float32:
+            alpha = (alpha * most + np.float32(0.5)).astype(self.dtype)
+        return np.dstack((pixels, alpha.astype(self.dtype) * (1 if alpha.dtype == self.dtype else most // 255)))
+
+    def close(self) -> None:
+        """Remove the file with the pixels. `Ticket.keeping` does that, too."""
+        self.file.close(remove=True)
+
+
+def _grey(rgb: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """The grey that Pillow makes of colours, also of those with 16 bits."""
+    red, green, blue = (rgb[:, :, channel].astype(np.uint32) for channel in range(3))
+    return ((red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16).astype(rgb.dtype)
 
 
 def assemble(rgb: Pixels, like: Picture) -> Pixels:
@@ -134,16 +182,21 @@ def check_room(path: str | os.PathLike[str], shape: Sequence[int]) -> None:
 
 def write_or_keep(
     path: str | os.PathLike[str],
-    pixels: Pixels,
+    pixels: Pixels | PictureOnDisk,
     *,
     icc: bytes | None = None,
     stopped: Callable[[], bool] = lambda: False,
     on_share: OnShare | None = None,
 ) -> None:
-    """Write an image as `write_image` does. If that fails, keep it in the temporary folder; the error says where."""
+    """Write an image as `write_image` does. If that fails, keep it in the temporary folder; the error says where.
+
+    One that lies on the disk stays there.
+    """
     try:
         write_image(path, pixels, icc=icc, stopped=stopped, on_share=on_share)
     except (ResourceError, UsageError) as error:
+        if isinstance(pixels, PictureOnDisk):
+            raise
         try:
             name = f"{Path(path).stem}-{secrets.token_hex(4)}{Path(path).suffix}"
             kept = Path(tempfile.gettempdir()) / name
@@ -157,7 +210,7 @@ def write_or_keep(
 
 def write_image(
     path: str | os.PathLike[str],
-    pixels: Pixels,
+    pixels: Pixels | PictureOnDisk,
     *,
     icc: bytes | None = None,
     stopped: Callable[[], bool] = lambda: False,
@@ -169,6 +222,11 @@ def write_image(
     written, by an estimate of its size.
     """
     check_writable(path)
+    if isinstance(pixels, PictureOnDisk):
+        write_large(
+            path, pixels.shape, pixels.dtype, pixels.rows, kept=pixels.like.kept, stopped=stopped, on_share=on_share
+        )
+        return
     image, writer, profile = _prepared(str(path), Path(path).suffix.lower(), pixels, icc)
     try:
         with (

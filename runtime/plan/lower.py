@@ -12,9 +12,9 @@ from functools import cached_property, lru_cache
 from itertools import pairwise
 
 from tilewright.runtime.bundle.program import Call, Pass, Program, Tiles
-from tilewright.runtime.plan.tiles import TilePlan
+from tilewright.runtime.plan.tiles import TilePlan, moved
 
-__all__ = ["Beneath", "Block", "Graph", "Node", "Wait", "beneath", "lower", "regions"]
+__all__ = ["Beneath", "Block", "Graph", "Node", "Wait", "beneath", "lower", "moves", "regions"]
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,7 @@ class Block:
     writes: tuple[str, ...]  # grids
     private: bool  # its tiles do not read each other
     batch: int  # nodes that one call may take
+    plan: TilePlan  # where its tiles lie
 
 
 @dataclass(frozen=True)
@@ -139,15 +140,11 @@ class Graph:
     """All blocks of a program over an image."""
 
     program: Program
-    plans: Mapping[str, TilePlan]  # pass -> where its tiles lie
+    plans: Mapping[str, TilePlan]  # pass -> where its tiles lie, if they do not move
     steps: Mapping[str, int]  # pass -> how many steps
     blocks: tuple[Block, ...]
     last_writer: Mapping[str, int]  # grid -> the block that writes it last
     of_pass: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # pass -> its blocks, in order
-
-    def plan(self, block: Block) -> TilePlan:
-        """Where the tiles of a block lie."""
-        return self.plans[self.program.passes[block.place].name]
 
     @cached_property
     def tile_blocks(self) -> tuple[tuple[int, ...], ...]:
@@ -185,7 +182,7 @@ class Graph:
         for block in self.blocks:
             for grid, writer in block.reads:
                 if writer is not None:
-                    over = beneath(self.plan(block), self.plan(self.blocks[writer]))
+                    over = beneath(block.plan, self.blocks[writer].plan)
                     readers.setdefault((grid, writer), []).append((block.number, over))
         return {key: tuple(blocks) for key, blocks in readers.items()}
 
@@ -202,14 +199,26 @@ class Graph:
                 yield Node(name, block.section, block.step, tile, tuple(sorted(set(waits))))
 
 
-def lower(program: Program, plans: Mapping[str, TilePlan], steps: Mapping[str, int]) -> Graph:
-    """The blocks of a program for these tile plans and numbers of steps."""
-    return _Lowering(program, plans, steps).graph()
+def lower(
+    program: Program, plans: Mapping[str, TilePlan], steps: Mapping[str, int], jitter: int | None = None
+) -> Graph:
+    """The blocks of a program for these tile plans and numbers of steps.
+
+    `jitter`: the seed by which tiles move from step to step, in passes that join them after every step.
+    """
+    return _Lowering(program, plans, steps, jitter).graph()
+
+
+def moves(program: Program, p: Pass) -> bool:
+    """Whether the tiles of a pass may move: they are joined after every step, and keep no state of their own."""
+    return bool(p.tiles and not p.state and p.writes("each") & program.grids.keys())
 
 
 class _Lowering:
-    def __init__(self, program: Program, plans: Mapping[str, TilePlan], steps: Mapping[str, int]) -> None:
-        self.program, self.plans, self.steps = program, plans, steps
+    def __init__(
+        self, program: Program, plans: Mapping[str, TilePlan], steps: Mapping[str, int], jitter: int | None
+    ) -> None:
+        self.program, self.plans, self.steps, self.jitter = program, plans, steps, jitter
         self.blocks: list[Block] = []
         self.grid_writer: dict[str, int] = {}
         # a value belongs to the tiles of a pass, or to the whole job (key None)
@@ -267,7 +276,9 @@ class _Lowering:
         previous: int | None,
     ) -> int:
         """Add a block; it reads grids as they were `written`, and goes on from the `previous` block of its pass."""
-        number, alone = len(self.blocks), section == "shared"
+        number, alone, plan = len(self.blocks), section == "shared", self.plans[p.name]
+        if self.jitter is not None and section == "each" and moves(self.program, p):
+            plan = moved(plan, self.program.multiple_px, self.jitter, step)
         grids = self.program.grids
         names = {source.lstrip("@") for call in calls for source in call.inputs.values() if source[0] not in "#$~"}
         targets = {target for call in calls for target in call.outputs.values()}
@@ -275,7 +286,7 @@ class _Lowering:
         waits = {} if previous is None else {(previous, "same"): Wait(previous, "same")}
         for grid in reads:
             if (writer := written.get(grid)) is not None:
-                over = beneath(self.plans[p.name], self.plans[self.program.passes[self.blocks[writer].place].name])
+                over = beneath(plan, self.blocks[writer].plan)
                 waits[writer, "beneath"] = Wait(writer, "beneath", over)
         scopes = (None,) if alone or p.tiles is None else (p.tiles, None)
         for name in (names | targets) - grids.keys():
@@ -293,7 +304,7 @@ class _Lowering:
                 if self.blocks[reader].place != place:
                     self._wait(waits, reader, "same" if home else "every")
             self.value_writer[home, name] = number
-        size = 1 if alone else self.plans[p.name].count
+        size = 1 if alone else plan.count
         private = bool(p.tiles) and not (p.writes("each") & grids.keys()) and bool(p.each)
         block = Block(
             number,
@@ -307,6 +318,7 @@ class _Lowering:
             tuple(sorted(targets & grids.keys())),
             private,
             1 if alone or p.tiles is None else p.tiles.batch,
+            plan,
         )
         self.blocks.append(block)
         return number

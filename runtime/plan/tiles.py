@@ -5,7 +5,7 @@ shift inwards instead of shrinking, and share more than the nominal overlap with
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 
@@ -13,9 +13,11 @@ import numpy as np
 import numpy.typing as npt
 
 from tilewright.runtime.errors import UsageError
+from tilewright.runtime.plan.noise import WORD_MAX, philox4x32
 
-__all__ = ["Tile", "TilePlan", "starts", "tile_plan", "weights"]
+__all__ = ["Tile", "TilePlan", "moved", "starts", "tile_plan", "weights"]
 
+MOVES = WORD_MAX  # the region of the noise that moves tiles
 MOST_STARTS = 100_000  # tiles in a row or a column: a plan lists their starts
 Weights = list[npt.NDArray[np.float32]]
 
@@ -84,6 +86,26 @@ def tile_plan(width: int, height: int, tile: int, overlap: int, multiple: int) -
         )
     tops, lefts = starts(height, tile, overlap), starts(width, tile, overlap)
     return TilePlan(height, width, min(tile, height), min(tile, width), overlap, tops, lefts)
+
+
+def moved(plan: TilePlan, multiple: int, seed: int, step: int) -> TilePlan:
+    """The plan with its inner tiles moved by offsets that depend only on the seed and the step.
+
+    Neighbours still share at least half of the nominal overlap. Tiles at the border stay, so that all is covered.
+    """
+    most = plan.overlap // 2 // multiple
+    words = philox4x32(np.array([step, 0, 0, 0], np.uint32), (seed, MOVES))
+    down, across = (int(word) % (2 * most + 1) - most for word in words[:2])
+    return replace(
+        plan,
+        tops=_moved(plan.tops, down * multiple, multiple),
+        lefts=_moved(plan.lefts, across * multiple, multiple),
+    )
+
+
+def _moved(starts: tuple[int, ...], by: int, multiple: int) -> tuple[int, ...]:
+    # the last tile may lie less than a pitch after the one before it
+    return (*starts[:1], *(min(start + by, starts[-1] - multiple) for start in starts[1:-1]), *starts[1:][-1:])
 
 
 def weights(plan: TilePlan, px: int) -> tuple[Weights, Weights]:

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from tilewright.runtime.bundle.safetensors import safetensors_metadata, safetens
 from tilewright.runtime.errors import BundleError, InputError, UsageError
 from tilewright.runtime.execute.finished import Finished, Key
 from tilewright.runtime.execute.values import on_host
+from tilewright.runtime.images.on_disk import Rectangle
 from tilewright.runtime.images.read import Picture, Pixels
 from tilewright.runtime.inputs import read_tensors
 
@@ -30,6 +31,8 @@ __all__ = [
     "Outdated",
     "asked_in",
     "beside",
+    "lies_on_disk",
+    "pixels_beside",
     "plain",
     "read_checkpoint",
     "require_same",
@@ -38,6 +41,7 @@ __all__ = [
 ]
 
 DIGITS = 24  # of a digest
+BAND = 128  # rows of a picture that may lie on the disk
 SHOWN = 60  # most characters of a value in a message
 MALFORMED = (BundleError, KeyError, ValueError, TypeError, AttributeError, RecursionError)  # of a file of another kind
 
@@ -57,6 +61,7 @@ class Checkpoint:
     notes: tuple[str, ...]
     finished: Finished
     pixels: Mapping[tuple[int, int], Pixels]  # top, left -> part of the picture that is final
+    sums: Mapping[Rectangle, int] = field(default_factory=dict)  # such a part that lies on the disk -> its CRC-32
 
     def write(self, path: Path, still_right: Callable[[], bool]) -> None:
         """Write the file, completely or not at all."""
@@ -88,6 +93,7 @@ class Checkpoint:
             "ended": sorted(finished.ended),
             "keep": finished.keep,
             "regions": tuple(finished.regions),
+            "sums": [[*rectangle, total] for rectangle, total in self.sums.items()],
         }
         return {name: json.dumps(value) for name, value in values.items()}
 
@@ -107,7 +113,8 @@ def read_checkpoint(path: Path) -> Checkpoint | None:
         passes, ended, keep, regions = (values[name] for name in ("passes", "ended", "keep", "regions"))
         finished = Finished(frozenset(passes), frozenset(ended), keep, done, regions, live)
         facts = {name: values[name] for name in ("asked", "threads", "share", "tile")}
-        return Checkpoint(**facts, notes=tuple(values["notes"]), finished=finished, pixels=pixels)
+        sums = {(top, left, bottom, right): total for top, left, bottom, right, total in values["sums"]}
+        return Checkpoint(**facts, notes=tuple(values["notes"]), finished=finished, pixels=pixels, sums=sums)
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror or error}); check the path") from error
     except MALFORMED:
@@ -117,6 +124,19 @@ def read_checkpoint(path: Path) -> Checkpoint | None:
 def beside(target: Path) -> Path:
     """The file for the finished parts of a result."""
     return target.with_name(f"{target.name}.resume")
+
+
+def pixels_beside(target: Path) -> Path:
+    """The file for the pixels of a result that does not fit in memory."""
+    return target.with_name(f"{target.name}.pixels")
+
+
+def lies_on_disk(path: Path) -> bool:
+    """Whether the pixels of a checkpoint lie in a file of their own."""
+    try:
+        return bool(_metadata_of(path)["sums"])
+    except (OSError, *MALFORMED):
+        return False
 
 
 def asked_in(path: Path) -> dict[str, Any] | None:
@@ -152,7 +172,9 @@ def value_of_picture(picture: Picture) -> str:
     height, width = picture.rgb.shape[:2]
     digest = hashlib.sha256(f"{width}x{height} {picture.grey} {picture.icc!r}".encode())
     for plane in (picture.rgb, picture.alpha):
-        digest.update(b"none" if plane is None else _bytes_of(plane))
+        for top in range(0, height, BAND) if plane is not None else ():
+            digest.update(_bytes_of(plane[top : top + BAND, 0:width]))
+        digest.update(b"none" if plane is None else b"")
     return f"{width}x{height} px, SHA-256 {digest.hexdigest()[:DIGITS]}"
 
 

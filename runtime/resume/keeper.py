@@ -39,6 +39,10 @@ class Keeps(Protocol):
         """Add a note to the result."""
         ...
 
+    def drop(self) -> None:
+        """Remove the file with the pixels of the result, if there is one."""
+        ...
+
 
 class Keeper:
     """Keeps the finished parts while a block runs, every so many seconds if not 0, and when an error leaves it.
@@ -74,8 +78,11 @@ class Keeper:
         if error is None or has_result:
             with contextlib.suppress(OSError):
                 self.path.unlink(missing_ok=True)
+            self.ticket.drop()
         else:
-            error.kept = self._keep()  # type: ignore[attr-defined]
+            error.kept = kept = self._keep()  # type: ignore[attr-defined]
+            if kept.path is None:
+                self.ticket.drop()
 
     def _keep_often(self) -> None:
         while not self.stopped.wait(self.every_s):

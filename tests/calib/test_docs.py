@@ -23,7 +23,7 @@ def test_the_pages_commands_and_python_run(
     Image.open("demo/sample.png").crop((20, 30, 20 + SIDE, 30 + SIDE)).save("judged/20.png")
     alone = ("--threads", "1")  # threads would mostly wait for each other
     more = {"collect": alone, "sensitivity": (*alone, "--by", "block"), "gate": alone}
-    assert run_commands(page("calibration"), more) == 6
+    assert run_commands(page("calibration"), more) == 7
     scales, engines = blocks(page("calibration"), "python")
     capsys.readouterr()
     exec(compile(scales.text, "calibration.md", "exec"), {})

@@ -9,17 +9,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from support.html import Page
 from support.layered import LAYERS, layered
 from tilewright.calib import add_engines, collect, gate, make_recipe, read_observations, read_recipe
-from tilewright.calib.gates import held_out, measurement, require
+from tilewright.calib.gates import CROPS, held_out, measurement, original_of, require
+from tilewright.calib.likeness import psnr
 from tilewright.calib.recipe import Recipe
-from tilewright.calib.trial import differing, psnr
 from tilewright.cli.main import main
 from tilewright.runtime import load
 from tilewright.runtime.bundle.measured import on_processor, remember
 from tilewright.runtime.bundle.read import read_bundle
 from tilewright.runtime.engines.machine import processor
-from tilewright.runtime.errors import AccuracyError
+from tilewright.runtime.errors import AccuracyError, InputError
 
 
 @pytest.fixture
@@ -86,6 +87,31 @@ def test_engines_of_a_format_are_replaced_and_a_recipe_of_another_bundle_is_refu
 
 
 @pytest.mark.slow
+def test_a_bundle_that_is_not_the_expected_one_gets_no_engines(
+    made: tuple[Path, Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, recipe = made
+    recipe.write(tmp_path / "r.yaml")
+    digest = read_bundle(root).digest
+    words = [
+        "export",
+        "compile",
+        str(root),
+        "--precision",
+        "int8",
+        "--target",
+        "ort",
+        "--recipe",
+        str(tmp_path / "r.yaml"),
+    ]
+    assert main([*words, "--expect", "0" * 64, "-q"]) == 3
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and "0" * 12 in lines[0] and read_bundle(root, fresh=True).digest == digest
+    assert main([*words, "--expect", digest, "-q"]) == 0
+    assert read_bundle(root, fresh=True).digest != digest
+
+
+@pytest.mark.slow
 def test_the_gate_judges_on_pictures_that_were_held_out_and_says_what_ran_in_8_bits(
     made: tuple[Path, Recipe], held: Path
 ) -> None:
@@ -94,7 +120,11 @@ def test_the_gate_judges_on_pictures_that_were_held_out_and_says_what_ran_in_8_b
     seen = [path for path in (root.parent / "pictures").glob("*.png") if path.name in ("0.png", "2.png")]
     for path in seen:
         shutil.copy(path, held)
-    report = gate(root, held, budget_db=25.0, threads=1)
+    originals = root.parent / "originals"
+    originals.mkdir()
+    for name in ("50", "51"):
+        Image.open(held / f"{name}.png").transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(originals / f"{name}.PNG")
+    report = gate(root, held, budget_db=25.0, threads=1, originals=originals, crops=root / CROPS)
     assert report["images"] == ["50.png", "51.png"]
     engines = report["engines"]
     assert engines["ort-float32"]["mean_db"] == 200
@@ -106,9 +136,25 @@ def test_the_gate_judges_on_pictures_that_were_held_out_and_says_what_ran_in_8_b
             pairs = [(restorer(held / n) / 255, exact(held / n) / 255) for n in report["images"]]
         rounded = [psnr(*pair) for pair in pairs]  # of pictures in 8 bits a colour
         assert np.allclose(rounded, engines[name]["psnr_db"], atol=1.0)
+        truths = [np.asarray(Image.open(originals / f"{n}.PNG")) / 255 for n in ("50", "51")]
+        losses = [psnr(e, t) - psnr(o, t) for (o, e), t in zip(pairs, truths, strict=True)]
+        assert np.isclose(engines[name]["lost_db"], np.mean(losses), atol=0.02)
+        assert 0.5 < engines[name]["ssim"] < 1 and engines[name]["drift"] == {}
+        assert 2**24 < engines[name]["peak_bytes"] < 2**30
         slower = engines["ort-float32"]["seconds"] < engines[name]["seconds"]
         assert engines[name]["slower_than"] == ("ort-float32" if slower else None)
     require(report)
+    parts = {part["name"]: np.asarray(Image.open(root / CROPS / part["file"])) for part in report["crops"]}
+    worst = min(("50.png", "51.png"), key=lambda n: engines["openvino-int8"]["psnr_db"][report["images"].index(n)])
+    assert list(parts) == ["input", "float32", "original", "openvino-int8", "ort-int8"]
+    assert np.array_equal(parts["input"], np.asarray(Image.open(held / worst)))
+    with load(root, engine="ort-float32", threads=1) as exact:
+        assert np.abs(exact(held / worst) - parts["float32"].astype(int)).max() <= 1
+
+
+def test_a_picture_without_its_original_is_refused(held: Path) -> None:
+    with pytest.raises(InputError, match=r"holds no original of 60\.jpg; name it 60\.png"):
+        original_of(held / "60.jpg", held)
 
 
 def test_a_missed_budget_is_an_error_with_the_best_that_was_reached(
@@ -152,6 +198,7 @@ def test_the_commands_lead_from_a_bundle_to_a_judged_engine(
          "-o", out / "r.yaml"],
         ["export", "compile", root, "--precision", "int8", "--target", "ort", "--recipe", out / "r.yaml"],
         ["calib", "gate", root, held, "--budget-psnr", 20],
+        ["calib", "report", root, "--html", out / "report.html"],
     )  # fmt: skip
     for command in words:
         assert main([*map(str, command), "-q"]) == 0, capsys.readouterr().err
@@ -159,11 +206,23 @@ def test_the_commands_lead_from_a_bundle_to_a_judged_engine(
     assert "5 of 5 layers in int8, 100.0% of the work of linear layers, 1 inputs smoothed" in told
     assert "100.0%" in told and "all in 8 bits" in told and "ort-int8" in told
     assert read_recipe(out / "r.yaml").quantised == set(LAYERS)
+    assert "<- this recipe" in told and told.count("2 held-out images") == 2  # the gate's and the report's
+    text = (out / "report.html").read_text()
+    shown = Page(text)
+    assert shown.titles == ["Engines", "Before and after", "Frontier", "Sensitivity", "Scale per step", "Plan"]
+    frontier = read_recipe(out / "r.yaml").evidence.frontier
+    assert (shown.classes["dot line-0"], shown.classes["dot line-0 chosen"]) == (len(frontier) - 1, 1)
+    assert shown.classes["cell"] == len(read_recipe(out / "r.yaml").inputs) and shown.images == 4
+    assert not shown.elsewhere and "<script" not in text and "prefers-color-scheme: dark" in text
+    assert main(["calib", "report", str(root), "--json", "-q"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["recipes"]["int8"]["chosen"] == 0 and not facts["stale"]
+    assert facts["gate"] == json.loads((root / "reports" / "quantised.json").read_text())
 
 
 REFUSED = [  # words, the code, a part of the line
     (["export", "compile", "BUNDLE", "--precision", "int8"], 2, "--precision int8 needs --recipe FILE"),
-    (["export", "compile", "BUNDLE", "--recipe", "r.yaml"], 2, "--recipe is for --precision int8 or fp8 alone"),
+    (["export", "compile", "BUNDLE", "--recipe", "r.yaml"], 2, "--recipe is for --precision int8 or fp8"),
     (["export", "compile", "BUNDLE", "--precision", "int8,fp8", "--recipe", "r.yaml"], 2, "one 8-bit format"),
     (["export", "compile", "BUNDLE", "--precision", "fp8", "--target", "openvino", "--recipe", "f.yaml"], 2, "fp8"),
     (["export", "build", "hitoksr", "-o", "o", "--precision", "int8"], 2, "needs --recipe FILE or --calibrate"),
@@ -195,12 +254,3 @@ def test_pictures_that_were_calibrated_on_are_no_judges(made: tuple[Path, Recipe
     _, recipe = made
     assert [path.name for path in held_out(pictures, recipe)] == ["1.png", "3.png", "4.png"]
     assert [path.name for path in held_out(pictures, recipe, 1)] == ["1.png"]
-
-
-def test_choices_are_compared_whatever_the_order_of_the_calls() -> None:
-    calls = [np.random.default_rng(place).integers(0, 64, (1, 4, 6, 6)) for place in range(4)]
-    calls.append(calls[0][..., :3])  # a narrower tile
-    assert differing(calls[::-1], calls) == 0
-    changed = [array.copy() for array in calls]
-    changed[2][0, 0, 0, :5] += 1
-    assert differing([changed[place] for place in (3, 2, 0, 4, 1)], calls) == 5

@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from support.graphs import parsed
 from support.layered import HIDDEN, LAYERS, layered, numbers
 from tilewright.calib import Recipe, collect, insert, make_recipe, quantised_weights, read_observations
 from tilewright.calib.layers import StandardGraph, standard_graph
+from tilewright.calib.unweighted import in_eight_bits
 from tilewright.export.lint.lint import lint_graph
 from tilewright.runtime.bundle.manifest import Form
 from tilewright.runtime.bundle.read import Bundle, read_bundle
@@ -175,3 +177,18 @@ def test_smoothing_makes_the_channels_alike_and_the_picture_closer(
         engine = ort.open_graph(*graph_file(bundle, recipe, folder), precision="int8", native=False)
         errors.append(np.linalg.norm(engine.run({"image": image}, ["picture"])["picture"] - exact["picture"]))
     assert errors[1] < errors[0] / 1.5
+
+
+@pytest.mark.parametrize("format", ["int8", "fp8"])
+def test_a_layer_may_read_the_result_of_another_one(format: str) -> None:
+    numbers = "{1, 2, 3, 4, 5, 6, 7, 8, 8, 7, 6, 5, 4, 3, 2, 1}"
+    model = parsed(f"""g (float[n, 4] x) => (float[n, 4] y) <float[4, 4] a = {numbers}, float[4, 4] b = {numbers}> {{
+            u = Gemm (x, a)
+            y = Gemm <transB = 1> (u, b)
+        }}""")
+    graph = in_eight_bits("show", model, format, Form({"int8": "int8", "fp8": "float8_e4m3fn"}[format])).graph
+    known = {*graph.inputs, *graph.initializers.values(), *(value for node in graph for value in node.outputs)}
+    assert all(value in known for node in graph for value in node.inputs) and graph.outputs[0] in known
+    kinds = [node.op_type for node in graph]
+    assert kinds == ["QuantizeLinear", *["DequantizeLinear"] * 2, "MatMul"] * 2
+    assert [value.name for value in graph.outputs] == ["y"]

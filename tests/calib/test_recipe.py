@@ -12,7 +12,8 @@ import yaml
 
 from support.layered import HIDDEN, LAYERS, WIDTH, layered
 from tilewright.calib import Recipe, collect, make_recipe, quantised_weights, read_observations, read_recipe
-from tilewright.calib.frontier import Group, Point, Sensitivity, sensitivity, within_budget
+from tilewright.calib.evidence import Group, Point
+from tilewright.calib.frontier import Sensitivity, sensitivity, within_budget
 from tilewright.calib.layers import standard_graph
 from tilewright.calib.recipe import json_schema
 from tilewright.export.systems import names, system
@@ -44,7 +45,15 @@ def test_a_recipe_is_the_same_after_it_was_written_and_read(recipe: Recipe, tmp_
     assert read_recipe(tmp_path / "r.yaml") == recipe
     document = yaml.safe_load((tmp_path / "r.yaml").read_text())
     jsonschema.Draft202012Validator(json_schema()).validate(document)
+    assert [e["factors"] for e in document["inputs"].values() if e["factors"]] == ["r.safetensors"]
+    assert document["evidence"]["largest"].keys() == document["inputs"].keys()
     assert list(document["layers"][UP]) == ["weight", "kind", "inputs", "share", "why"]
+
+
+def test_a_recipe_without_the_file_of_its_factors_is_refused(recipe: Recipe, tmp_path: Path) -> None:
+    recipe.write(tmp_path / "r.yaml")
+    (tmp_path / "r.safetensors").unlink()
+    refused(InputError, "r.safetensors does not hold the factors of 'show/", read_recipe, tmp_path / "r.yaml")
 
 
 def test_the_published_schema_is_current() -> None:
@@ -177,7 +186,8 @@ def test_a_budget_keeps_no_more_than_it_must_and_tells_the_best_if_it_cannot_be_
         Point(("a", "b"), 0.8, 0.9, 55.0, 51.0),
     )
     found = Sensitivity(recipe.networks, "int8", None, None, (), "kind", groups, points)
-    assert within_budget(recipe, found, 20.0) == recipe
+    least = within_budget(recipe, found, 20.0)
+    assert least.layers == recipe.layers and least.evidence.frontier == points and least.evidence.budget_db == 20
     chosen = within_budget(recipe, found, 41.0)
     assert recipe.quantised - chosen.quantised == {UP, "show/stem.weight"}  # the same share, and closer
     assert chosen.layers[UP].why == "alone in 8 bits it costs most for its work: 30.0 dB"

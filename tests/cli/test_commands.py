@@ -120,7 +120,7 @@ def test_restore_writes_a_picture_and_tells_its_cost(hitoksr_tiny: Path, tmp_pat
     result = started("runtime", "restore", ROOT / "docs" / "sample.png", out, "--bundle", hitoksr_tiny, "--json")
     answer = json.loads(result.stdout)
     assert Image.open(out).size == (512, 512) == (answer["width"], answer["height"])
-    assert answer["tiles"] == {"restore": 1} and answer["peak_bytes"] > 0
+    assert answer["tiles"] == {"restore": 1} and answer["peak_bytes"] > 0 and answer["seam_excess"] == 0
     assert {"generate", "decode", "total", "open", "read", "write"} <= answer["seconds"].keys()
     assert "random weights" in result.stderr
 
@@ -149,13 +149,14 @@ def test_plan_runs_nothing_and_counts_tiles(hitoksr_tiny: Path) -> None:
 def test_profile_measures_each_resolution(hitoksr_tiny: Path) -> None:
     words = ("runtime", "profile", "--bundle", hitoksr_tiny, "--resolutions", "64,96x48")
     answer = json.loads(told(*words, "--json").stdout)
-    assert [(r["width"], r["height"]) for r in answer["resolutions"]] == [(64, 64), (96, 48)]
-    for row in answer["resolutions"]:
+    (setting,) = answer["settings"]
+    assert [(r["width"], r["height"]) for r in setting["resolutions"]] == [(64, 64), (96, 48)]
+    for row in setting["resolutions"]:
         assert 0 < row["seconds"]["p50"] <= row["seconds"]["max"] and len(row["seconds"]) == 2
         assert row["peak_bytes"] > 0 and row["megapixels_per_second"] > 0 and row["tiles"] == {"restore": 1}
     assert len(answer["bundle"]) == 64 and answer["hardware"]["cores"] >= 1
-    assert answer["devices"] == ["cpu:0"] and answer["engine"].startswith("onnxruntime ")
-    heads, *rows = told(*words).stdout.splitlines()[1:]
+    assert setting["devices"] == ["cpu:0"] and setting["engine"].startswith("onnxruntime ")
+    heads, *rows = told(*words).stdout.splitlines()[2:]
     assert "p50 s" in heads and "max s" in heads and "p9" not in heads and len(rows) == 2
 
 

@@ -90,3 +90,30 @@ def test_what_is_no_graph_no_bundle_or_no_target_is_refused_in_one_line(tmp_path
     refused(capsys, 3, "nowhere: no bundle.json there", *LINT, "nowhere")
     refused(capsys, 2, "'nosuch'", "export", "lint", "bad", "--target", "nosuch")
     refused(capsys, 2, "--target", "export", "lint", "bad")
+
+
+@pytest.mark.slow
+def test_a_system_is_checked_in_the_sizes_of_a_preset_without_weights(hitoksr_tiny, capsys, monkeypatch):
+    words = [*LINT, "hitoksr", "--preset", "tiny", "--precision", "bfloat16,fp8", "--json"]
+    assert main(words) == 0
+    report = json.loads(capsys.readouterr().out)
+    graphs = report["graphs"]
+    assert graphs.keys() == {
+        f"{name} {precision}" for name in ("generate", "decode") for precision in ("float32", "bfloat16", "fp8", "int8")
+    }
+    assert report["findings"] == [] and (report["system"], report["preset"]) == ("hitoksr", "tiny")
+    assert graphs["decode bfloat16"]["plugins"] == 2 and graphs["decode fp8"]["plugins"] == 0
+    assert graphs["decode fp8"]["nodes"] > graphs["decode bfloat16"]["nodes"]
+    # a Cast behind DequantizeLinear is found
+    monkeypatch.setattr("tilewright.export.graph.rewrites.bfloat16._dequantised", lambda *arguments: False)
+    assert main([*words, "--precision", "fp8"]) == 6
+    report = json.loads(capsys.readouterr().out)
+    assert {f["rule"] for f in report["findings"]} == {"fusion of quantized weights"}
+
+
+def test_options_of_systems_and_of_bundles_do_not_mix(hitoksr_tiny, capsys):
+    refused(capsys, 2, "--precision is for a system with --preset", *LINT, str(hitoksr_tiny), "--precision", "float32")
+    refused(capsys, 2, "--expect and --weights-dir are for bundles", *LINT, "toksr", "--preset", "x", "--expect", "0")
+    refused(capsys, 2, "--precision 'int4' is not one of", *LINT, "toksr", "--preset", "tiny", "--precision", "int4")
+    refused(capsys, 2, "preset 'huge' of hitoksr is not one of", *LINT, "hitoksr", "--preset", "huge")
+    refused(capsys, 2, "system 'nosuch' is not one of", *LINT, "nosuch", "--preset", "tiny")

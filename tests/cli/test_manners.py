@@ -73,9 +73,10 @@ def test_the_version_is_told_by_the_script_the_module_and_python() -> None:
         (["exprot"], "group 'exprot' is not one of export, runtime, calib, kernels, completion; did you mean export?"),
         (
             ["runtime", "restroe"],
-            "verb 'restroe' is not one of restore, plan, simulate, select, doctor, profile; did you mean restore?",
+            "verb 'restroe' is not one of restore, serve, plan, simulate, select, doctor, profile;"
+            " did you mean restore?",
         ),
-        (["runtime", "zzz"], "verb 'zzz' is not one of restore, plan, simulate, select, doctor, profile"),
+        (["runtime", "zzz"], "verb 'zzz' is not one of restore, serve, plan, simulate, select, doctor, profile"),
         (["export", "list", "--jsno"], "unknown argument '--jsno'; did you mean --json?; see tilewright export list"),
     ],
 )

@@ -103,7 +103,7 @@ SEE = "see tilewright runtime restore --help"
         (["--prompt", "--gain", "3"], f"argument --prompt: expected one argument; {SEE}", 2),
         (["--prompt", "dim", "red"], f"unknown argument 'red'; {TAKES}", 2),
         (["--pro", "dim"], f"unknown argument '--pro'; did you mean --prompt?; {TAKES}", 2),  # no abbreviations
-        (["--ids", "3"], f"unknown argument '--ids'; {TAKES}", 2),
+        (["--ids", "3"], f"unknown argument '--ids'; did you mean --bits?; {TAKES}", 2),
         (["--gain", "high"], "--gain 'high' is not a number from -8 to 8", 2),
         (["--gain="], "--gain '' is not a number from -8 to 8", 2),
         (["--gain", "8.5"], "--gain '8.5' is not a number from -8 to 8", 2),

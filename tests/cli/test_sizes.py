@@ -57,13 +57,16 @@ def test_a_huge_picture_is_refused_before_it_is_decoded(here, capsys, monkeypatc
     header = struct.pack(">IIBBBBB", 9900, 9900, 8, 2, 0, 0, 0)
     Path("huge.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b""))  # has no pixels
     words = ["runtime", "restore", "huge.png", "out.png", "--bundle", "b"]
-    need = estimate(read_bundle(here / "b"), 9900, 9900).needed_bytes
-    monkeypatch.setattr(memory, "available_bytes", lambda: need // 2)
+    bundle = read_bundle(here / "b")
+    need, on_disk = (estimate(bundle, 9900, 9900, on_disk=disk).needed_bytes for disk in (False, True))
+    monkeypatch.setattr(memory, "available_bytes", lambda: on_disk // 2)
     assert main(words) == 5
     assert capsys.readouterr().err.startswith("tilewright: 19800x19800 px needs about ")
-    monkeypatch.setattr(memory, "available_bytes", lambda: 2 * need)
-    assert main(words) == 8
-    assert "huge.png cannot be decoded" in capsys.readouterr().err
+    for free in (need // 2, 2 * need):  # pixels on the disk, and in memory
+        monkeypatch.setattr(memory, "available_bytes", lambda free=free: free)
+        assert main(words) == 8
+        err = capsys.readouterr().err
+        assert "huge.png cannot be decoded" in err and "WARNING" not in err
 
 
 @pytest.mark.parametrize("words", [["restore", "in.png", "out.png"], ["plan", "60", "40"]])

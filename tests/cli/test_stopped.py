@@ -23,9 +23,9 @@ def threads_of(process: subprocess.Popen[str]) -> int:
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
 )
-def test_a_signal_ends_an_endless_call(staged, tmp_path: Path, monkeypatch, what, number, code) -> None:
+def test_a_signal_ends_an_endless_call(tmp_path: Path, monkeypatch, what, number, code) -> None:
     monkeypatch.chdir(tmp_path)
-    endless_bundle(staged, Path("b"))
+    endless_bundle(Path("b"))
     Path("in").mkdir()
     Image.new("RGB", (20, 20)).save("in/1.png")
     source, target = ("in/1.png", "out.png") if what == "image" else ("in", "out")

@@ -18,7 +18,7 @@ from support.loops import filtered
 from tilewright.runtime import load
 from tilewright.runtime.bundle.digests import sha256_of_file
 from tilewright.runtime.bundle.read import Bundle, read_bundle
-from tilewright.runtime.engines import BACKENDS, backend, ort
+from tilewright.runtime.engines import BACKENDS, Opening, backend, ort
 from tilewright.runtime.errors import BundleError, EnvironmentMismatch, ResourceError
 
 
@@ -38,7 +38,7 @@ def refusal(act, *arguments, **options) -> str:
 def opened(whole: Bundle, component: str, **options) -> ort.OrtEngine:
     """The only engine of a component."""
     (spec,) = whole.manifest.components[component].engines
-    return ort.open_engine(whole, component, spec, **options)
+    return ort.open_engine(whole, component, spec, Opening(**options))
 
 
 @pytest.fixture

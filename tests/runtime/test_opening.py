@@ -18,9 +18,9 @@ class Life:
         self.told = []
         open_engine, close = ort.open_engine, ort.OrtEngine.close
 
-        def opened(bundle, component, spec, **options):
+        def opened(bundle, component, spec, opening):
             self.told.append(f"+{component}")
-            return open_engine(bundle, component, spec, **options)
+            return open_engine(bundle, component, spec, opening)
 
         def closed(engine):
             self.told.append(f"-{engine.graph.stem}")

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from tilewright.runtime import load
+from tilewright.runtime.atlas import atlas, atlas_table
 from tilewright.runtime.errors import UsageError
-from tilewright.runtime.profile import _row, profile, table
+from tilewright.runtime.profile import _row, profile
 
 
 def measured(runs):
@@ -39,11 +40,13 @@ def test_the_table_shows_what_the_profile_holds(bundle):
             profile(restorer, [(64, 64)], runs=4)
     assert told["devices"] == ["cpu:0", "cpu:1"]
     assert told["engine"].startswith("onnxruntime ") and list(told["engines"]) == ["sharpen"]
-    first, heads, *rows = table(told).splitlines()
-    assert f"{told['engines']['sharpen']} on cpu:0, cpu:1, {told['engine']}, memory fast" in first
-    assert first.endswith("20 runs")
-    columns = heads.split("phases")[0].replace(" s", "").replace("peak MiB", "peak").split()
-    assert columns == ["resolution", "tiles", "p50", "p90", "max", "Mpx/s", "peak"]
+    first, setting, heads, *rows = atlas_table(atlas([told])).splitlines()
+    name = f"{told['engines']['sharpen']}, 2 devices, batch 1"
+    assert setting == f"{name}, 1 thread(s) each, {told['engine']}, memory fast"
+    assert first.endswith("20 runs of each size")
+    columns = heads.replace(" s", "").replace("peak MiB", "peak").split()
+    shown = ["first", "images/s", "Mpx/s", "peak", "waste", "outside"]
+    assert columns == ["resolution", "tiles", "p50", "p90", "max", *shown]
     for line, row in zip(rows, told["resolutions"], strict=True):
         cells = dict(zip(columns, line.split(), strict=False))
         assert cells["resolution"] == f"{row['width']}x{row['height']}"

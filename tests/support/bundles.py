@@ -146,30 +146,35 @@ def tinting() -> Program:
     return TINTING
 
 
+def tint_bundle(root: Path, program: Program = TINTING) -> Path:
+    """Build a bundle that a prompt, a file of what a prompt becomes and a number lead."""
+    tokenizers = pytest.importorskip("tokenizers", reason="a text input needs them")
+    staging = root.with_name(f".{root.name}")
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(VOCABULARY, unk_token="?"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    made.post_processor = tokenizers.processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    made.enable_padding(length=6, pad_id=0, pad_token="<pad>")
+    (staging / "tokenizers").mkdir(parents=True)
+    made.save(str(staging / "tokenizers" / "words.json"))
+    components = {}
+    for component, (inputs, outputs, model) in _tint_components().items():
+        file = f"{component}.onnx"
+        onnx.save(model, staging / file)
+        engines = (engine(file),)
+        components[component] = Component(file, inputs, outputs, engines)
+    (staging / "weights.json").write_text(to_json(Weights({}, {})))
+    (staging / "program.json").write_text(to_json(program))
+    listed = tuple(sorted({file for text in program.texts.values() for file in text.ids.values()}))
+    seal(staging, replace(MANIFEST, components=components, constants=None, tokenizers=listed), root)
+    return root
+
+
 @pytest.fixture
 def tint(tmp_path) -> Callable[..., Path]:
-    """Build a bundle that a prompt, a file of what a prompt becomes and a number lead; return its directory."""
+    """Build that bundle; return its directory."""
 
     def build(name: str = "tint.bundle", *, program: Program = TINTING) -> Path:
-        tokenizers = pytest.importorskip("tokenizers", reason="a text input needs them")
-        staging = tmp_path / f".{name}"
-        made = tokenizers.Tokenizer(tokenizers.models.WordLevel(VOCABULARY, unk_token="?"))
-        made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-        made.post_processor = tokenizers.processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
-        made.enable_padding(length=6, pad_id=0, pad_token="<pad>")
-        (staging / "tokenizers").mkdir(parents=True)
-        made.save(str(staging / "tokenizers" / "words.json"))
-        components = {}
-        for component, (inputs, outputs, model) in _tint_components().items():
-            file = f"{component}.onnx"
-            onnx.save(model, staging / file)
-            engines = (engine(file),)
-            components[component] = Component(file, inputs, outputs, engines)
-        (staging / "weights.json").write_text(to_json(Weights({}, {})))
-        (staging / "program.json").write_text(to_json(program))
-        listed = tuple(sorted({file for text in program.texts.values() for file in text.ids.values()}))
-        seal(staging, replace(MANIFEST, components=components, constants=None, tokenizers=listed), tmp_path / name)
-        return tmp_path / name
+        return tint_bundle(tmp_path / name, program)
 
     return build
 

@@ -1,12 +1,13 @@
 """A real bundle whose only call never ends by itself: ONNX Runtime goes round a loop."""
 
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
 from onnx import TensorProto, helper
 
-from tilewright.runtime.bundle.manifest import Manifest
+from support.bundles import MANIFEST, PROGRAM
+from tilewright.runtime.bundle.strict import to_json
 from tilewright.runtime.bundle.write import seal
 
 __all__ = ["endless_bundle", "endless_graph"]
@@ -33,10 +34,12 @@ def endless_graph() -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
 
 
-def endless_bundle(staged: Callable[..., tuple[Path, Manifest]], root: Path) -> Path:
-    """Seal a bundle with this graph."""
-    staging, manifest = staged(".endless")
+def endless_bundle(root: Path) -> Path:
+    """Build a bundle with this graph."""
+    staging = root.with_name(f".{root.name}")
+    staging.mkdir()
     onnx.save(endless_graph(), staging / "sharpen.onnx")
+    (staging / "program.json").write_text(to_json(PROGRAM))
     (staging / "weights.json").write_text('{"folders": {}, "tensors": {"sharpen": {}}}')
-    seal(staging, manifest, root)
+    seal(staging, replace(MANIFEST, constants=None), root)
     return root

@@ -34,7 +34,9 @@ __all__ = [
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 MARKS = {"needs-network": "downloads or installs", "needs-minutes": "takes longer than a test may"}
-MARKS |= {"needs-gpu": "needs an NVIDIA GPU and TensorRT"}
+MARKS |= {"needs-docker": "needs Docker"}
+MARKS |= {"serves": "runs until it is stopped; tests/runtime/serve/test_docs.py runs the page"}
+MARKS |= {"needs-gpu": "needs an NVIDIA GPU and TensorRT", "needs-cluster": "needs a Ray cluster"}
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
 
 
@@ -114,6 +116,6 @@ def assert_flags_exist(text: str, *programs: Program) -> None:
         f"--{name.replace('_', '-')}" for p in programs for names in (p.inputs, p.texts, p.files) for name in names
     }
     for block in blocks(text, "sh"):
-        if block.mark == "needs-network":  # other tools' commands
+        if block.mark in ("needs-network", "needs-docker"):  # other tools' commands
             text = text.replace(block.text, "")
     assert set(OPTION.findall(text)) <= all_options() | bundles

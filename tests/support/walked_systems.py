@@ -88,7 +88,8 @@ def first_rows(steps):
     return IN_TOKEN_CONSTANTS | {name: table[:, :steps] for name, table in FIXED_TABLES.items()}
 
 
-def in_token_reference(image, tile, overlap, steps=28, guidance=30.0, table=None):
+def in_token_reference(image, tile, overlap, steps=28, guidance=30.0, table=None, places=None):
+    """`places`: step -> where the tiles lie then."""
     height, width = image.shape[1:]
     tiles = boxes(height, width, tile, overlap)
     y = joined([blurred(shrunk(under(image, box), 8, 16)) for box in tiles], tiles, overlap, height, width, 8)
@@ -99,11 +100,11 @@ def in_token_reference(image, tile, overlap, steps=28, guidance=30.0, table=None
     if table is None:
         table = in_token_modulate(pooled, np.array([guidance]), sigma[None].astype(np.float64))["modulation"]
     for i in range(steps):
-        moved = []
-        for box, e in zip(tiles, seen, strict=True):
+        moved, there = [], places(i) if places else tiles
+        for box, e in zip(there, seen, strict=True):
             scalars = table[:, i], np.float64(sigma[[i]]), np.float64(sigma_next[[i]])
             moved.append(in_token_step(under(z, box, 8), under(y, box, 8), context, e, *scalars)["z_next"])
-        z = joined(moved, tiles, overlap, height, width, 8)
+        z = joined(moved, there, overlap, height, width, 8)
     return joined([grown(blurred(under(z, box, 8)), 8) for box in tiles], tiles, overlap, height, width)
 
 

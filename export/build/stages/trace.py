@@ -12,7 +12,7 @@ from tilewright.export.build.versions import TRACERS, versions
 from tilewright.export.system import ComponentSpec
 from tilewright.runtime.errors import BuildError, TilewrightError
 
-__all__ = ["stage"]
+__all__ = ["stage", "traced"]
 
 
 def stage(request: Request) -> Stage:
@@ -30,11 +30,16 @@ def _graph(spec: ComponentSpec) -> Stage:
 
 def _work(request: Request, directory: Path) -> None:
     for name, spec in request.components.items():
-        graph = _graph(spec)
-        with filling(graph.directory) as folder:
-            if folder:
-                _explained(f"{request.name}.{name}", partial(graph.work, folder))
-        shutil.copyfile(graph.directory / "traced.onnx", directory / f"{name}.onnx")
+        shutil.copyfile(traced(f"{request.name}.{name}", spec), directory / f"{name}.onnx")
+
+
+def traced(what: str, spec: ComponentSpec) -> Path:
+    """The graph of a component in the cache, which is traced if it is not there. `what` begins complaints."""
+    graph = _graph(spec)
+    with filling(graph.directory) as folder:
+        if folder:
+            _explained(what, partial(graph.work, folder))
+    return graph.directory / "traced.onnx"
 
 
 def _explained(what: str, work: Callable[[], None]) -> None:

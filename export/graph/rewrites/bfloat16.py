@@ -2,6 +2,9 @@
 
 A backend that takes types as they are written fuses the Casts into its kernels. Norms, sums and angles keep the digits
 that bfloat16 has not. Choices from a codebook stay in float32 too.
+
+A product in 8 bits reads numbers behind DequantizeLinear. A Cast there would keep TensorRT from fusing them, so the
+scale becomes bfloat16, as the result has the type of the scale.
 """
 
 from typing import Any
@@ -32,20 +35,49 @@ def bfloat16(model: ir.Model) -> int:
             for i, value in enumerate(node.inputs)
             if value is not None and _type(value) == FLOAT and formal.get(i) not in TABLES
         ]
-        if not wide:
+        if not wide and all(_type(value) != FLOAT for value in node.outputs):
             continue
         count += 1
         for i, value in wide:
-            if value not in short:
-                short[value] = _cast(value, SHORT, f"{value.name}.bfloat16")
-                producer = value.producer()
-                graph.insert_before(node, short[value].producer()) if producer is None else graph.insert_after(
-                    producer, short[value].producer()
-                )
-            node.replace_input_with(i, short[value])
+            if not _dequantised(graph, value, node, short):
+                node.replace_input_with(i, _shortened(graph, value, node, short))
         for value in [value for value in node.outputs if _type(value) == FLOAT]:
             short[_widen(graph, node, value)] = value
     return count
+
+
+def _shortened(graph: Any, value: ir.Value, before: ir.Node, short: dict[ir.Value, ir.Value]) -> ir.Value:
+    """The Cast of a value, which all its readers share."""
+    if value not in short:
+        short[value] = _cast(value, SHORT, f"{value.name}.bfloat16")
+        cast, producer = short[value].producer(), value.producer()
+        graph.insert_before(before, cast) if producer is None else graph.insert_after(producer, cast)
+    return short[value]
+
+
+def _dequantised(graph: Any, value: ir.Value, before: ir.Node, short: dict[ir.Value, ir.Value]) -> bool:
+    """Give a DequantizeLinear, and the QuantizeLinear before it, a scale in bfloat16; whether the value comes from one.
+
+    All readers of the value must compute in bfloat16.
+    """
+    back = value.producer()
+    if back is None or back.op_type != "DequantizeLinear" or not all(_short(use.node) for use in value.uses()):
+        return False
+    scale, codes = back.inputs[1], back.inputs[0]
+    numbers = None if scale is None else ir.convenience.get_const_tensor(scale)
+    if scale is None or codes is None or numbers is None:
+        return False
+    if scale not in short:
+        tensor = ir.tensor(numbers.numpy().astype(SHORT.numpy()), name=f"{scale.name}.bfloat16")
+        short[scale] = ir.Value(name=tensor.name, const_value=tensor, shape=scale.shape, type=ir.TensorType(SHORT))
+        graph.register_initializer(short[scale])
+    back.replace_input_with(1, short[scale])
+    value.type = ir.TensorType(SHORT)
+    there = codes.producer()
+    if there is not None and there.op_type == "QuantizeLinear" and there.inputs[0] is not None:
+        there.replace_input_with(0, _shortened(graph, there.inputs[0], there, short))
+        there.replace_input_with(1, short[scale])
+    return True
 
 
 def _short(node: ir.Node) -> bool:

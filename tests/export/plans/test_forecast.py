@@ -1,11 +1,19 @@
-"""Forecasts of plans for a GPU that is not here, and the refusals of a machine that has none."""
+"""Forecasts of compiled engines for a GPU that is not here, and the refusals of a machine that has none."""
 
 import json
 
 import pytest
 
 from tilewright.cli.main import main
-from tilewright.export.plans.forecast import GPUS, check_gpu, check_host, gpu_bytes, plan_forecast
+from tilewright.export.plans.forecast import (
+    GPUS,
+    check_gpu,
+    check_host,
+    gpu_bytes,
+    graph_forecast,
+    package_forecast,
+    plan_forecast,
+)
 from tilewright.export.targets import check_makeable
 from tilewright.export.targets.tensorrt import missing
 from tilewright.runtime.engines.machine import compute_capability
@@ -18,9 +26,9 @@ def test_memory_follows_the_largest_component_and_the_widest_precision():
     small, large = (plan_forecast("sm90", 80 * 10**9, {"a": 10**9, "b": n * 10**9}, ["bfloat16"]) for n in (1, 12))
     assert large.device - small.device == 2 * 2 * 11 * 10**9
     assert large.running - small.running == 2 * 11 * 10**9
-    assert (large.plans, large.device_memory, large.seconds) == (2, 80 * 10**9, None)
+    assert (large.count, large.device_memory, large.seconds) == (2, 80 * 10**9, None)
     both = plan_forecast("sm90", 80 * 10**9, {"a": 10**9, "b": 12 * 10**9}, ["float32", "bfloat16"])
-    assert both.plans == 4 and both.device - 1.5e9 == 2 * (large.device - 1.5e9)
+    assert both.count == 4 and both.device - 1.5e9 == 2 * (large.device - 1.5e9)
 
 
 def test_memory_of_the_machine_that_compiles_is_checked_too():
@@ -101,3 +109,37 @@ def test_a_dry_run_predicts_plans_for_a_gpu_elsewhere(hitoksr_tiny, capsys):
     captured = capsys.readouterr()
     assert "plans: 4 for sm90:1" in captured.out
     assert "such a card has 1.0 GB" in captured.err and "\n" not in captured.err.strip()
+
+
+def test_packages_take_the_memory_of_a_compiler_and_weights_only_where_they_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("TILEWRIGHT_CACHE_DIR", str(tmp_path))
+    sizes = {"a": 10**9, "b": 2 * 10**9, "sizes": 0}
+    here, there = (package_forecast(gpu, None, sizes, ["float32", "bfloat16"]) for gpu in (None, "sm90"))
+    assert here.count == there.count == 5  # one precision is enough without weights
+    assert (here.running, here.host) == (0, there.host) and there.running == 4 * 3 * 10**9 + 1.5e9
+    note = {"architecture": "cpu", "parameters": 900_000_000, "seconds": 40}
+    (tmp_path / "build" / "package" / "one").mkdir(parents=True)
+    (tmp_path / "build" / "package" / "one" / "noted.json").write_text(json.dumps(note))
+    assert package_forecast(None, None, {"a": 10**9}, ["float32"]).seconds == 40
+    assert package_forecast("sm90", None, {"a": 10**9}, ["float32"]).seconds is None
+
+
+def test_graphs_for_a_gpu_must_fit_on_it_when_they_run():
+    check_gpu(graph_forecast("sm90", 80 * 10**9, {"a": 19 * 10**9}, ["bfloat16"]))
+    check_gpu(graph_forecast(None, None, {"a": 10**12}, ["bfloat16"]))
+    with pytest.raises(
+        ResourceError, match=r"running on sm90 needs about 81\.5 GB of GPU memory, .* has 80\.0 GB; use"
+    ):
+        check_gpu(graph_forecast("sm90", 80 * 10**9, {"a": 20 * 10**9}, ["bfloat16"]))
+
+
+def test_a_dry_run_predicts_each_target(hitoksr_tiny, capsys):
+    words = ["export", "build", "hitoksr", "--preset", "tiny", "--random-weights", "0", "-o", str(hitoksr_tiny)]
+    words += ["--target", "aoti,cuda,tensorrt", "--precision", "float32", "--dry-run"]
+    assert main([*words, "--gpu", "sm90", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [told[made][made] for made in ("packages", "graphs", "plans")] == [2, 2, 2]
+    assert main([*words, "--gpu", "sm90:1"]) == 5
+    captured = capsys.readouterr()
+    assert "packages: 2 for sm90:1" in captured.out and "graphs: 2 for sm90:1" in captured.out
+    assert "compiling for sm90:1" in captured.err and "running on sm90:1" in captured.err

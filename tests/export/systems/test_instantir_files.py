@@ -35,6 +35,7 @@ from tilewright.runtime.bundle.read import read_bundle
 from tilewright.runtime.bundle.safetensors import safetensors_header
 from tilewright.runtime.bundle.strict import from_json
 from tilewright.runtime.bundle.weights import Reference, Weights
+from tilewright.runtime.engines import Opening
 from tilewright.runtime.engines.ort import open_engine
 from tilewright.runtime.restore import load
 
@@ -373,7 +374,7 @@ def test_an_adapter_without_adaptive_norms_is_plain_and_says_so(
     def run(component: str, **inputs: Any) -> dict[str, Any]:
         arrays = {name: np.asarray(array) for name, array in inputs.items()}
         signature = opened.manifest.components[component]
-        made = open_engine(opened, component, signature.engines[0], threads=1).run(arrays, signature.outputs)
+        made = open_engine(opened, component, signature.engines[0], Opening(threads=1)).run(arrays, signature.outputs)
         return {name: torch.from_numpy(array) for name, array in made.items()}
 
     fixed = run("words", context=context[1:], negative_context=context[:1]) | {"t": np.array([301], np.float32), "z": z}

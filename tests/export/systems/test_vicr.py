@@ -268,7 +268,8 @@ def test_a_bundle_says_which_of_its_weights_are_random(vicr_tiny: Path, tmp_path
 def test_a_profile_takes_words(vicr_tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["runtime", "profile", "--bundle", str(vicr_tiny), "--resolutions", "32", "--steps", "2", "--json"]
     assert main([*words, "--prompt", WORDS]) == 0
-    (row,) = json.loads(capsys.readouterr().out)["resolutions"]
+    (setting,) = json.loads(capsys.readouterr().out)["settings"]
+    (row,) = setting["resolutions"]
     assert (row["width"], row["height"]) == (32, 32) and {"t5", "step", "decode"} <= row["phases"].keys()
     assert main(words) == 2
     assert "--prompt has no default" in capsys.readouterr().err

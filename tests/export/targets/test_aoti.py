@@ -1,6 +1,7 @@
 """Packages of AOTInductor give the numbers of the network, and a line that says why when they cannot run."""
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from tilewright.runtime.bundle.program import TensorSpec
 from tilewright.runtime.bundle.safetensors import safetensors_header
 from tilewright.runtime.bundle.weights import Reference
 from tilewright.runtime.engines.aoti import AotiEngine, open_package
-from tilewright.runtime.errors import BundleError, UsageError
+from tilewright.runtime.errors import BuildError, BundleError, UsageError
 
 if shutil.which("g++") is None:
     pytest.skip("needs g++", allow_module_level=True)
@@ -195,3 +196,20 @@ def test_packages_that_cannot_be_opened_are_refused_in_one_line(package, tmp_pat
         with pytest.raises(BundleError) as caught:
             opened(broken, weights)
         assert said in str(caught.value) and str(caught.value).isprintable() and len(str(caught.value)) < 700
+
+
+def test_a_failing_compiler_is_one_error_with_a_command_that_fails_alike(tmp_path, monkeypatch):
+    compiler = tmp_path / "c++"
+    compiler.write_text('#!/bin/sh\ncase "$1" in *version) exec g++ "$@";; esac\necho out of ideas >&2\nexit 1\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("TILEWRIGHT_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, str(compiler)))
+    with pytest.raises(BuildError, match="cannot compile the small one") as caught:
+        aoti.compile_network(SPEC, TYPES, "float32", tmp_path / "package", "the small one")
+    (command,) = caught.value.repeat
+    program, *words = shlex.split(command)
+    assert program == "python"
+    done = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and "out of ideas" in done.stderr and not (tmp_path / "again.pt2").exists()

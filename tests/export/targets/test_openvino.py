@@ -14,7 +14,7 @@ from tilewright.export.build.compile import compile_engines
 from tilewright.export.build.request import Request
 from tilewright.export.build.run import build
 from tilewright.runtime.bundle.read import Bundle, read_bundle
-from tilewright.runtime.engines import backend
+from tilewright.runtime.engines import Opening, backend
 from tilewright.runtime.engines.machine import this_machine
 from tilewright.runtime.errors import BundleError, UsageError
 
@@ -43,7 +43,7 @@ def several(cache, tmp_path_factory):
 
 def run(bundle: Bundle, component: str, name: str, inputs: dict, outputs: list[str]) -> dict[str, np.ndarray]:
     spec = next(spec for spec in bundle.manifest.components[component].engines if spec.name == name)
-    engine = backend(spec.backend).open_engine(bundle, component, spec, threads=2)
+    engine = backend(spec.backend).open_engine(bundle, component, spec, Opening(threads=2))
     answer = engine.run(inputs, outputs)
     engine.close()
     return answer

@@ -47,6 +47,7 @@ def test_what_nobody_makes_is_refused_in_one_line(targets, precisions, said):
         (["ort", "openvino"], [], ["openvino"], [], (("openvino",), ("float32",))),
         ([], [], [], [], (("ort",), ("float32",))),
         (["ort"], [], ["openvino"], ["bfloat16"], (("openvino",), ("bfloat16",))),
+        (["ort"], [], ["cuda", "tensorrt", "aoti"], [], (("cuda", "tensorrt", "aoti"), ("float32",))),
         (["ort"], [], ["tpu"], [], (("tpu",), ("float32",))),
     ],
 )

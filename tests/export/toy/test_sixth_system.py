@@ -81,6 +81,30 @@ def test_it_builds_verifies_and_restores_with_no_change_anywhere(
     assert "up to date" in capsys.readouterr().out
 
 
+def test_another_lora_or_precision_runs_only_what_depends_on_it(
+    cache: Path,
+    installed: None,
+    weights: dict[str, torch.Tensor],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    other = {name: 2 * tensor for name, tensor in weights.items() if name.startswith("mix.lora")}
+    save_file(other | {"mix.alpha": weights["mix.alpha"]}, "other.safetensors")
+
+    def ran(lora: str, *words: str) -> set[str]:
+        build = ["export", "build", "toy", "--weights", ".", "--lora", lora, "--verify", "never", "-o", "b", "--json"]
+        assert main([*build, "--target", "ort,openvino", *words]) == 0
+        return set(json.loads(capsys.readouterr().out)["stages"])
+
+    ran("lora.safetensors", "--precision", "float32")
+    assert ran("other.safetensors", "--precision", "float32") == {"attach", "constants", "optimise", "seal"}
+    assert ran("other.safetensors", "--precision", "float32,bfloat16") == {"seal"}
+    assert ran("lora.safetensors", "--precision", "bfloat16,float32") == {"seal"}  # its parts are in the cache
+    assert ran("lora.safetensors", "--precision", "float32,bfloat16") == set()
+
+
 def test_without_the_package_there_is_no_such_system(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", "build", "toy", "--random-weights", "0", "-o", str(tmp_path / "b")]) == 2
     assert f"system 'toy' is not one of {', '.join(SYSTEMS)}" in capsys.readouterr().err

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from tilewright.export.verify.seams import LEVEL, PICTURES, seam_excess
+from tilewright.export.verify.seams import PICTURES, seam_excess
+from tilewright.runtime.images.seams import LEVEL
 from tilewright.runtime.plan.tiles import tile_plan
 
 PLAN = tile_plan(96, 80, 48, 16, 4)  # borders at columns 32, 48 and 80, rows 32 and 48

@@ -17,7 +17,7 @@ from onnx import TensorProto, helper
 from support.loops import filtered
 from tilewright.runtime.bundle.manifest import EngineSpec
 from tilewright.runtime.bundle.read import read_bundle
-from tilewright.runtime.engines import backend
+from tilewright.runtime.engines import Opening, backend
 from tilewright.runtime.engines.machine import this_machine
 from tilewright.runtime.errors import BundleError, EnvironmentMismatch
 
@@ -36,7 +36,7 @@ def noise(*shape: int, seed: int = 0) -> np.ndarray:
 def opened(root: Path, spec: EngineSpec = SPEC, component: str = "sharpen", **options) -> openvino.OpenvinoEngine:
     whole = read_bundle(root)
     spec = EngineSpec(spec.name, "openvino", "cpu", spec.precision, (f"{component}.onnx",))
-    return openvino.open_engine(whole, component, spec, **options)
+    return openvino.open_engine(whole, component, spec, Opening(**options))
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["external", "packed"])

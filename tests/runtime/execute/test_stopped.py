@@ -150,9 +150,9 @@ def test_onnx_runtime_stops_the_call_of_one_thread_and_runs_again(tmp_path) -> N
 
 
 @pytest.mark.parametrize("memory", ["fast", "low"])
-def test_a_cancelled_restoration_leaves_an_endless_call(staged, tmp_path, memory) -> None:
+def test_a_cancelled_restoration_leaves_an_endless_call(tmp_path, memory) -> None:
     picture = np.zeros((40, 40, 3), np.uint8)
-    with load(endless_bundle(staged, tmp_path / "b"), memory=memory, threads=1) as restorer:
+    with load(endless_bundle(tmp_path / "b"), memory=memory, threads=1) as restorer:
         ticket = restorer.submit(picture, tile=32, overlap=16)
         with restorer.executor.changed:
             while not restorer.executor.calls.running:

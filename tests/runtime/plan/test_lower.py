@@ -115,7 +115,7 @@ def test_a_node_waits_for_its_overlap_and_no_more(graph) -> None:
         plan, waits = graph.plans[node.pass_name], dict.fromkeys(node.waits)
         for number, tile in waits:
             writer = numbers[number]
-            assert meet(plan.tiles[node.tile], graph.plan(writer).tiles[tile])
+            assert meet(plan.tiles[node.tile], writer.plan.tiles[tile])
     step = [n for n in graph.nodes() if n.pass_name == "sample" and n.step == 1 and n.section == "each"]
     shared = "z" in graph.program.grids
     for node in step:

@@ -15,18 +15,22 @@ import onnx
 import onnxruntime
 import pytest
 import tensorrt as trt
+from PIL import Image
 
 from support.bundles import MANIFEST, PROGRAM, staged, weights_dir  # noqa: F401
+from support.layered import LAYERS, layered
 from support.tensorrt.library import Library
+from tilewright.calib import collect, make_recipe, read_observations
 from tilewright.cli.main import main
 from tilewright.export.build.compile import compile_engines
+from tilewright.export.lint.lint import lint
 from tilewright.export.plans.build import Options
 from tilewright.export.plans.inspector import inspected
 from tilewright.export.plans.timing import default_place
 from tilewright.runtime.bundle.program import Tiles
 from tilewright.runtime.bundle.read import read_bundle
 from tilewright.runtime.bundle.write import seal
-from tilewright.runtime.engines import backend, driver, machine
+from tilewright.runtime.engines import Opening, backend, driver, machine
 from tilewright.runtime.engines.choose import choose, tile_sides
 from tilewright.runtime.engines.driver import Gpu, Tensor, first_gpu
 from tilewright.runtime.engines.machine import this_machine
@@ -88,7 +92,7 @@ def plan_of(bundle: Path, **options: Any) -> tuple[Path, Any]:
 
 
 def opened(bundle: Path, spec: Any, **options: Any):
-    return open_engine(read_bundle(bundle), "sharpen", spec, **options)
+    return open_engine(read_bundle(bundle), "sharpen", spec, Opening(**options))
 
 
 def expected(bundle: Path, picture: np.ndarray, weight: np.ndarray | None = None) -> np.ndarray:
@@ -295,7 +299,6 @@ def nosuch(model: onnx.ModelProto) -> None:
 
 @pytest.mark.skipif("STUB_BUNDLE" not in os.environ, reason="the long test of test_tensorrt.py gives a real bundle")
 def test_a_real_network_is_read_whole_and_gets_each_of_its_weights(library, tmp_path):
-    from tilewright.export.lint.lint import lint
     from tilewright.kernels.forms import PLUGINS
 
     root = tmp_path / "copy"
@@ -306,7 +309,7 @@ def test_a_real_network_is_read_whole_and_gets_each_of_its_weights(library, tmp_
         spec = component.engines[-1]
         told = json.loads((root / spec.graph).read_bytes().removeprefix(b"plan"))
         assert told["weights"].keys() == read.weights.tensors[name].keys() and len(told["weights"]) > 5
-        open_engine(read, name, spec).close()
+        open_engine(read, name, spec, Opening()).close()
         graph = onnx.load(root / spec.files[1], load_external_data=False)
         ours = {node.op_type for node in graph.graph.node if node.domain == "tilewright"}
         assert ours <= PLUGINS.keys()
@@ -440,3 +443,41 @@ def test_both_forms_of_the_report_are_read():
 def test_the_backend_opens_by_its_name(bundle):
     assert backend("tensorrt").version().startswith("tensorrt ")
     assert driver.first_gpu().name == "Stub GPU" and tile_sides(read_bundle(bundle).program) == {"sharpen": 64}
+
+
+@pytest.mark.parametrize(("precision", "capability"), [("int8", "sm90"), ("fp8", "sm90")])
+def test_plans_in_8_bits_read_weights_of_their_own_and_compute_nearly_the_same(
+    precision, capability, library, tmp_path
+):
+    root, recipe = layered(tmp_path / "layers.bundle"), tmp_path / "r.yaml"
+    (tmp_path / "pictures").mkdir()
+    for number in range(2):
+        pixels = np.random.default_rng(number).integers(0, 230, (16, 16, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "pictures" / f"{number}.png")
+    collect(root, tmp_path / "pictures", tmp_path / "s.safetensors", images=2)
+    make_recipe(read_bundle(root), *read_observations(tmp_path / "s.safetensors"), precision).write(recipe)
+    words = ["export", "compile", str(root), "--target", "tensorrt", "--precision", precision, "--recipe", str(recipe)]
+    for _ in range(2):  # the second time there is nothing to compile
+        assert main([*words, "--tile", "16"]) == 0
+        assert library.calls.count("builder.build") == 1
+    bundle = read_bundle(root)
+    exact, spec = bundle.manifest.components["show"].engines
+    assert (spec.name, spec.weights) == (f"tensorrt-{precision}-sm90", f"show.tensorrt-{precision}")
+    graph = onnx.load(root / spec.files[1], load_external_data=False).graph
+    told = json.loads((root / spec.graph).read_bytes().removeprefix(b"plan"))
+    stored = {"int8": "INT8", "fp8": "FP8"}[precision]
+    assert sum(kind == stored for kind, _ in told["weights"].values()) == len(LAYERS) + 1  # one reads two inputs
+    back = {n.output[0]: n for n in graph.node if n.op_type == "DequantizeLinear"}
+    scales = {w.name: w.data_type for w in graph.initializer}
+    assert {scales[n.input[1]] for n in back.values()} == {onnx.TensorProto.BFLOAT16}
+    products = [n for n in graph.node if n.op_type in ("MatMul", "Conv")]
+    assert len(products) == len(LAYERS) + 1 and all(name in back for n in products for name in n.input[:2])
+    report = lint(root, "tensorrt")
+    assert report["findings"] == [] and f"show {spec.name}" in report["graphs"]
+    picture = np.random.default_rng(9).random((1, 3, 16, 16), np.float32)
+    ours, theirs = (
+        backend(each.backend).open_engine(bundle, "show", each, Opening()).run({"image": picture}, ["picture"])
+        for each in (spec, exact)
+    )
+    error = np.linalg.norm(ours["picture"] - theirs["picture"]) / np.linalg.norm(theirs["picture"])
+    assert 0 < error < 0.1, error

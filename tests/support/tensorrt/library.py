@@ -48,8 +48,17 @@ METHODS: dict[str, dict[str, tuple[int, int]]] = {
 RETURNS_STRUCT = {("engine", "shape"), ("engine", "profile_shape"), ("context", "shape"), ("refitter", "prototype")}
 HANDLER = ctypes.CFUNCTYPE(ctypes.c_long, ctypes.c_int, ctypes.c_int, *[ctypes.c_long] * 9)
 CAPTURED = ctypes.CFUNCTYPE(None)
-TYPES = {1: "FLOAT", 10: "HALF", 16: "BF16", 7: "INT64", 6: "INT32", 9: "BOOL"}  # of ONNX -> of TensorRT
-WIDTHS = {"FLOAT": 4, "HALF": 2, "BF16": 2, "INT64": 8, "INT32": 4, "BOOL": 1}
+TYPES = {
+    1: "FLOAT",
+    10: "HALF",
+    16: "BF16",
+    17: "FP8",
+    3: "INT8",
+    7: "INT64",
+    6: "INT32",
+    9: "BOOL",
+}  # of ONNX -> of TensorRT
+WIDTHS = {"FLOAT": 4, "HALF": 2, "BF16": 2, "FP8": 1, "INT8": 1, "INT64": 8, "INT32": 4, "BOOL": 1}
 ERROR = 1  # a logger's severity
 LOG = (0, 4)  # the number of its method
 

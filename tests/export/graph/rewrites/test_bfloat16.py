@@ -72,3 +72,30 @@ def test_tables_of_angles_stay_in_float32_and_codebooks_too():
     assert [v.dtype for v in node.inputs] == [ir.DataType.BFLOAT16] * 2 + [ir.DataType.FLOAT] * 2
     codebook = next(n for n in model.graph if n.op_type == "CodebookNearest")
     assert [v.dtype for v in codebook.inputs] == [ir.DataType.FLOAT] * 2
+
+
+def test_behind_quantised_numbers_the_scale_becomes_bfloat16_and_no_cast_stands_before_the_product():
+    text = """g (float[n, 4] x) => (float[n, 4] y) <float s = {0.02}, int8 z = {0},
+        float[4] t = {0.01, 0.02, 0.03, 0.04},
+        int8[4, 4] w = {9, 1, -7, 3, 5, -2, 4, 8, -6, 2, 7, 1, 3, -9, 6, 5}> {
+            q = QuantizeLinear (x, s, z)
+            b = DequantizeLinear (q, s, z)
+            v = DequantizeLinear <axis = 1> (w, t)
+            a = MatMul (b, v)
+            c = MatMul (b, v)
+            y = Add (a, c)
+        }"""
+    before, after = parsed(text), parsed(text)
+    assert bfloat16(after) == 2
+    assert sorted(read_operators(after)) == sorted(
+        ["Cast", "QuantizeLinear", *["DequantizeLinear"] * 2, *["MatMul", "Cast"] * 2, "Add"]
+    )
+    for node in after.graph:
+        if node.op_type.endswith("uantizeLinear"):
+            assert node.inputs[1].dtype == ir.DataType.BFLOAT16
+        if node.op_type == "MatMul":
+            assert [value.producer().op_type for value in node.inputs] == ["DequantizeLinear"] * 2
+    onnx.checker.check_model(onnx.shape_inference.infer_shapes(ir.to_proto(after), strict_mode=True), full_check=True)
+    feed = numbers(before, {"n": 3})
+    (exact,), (short,) = (ReferenceEvaluator(ir.to_proto(m)).run(None, feed) for m in (before, after))
+    assert 0 < np.linalg.norm(short - exact) / np.linalg.norm(exact) < 2**-5

@@ -1,0 +1,170 @@
+/* Tilewright: restores images with a sealed bundle.
+
+       #include <tilewright.h>
+
+       tw_bundle *b = tw_open("out/hitoksr-demo", NULL);
+       if (!b) { fprintf(stderr, "%s\n", tw_last_error(NULL)); return 1; }
+       tw_image in = {width, height, TW_RGB8, 0, pixels}, out = {0};
+       int32_t status = tw_restore(b, &in, NULL, &out);
+       if (status) { fprintf(stderr, "%s\n", tw_last_error(b)); }
+       tw_image_free(&out);
+       tw_close(b);
+
+   A bundle is a folder that `tilewright export build` makes. It holds networks and a program that says which network runs on
+   which part of an image.
+
+   Failure. A function that can fail returns a status, or NULL. `tw_last_error` then has one line: what is wrong, the value,
+   what to do next. No function throws, and none ends the process.
+
+   Threads. Every function may be called from any thread. Calls of `tw_restore` with one bundle run one after the other.
+
+   Memory. The caller owns what it passes, and the library keeps no pointer to it after a call. Texts that a function returns
+   are valid until the same thread calls the library again.
+
+   Growth. The first member of `tw_params` and of `tw_options` is the size of the struct, which the functions of defaults fill
+   in. So a program that was compiled with an older header works with a newer library. */
+#ifndef TILEWRIGHT_H
+#define TILEWRIGHT_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(__GNUC__)
+#define TW_API __attribute__((visibility("default")))
+#else
+#define TW_API
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef struct tw_bundle tw_bundle;
+
+/* The exit codes of the command line. */
+enum {
+    TW_OK = 0,
+    TW_ERROR = 1,       /* an internal error: please report it */
+    TW_USAGE = 2,       /* a wrong argument */
+    TW_BUNDLE = 3,      /* the bundle is damaged, changed or of an unknown format */
+    TW_ENVIRONMENT = 4, /* no engine of the bundle can run on this machine */
+    TW_RESOURCE = 5,    /* too little memory */
+    TW_ACCURACY = 7,    /* a network gave a number that is not finite */
+    TW_INPUT = 8,       /* a file of tensors cannot be used */
+    TW_CANCELLED = 130  /* a callback ended the call */
+};
+
+/* ---- opening a bundle */
+
+typedef struct tw_params {
+    size_t size;                /* of this struct */
+    int32_t threads;            /* of a network; 0: ONNX Runtime chooses, usually the number of cores */
+    int32_t low_memory;         /* 1: networks run on the mapped files, which takes less memory and more time */
+    int32_t batch;              /* most tiles in a call of a network; 0: as the bundle says */
+    const char *engine;         /* the name or the precision of the engines; NULL: the most accurate that fit */
+    const char *weights_dir;    /* the folder of the weights, if they moved since the build; or NULL */
+    const char *expect;         /* accept only the bundle whose digest begins so, with 12 digits or more; or NULL */
+    const char *native_library; /* Tilewright's own kernels, libtilewright_cpu.so; NULL: none */
+} tw_params;
+
+TW_API tw_params tw_default_params(void);
+
+/* Reads and checks a bundle. The SHA-256 of every file is computed, also of the weights that its networks read.
+   `params` may be NULL. Returns NULL on failure: tw_last_error(NULL). */
+TW_API tw_bundle *tw_open(const char *path, const tw_params *params);
+
+/* Closes a bundle. NULL is accepted. A call that still runs ends as usual; every later one gets TW_USAGE. */
+TW_API void tw_close(tw_bundle *bundle);
+
+/* ---- pixels */
+
+typedef enum tw_format { TW_GRAY8 = 1, TW_GRAYA8 = 2, TW_RGB8 = 3, TW_RGBA8 = 4 } tw_format; /* bytes of a pixel */
+
+/* Rows from top to bottom. */
+typedef struct tw_image {
+    int32_t width, height;
+    tw_format format;
+    size_t stride; /* bytes from one row to the next; 0: the rows follow each other without a gap */
+    uint8_t *pixels;
+} tw_image;
+
+/* Frees the pixels that tw_restore allocated, and sets the image to zeros. NULL is accepted. */
+TW_API void tw_image_free(tw_image *image);
+
+/* ---- restoring */
+
+/* A value of an argument, such as a strength or a prompt's token ids. tw_argument_at lists the arguments. */
+typedef struct tw_value {
+    const char *name;
+    /* A number, the name of a choice, or the path of a safetensors file. For an input that is an array: its numbers with
+       commas between them. NULL: the value is the array below. */
+    const char *text;
+    const char *dtype; /* float32, int64, ...: see docs/program.md */
+    const int64_t *shape;
+    size_t rank; /* the number of sizes in `shape` */
+    const void *data;
+} tw_value;
+
+/* A part of the picture that is final. The pixels are valid during the callback. */
+typedef struct tw_part {
+    int32_t top, left;
+    tw_image image; /* TW_RGB8 */
+} tw_part;
+
+typedef struct tw_options {
+    size_t size;      /* of this struct */
+    int64_t seed;     /* of the noise, 0 to 4294967295 */
+    int32_t tile;     /* side of the tiles, in pixels of the result; 0: as the bundle says */
+    int32_t overlap;  /* width of the strip that tiles share; -1: as the bundle says */
+    int32_t steps;    /* 0: as the bundle says */
+    int32_t scale;    /* how many times the image is enlarged; 0: as the bundle says */
+    const tw_value *values;
+    size_t value_count;
+    void *user; /* for the callbacks */
+    /* Called by the thread of tw_restore. `total` nodes are in a pass, one for each tile and step. */
+    void (*on_progress)(const char *pass, int64_t done, int64_t total, void *user);
+    void (*on_part)(const tw_part *part, void *user);
+    /* Asked before each call of a network. Not 0: tw_restore returns TW_CANCELLED. */
+    int32_t (*is_cancelled)(void *user);
+} tw_options;
+
+TW_API tw_options tw_default_options(void);
+
+/* Restores an image. The result has the format of `in`. With out->pixels NULL, the library allocates them, and tw_image_free
+   frees them. Otherwise `out` describes memory of the caller, and its width, height and format must be those of the result.
+   On failure `out` stays as it was, but memory of the caller may be written to. `options` may be NULL. */
+TW_API int32_t tw_restore(tw_bundle *bundle, const tw_image *in, const tw_options *options, tw_image *out);
+
+/* ---- what a bundle is */
+
+TW_API const char *tw_system(tw_bundle *bundle); /* "hitoksr"; NULL on failure */
+TW_API const char *tw_digest(tw_bundle *bundle); /* the SHA-256 of bundle.json; NULL on failure */
+TW_API int32_t tw_scale(tw_bundle *bundle);      /* 0 on failure */
+
+typedef struct tw_argument {
+    const char *name;
+    const char *kind;  /* words, tensors, number, integer, choice */
+    const char *takes; /* "a number from 0 to 1" */
+    const char *help;
+    int32_t needed; /* 1: it has no default */
+} tw_argument;
+
+TW_API size_t tw_argument_count(tw_bundle *bundle);
+TW_API int32_t tw_argument_at(tw_bundle *bundle, size_t index, tw_argument *argument);
+
+/* ---- errors and versions */
+
+/* The last failure of a bundle, or with NULL of this thread; an empty text if there was none. Never NULL. */
+TW_API const char *tw_last_error(tw_bundle *bundle);
+
+/* The status of the last failure of this thread; TW_OK if there was none. It tells why tw_open returned NULL. */
+TW_API int32_t tw_last_status(void);
+
+/* Tilewright's version and ONNX Runtime's: "0.1.0, onnxruntime 1.31.1". */
+TW_API const char *tw_version(void);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

@@ -1,0 +1,29 @@
+// JSON text in UTF-8. Stricter than most readers: a key may not appear twice, and integers are told from numbers.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace tw {
+
+struct Json {
+    enum Kind { null, boolean, integer, number, string, list, object };
+    Kind kind = null;
+    bool truth = false;
+    std::int64_t whole = 0;
+    double real = 0;        // of an integer too
+    bool huge = false;      // an integer beyond 64 bits
+    std::string text;       // a string; or an integer's or number's digits
+    std::vector<Json> items;
+    std::vector<std::pair<std::string, Json>> members;
+
+    const Json* find(const std::string& key) const;
+    std::string dump() const;  // in ASCII, on one line
+};
+
+// Throws Error(damaged). `where` begins every complaint.
+Json parse_json(const std::string& text, const std::string& where);
+
+}  // namespace tw

@@ -1,0 +1,143 @@
+// ONNX Runtime on the CPU, with our own kernels where their library is named. As runtime/engines/ort.py.
+#include <onnxruntime_cxx_api.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "engine.hpp"
+
+namespace tw {
+namespace {
+
+const std::map<std::string, ONNXTensorElementDataType> ELEMENTS = {
+    {"float32", ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT},   {"float64", ONNX_TENSOR_ELEMENT_DATA_TYPE_DOUBLE},
+    {"float16", ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16}, {"bfloat16", ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16},
+    {"int64", ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64},     {"int32", ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32},
+    {"int16", ONNX_TENSOR_ELEMENT_DATA_TYPE_INT16},     {"int8", ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8},
+    {"uint8", ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8},     {"bool", ONNX_TENSOR_ELEMENT_DATA_TYPE_BOOL}};
+
+// Words of ONNX Runtime's messages, what they mean, and what to do; the first that fit count.
+struct Reason {
+    Strings words;
+    Code code;
+    const char* advice;
+};
+const std::vector<Reason> REASONS = {
+    {{"allocate", "bad_alloc", "out of memory", "size overflowed", "exceeds the supported maximum of"}, resource, "use smaller tiles or low memory"},
+    {{"invalid dimensions for input", "invalid rank for input"}, usage,
+     "the graph does not take this size: use the bundle's own tile, or rebuild the bundle for this one"},
+    {{"unexpected input data type", "required inputs", "invalid input name", "invalid output name"}, damaged,
+     "the graph is not the one that bundle.json describes: rebuild the bundle"},
+    {{"unsupported model ir version", "under development", "could not find an implementation"}, environment,
+     "this version of ONNX Runtime is too old for the graph: use a newer one"},
+    {{"not a registered function/op", "no op registered"}, environment, "the graph needs our kernels: run make native, and name their library"},
+    {{"protobuf", "invalid graph", "invalid model", "type error"}, damaged, "the graph is damaged: copy the bundle again, or rebuild the bundle"},
+    {{"external data", "external initializer", "no such file", "out of bounds"}, damaged,
+     "a file is damaged or has moved: name the folder of the weights, or rebuild the bundle"},
+    {{"out of data bounds"}, usage, "a number among the inputs is no index of the network: give ids of this bundle's own tokenizers"},
+    {{"while running"}, usage, "the graph does not take this size: use the bundle's own tile, or rebuild the bundle for this one"}};
+
+Error explained(const Path& graph, const std::string& what, const std::string& message) {
+    std::string lower = message;
+    for (char& c : lower) c = static_cast<char>(c >= 'A' && c <= 'Z' ? c + 32 : c == '\n' ? ' ' : c);
+    const std::string told = graph.string() + ": " + ort_version() + " " + what + " (" + one_line(message) + "); ";
+    for (const auto& reason : REASONS)
+        for (const auto& word : reason.words)
+            if (lower.find(word) != std::string::npos) return {reason.code, one_line(told + reason.advice, 800)};
+    return {damaged, one_line(told + "verify the bundle with 'tilewright export verify'", 800)};
+}
+
+Ort::Env& environment_of_process() {
+    static Ort::Env env(ORT_LOGGING_LEVEL_FATAL, "tilewright");
+    return env;
+}
+
+class OrtEngine : public Engine {
+   public:
+    OrtEngine(Ort::Session session, Path graph) : session_(std::move(session)), graph_(std::move(graph)) {}
+
+    Named<Tensor> run(const Named<Tensor>& inputs, const Strings& outputs) override {
+        try {
+            Ort::MemoryInfo place = Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault);
+            std::vector<const char*> input_names, output_names;
+            std::vector<Ort::Value> values;
+            for (const auto& [name, tensor] : inputs) {
+                input_names.push_back(name.c_str());
+                // ONNX Runtime takes inputs as mutable and does not change them
+                values.push_back(Ort::Value::CreateTensor(place, const_cast<void*>(tensor.data.get()), tensor.bytes(), tensor.shape.data(),
+                                                          tensor.shape.size(), ELEMENTS.at(tensor.dtype)));
+            }
+            for (const auto& name : outputs) output_names.push_back(name.c_str());
+            auto results = session_.Run(Ort::RunOptions(), input_names.data(), values.data(), values.size(), output_names.data(), outputs.size());
+            Named<Tensor> tensors;
+            for (std::size_t i = 0; i < outputs.size(); ++i) {
+                auto facts = results[i].GetTensorTypeAndShapeInfo();
+                std::string dtype;
+                for (const auto& [name, element] : ELEMENTS)
+                    if (element == facts.GetElementType()) dtype = name;
+                if (dtype.empty()) throw Error(damaged, graph_.string() + ": output " + repr(outputs[i]) + " has a type that no program holds");
+                // a value lies in the arena, and as long as it is kept, its block of the arena stays in pieces
+                tensors[outputs[i]] = tensor_of(dtype, facts.GetShape(), results[i].GetTensorRawData());
+            }
+            return tensors;
+        } catch (const Ort::Exception& error) {
+            throw explained(graph_, "failed", error.what());
+        }
+    }
+
+   private:
+    Ort::Session session_;
+    Path graph_;
+};
+
+}  // namespace
+
+std::string ort_version() { return "onnxruntime " + std::string(OrtGetApiBase()->GetVersionString()); }
+
+std::unique_ptr<Engine> open_ort(const Path& graph, const Named<Path>& files, const std::string& precision, const EngineOptions& choice) {
+    std::string model = bytes_of(graph);
+    try {
+        Ort::SessionOptions options;
+        options.SetIntraOpNumThreads(choice.threads);
+        options.SetLogSeverityLevel(ORT_LOGGING_LEVEL_FATAL);
+        // a pattern is one block for all values of a call, beside the blocks of the first call: twice the memory, same speed
+        options.DisableMemPattern();
+        // each component has its own threads, which must not occupy cores while another component runs
+        options.AddConfigEntry("session.force_spinning_stop", "1");
+        options.AddConfigEntry("session.load_model_format", "ONNX");
+        if (precision == "fp8") options.AddConfigEntry("session.disable_quant_qdq", "1");
+        if (!files.empty()) {
+            // ONNX Runtime maps no file behind a link, so the graph gets real paths below one folder
+            Named<std::string> locations;
+            Named<Path> real;
+            std::optional<Path> folder;
+            for (const auto& [name, external] : external_data(model, graph.string())) {
+                Path file = std::filesystem::canonical(files.at(external.location));
+                real[name] = file;
+                Path common, parent = file.parent_path();
+                if (folder) {
+                    auto ends = std::mismatch(folder->begin(), folder->end(), parent.begin(), parent.end());
+                    for (auto part = folder->begin(); part != ends.first; ++part) common /= *part;
+                }
+                folder = folder ? common : parent;
+            }
+            for (const auto& [name, file] : real) locations[name] = file.lexically_relative(*folder).generic_string();
+            model = relocated(model, locations);
+            if (folder) options.AddConfigEntry("session.model_external_initializers_file_folder_path", folder->c_str());
+        }
+        if (choice.native && precision == "float32") options.RegisterCustomOpsLibrary(choice.native->c_str());
+        Strings disabled;
+        if (choice.low_memory) {  // folding and pre-packing would each copy the mapped weights
+            options.AddConfigEntry("session.disable_prepacking", "1");
+            disabled = {"ConstantFolding", "FuseFp16InitializerToFp32NodeTransformer"};
+        }
+        if (precision == "int8") disabled.emplace_back("MatMulAddFusion");
+        if (!disabled.empty()) options.AddConfigEntry("optimization.disable_specified_optimizers", join(disabled, ";").c_str());
+        Ort::Session session(environment_of_process(), model.data(), model.size(), options);
+        return std::make_unique<OrtEngine>(std::move(session), graph);
+    } catch (const Ort::Exception& error) {
+        throw explained(graph, "refuses the graph", error.what());
+    }
+}
+
+}  // namespace tw

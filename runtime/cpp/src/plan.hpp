@@ -1,0 +1,49 @@
+// Tiles, schedules and noise. Pure: the numbers that docs/conformance.md specifies.
+#pragma once
+
+#include <map>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "documents.hpp"
+
+namespace tw {
+
+using Floats = std::vector<float>;
+
+std::int64_t product(const Shape& shape);  // throws Error(resource) beyond 64 bits
+
+struct Tile {
+    std::int64_t index, top, left, height, width;
+
+    bool operator==(const Tile& o) const { return top == o.top && left == o.left && height == o.height && width == o.width; }
+};
+
+struct TilePlan {
+    std::int64_t height = 0, width = 0, tile_height = 0, tile_width = 0, overlap = 0;
+    Shape tops, lefts;
+
+    std::int64_t count() const { return static_cast<std::int64_t>(tops.size() * lefts.size()); }
+    Tile tile(std::int64_t index) const;
+};
+
+TilePlan tile_plan(std::int64_t width, std::int64_t height, std::int64_t tile, std::int64_t overlap, std::int64_t multiple);
+// The weights of each row and of each column of tiles, for a grid whose cells have `px` output pixels.
+std::pair<std::vector<Floats>, std::vector<Floats>> tile_weights(const TilePlan& plan, std::int64_t px);
+
+using Tables = Named<Floats>;
+Tables schedule(const Steps& steps, std::int64_t count, std::int64_t tokens);
+
+std::array<std::uint32_t, 4> philox4x32(std::array<std::uint32_t, 4> counter, std::array<std::uint32_t, 2> key);
+// The crop [channels, height, width] at (top, left) of an endless field of normal noise.
+Floats normal(std::int64_t seed, std::int64_t region, std::int64_t stream, std::int64_t channels, std::int64_t top, std::int64_t left,
+              std::int64_t height, std::int64_t width);
+
+// The shortest side of a padded image.
+std::int64_t least_px(const Program& program, std::optional<std::int64_t> tile, std::int64_t shortest);
+TilePlan plan_of(const Program& program, const Pass& p, std::int64_t height, std::int64_t width, std::optional<std::int64_t> tile,
+                 std::optional<std::int64_t> overlap);
+
+}  // namespace tw

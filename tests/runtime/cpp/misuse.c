@@ -1,0 +1,107 @@
+/* The header as C17, and its functions used wrongly: each gives a status and a line, and none ends the process.
+   With a bundle that takes any image: misuse BUNDLE. Prints each status and line. */
+#include <tilewright.h>
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+static int failures = 0;
+
+static void expect(const char *what, int32_t right, int32_t status, const char *part) {
+    const char *told = tw_last_error(NULL);
+    int fine = status == right && (status == TW_OK || (strstr(told, part) && !strchr(told, '\n')));
+    failures += !fine;
+    printf("%s%s: %d %s\n", fine ? "" : "WRONG ", what, (int)status, status ? told : "");
+}
+
+static int32_t stop(void *user) { return *(const int *)user; }
+static void count_part(const tw_part *part, void *user) { *(int *)user += part->image.width * part->image.height; }
+
+int main(int count, char **words) {
+    uint8_t pixels[8 * 8 * 3] = {0}, wide[8 * 40] = {0};
+    tw_image in = {8, 8, TW_RGB8, 0, pixels}, out = {0}, again = {0};
+    tw_options options = tw_default_options();
+    tw_params params = tw_default_params();
+    tw_value value = {"nothing", "1", NULL, NULL, 0, NULL};
+    tw_argument argument;
+    int stopped = 1, parts = 0;
+    if (count != 2) return 2;
+
+    expect("a NULL path", TW_USAGE, tw_open(NULL, NULL) ? 0 : tw_last_status(), "path is NULL");
+    expect("no bundle", TW_BUNDLE, tw_open("/nowhere", NULL) ? 0 : tw_last_status(), "no bundle.json there");
+    params.size = 4;
+    expect("a params without size", TW_USAGE, tw_open(words[1], &params) ? 0 : tw_last_status(), "params.size 4");
+    params = tw_default_params();
+    params.expect = "0123456789ab";
+    expect("another digest", TW_BUNDLE, tw_open(words[1], &params) ? 0 : tw_last_status(), "is not the expected");
+    params.expect = NULL;
+    params.engine = "fast";
+    expect("an unknown engine", TW_USAGE, tw_open(words[1], &params) ? 0 : tw_last_status(), "is none of this bundle's engines");
+    expect("a NULL bundle", TW_USAGE, tw_restore(NULL, &in, NULL, &out), "NULL");
+
+    tw_bundle *bundle = tw_open(words[1], NULL);
+    if (!bundle) return printf("%s\n", tw_last_error(NULL)), 1;
+    expect("a NULL image", TW_USAGE, tw_restore(bundle, NULL, NULL, &out), "in is NULL");
+    expect("no output", TW_USAGE, tw_restore(bundle, &in, NULL, NULL), "out is NULL");
+    in.pixels = NULL;
+    expect("NULL pixels", TW_USAGE, tw_restore(bundle, &in, NULL, &out), "pixels are NULL");
+    in.pixels = pixels;
+    in.width = 0;
+    expect("no width", TW_USAGE, tw_restore(bundle, &in, NULL, &out), "0x8 and has no pixels");
+    in.width = 8;
+    in.stride = 23;
+    expect("a short stride", TW_USAGE, tw_restore(bundle, &in, NULL, &out), "stride 23 is shorter than a row of 24");
+    in.stride = 0;
+    in.format = (tw_format)7;
+    expect("an unknown format", TW_USAGE, tw_restore(bundle, &in, NULL, &out), "format 7");
+    in.format = TW_RGB8;
+    in.width = in.height = 1 << 20;
+    expect("a huge image", TW_USAGE, tw_restore(bundle, &in, NULL, &out), "over the limit");
+    in.width = in.height = 8;
+    options.seed = -1;
+    expect("a negative seed", TW_USAGE, tw_restore(bundle, &in, &options, &out), "seed=-1");
+    options = tw_default_options();
+    options.tile = 13;
+    expect("an odd tile", TW_USAGE, tw_restore(bundle, &in, &options, &out), "tile=13");
+    options = tw_default_options();
+    options.values = &value;
+    options.value_count = 1;
+    expect("an unknown argument", TW_USAGE, tw_restore(bundle, &in, &options, &out), "unknown argument 'nothing'");
+    options = tw_default_options();
+    options.is_cancelled = stop;
+    options.user = &stopped;
+    expect("a cancelled call", TW_CANCELLED, tw_restore(bundle, &in, &options, &out), "cancelled");
+    expect("an index too large", TW_USAGE, tw_argument_at(bundle, 1000, &argument), "index 1000");
+    if (out.pixels) ++failures;
+
+    options = tw_default_options();
+    options.on_part = count_part;
+    options.user = &parts;
+    expect("a good call", TW_OK, tw_restore(bundle, &in, &options, &out), "");
+    if (parts != out.width * out.height || out.width != 8 * tw_scale(bundle)) ++failures, printf("WRONG parts\n");
+    for (int y = 0; y < 8; ++y) memcpy(wide + 40 * y, pixels + 24 * y, 24);
+    in.pixels = wide;
+    in.stride = 40;
+    again = out;
+    again.stride = (size_t)out.width * 3 + 5;
+    again.pixels = calloc(again.stride, (size_t)out.height);
+    again.width -= 1;
+    expect("an output of another size", TW_USAGE, tw_restore(bundle, &in, NULL, &again), "the result is");
+    again.width += 1;
+    expect("memory of the caller, with strides", TW_OK, tw_restore(bundle, &in, NULL, &again), "");
+    for (int y = 0; y < out.height; ++y)
+        if (memcmp(again.pixels + again.stride * (size_t)y, out.pixels + (size_t)out.width * 3 * (size_t)y, (size_t)out.width * 3)) ++failures, printf("WRONG row %d\n", y);
+    free(again.pixels);
+    tw_image_free(&out);
+    tw_image_free(&out);
+    tw_image_free(NULL);
+
+    tw_close(bundle);
+    expect("a closed bundle", TW_USAGE, tw_restore(bundle, &in, NULL, &out), "is closed");
+    if (tw_system(bundle) || tw_scale(bundle) || tw_argument_count(bundle)) ++failures, printf("WRONG after close\n");
+    tw_close(bundle);
+    tw_close(NULL);
+    printf("%s, %d wrong\n", tw_version(), failures);
+    return failures ? 1 : 0;
+}

@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from tilewright.runtime.bundle.read import read_bundle
+
 THREADS = 2
 ROUNDS = 5
 Run = Callable[[Any], Any]
@@ -61,7 +63,6 @@ def eager(bundle: Path, work: Path) -> Run:
     import torch
 
     from tilewright.export.verify.eager import eager_network
-    from tilewright.runtime.bundle.read import read_bundle
 
     torch.set_num_threads(THREADS)
     sealed = read_bundle(bundle)
@@ -79,6 +80,8 @@ CONTENDERS = {
     "ort-float32": engine("ort-float32"),
     "openvino-float32": engine("openvino-float32"),
     "openvino-bfloat16": engine("openvino-bfloat16"),
+    "ort-int8": engine("ort-int8"),
+    "openvino-int8": engine("openvino-int8"),
     "stock OpenVINO, float32": stock("f32"),
     "stock OpenVINO, bfloat16": stock("bf16"),
 }
@@ -107,13 +110,15 @@ def measure(bundle: Path, work: Path, rounds: int, side: int) -> dict[str, Any]:
     start = multiprocessing.get_context("spawn")
     pipes: dict[str, Connection] = {}
     processes, opened = [], {}
-    for name in CONTENDERS:
+    listed = read_bundle(bundle).manifest.components["generate"].engines
+    absent = {"ort-int8", "openvino-int8"} - {spec.name for spec in listed}
+    for name in [name for name in CONTENDERS if name not in absent]:
         pipes[name], theirs = start.Pipe()
         processes.append(start.Process(target=contend, args=(name, bundle, work, side, theirs), daemon=True))
         processes[-1].start()
         theirs.close()  # so that a contender's end is noticed
         opened[name] = pipes[name].recv()  # one gets ready at a time
-    times: dict[str, list[float]] = {name: [] for name in CONTENDERS}
+    times: dict[str, list[float]] = {name: [] for name in pipes}
     pictures = {}
     for _ in range(rounds + 1):
         for name, pipe in pipes.items():
@@ -140,7 +145,9 @@ def measure(bundle: Path, work: Path, rounds: int, side: int) -> dict[str, Any]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--bundle", type=Path, required=True, help="with all engines of ort and openvino")
+    parser.add_argument(
+        "--bundle", type=Path, required=True, help="with all engines of ort and openvino; int8 if it has any"
+    )
     folder = "a folder with onnx/, which `export onnx --fold` wrote of a bundle with --ops standard"
     parser.add_argument("--work", type=Path, required=True, help=folder)
     parser.add_argument("--rounds", type=int, default=ROUNDS)

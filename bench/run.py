@@ -83,6 +83,14 @@ def hitoksr(work: Path) -> None:
     several, standard, folder = work / "several", work / "standard", work / "engines"
     words = ("export", "build", "hitoksr", "--preset", "full", "--random-weights", 0, "--verify", "never")
     tilewright(*words, "--target", "ort,openvino", "--precision", "float32,bfloat16", "-o", several)
+    photos, stats, recipe = work / "photos", work / "hitoksr-full.safetensors", work / "hitoksr-full.yaml"
+    photos.mkdir(exist_ok=True)
+    for number in range(2):
+        pixels = np.random.Generator(np.random.Philox(key=number)).integers(0, 256, (128, 128, 3), np.uint8)
+        Image.fromarray(pixels).save(photos / f"{number}.png")
+    tilewright("calib", "collect", several, photos, "-o", stats)
+    tilewright("calib", "recipe", several, stats, "--format", "int8", "-o", recipe)
+    tilewright("export", "compile", several, "--precision", "int8", "--target", "ort,openvino", "--recipe", recipe)
     tilewright(*words, "--ops", "standard", "-o", standard)
     tilewright("export", "onnx", standard, "--fold", "-o", folder / "onnx")
     bench("cpu_engines", "--bundle", several, "--work", folder)

@@ -99,7 +99,7 @@ def test_a_system_is_checked_in_the_sizes_of_a_preset_without_weights(hitoksr_ti
     report = json.loads(capsys.readouterr().out)
     graphs = report["graphs"]
     assert graphs.keys() == {
-        f"{name} {precision}" for name in ("generate", "decode") for precision in ("float32", "bfloat16", "fp8", "int8")
+        f"{name} {precision}" for name in ("generate", "decode") for precision in ("bfloat16", "fp8")
     }
     assert report["findings"] == [] and (report["system"], report["preset"]) == ("hitoksr", "tiny")
     assert graphs["decode bfloat16"]["plugins"] == 2 and graphs["decode fp8"]["plugins"] == 0

@@ -205,8 +205,10 @@ def test_a_failing_compiler_is_one_error_with_a_command_that_fails_alike(tmp_pat
     monkeypatch.setenv("TILEWRIGHT_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("CXX", str(compiler))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, str(compiler)))
-    with pytest.raises(BuildError, match="cannot compile the small one") as caught:
+    with (
+        torch._inductor.config.patch("cpp.cxx", (None, str(compiler))),
+        pytest.raises(BuildError, match="cannot compile the small one") as caught,
+    ):
         aoti.compile_network(SPEC, TYPES, "float32", tmp_path / "package", "the small one")
     (command,) = caught.value.repeat
     program, *words = shlex.split(command)

@@ -1,7 +1,9 @@
 """What a bundle says that its caller may choose: derived from the program, and refused where it could not be used."""
 
 import json
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -80,6 +82,12 @@ def test_names_that_our_commands_and_functions_use_are_reserved() -> None:
         code = function.__code__
         ours |= set(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount])
     assert {"seed", "tile", "json", "image"} <= ours <= set(RESERVED)
+
+
+def test_the_cpp_library_reserves_the_same_names() -> None:
+    source = (Path(__file__).parents[3] / "runtime" / "cpp" / "src" / "check.cpp").read_text()
+    lists = [re.search(f"{name} = {{(.*?)}};", source, re.DOTALL) for name in ("OPTIONS", "PARAMETERS")]
+    assert {name for found in lists if found for name in re.findall(r'"(\w+)"', found[1])} == set(RESERVED)
 
 
 REFUSED = {

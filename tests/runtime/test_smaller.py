@@ -10,7 +10,7 @@ from support.devices import Cramped
 from support.scenes import noise
 from tilewright.cli.main import main
 from tilewright.runtime import estimate as memory
-from tilewright.runtime import load, restore
+from tilewright.runtime import load, setup
 from tilewright.runtime.bundle.program import Tiles
 from tilewright.runtime.bundle.read import read_bundle
 from tilewright.runtime.errors import ResourceError, UsageError
@@ -68,7 +68,7 @@ def test_a_tile_that_the_overlap_needs_is_the_last_one(bundle):
 
 def test_the_command_says_that_tiles_were_smaller(bundle, tmp_path, capsys, monkeypatch):
     Image.fromarray(IMAGE).save(tmp_path / "in.png")
-    monkeypatch.setattr(restore, "CpuDevice", lambda *given: Cramped(cpu(*given), 40 * 40))
+    monkeypatch.setattr(setup, "CpuDevice", lambda *given: Cramped(cpu(*given), 40 * 40))
     words = ["runtime", "restore", str(tmp_path / "in.png"), str(tmp_path / "out.png"), "--bundle", str(bundle)]
     assert main([*words, "--json"]) == 0
     said = capsys.readouterr()
@@ -76,7 +76,7 @@ def test_the_command_says_that_tiles_were_smaller(bundle, tmp_path, capsys, monk
     assert json.loads(said.out)["notes"] == ["too little memory: the image began anew with --tile 32"]
 
 
-cpu = restore.CpuDevice
+cpu = setup.CpuDevice
 
 
 @pytest.mark.parametrize(

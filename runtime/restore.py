@@ -15,17 +15,12 @@ from tilewright.runtime.bundle.arguments import Argument
 from tilewright.runtime.bundle.manifest import EngineSpec
 from tilewright.runtime.bundle.read import Bundle, read_bundle
 from tilewright.runtime.bundle.weights import checked_folder
-from tilewright.runtime.cluster import Joined, join
+from tilewright.runtime.cluster.join import join
 from tilewright.runtime.engines.choose import shortest_tile
-from tilewright.runtime.engines.driver import first_gpu
-from tilewright.runtime.engines.machine import usable_cores
 from tilewright.runtime.errors import ResourceError, UsageError
 from tilewright.runtime.estimate import (
     MEMORY_MODES,
     Estimate,
-    all_on_gpu,
-    all_open,
-    available_bytes,
     bytes_of,
     estimate,
 )
@@ -41,7 +36,7 @@ from tilewright.runtime.inputs import check_names, read_tensors, seconds, whole
 from tilewright.runtime.plan.lower import moves
 from tilewright.runtime.plan.noise import WORD_MAX
 from tilewright.runtime.plan.passes import least_px
-from tilewright.runtime.setup import Setup, device_of, opener, set_up
+from tilewright.runtime.setup import open_here, set_up
 from tilewright.runtime.sitting import Clock, Restoration, Sitting, Ticket
 
 __all__ = ["Restorer", "load"]
@@ -262,36 +257,13 @@ def load(
     folder = checked_folder(weights_dir)
     options: dict[str, Any] = {"engine": engine, "threads": threads, "batch": batch, "tile": tile}
     if cluster is None:
-        there = _here(set_up(bundle, devices=devices, **options), memory, folder, limit)
+        there = open_here(set_up(bundle, devices=devices, **options), memory, folder, limit)
     else:
         there = join(cluster, bundle, devices=devices, memory=memory, weights_dir=folder, **options)
     signatures = bundle.manifest.components
     executor = Executor(there.devices, pass_by_pass=not there.fits, signatures=signatures, deadline_s=deadline_s)
     bundle, constants = there.bundle, _constants(bundle)
     return Restorer(bundle, there.engines, executor, there.specs, constants, memory, limit, there.threads, tile)
-
-
-def _here(setup: Setup, memory: str, weights_dir: Path | None, limit: int | None) -> Joined:
-    """The devices of this machine. Their engines are open, if they all fit in memory."""
-    bundle, specs, names = setup.bundle, setup.specs, setup.devices
-    open_engine = opener(setup, memory, weights_dir)
-    # engines of one thread run on the thread that calls them, so devices of one thread can share them
-    shared = OpenEngines(bundle.program.components(), open_engine)
-    engines_of_device = [shared] + [
-        shared if setup.shared else OpenEngines(shared.names, open_engine) for _ in names[1:]
-    ]
-    free = available_bytes()
-    free = limit if free is None or (limit is not None and limit < free) else free
-    if names == ["cuda:0"]:
-        fits = all_on_gpu(bundle, specs, memory, first_gpu().memory()[0])
-    else:
-        fits = all_open(bundle, specs, memory, free, 1 if setup.shared else len(names))
-    devices = [device_of(name, engines) for name, engines in zip(names, engines_of_device, strict=True)]
-    if fits:
-        for engines in engines_of_device:
-            for name in engines:
-                engines[name]
-    return Joined(devices, shared, bundle, specs, setup.threads or usable_cores(), fits)
 
 
 def _constants(bundle: Bundle) -> dict[str, Any]:

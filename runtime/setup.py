@@ -1,6 +1,6 @@
 """The engines and devices for a bundle on this machine, and how they are opened."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,11 +12,12 @@ from tilewright.runtime.engines.choose import choose_all, largest_batch, require
 from tilewright.runtime.engines.driver import first_gpu
 from tilewright.runtime.engines.machine import this_machine, usable_cores
 from tilewright.runtime.engines.trust import strangers
+from tilewright.runtime.estimate import all_on_gpu, all_open, available_bytes
 from tilewright.runtime.execute.cuda import CudaDevice
-from tilewright.runtime.execute.devices import CpuDevice, Device, device_names
+from tilewright.runtime.execute.devices import CpuDevice, Device, OpenEngines, device_names
 from tilewright.runtime.inputs import whole
 
-__all__ = ["Setup", "device_of", "opener", "set_up"]
+__all__ = ["Opened", "Setup", "open_here", "set_up"]
 
 MOST_THREADS = 1024
 
@@ -68,18 +69,51 @@ def set_up(
     return Setup(bundle, specs, names, threads)
 
 
-def opener(setup: Setup, memory: str, weights_dir: Path | None) -> Callable[[str], Engine]:
-    """A function that opens the engine of a component."""
-    opening = Opening(memory, setup.threads, len(setup.devices) if setup.shared else 1, weights_dir)
+@dataclass(frozen=True)
+class Opened:
+    """Devices that run the same engines."""
+
+    devices: Sequence[Device]
+    engines: OpenEngines  # of the first device; it is empty if other processes run them
+    bundle: Bundle  # with the program for these engines
+    specs: dict[str, EngineSpec]
+    threads: int  # of a device
+    fits: bool  # all engines are open at once
+
+
+def open_here(
+    setup: Setup, memory: str, weights_dir: Path | None, limit: int | None = None, copies: int | None = None
+) -> Opened:
+    """The devices of this machine. Their engines are open, if they all fit in memory, or in `limit` bytes.
+
+    `copies`: how many devices of this machine have engines of their own, also in other processes.
+    """
+    bundle, specs, names = setup.bundle, setup.specs, setup.devices
+    opening = Opening(memory, setup.threads, len(names) if setup.shared else 1, weights_dir)
 
     def open_engine(name: str) -> Engine:
-        spec = setup.specs[name]
-        engine: Engine = backend(spec.backend).open_engine(setup.bundle, name, spec, opening)
+        engine: Engine = backend(specs[name].backend).open_engine(bundle, name, specs[name], opening)
         return engine
 
-    return open_engine
+    # engines of one thread run on the thread that calls them, so devices of one thread can share them
+    shared = OpenEngines(bundle.program.components(), open_engine)
+    engines_of_device = [shared] + [
+        shared if setup.shared else OpenEngines(shared.names, open_engine) for _ in names[1:]
+    ]
+    free = available_bytes()
+    free = limit if free is None or (limit is not None and limit < free) else free
+    if names == ["cuda:0"]:
+        fits = all_on_gpu(bundle, specs, memory, first_gpu().memory()[0])
+    else:
+        fits = all_open(bundle, specs, memory, free, copies or (1 if setup.shared else len(names)))
+    devices = [_device(name, engines) for name, engines in zip(names, engines_of_device, strict=True)]
+    if fits:
+        for engines in engines_of_device:
+            for name in engines:
+                engines[name]
+    return Opened(devices, shared, bundle, specs, setup.threads or usable_cores(), fits)
 
 
-def device_of(name: str, engines: Mapping[str, Engine]) -> Device:
+def _device(name: str, engines: Mapping[str, Engine]) -> Device:
     """The device of this name."""
     return CpuDevice(name, engines) if name.startswith("cpu") else CudaDevice(name, engines, first_gpu())

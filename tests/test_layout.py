@@ -49,7 +49,7 @@ RUNTIME = (
     {"execute", "estimate.py"},
     {"resume"},
     {"setup.py", "sitting.py"},
-    {"cluster.py"},
+    {"cluster"},
     {"restore.py", "simulate.py"},
     {"profile.py", "triton_server.py", "folder.py", "atlas.py", "atlas_page.py"},
     {"doctor.py"},

@@ -11,7 +11,8 @@ import pytest
 
 from support.scenes import difference, expected, scene
 from tilewright.runtime import load
-from tilewright.runtime.cluster import LARGE, RemoteDevice, Worker
+from tilewright.runtime.cluster.devices import LARGE, RemoteDevice
+from tilewright.runtime.cluster.worker import Worker
 from tilewright.runtime.errors import BundleError, EnvironmentMismatch, UsageError
 from tilewright.runtime.execute.devices import Device
 

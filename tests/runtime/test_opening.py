@@ -5,7 +5,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from support.scenes import CPUS, noise, scene
-from tilewright.runtime import Restorer, load, restore
+from tilewright.runtime import Restorer, load, setup
 from tilewright.runtime import estimate as memory
 from tilewright.runtime.engines import ort
 from tilewright.runtime.errors import ResourceError
@@ -78,7 +78,7 @@ def test_engines_that_do_not_fit_together_are_opened_one_pass_at_a_time(tinted, 
 def test_engines_fit_together_where_their_weights_leave_three_tenths_of_what_is_free(
     bundle, life, monkeypatch, free, opened
 ):
-    monkeypatch.setattr(restore, "available_bytes", lambda: free)  # the weights hold 27 numbers: 108 bytes
+    monkeypatch.setattr(setup, "available_bytes", lambda: free)  # the weights hold 27 numbers: 108 bytes
     with load(bundle):
         assert life.take() == (["+sharpen"] if opened else [])
 
@@ -86,7 +86,7 @@ def test_engines_fit_together_where_their_weights_leave_three_tenths_of_what_is_
 @pytest.mark.skipif(len(CPUS) < 2, reason="needs two cores, for two devices")
 @pytest.mark.parametrize(("free", "opened"), [(309, True), (308, False)])
 def test_devices_with_engines_of_their_own_open_them_all_where_all_of_them_fit(bundle, life, monkeypatch, free, opened):
-    monkeypatch.setattr(restore, "available_bytes", lambda: free)  # 216 bytes for both devices
+    monkeypatch.setattr(setup, "available_bytes", lambda: free)  # 216 bytes for both devices
     with load(bundle, devices=CPUS[:2], threads=2):
         assert life.take() == (["+sharpen", "+sharpen"] if opened else [])
 

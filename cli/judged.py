@@ -78,10 +78,11 @@ def judges(report: Mapping[str, Any]) -> str:
 
 def engine_table(report: Mapping[str, Any]) -> str:
     """All engines and how they did, without the columns that no engine has."""
+    from tilewright.calib.report.facts import filled
+
     engines = sorted(report["engines"].items(), key=lambda item: PRECISIONS.index(item[1]["precision"]))
-    rows = [_row(name, engine) for name, engine in engines]
-    known = [place for place in range(len(HEADS)) if any(row[place] for row in rows)]
-    return table([HEADS[place] for place in known], [[row[place] or "-" for place in known] for row in rows])
+    heads, rows = filled(HEADS, [_row(name, engine) for name, engine in engines])
+    return table(heads, [[cell or "-" for cell in row] for row in rows])
 
 
 def verdicts(report: Mapping[str, Any]) -> list[str]:
@@ -99,19 +100,16 @@ def verdicts(report: Mapping[str, Any]) -> list[str]:
 
 def _row(name: str, engine: Mapping[str, Any]) -> list[str]:
     """An engine's cells; empty: it has no such number."""
-    from tilewright.calib.likeness import likeness
+    from tilewright.calib.report.facts import figures
 
-    changed, lost, share = (engine.get(key) for key in ("changed_choices", "lost_db", "low_share"))
+    number, share = figures(engine), engine.get("low_share")
     drift = max((steps[-1] for steps in engine["drift"].values()), default=None)
     return [
         name,
-        likeness(engine["mean_db"]),
-        likeness(engine["worst_db"]),
-        f"{engine['ssim']:.4f}",
-        "" if changed is None else f"{changed:.1%}",
+        *(number[key] for key in ("mean", "worst", "ssim", "changed")),
         "" if drift is None else f"{drift:.1e}",
-        "" if lost is None else f"{round(lost, 3) + 0.0:.3f}",
-        f"{engine['seconds']:.3g}",
+        number["lost"],
+        number["seconds"],
         mebibytes(engine["peak_bytes"]),
         "" if share is None else f"{share:.1%}",
     ]

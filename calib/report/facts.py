@@ -1,7 +1,7 @@
 """What a bundle knows of its engines in 8 bits: their recipes with the evidence, and how the gate judged them."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,13 @@ import numpy as np
 from tilewright.calib.engines import RECIPE
 from tilewright.calib.evidence import Point
 from tilewright.calib.gates import CROPS, EIGHT_BITS, REPORT
+from tilewright.calib.likeness import likeness
 from tilewright.calib.recipe import FORMATS, Recipe, read_recipe
 from tilewright.runtime.bundle.read import Bundle, read_bundle
 from tilewright.runtime.bundle.strict import encode
 from tilewright.runtime.errors import InputError, UsageError
 
-__all__ = ["crops_of", "report"]
+__all__ = ["crops_of", "figures", "filled", "report"]
 
 
 def report(root: Path, *, expect: str | None = None) -> dict[str, Any]:
@@ -99,3 +100,22 @@ def _engines(bundle: Bundle, precision: str) -> list[dict[str, Any]]:
         for spec in component.engines
         if spec.precision == precision
     ]
+
+
+def figures(engine: Mapping[str, Any]) -> dict[str, str]:
+    """Numbers of an engine as texts; empty: it has no such number."""
+    changed, lost = (engine.get(key) for key in ("changed_choices", "lost_db"))
+    return {
+        "mean": likeness(engine["mean_db"]),
+        "worst": likeness(engine["worst_db"]),
+        "ssim": f"{engine['ssim']:.4f}",
+        "changed": "" if changed is None else f"{changed:.1%}",
+        "lost": "" if lost is None else f"{round(lost, 3) + 0.0:.3f}",
+        "seconds": f"{engine['seconds']:.3g}",
+    }
+
+
+def filled(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
+    """A table without its empty columns."""
+    known = [place for place in range(len(heads)) if any(row[place] for row in rows)]
+    return [heads[place] for place in known], [[row[place] for place in known] for row in rows]

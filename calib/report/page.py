@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from tilewright.calib.gates import CROPS
-from tilewright.calib.likeness import likeness
 from tilewright.calib.report.charts import Dot, bar, heat_map, lines
-from tilewright.calib.report.facts import crops_of
+from tilewright.calib.report.facts import crops_of, figures, filled
 from tilewright.runtime.bundle.manifest import PRECISIONS
 
 __all__ = ["page"]
@@ -93,23 +92,18 @@ def _engines(gate: Facts) -> str:
     heads = ["engine", "PSNR, dB", "worst", "SSIM", "choices changed", "lost, dB", "in 8 bits", "peak MiB", "s/MP", ""]
     rows = []
     for name, engine in engines.items():
-        changed, lost, share = (engine.get(key) for key in ("changed_choices", "lost_db", "low_share"))
+        number, share = figures(engine), engine.get("low_share")
         rows.append(
             [
                 escape(name),
-                likeness(engine["mean_db"]),
-                likeness(engine["worst_db"]),
-                f"{engine['ssim']:.4f}",
-                "" if changed is None else f"{changed:.1%}",
-                "" if lost is None else f"{round(lost, 3) + 0.0:.3f}",
+                *(number[key] for key in ("mean", "worst", "ssim", "changed", "lost")),
                 "" if share is None else f"{share:.0%}",
                 f"{engine['peak_bytes'] / 2**20:.0f}",
-                f"{engine['seconds']:.3g}",
+                number["seconds"],
                 bar(engine["seconds"] / slowest, "" if share is None else "low"),
             ]
         )
-    filled = [place for place in range(len(heads)) if any(row[place] for row in rows)]
-    return _table([heads[place] for place in filled], [[row[place] for place in filled] for row in rows])
+    return _table(*filled(heads, rows))
 
 
 def _drift(gate: Facts) -> list[str]:

@@ -1,6 +1,8 @@
 """Devices of a Ray cluster: three real nodes of Ray on this machine, one of which is lost in the middle of an image."""
 
+import contextlib
 import os
+import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -104,13 +106,28 @@ def test_errors_of_a_node_are_those_that_this_machine_would_give(cluster: Any, b
         load(bundle, cluster=cluster.address, devices=["cpu:0", "cpu:1"])
 
 
+def children(parent: int) -> list[int]:
+    """The processes that a process has started."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # a process that has ended meanwhile
+            if int(stat.read_text().rpartition(")")[2].split()[1]) == parent:
+                found.append(int(stat.parent.name))
+    return found
+
+
 def test_a_lost_node_takes_no_pixel_with_it(cluster: Any, bundle: Path, picture: np.ndarray) -> None:
     lost: list[Any] = []
 
     def lose(name: str, done: int, total: int) -> None:
         if done == 3:
             lost.append(cluster.list_all_nodes()[-1])
+            (raylet,) = (info.process.pid for info in lost[0].all_processes["raylet"])
+            workers = children(raylet)
             cluster.remove_node(lost[0], allow_graceful=False)
+            for worker in workers:  # they notice only later that their node has gone, and answer until then
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(worker, signal.SIGKILL)
 
     with load(bundle, cluster=cluster.address) as restorer:
         restoration = restorer.restore(picture, tile=32, overlap=8, on_progress=lose)

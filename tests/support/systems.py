@@ -4,7 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
+
 from support.quick import few_quick
+from tilewright.export.build.stages.trace import traced
 from tilewright.export.system import ComponentSpec, Preset, Settings, System, UserFiles
 from tilewright.export.systems import names, system
 from tilewright.export.weights.files import converted, find
@@ -22,6 +25,11 @@ def settings_of(name: str, preset: str = "tiny", **options: Any) -> Settings:
 def components_of(name: str, preset: str = "tiny", **options: Any) -> dict[str, ComponentSpec]:
     """The components of a build without files."""
     return system(name).components(settings_of(name, preset, **options))
+
+
+def graph_of(source: ComponentSpec) -> ir.Model:
+    """A component's graph, which is traced once in a run of tests."""
+    return ir.load(traced("a component", source))
 
 
 def user_files(places: Mapping[str, Path]) -> UserFiles:

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from support.systems import graph_of
 from tilewright.export.graph.tidy import tidy
-from tilewright.export.graph.trace import network_on_meta, trace
+from tilewright.export.graph.trace import network_on_meta
 from tilewright.export.system import ComponentSpec
 from tilewright.export.weights.files import find, reference_parameters
 from tilewright.export.weights.writing import random_weights
@@ -32,7 +33,7 @@ def opened() -> Callable[[ComponentSpec, Path], Opened]:
     """Traces a source and opens its graphs in a folder."""
 
     def opened(source: ComponentSpec, folder: Path) -> Opened:
-        model, network = trace(source), network_on_meta(source)
+        model, network = graph_of(source), network_on_meta(source)
         assert {p.device.type for p in network.parameters()} == {"meta"}
         initializers = model.graph.initializers
         needed = [name for name, value in initializers.items() if isinstance(value.const_value, ir.ExternalTensor)]

@@ -15,7 +15,8 @@ from torch import nn
 from support.lazily import Lazily
 from support.quick import few_quick
 from support.random_networks import distance, made, random
-from tilewright.export.graph.trace import network_on_meta, trace
+from support.systems import graph_of
+from tilewright.export.graph.trace import network_on_meta
 from tilewright.export.networks import vae as vae_networks
 from tilewright.export.system import ComponentSpec, Lora, Preset, UserFiles
 from tilewright.export.systems.flux.in_token import SYSTEM as IN_TOKEN
@@ -40,7 +41,7 @@ class Opened(NamedTuple):
 
 
 def opened(source: ComponentSpec, folder: Path) -> Opened:
-    model, network = trace(source), network_on_meta(source)
+    model, network = graph_of(source), network_on_meta(source)
     weights = {n: torch.empty(p.shape) for n, p in network.named_parameters()}
     filled = made(nn.ParameterDict({n.replace(".", "/"): t for n, t in weights.items()}), seed=7)
     save_file({n.replace("/", "."): p.data for n, p in filled.items()}, folder / "weights.safetensors")

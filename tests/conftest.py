@@ -1,5 +1,6 @@
 """One cache of builds and two bundles for the whole run, shared by its workers."""
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,3 +74,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("slow")
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported and collected stays until the end, so no search for garbage looks at it again."""
+    gc.freeze()

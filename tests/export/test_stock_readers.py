@@ -73,7 +73,10 @@ def test_a_stock_reader_opens_every_graph_where_it_lies(packed, system, ops, rea
     components = read_bundle(root).manifest.components
     assert calls.keys() == components.keys()
     for component, (inputs, outputs) in calls.items():
-        theirs = READERS[reader](root / components[component].graph, inputs, tmp_path)
+        graph = components[component].graph
+        if ops == "tilewright" and (root / graph).read_bytes() == (packed(system, "standard")[0] / graph).read_bytes():
+            continue  # no op of ours is in it, and a case above reads the same graph
+        theirs = READERS[reader](root / graph, inputs, tmp_path)
         if theirs is not None:
             assert_same(outputs, theirs)
 

@@ -13,6 +13,9 @@ from tilewright.runtime.inputs import gather
 Calls = dict[str, tuple[dict[str, Any], dict[str, Any]]]  # component -> inputs, outputs
 
 
+FEW_STEPS = 2  # only the first call counts
+
+
 class _Recording:
     """An engine that keeps its first call, with all outputs."""
 
@@ -36,6 +39,7 @@ def recorded(root: Path) -> Calls:
         side = fixed or 6 * program.multiple_px
         image = Enlarged(sample_photo(side, side, program.scale), program.scale, program.multiple_px, fixed or 1)
         overlap = None if fixed else 2 * program.multiple_px
-        job = Job(image, tile_px=side, overlap_px=overlap, inputs=gather(bundle, example_inputs(bundle)))
+        inputs = gather(bundle, example_inputs(bundle))
+        job = Job(image, tile_px=side, overlap_px=overlap, steps=FEW_STEPS, inputs=inputs)
         run(program, engines, restorer.constants, job)
     return {name: engine.call for name, engine in engines.items() if engine.call}

@@ -41,12 +41,14 @@ def several(cache, tmp_path_factory):
     return bundle
 
 
-def run(bundle: Bundle, component: str, name: str, inputs: dict, outputs: list[str]) -> dict[str, np.ndarray]:
+def run(
+    bundle: Bundle, component: str, name: str, feeds: list[dict], outputs: list[str]
+) -> list[dict[str, np.ndarray]]:
     spec = next(spec for spec in bundle.manifest.components[component].engines if spec.name == name)
     engine = backend(spec.backend).open_engine(bundle, component, spec, Opening(threads=2))
-    answer = engine.run(inputs, outputs)
+    answers = [engine.run(inputs, outputs) for inputs in feeds]
     engine.close()
-    return answer
+    return answers
 
 
 def twice(bundle: Bundle, component: str, inputs: dict) -> dict[str, np.ndarray]:
@@ -71,9 +73,9 @@ def test_every_component_gives_the_numbers_of_onnx_runtime_for_one_tile_and_for_
         if f"openvino-{precision}" not in {spec.name for spec in bundle.manifest.components[component].engines}:
             assert precision == "bfloat16" and component not in bundle.weights.tensors  # it has no weights
             continue
-        for feed in (inputs, twice(bundle, component, inputs)):
-            ours = run(bundle, component, "ort-float32", feed, list(first))
-            theirs = run(bundle, component, f"openvino-{precision}", feed, list(first))
+        feeds = [inputs, twice(bundle, component, inputs)]
+        engines = ("ort-float32", f"openvino-{precision}")
+        for ours, theirs in zip(*(run(bundle, component, name, feeds, list(first)) for name in engines), strict=True):
             for name, array in ours.items():
                 assert theirs[name].dtype == array.dtype and theirs[name].shape == array.shape
                 if array.dtype.kind == "f" and (precision == "float32" or "codes" not in name):
@@ -109,7 +111,7 @@ def test_engines_are_added_to_a_bundle_and_its_weights_stay_where_they_are(hitok
     for component, (inputs, outputs) in recorded(root).items():
         specs = after.manifest.components[component].engines
         assert [spec.name for spec in specs] == ["ort-float32", *NAMES]
-        one, other = (run(each, component, NAMES[0], inputs, list(outputs)) for each in (after, built))
+        (one,), (other,) = (run(each, component, NAMES[0], [inputs], list(outputs)) for each in (after, built))
         for name in outputs:
             np.testing.assert_array_equal(one[name], other[name])
     assert compile_engines(root, ("openvino",), ("float32", "bfloat16")).digest == after.digest  # again

@@ -16,19 +16,24 @@ __all__ = ["check_card"]
 
 
 def check_card(bundle: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> ModelCard:
-    """Every command and snippet of the card runs in a folder with the bundle and a picture; the front matter."""
+    """Every command and snippet of the card runs in a folder with the bundle and a picture; the front matter.
+
+    Where the bundle takes steps, they run with two.
+    """
     text = (bundle / "README.md").read_text()
     (folder / bundle.name).symlink_to(bundle)
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 24, 3), np.uint8)).save(folder / "in.png")
     monkeypatch.chdir(folder)
-    pictures = []
+    pictures, stepped = [], any(p.steps for p in read_bundle(bundle).program.passes)
     commands = [line for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
     for command in commands:
         program, *words = shlex.split(command)
-        assert program == "tilewright" and main(words) == 0, command
+        assert program == "tilewright" and main([*words, *["--steps", "2"] * stepped]) == 0, command
         pictures.append(take(folder / "out.png"))
     snippets = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     for snippet in snippets:
+        if stepped:
+            snippet = snippet.replace('restorer("in.png"', 'restorer("in.png", steps=2')
         exec(compile(snippet, "README.md", "exec"), {})
         pictures.append(take(folder / "out.png"))
     assert len(commands) == len(snippets) == 1

@@ -61,7 +61,7 @@ def test_sigterm_under_load_loses_no_accepted_request(bundle) -> None:
         numbers = httpx2.get(f"{url}/metrics").text
         accepted = sum(
             int(float(line.split()[1])) for line in numbers.splitlines()
-            if line.startswith(("tilewright_queue ", "tilewright_running ", "tilewright_orders_total"))
+            if line.startswith(("tilewright_queue ", "tilewright_running ", "tilewright_images_total"))
         )  # fmt: skip
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0

@@ -1,4 +1,4 @@
-"""An order: one image to restore, from its arrival to its result."""
+"""A request: one image to restore, from its arrival to its result."""
 
 import secrets
 import time
@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from tilewright.runtime.sitting import Ticket
 
-__all__ = ["Answer", "Order"]
+__all__ = ["Answer", "ImageRequest"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Answer:
 
 
 @dataclass(eq=False)
-class Order:
+class ImageRequest:
     """One image to restore."""
 
     model: str  # the name of its bundle

@@ -133,11 +133,21 @@ def restore(arguments: argparse.Namespace) -> None:
                 if piped:
                     send_image(
                         encode_image(
-                            restoration.image, arguments.format or "png", icc=restoration.icc, on_share=on_share
+                            restoration.image,
+                            arguments.format or "png",
+                            icc=restoration.icc,
+                            exif=restoration.exif,
+                            on_share=on_share,
                         )
                     )
                 else:
-                    write_or_keep(arguments.output, restoration.image, icc=restoration.icc, on_share=on_share)
+                    write_or_keep(
+                        arguments.output,
+                        restoration.image,
+                        icc=restoration.icc,
+                        exif=restoration.exif,
+                        on_share=on_share,
+                    )
                 now = time.perf_counter()
                 seams = ticket.seam_excess() if arguments.json else None  # it takes seconds for large pictures
     seconds = restoration.seconds | {"open": opened, "write": now - before, "total": now - start}

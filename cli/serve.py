@@ -35,6 +35,13 @@ def serve_arguments(serve: argparse.ArgumentParser) -> None:
         "--state-dir", type=Path, metavar="DIR", help="keep jobs there (default: they end with the service)"
     )
     serve.add_argument(
+        "--checkpoint",
+        type=float,
+        default=1.0,
+        metavar="MINUTES",
+        help="keep finished parts of jobs in --state-dir this often; 0 is only at a stop (default: 1)",
+    )
+    serve.add_argument(
         "--keep", type=float, default=24.0, metavar="HOURS", help="remove the result of a job after this (default: 24)"
     )
     engine_arguments(serve)
@@ -69,6 +76,7 @@ def serve(arguments: argparse.Namespace) -> None:
         deadline_s=arguments.deadline,
         token=token,
         state_dir=arguments.state_dir,
+        checkpoint_s=60 * arguments.checkpoint,
         keep_s=3600 * arguments.keep,
         hosts=("localhost", "127.0.0.1", "::1", arguments.host) if local else (),
     )

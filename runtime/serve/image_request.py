@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -38,6 +39,7 @@ class ImageRequest:
     format: str = "png"
     options: Mapping[str, Any] = field(default_factory=dict)  # of `Restorer.submit`, and the bundle's arguments
     mask: BinaryIO | None = None
+    parts: Path | None = None  # the file that keeps its finished parts for another service
     seconds: float = 3600.0  # that it may take
     on_part: Callable[[int, int, npt.NDArray[np.uint8]], None] | None = None
     id: str = field(default_factory=lambda: secrets.token_hex(16))

@@ -1,6 +1,6 @@
 """Jobs: requests whose results wait for their clients. A folder holds images and results, SQLite the rest.
 
-After a restart of the service, results are still there, and jobs that had not ended begin anew.
+After a restart of the service, results are still there, and jobs that had not ended go on from their finished parts.
 """
 
 import contextlib
@@ -38,6 +38,7 @@ LOOK_S = 60.0  # between two looks for results that have expired
 SCHEMA = """CREATE TABLE IF NOT EXISTS jobs (
     id TEXT PRIMARY KEY, state TEXT NOT NULL, created REAL NOT NULL, ended REAL, fields TEXT NOT NULL,
     size TEXT NOT NULL, notes TEXT NOT NULL DEFAULT '[]', status INTEGER, error TEXT)"""
+COLUMNS = "state, created, ended, fields, size, notes, status, error"
 SIZES = ("tile", "overlap", "steps", "scale")
 
 
@@ -65,9 +66,12 @@ class Jobs:
             self.locked = (self.folder / "lock").open("a")
             if fcntl:
                 fcntl.flock(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                for half in self.folder.glob("*/.*.part"):  # a service was killed while it wrote a file
+                    half.unlink()
             self.base = sqlite3.connect(self.folder / "jobs.sqlite3", check_same_thread=False, isolation_level=None)
             (self.folder / "jobs.sqlite3").chmod(0o600)
             self.base.execute(SCHEMA)
+            self.base.execute(f"SELECT {COLUMNS} FROM jobs LIMIT 0")  # an earlier version had others
         except BlockingIOError:
             raise EnvironmentMismatch(f"{self.folder} is used by another service; give each a --state-dir") from None
         except (OSError, sqlite3.Error) as error:
@@ -176,7 +180,7 @@ class Jobs:
         sizes = {option: options[option] for option in SIZES if option in options}
         served = self.service.bundles.current(model)
         masked, size = mask.exists(), image.stat().st_size
-        layers = masked + ("color" in options)
+        layers = masked + ("color" in options) + self._parts(name).exists()
         room = self.service.room_for(served, image_size(image), sizes, layers=layers, file=size)
         request = ImageRequest(model, image.open("rb"), *room, fields["format"], options, seconds=fields["seconds"])
         request.mask = mask.open("rb") if masked else None
@@ -184,6 +188,7 @@ class Jobs:
 
     def _begin(self, name: str, request: ImageRequest, *, always: bool) -> None:
         self.requests[name] = request
+        request.parts = None if self.temporary else self._parts(name)
 
         def ended(future: "Future[Answer]") -> None:
             self.ended.put(name)
@@ -202,7 +207,9 @@ class Jobs:
                 continue
             if name is None:
                 return
-            if (request := self.requests.get(name)) is None:  # deleted, or no job
+            if (request := self.requests.get(name)) is None:
+                if name:  # it was deleted, and has kept its finished parts since
+                    self._remove(name)
                 continue
             self._store(name, request)
             self.requests.pop(name, None)
@@ -234,8 +241,7 @@ class Jobs:
         except (OSError, sqlite3.Error) as problem:
             LOG.error("the result of a job cannot be stored: %s", problem)
             self._fail(name, ResourceError("the service has no room for the result; send the job again"))
-        self._image(name).unlink(missing_ok=True)
-        self._mask(name).unlink(missing_ok=True)
+        self._remove_sources(name)
 
     def _fail(self, name: str, error: BaseException) -> None:
         refusal = Refusal(422, str(error), "invalid_value") if isinstance(error, InputError) else refusal_of(error)
@@ -243,8 +249,7 @@ class Jobs:
         sql = "UPDATE jobs SET state = 'failed', ended = ?, status = ?, error = ? WHERE id = ?"
         with contextlib.suppress(sqlite3.Error):
             self._run(sql, (time.time(), refusal.status, body, name))
-        self._image(name).unlink(missing_ok=True)
-        self._mask(name).unlink(missing_ok=True)
+        self._remove_sources(name)
 
     def _expire(self) -> None:
         with contextlib.suppress(sqlite3.Error):
@@ -253,10 +258,9 @@ class Jobs:
                 self._remove(name)
 
     def _row(self, name: str) -> sqlite3.Row:
-        columns = "state, created, ended, fields, size, notes, status, error"
         row = None
         if ID.fullmatch(name):
-            row = self._run(f"SELECT {columns} FROM jobs WHERE id = ?", (name,)).fetchone()
+            row = self._run(f"SELECT {COLUMNS} FROM jobs WHERE id = ?", (name,)).fetchone()
         if row is None or (row["ended"] is not None and row["ended"] < time.time() - self.keep_s):
             raise Refusal(404, "there is no such job; it was deleted, or its result has expired", "job_not_found")
         found: sqlite3.Row = row
@@ -271,7 +275,12 @@ class Jobs:
         self.requests.pop(name, None)
         with contextlib.suppress(sqlite3.Error):
             self._run("DELETE FROM jobs WHERE id = ?", (name,))
-        for path in (self._image(name), self._mask(name), self._result(name)):
+        self._remove_sources(name)
+        self._result(name).unlink(missing_ok=True)
+
+    def _remove_sources(self, name: str) -> None:
+        """Remove all that only a job that has not ended needs."""
+        for path in (self._image(name), self._mask(name), self._parts(name)):
             path.unlink(missing_ok=True)
 
     def _copy(self, source: BinaryIO, target: Path) -> BinaryIO:
@@ -288,6 +297,9 @@ class Jobs:
 
     def _mask(self, name: str) -> Path:
         return self.folder / "images" / f"{name}.mask"
+
+    def _parts(self, name: str) -> Path:
+        return self.folder / "images" / f"{name}.resume"
 
     def _result(self, name: str) -> Path:
         return self.folder / "results" / name

@@ -25,6 +25,7 @@ from tilewright.runtime.serve.masks import masked
 from tilewright.runtime.serve.metrics import Metrics
 from tilewright.runtime.serve.refusals import Refusal, refusal_of
 from tilewright.runtime.serve.settings import Settings
+from tilewright.runtime.sitting import Sitting, Ticket
 
 __all__ = ["Service"]
 
@@ -266,25 +267,48 @@ class Service:
 
     def _carry_out(self, request: ImageRequest, served: ServedBundle) -> Answer:
         restorer = served.open()
-        request.image.seek(0)
-        options: dict[str, Any] = {"max_pixels": self.settings.max_pixels, **request.options}
-        if request.on_part:
-            options["on_part"] = request.on_part
-        sitting = restorer.sitting(request.image.read(), **options)
+        sitting, ticket = self._begin(request, restorer)
         request.height, request.width = sitting.shape[:2]  # upright, unlike in the header of a turned photo
-        ticket = sitting.begin({}, keep=False)
         with self.changed:
             request.ticket = ticket
             if request.cancelled:
                 ticket.cancel()
-        restoration = ticket.result()
+        with self._keeping(request, ticket):
+            restoration = ticket.result()
         served.require_same()
         self.metrics.restored(request, restoration)
         pixels = restoration.image
         if request.mask is not None:
             pixels = masked(pixels, sitting.picture, request.mask)
-        data = encode_image(pixels, request.format, icc=restoration.icc)
-        return Answer(data, request.width, request.height, request.format, restoration.notes)
+        data = encode_image(pixels, request.format, icc=restoration.icc, exif=restoration.exif)
+        notes = restoration.notes
+        if ticket.resumed:
+            notes = (f"a restart of the service interrupted the job; {ticket.resumed[1]:.0%} was done before", *notes)
+        return Answer(data, request.width, request.height, request.format, notes)
+
+    def _begin(self, request: ImageRequest, restorer: Restorer) -> tuple[Sitting, Ticket]:
+        """Begin to restore an image, from its finished parts if an earlier service has kept any."""
+        options: dict[str, Any] = {"max_pixels": self.settings.max_pixels, **request.options}
+        if request.on_part:
+            options["on_part"] = request.on_part
+        request.image.seek(0)
+        image = request.image.read()
+        sitting = restorer.sitting(image, resume=request.parts, **options)
+        try:
+            return sitting, sitting.begin({}, keep=False)
+        except (UsageError, InputError):
+            if request.parts is None or not request.parts.exists():
+                raise
+        LOG.warning("request %s begins anew: its finished parts are damaged, or of another bundle", request.id[:8])
+        request.parts.unlink()
+        sitting = restorer.sitting(image, **options)
+        return sitting, sitting.begin({}, keep=False)
+
+    def _keeping(self, request: ImageRequest, ticket: Ticket) -> contextlib.AbstractContextManager[object]:
+        """A context manager that keeps the finished parts of a job."""
+        if request.parts is None:
+            return contextlib.nullcontext()
+        return ticket.keeping(request.parts, every_s=self.settings.checkpoint_s)
 
     def _end(self, request: ImageRequest, end: Answer | BaseException) -> None:
         """Give a request its end. The lock is held."""

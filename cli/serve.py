@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from tilewright.cli.engine_arguments import engine_arguments
+from tilewright.cli.restore import minutes
 from tilewright.cli.terminal import answer, note
 from tilewright.runtime.estimate import bytes_of
 
@@ -36,7 +37,7 @@ def serve_arguments(serve: argparse.ArgumentParser) -> None:
     )
     serve.add_argument(
         "--checkpoint",
-        type=float,
+        type=minutes,
         default=1.0,
         metavar="MINUTES",
         help="keep finished parts of jobs in --state-dir this often; 0 is only at a stop (default: 1)",

@@ -1,6 +1,5 @@
 """One image that is restored: its rounds, a ticket for each of them, and their results."""
 
-import asyncio
 import os
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -388,4 +387,6 @@ class Ticket:
         self.sitting.walk.cancel()
 
     def __await__(self) -> Generator[Any, None, Restoration]:
+        import asyncio  # it takes 20 ms, and only a program that awaits has it already
+
         return asyncio.get_running_loop().run_in_executor(None, self.result).__await__()

@@ -51,11 +51,16 @@ class Service:
         self.running: set[ImageRequest] = set()
         self.draining = self.closed = False
         self.usual_s = 1.0  # that a request runs
-        devices = max(len(served.setup.devices) for served in self.bundles.served.values())
-        self.places = PER_DEVICE * devices  # requests that run: one is computed while another is read or written
-        self.threads = [Thread(target=self._serve, name=f"request/{i}", daemon=True) for i in range(self.places)]
-        for thread in self.threads:
-            thread.start()
+        self.places = 0  # requests that run: one is computed while another is read or written
+        self.threads: list[Thread] = []
+        self._use(max(len(served.setup.devices) for served in self.bundles.served.values()))
+
+    def _use(self, devices: int) -> None:
+        """Have threads for so many devices, if it has fewer."""
+        self.places = max(self.places, PER_DEVICE * devices)
+        while len(self.threads) < self.places:
+            self.threads.append(Thread(target=self._serve, name=f"request/{len(self.threads)}", daemon=True))
+            self.threads[-1].start()
 
     @property
     def first(self) -> str:
@@ -73,7 +78,7 @@ class Service:
         served = self.bundles.current(self.first)
         with self.changed:
             self._hold(served)
-        served.open()
+        self._use(len(served.open().executor.devices))  # a cluster has more than this machine
 
     def ready(self) -> str | None:
         """Why no request can be accepted now, or nothing."""
@@ -238,13 +243,15 @@ class Service:
     def _room(self, request: ImageRequest, served: ServedBundle) -> list[Restorer] | None:
         """What to close so that there is room for a request; none if it has to wait."""
         lacks = self.held + request.needed_bytes + (0 if served.held else served.base_bytes) - self.limit
+        alone = self.bundles.options.get("cluster") is not None and not served.held  # a bundle takes all cores there
         idle = []
         for other in self.bundles.idle(served):
-            if lacks <= 0 and not other.outdated:
+            if lacks <= 0 and not other.outdated and not alone:
                 break
             idle.append(other)
             lacks -= other.held
-        if lacks > 0 and self.running:
+        others = sum(bool(other.held) for other in self.bundles.all() if other is not served)
+        if (lacks > 0 and self.running) or (alone and others > len(idle)):
             return None
         return [restorer for other in idle if (restorer := self._put_away(other)) is not None]
 

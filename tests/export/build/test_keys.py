@@ -31,6 +31,9 @@ def test_a_stage_key_follows_what_it_depends_on(tmp_path: Path) -> None:
     assert packed["attach"] != plan["attach"] and packed["seal"] != plan["seal"]
     ops = keys(tmp_path, ops="standard")
     assert {name for name in plan if ops[name] != plan[name]} == {"optimise", "verify", "seal"}
+    for tiles in ({"tiles": (64,)}, {"batches": (1, 4)}):
+        other = keys(tmp_path, **tiles)
+        assert {name for name in plan if other[name] != plan[name]} == {"verify", "seal"}
 
 
 def test_every_stage_follows_the_versions_it_depends_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,6 +99,10 @@ def hitoksr(work: Path) -> None:
 def flux(work: Path) -> None:
     for system in ("in-token", "vicr"):
         bench("export_cost", system, stored=f"export_cost_{system.replace('-', '_')}")
+    zeros, full = work / "in-token-zeros", work / "in-token-full"
+    tilewright("export", "stand-in", "in-token", "-o", zeros)
+    tilewright("export", "build", "in-token", "--weights", zeros, "--verify", "never", "--target", "ort", "-o", full)
+    bench("eight_bits_cost", full)
     embeds, mid = work / "prompt.safetensors", work / "mid"
     random = np.random.Generator(np.random.Philox(key=0))
     shapes = {"prompt_embeds": (1, 512, 4096), "pooled_prompt_embeds": (1, 768)}

@@ -11,7 +11,7 @@ from tilewright.export.build.code import code
 from tilewright.export.build.request import Request
 from tilewright.export.build.stages.attach import read_weights
 from tilewright.export.build.versions import versions
-from tilewright.export.system import Settings
+from tilewright.export.system import Lora, Settings
 from tilewright.export.weights.writing import write_tensors
 from tilewright.runtime.bundle.program import TensorSpec
 
@@ -29,8 +29,8 @@ def stage(request: Request, attached: Stage, digest: Callable[[Path], str]) -> S
     """The stage; its inputs are the networks that the build runs, their weights, and the options with their files."""
     system, options, networks = request.system, _options(request), request.build_time
     read = {system.origin_of(name, parameter) for name in networks for parameter in request.parameters[name]}
-    if _reads_lora(request):
-        read.add(system.lora.origin)
+    if (lora := request.settings.lora) and _reads(request, lora):
+        read.add(lora.origin)
     inputs = {"settings": _settings(request).to_json(), "weights": str(request.seed) if networks else ""}
     inputs |= {f"network {name}": spec.recipe for name, spec in networks.items()}
     for name in sorted(read & request.used.keys()):
@@ -45,9 +45,9 @@ def stage(request: Request, attached: Stage, digest: Callable[[Path], str]) -> S
     return Stage("constants", inputs, lambda folder: _work(request, attached.directory, folder))
 
 
-def _reads_lora(request: Request) -> bool:
+def _reads(request: Request, lora: Lora) -> bool:
     """Whether a network that the build runs has the LoRA in it."""
-    system, lora = request.system, request.settings.lora
+    system = request.system
 
     def adapted(network: str, parameter: str) -> bool:
         if not lora.merged:
@@ -57,18 +57,19 @@ def _reads_lora(request: Request) -> bool:
             return False
         return str(system.keys(network, pair)[0]).removesuffix(".lora_A") in lora.branches
 
-    return lora is not None and any(adapted(n, p) for n in request.build_time for p in request.parameters[n])
+    return any(adapted(network, name) for network in request.build_time for name in request.parameters[network])
 
 
 def _settings(request: Request) -> Settings:
     """The settings, without a LoRA that nothing here depends on."""
-    return request.settings if _reads_lora(request) else replace(request.settings, lora=None)
+    settings = request.settings
+    return settings if settings.lora and _reads(request, settings.lora) else replace(settings, lora=None)
 
 
 def _options(request: Request) -> dict[str, Any]:
     """The options, without a LoRA that nothing here depends on."""
-    system = request.system
-    unread = None if system.lora is None or _reads_lora(request) else system.origins[system.lora.origin].argument
+    lora, system = request.settings.lora, request.system
+    unread = system.origins[lora.origin].argument if lora and not _reads(request, lora) else None
     return {name: value for name, value in request.options.items() if name != unread}
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from tilewright.export.build.cache import Stage, write
 from tilewright.export.build.code import code
 from tilewright.export.build.request import Request
-from tilewright.export.build.stages.attach import read_weights
+from tilewright.export.build.stages.attach import random_weights_of, read_weights
 from tilewright.export.build.versions import versions
 from tilewright.export.system import Lora, Settings
 from tilewright.export.weights.writing import write_tensors
@@ -31,7 +31,9 @@ def stage(request: Request, attached: Stage, digest: Callable[[Path], str]) -> S
     read = {system.origin_of(name, parameter) for name in networks for parameter in request.parameters[name]}
     if (lora := request.settings.lora) and _reads(request, lora):
         read.add(lora.origin)
-    inputs = {"settings": _settings(request).to_json(), "weights": str(request.seed) if networks else ""}
+    inputs = {"settings": _settings(request).to_json()}
+    if networks:
+        inputs["weights"] = random_weights_of(request)
     inputs |= {f"network {name}": spec.recipe for name, spec in networks.items()}
     for name in sorted(read & request.used.keys()):
         tensors = request.used[name]

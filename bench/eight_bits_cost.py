@@ -20,8 +20,8 @@ import onnx
 
 from tilewright.calib import add_engines, make_recipe
 from tilewright.calib.networks import networks_digest
-from tilewright.calib.observers import Observations
-from tilewright.calib.pieces import observed_tensors
+from tilewright.calib.observe.observers import Observations
+from tilewright.calib.observe.pieces import observed_tensors
 from tilewright.export.build.compile import link
 from tilewright.runtime.bundle.read import Bundle, read_bundle
 

@@ -133,7 +133,7 @@ def _engine_options(parser: argparse.ArgumentParser, targets: str = "", precisio
         (
             "precision",
             precisions,
-            "precisions of the engines, of float32, bfloat16, fp8 and int8",
+            "precisions of the engines, of float32, bfloat16, float16, fp8 and int8",
             "those that run here",
         ),
     ):

@@ -55,8 +55,17 @@ RUNTIME = (
     {"doctor.py"},
     {"serve"},
 )
+CALIB = (
+    {"scales", "pictures.py", "networks.py"},
+    {"observe"},
+    {"recipe"},
+    {"insertion.py", "inputs.py"},
+    {"judge", "unweighted.py"},
+    {"engines.py"},
+    {"report", "one_step.py"},
+)
 HEAVY = {"torch", "diffusers", "transformers", "onnx", "onnx_ir", "onnxruntime", "starlette", "uvicorn"}
-LAYERS = {"export": EXPORT, "runtime": RUNTIME}
+LAYERS = {"export": EXPORT, "runtime": RUNTIME, "calib": CALIB}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 

@@ -12,15 +12,15 @@ import yaml
 
 from support.layered import HIDDEN, LAYERS, WIDTH, layered
 from tilewright.calib import Recipe, collect, make_recipe, quantised_weights, read_observations, read_recipe
-from tilewright.calib.evidence import Group, Point
-from tilewright.calib.frontier import Sensitivity, sensitivity, within_budget
-from tilewright.calib.layers import standard_graph
+from tilewright.calib.judge.frontier import Sensitivity, sensitivity, within_budget
 from tilewright.calib.recipe import json_schema
+from tilewright.calib.recipe.evidence import Group, Point
+from tilewright.calib.recipe.layers import standard_graph
 from tilewright.export.systems import names, system
 from tilewright.runtime.bundle.read import Bundle, read_bundle
 from tilewright.runtime.errors import AccuracyError, InputError, TilewrightError, UsageError
 
-PUBLISHED = Path(__file__).parents[2] / "docs" / "recipe.schema.json"
+PUBLISHED = Path(__file__).parents[3] / "docs" / "recipe.schema.json"
 UP = "show/up.weight"
 
 
@@ -76,7 +76,7 @@ def test_layers_that_the_system_keeps_stay_in_float(
 ) -> None:
     name = "hitoksr"
     keeping = replace(system(name), keep={"*.stem.*": "no", "show/stem*": "it sees"})
-    monkeypatch.setattr("tilewright.calib.recipe.system", lambda _: keeping)
+    monkeypatch.setattr("tilewright.calib.recipe.make.system", lambda _: keeping)
     other = replace(bundle, manifest=replace(bundle.manifest, system=name))
     layers = make_recipe(other, *observed, "int8").layers
     assert layers["show/stem.weight"].weight == "kept"

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from tilewright.calib.histograms import BINS, NotFinite, histogram_of, merged
-from tilewright.calib.observers import Observation, Observations, read_observations
+from tilewright.calib.observe.observers import Observation, Observations, read_observations
+from tilewright.calib.scales.histograms import BINS, NotFinite, histogram_of, merged
 from tilewright.runtime.errors import InputError
 
 FACTS = {"bundle": "ab12", "images": [{"name": "a.png"}]}

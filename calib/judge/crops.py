@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from tilewright.calib.likeness import psnr
+from tilewright.calib.judge.likeness import psnr
 
 __all__ = ["Crops"]
 

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tilewright.calib.formats import Format, Integer, Scaling, asymmetric, fake_quantise, symmetric
-from tilewright.calib.histograms import OCTAVE, Histogram
+from tilewright.calib.scales.formats import Format, Integer, Scaling, asymmetric, fake_quantise, symmetric
+from tilewright.calib.scales.histograms import OCTAVE, Histogram
 from tilewright.runtime.errors import UsageError
 
 __all__ = ["METHODS", "PERCENTILE", "mean_squared_error", "range_of", "scaling_of", "spread"]

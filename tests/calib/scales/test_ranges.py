@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from tilewright.calib.formats import E4M3FN, E5M2, FORMATS, INT8, UINT8, Format, fake_quantise
-from tilewright.calib.histograms import histogram_of
-from tilewright.calib.ranges import METHODS, mean_squared_error, range_of, scaling_of, spread
+from tilewright.calib.scales.formats import E4M3FN, E5M2, FORMATS, INT8, UINT8, Format, fake_quantise
+from tilewright.calib.scales.histograms import histogram_of
+from tilewright.calib.scales.ranges import METHODS, mean_squared_error, range_of, scaling_of, spread
 from tilewright.runtime.errors import UsageError
 
 BIN = 1 / 64  # the most that a bin is wide, against the numbers in it

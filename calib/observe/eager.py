@@ -12,7 +12,7 @@ import onnx
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tilewright.calib.pieces import OURS_MULTIPLY, multiplied_by, observed_tensors
+from tilewright.calib.observe.pieces import OURS_MULTIPLY, multiplied_by, observed_tensors
 from tilewright.export.graph.ops import node_names
 from tilewright.export.verify.eager import eager_network
 from tilewright.runtime.bundle.read import Bundle

@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from tilewright.calib.layers import Layer, StandardGraph
-from tilewright.calib.observers import Observations
+from tilewright.calib.observe.observers import Observations
+from tilewright.calib.recipe.layers import Layer, StandardGraph
 from tilewright.export.graph.rewrites.fold_weights import computed
 
 __all__ = ["divide", "smoothing_factors"]

@@ -11,8 +11,8 @@ from PIL import Image
 
 from support.stepped import GAIN, STEPS, stepped
 from tilewright.calib import collect, read_observations
-from tilewright.calib.histograms import histogram_of
-from tilewright.calib.watch import WatchedEngine
+from tilewright.calib.observe.watch import WatchedEngine
+from tilewright.calib.scales.histograms import histogram_of
 from tilewright.cli.main import main
 from tilewright.runtime.errors import AccuracyError, DeviceError, InputError, UsageError
 from tilewright.runtime.resume.checkpoint import beside

@@ -3,47 +3,39 @@
 It is a YAML file, which may be edited. Its schema is docs/recipe.schema.json.
 """
 
-import fnmatch
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from tilewright.calib.evidence import Evidence
-from tilewright.calib.formats import E4M3FN, INT8, UINT8, Format, Scaling
-from tilewright.calib.layers import Layer, Part, StandardGraph, standard_graph
-from tilewright.calib.networks import check_networks, networks_digest
-from tilewright.calib.observers import Observations
-from tilewright.calib.ranges import range_of, spread
-from tilewright.export.systems import names, system
+from tilewright.calib.recipe.evidence import Evidence
+from tilewright.calib.scales.formats import E4M3FN, INT8, UINT8, Format, Scaling
+from tilewright.calib.scales.ranges import spread
 from tilewright.runtime.bundle.digests import writing
-from tilewright.runtime.bundle.read import Bundle
 from tilewright.runtime.bundle.safetensors import safetensors_start
 from tilewright.runtime.bundle.strict import check_limits, encode, from_json, schema
-from tilewright.runtime.errors import BundleError, InputError, UsageError
+from tilewright.runtime.errors import BundleError, InputError
 from tilewright.runtime.inputs import read_tensors
 
 __all__ = [
     "FORMATS",
+    "IN_BUNDLE",
     "KEPT",
     "Entering",
     "LayerRecipe",
     "Recipe",
-    "graphs_of",
     "json_schema",
-    "make_recipe",
     "read_recipe",
 ]
 
 FORMATS: dict[str, Format] = {"int8": INT8, "fp8": E4M3FN}  # precision of a recipe -> format of its numbers
 KEPT = "kept"
 FACTORS = ".safetensors"  # instead of .yaml
-Floats = npt.NDArray[np.float32]
+IN_BUNDLE = "reports/recipe.{}.yaml"  # for each precision
 
 
 @dataclass(frozen=True)
@@ -178,89 +170,3 @@ def _with_factors(recipe: Recipe, path: Path) -> Recipe:
                 raise InputError(f"{beside} does not hold the factors of {name!r}; keep it beside {path.name}")
             inputs[name] = replace(entering, factors=tuple(tensors[name].tolist()))
     return replace(recipe, inputs=inputs)
-
-
-def graphs_of(bundle: Bundle, weights_dir: Path | None = None) -> dict[str, StandardGraph]:
-    """The graph of every component that has weights."""
-    names = sorted(name for name in bundle.program.components() if bundle.weights.tensors.get(name))
-    return {name: standard_graph(bundle, name, weights_dir) for name in names}
-
-
-def make_recipe(
-    bundle: Bundle,
-    observed: Observations,
-    facts: Mapping[str, Any],
-    format: str,
-    *,
-    method: str | None = None,
-    smooth: float | None = None,
-    graphs: Mapping[str, StandardGraph] | None = None,
-    weights_dir: Path | None = None,
-) -> Recipe:
-    """A recipe with every layer in 8 bits but those that the system keeps.
-
-    `method` chooses ranges, see `calib.ranges`. `smooth`: how much of the difference in size between the channels of
-    an input moves into the weights, from 0 to 1; it is done where a normalisation or a modulation can take it.
-    """
-    from tilewright.calib.smoothing import smoothing_factors
-
-    if format not in FORMATS:
-        raise UsageError(f"format={format!r} is not one of {', '.join(FORMATS)}")
-    if smooth is not None and not 0 <= smooth <= 1:
-        raise UsageError(f"smooth={smooth} is not a number from 0 to 1")
-    check_networks(bundle, facts.get("networks", ""), "the file of statistics")
-    graphs = graphs_of(bundle, weights_dir) if graphs is None else graphs
-    keep = system(bundle.manifest.system).keep if bundle.manifest.system in names() else {}
-    layers = {n: layer for g in graphs.values() for n, layer in g.layers(observed.tensors).items()}
-    work = {name: layer.work(_elements(observed, layer)) for name, layer in layers.items()}
-    whole = max(1.0, sum(work.values()))
-    rows: dict[str, LayerRecipe] = {}
-    for name, layer in layers.items():
-        pattern = next((pattern for pattern in keep if fnmatch.fnmatchcase(name, pattern)), None)
-        weight, why = (FORMATS[format].name, "") if pattern is None else (KEPT, f"{keep[pattern]} ({pattern})")
-        inputs = tuple(part.name for part in layer.parts)
-        rows[name] = LayerRecipe(weight, layer.kind, inputs, round(work[name] / whole, 6), why)
-    quantised = {name: layer for name, layer in layers.items() if rows[name].weight != KEPT}
-    factors = {} if smooth is None else smoothing_factors(graphs, quantised, observed, smooth)
-    entering = {}
-    for layer in quantised.values():
-        for part in layer.parts:
-            entering[part.name] = _entering(observed, part, FORMATS[format], method, factors.get(part.name))
-    images = tuple(image["sha256"] for image in facts.get("images", ()))
-    networks, entering = networks_digest(bundle), dict(sorted(entering.items()))
-    parts = {part.name: part for layer in quantised.values() for part in layer.parts}
-    evidence = Evidence({name: _largest(observed, parts[name]) for name in entering})
-    return Recipe(1, bundle.manifest.system, networks, format, rows, entering, images, evidence)
-
-
-def _largest(observed: Observations, part: Part) -> tuple[float, ...]:
-    """The largest magnitude of an input at each step."""
-    seen = [observed.over(part.tensor, [step]) for step in observed.steps(part.tensor)]
-    largest = [o.histogram.amax if o.channels is None else o.channels[part.rows].max() for o in seen]
-    return tuple(float(f"{number:.4g}") for number in largest)
-
-
-def _elements(observed: Observations, layer: Layer) -> int:
-    """How many numbers entered a layer."""
-    return int(observed.over(layer.parts[0].tensor).histogram.magnitudes.sum())
-
-
-def _entering(
-    observed: Observations, part: Part, format: Format, method: str | None, factors: Floats | None
-) -> Entering:
-    seen = observed.over(part.tensor)
-    whole = part.stop is None and factors is None
-    usual = "mse" if format is INT8 else "absmax"  # fp8 is as exact for small numbers as for large ones
-    if whole or seen.channels is None:
-        chosen = method or usual
-        return Entering(_rounded(*range_of(seen.histogram, format, chosen)), chosen)
-    channels = seen.channels[part.rows]
-    divisors = np.ones_like(channels) if factors is None else factors
-    amax = float((channels / divisors).max())
-    lowest = max(-amax, min(0.0, seen.histogram.lowest) / float(divisors.min()))
-    kept = () if factors is None else tuple(map(float, factors))
-    return Entering(_rounded(lowest, amax), "absmax", kept)
-
-
-def _rounded(lowest: float, highest: float) -> tuple[float, float]:
-    return float(f"{lowest:.7g}"), float(f"{highest:.7g}")

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from tilewright.calib.networks import networks_digest
-from tilewright.calib.observers import Observations, read_observations
-from tilewright.calib.watch import WatchedEngine, WatchingDevice
+from tilewright.calib.observe.observers import Observations, read_observations
+from tilewright.calib.observe.watch import WatchedEngine, WatchingDevice
+from tilewright.calib.pictures import IMAGES, evenly, images_in
 from tilewright.runtime.bundle.digests import sha256_of_file
 from tilewright.runtime.bundle.read import Bundle, read_bundle
 from tilewright.runtime.bundle.weights import checked_folder
@@ -20,7 +21,7 @@ from tilewright.runtime.engines import Engine
 from tilewright.runtime.errors import AccuracyError, DeviceError, InputError, ResourceError, UsageError
 from tilewright.runtime.execute.devices import OpenEngines, cpu_names
 from tilewright.runtime.execute.executor import Executor
-from tilewright.runtime.images.read import SUFFIXES, image_size
+from tilewright.runtime.images.read import image_size
 from tilewright.runtime.images.write import check_place
 from tilewright.runtime.inputs import gather, read_tensors, whole
 from tilewright.runtime.memory.estimate import all_open
@@ -30,9 +31,8 @@ from tilewright.runtime.restore import Restorer
 from tilewright.runtime.resume.checkpoint import beside, plain
 from tilewright.runtime.setup import set_up
 
-__all__ = ["IMAGES", "VIAS", "Collected", "collect", "evenly", "images_in"]
+__all__ = ["VIAS", "Collected", "collect"]
 
-IMAGES = 16
 VIAS = ("engines", "torch")
 LEAST_IMAGES = 2  # one picture says little of others
 Report = Callable[[int, int, float], None]
@@ -117,21 +117,6 @@ def collect(
     return Collected(seen, facts, before)
 
 
-def images_in(folder: Path) -> list[Path]:
-    """The images of a folder, in the order of their names."""
-    try:
-        files = sorted(path for path in folder.iterdir() if not path.name.startswith(".") and path.is_file())
-    except OSError as error:
-        raise InputError(f"{folder} cannot be read ({error.strerror}); check the path") from error
-    return [path for path in files if path.suffix.lower() in SUFFIXES]
-
-
-def evenly(paths: Sequence[Path], most: int) -> list[Path]:
-    """At most so many of the paths, evenly from all."""
-    count = min(most, len(paths))
-    return [paths[place * len(paths) // count] for place in range(count)]
-
-
 def _images(folder: Path, most: int, scale: int, tile: int) -> list[Path]:
     """The images to restore, in the order of their names."""
     paths = images_in(folder)
@@ -161,7 +146,7 @@ def _open(
         def open_engine(component: str) -> Engine:
             look = device.look(component)
             if via == "torch":
-                from tilewright.calib.eager import EagerEngine
+                from tilewright.calib.observe.eager import EagerEngine
 
                 return EagerEngine(bundle, component, weights_dir, look)
             graph, files = bundle.manifest.components[component].graph, bundle.files_of(component, weights_dir)

@@ -11,13 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from tilewright.calib.collector import images_in
-from tilewright.calib.crops import Crops
-from tilewright.calib.engines import RECIPE
-from tilewright.calib.peak import peak_of
-from tilewright.calib.profiled import low_layers, low_share
-from tilewright.calib.recipe import Recipe, read_recipe
-from tilewright.calib.trial import Recorded, Score, Trial
+from tilewright.calib.judge.crops import Crops
+from tilewright.calib.judge.peak import peak_of
+from tilewright.calib.judge.profiled import low_layers, low_share
+from tilewright.calib.judge.trial import Recorded, Score, Trial
+from tilewright.calib.pictures import images_in
+from tilewright.calib.recipe import IN_BUNDLE, Recipe, read_recipe
 from tilewright.export.verify.engines import runnable
 from tilewright.runtime.bundle.digests import sha256_of_file
 from tilewright.runtime.bundle.manifest import EngineSpec
@@ -86,7 +85,7 @@ def gate(
     recipes = {
         p: read_recipe(file)
         for p in EIGHT_BITS
-        if (file := bundle.root / RECIPE.format(p)).is_file() and p in (precision or p)
+        if (file := bundle.root / IN_BUNDLE.format(p)).is_file() and p in (precision or p)
     }
     if not recipes:
         wanted = precision or "int8 or fp8"

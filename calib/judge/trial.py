@@ -12,9 +12,9 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from tilewright.calib.insertion import Codes, insert, quantised_weights
-from tilewright.calib.layers import StandardGraph
-from tilewright.calib.likeness import psnr, relative, ssim
+from tilewright.calib.judge.likeness import psnr, relative, ssim
 from tilewright.calib.recipe import Recipe
+from tilewright.calib.recipe.layers import StandardGraph
 from tilewright.runtime.bundle.manifest import Form
 from tilewright.runtime.bundle.read import Bundle
 from tilewright.runtime.bundle.weights import location

@@ -10,8 +10,8 @@ from PIL import Image
 from skimage.metrics import structural_similarity
 
 from support.stepped import GAIN, STEPS
-from tilewright.calib.likeness import psnr, relative, ssim
-from tilewright.calib.trial import Trial
+from tilewright.calib.judge.likeness import psnr, relative, ssim
+from tilewright.calib.judge.trial import Trial
 from tilewright.runtime.bundle.read import read_bundle
 from tilewright.runtime.errors import InputError
 

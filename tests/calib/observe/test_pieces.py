@@ -10,8 +10,8 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from tilewright.calib.pieces import observed_tensors, pieces
-from tilewright.calib.watch import WatchedEngine
+from tilewright.calib.observe.pieces import observed_tensors, pieces
+from tilewright.calib.observe.watch import WatchedEngine
 from tilewright.export.verify.eager import eager_network
 from tilewright.runtime.bundle.read import read_bundle
 
@@ -132,7 +132,7 @@ def whole(graph: Path, files: dict[str, Path], feed: dict[str, Any], names: list
 def test_pieces_compute_what_the_whole_graph_computes(
     at_once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tilewright.calib.watch.AT_ONCE", at_once)
+    monkeypatch.setattr("tilewright.calib.observe.watch.AT_ONCE", at_once)
     path = tmp_path / "layers.onnx"
     onnx.save(layers(), path)
     for rows in (5, 7):  # the sessions of the first call serve other sizes too

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tilewright.calib.evidence import Evidence, Group, Point
-from tilewright.calib.observers import Observations
-from tilewright.calib.recipe import Recipe, graphs_of, make_recipe
-from tilewright.calib.trial import Score, Trial
+from tilewright.calib.judge.trial import Score, Trial
+from tilewright.calib.observe.observers import Observations
+from tilewright.calib.recipe import Recipe
+from tilewright.calib.recipe.evidence import Evidence, Group, Point
+from tilewright.calib.recipe.make import graphs_of, make_recipe
 from tilewright.runtime.bundle.digests import writing
 from tilewright.runtime.bundle.read import Bundle
 from tilewright.runtime.bundle.strict import from_json, to_json

@@ -37,6 +37,7 @@ __all__ = [
 
 Floats = npt.NDArray[np.float32]
 Codes = npt.NDArray[np.int8] | npt.NDArray[np.uint8]
+BLOCK = 1 << 16  # numbers that are cast at once
 LEAST_SCALE = float(np.finfo(np.float32).tiny)  # engines flush smaller numbers to zero, and divide by them
 
 
@@ -94,7 +95,30 @@ class Float8:
     def cast(self, numbers: Floats, *, saturate: bool) -> npt.NDArray[np.uint8]:
         """The codes of float32 numbers."""
         array = np.asarray(numbers, np.float32)
-        bits = np.atleast_1d(array).view(np.uint32)
+        if array.flags.f_contiguous and not array.flags.c_contiguous:
+            return self.cast(array.T, saturate=saturate).T
+        bits, table = (
+            np.ascontiguousarray(array).reshape(-1).view(np.uint32),
+            self._saturated if saturate else self._cast,
+        )
+        codes = np.empty(bits.size, np.uint8)
+        for start in range(0, bits.size, BLOCK):
+            block = bits[start : start + BLOCK]
+            # two numbers round alike if their upper halves are equal and neither lower half is zero
+            codes[start : start + BLOCK] = table[(block >> 16) | (block & 0xFFFF != 0)]
+        return codes.reshape(array.shape)
+
+    @cached_property
+    def _saturated(self) -> npt.NDArray[np.uint8]:
+        return self._codes_of_halves(self.last)
+
+    @cached_property
+    def _cast(self) -> npt.NDArray[np.uint8]:
+        return self._codes_of_halves(self.overflow)
+
+    def _codes_of_halves(self, beyond: int) -> npt.NDArray[np.uint8]:
+        """The codes of all upper halves of float32 numbers. `beyond`: of numbers that are too large."""
+        bits = np.arange(1 << 16, dtype=np.uint32) << 16
         magnitude, cut = bits & 0x7FFF_FFFF, 23 - self.mantissa_bits
         # half of the last place that is kept, and a little less where the place is even: ties go to the even code
         rounded = magnitude + (2 ** (cut - 1) - 1) + ((magnitude >> cut) & 1)
@@ -102,9 +126,9 @@ class Float8:
         small = magnitude < (128 - self.bias) << 23  # below the smallest number with a whole mantissa
         steps = magnitude.view(np.float32)[small] * np.float32(2.0 ** (self.bias - 1 + self.mantissa_bits))
         codes[small] = np.rint(steps).astype(np.int64)
-        codes = np.where(codes > self.last, self.last if saturate else self.overflow, codes)
+        codes = np.where(codes > self.last, beyond, codes)
         codes = np.where(magnitude > 0x7F80_0000, 0x7F, codes)  # NaN
-        return np.asarray(codes | (bits >> 31 << 7), np.uint8).reshape(array.shape)
+        return np.asarray(codes | (bits >> 31 << 7), np.uint8)
 
     @cached_property
     def _table(self) -> Floats:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from tilewright.calib.formats import (
+from tilewright.calib.scales.formats import (
     E4M3FN,
     E5M2,
     FORMATS,

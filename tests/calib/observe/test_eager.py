@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from tilewright.calib import collect
-from tilewright.calib.observers import Observations
+from tilewright.calib.observe.observers import Observations
 from tilewright.runtime.errors import UsageError
 
 MOST_MOVED = 0.01  # of a tensor's numbers lie in another bin

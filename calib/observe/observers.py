@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tilewright.calib.histograms import BINS, Histogram, histogram_of, merged
+from tilewright.calib.scales.histograms import BINS, Histogram, histogram_of, merged
 from tilewright.runtime.bundle.digests import writing
 from tilewright.runtime.bundle.safetensors import safetensors_metadata, safetensors_start
 from tilewright.runtime.errors import BundleError, InputError

@@ -7,9 +7,9 @@ from typing import Any
 
 import onnx
 
-from tilewright.calib.histograms import NotFinite
-from tilewright.calib.observers import Observations
-from tilewright.calib.pieces import Piece, observed_tensors, piece_model, pieces
+from tilewright.calib.observe.observers import Observations
+from tilewright.calib.observe.pieces import Piece, observed_tensors, piece_model, pieces
+from tilewright.calib.scales.histograms import NotFinite
 from tilewright.runtime.engines.ort import OrtEngine, open_graph
 from tilewright.runtime.errors import AccuracyError
 from tilewright.runtime.execute.devices import CpuDevice, OpenEngines

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tilewright.runtime.estimate import bytes_of
 from tilewright.runtime.images.vips import write_large
+from tilewright.runtime.memory.machine import bytes_of
 from tilewright.runtime.resume.checkpoint import share_in
 
 

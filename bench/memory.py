@@ -23,7 +23,7 @@ def measured(bundle: Path, side: int, way: str, steps: int) -> dict[str, object]
     import numpy as np
 
     from tilewright.runtime import load
-    from tilewright.runtime.estimate import peak_bytes
+    from tilewright.runtime.memory.machine import peak_bytes
 
     memory, *options = way.split(",")
     numbers = {name: int(value) for name, value in (option.split("=") for option in options)}

@@ -18,12 +18,13 @@ from tilewright.runtime.bundle.read import Bundle, read_bundle
 from tilewright.runtime.bundle.weights import checked_folder
 from tilewright.runtime.engines import Engine
 from tilewright.runtime.errors import AccuracyError, DeviceError, InputError, ResourceError, UsageError
-from tilewright.runtime.estimate import all_open, available_bytes
 from tilewright.runtime.execute.devices import OpenEngines, cpu_names
 from tilewright.runtime.execute.executor import Executor
 from tilewright.runtime.images.read import SUFFIXES, image_size
 from tilewright.runtime.images.write import check_place
 from tilewright.runtime.inputs import gather, read_tensors, whole
+from tilewright.runtime.memory.estimate import all_open
+from tilewright.runtime.memory.machine import available_bytes
 from tilewright.runtime.plan.noise import WORD_MAX
 from tilewright.runtime.restore import Restorer
 from tilewright.runtime.resume.checkpoint import beside, plain

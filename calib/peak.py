@@ -23,7 +23,7 @@ def peak_of(root: Path, engine: str, picture: Path, load: dict[str, Any], restor
 
 
 def _measure() -> None:
-    from tilewright.runtime.estimate import peak_bytes
+    from tilewright.runtime.memory.machine import peak_bytes
     from tilewright.runtime.restore import load
 
     root, engine, picture, options, restore = pickle.load(sys.stdin.buffer)

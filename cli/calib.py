@@ -9,7 +9,8 @@ from tilewright.cli.bundle_arguments import own_arguments, own_values
 from tilewright.cli.judged import FRONTIER, report_text, tell_gate
 from tilewright.cli.terminal import Progress, answer, expect_argument, mebibytes, table, verb
 from tilewright.runtime.bundle.read import require_bundle
-from tilewright.runtime.estimate import MEMORY_MODES, peak_bytes
+from tilewright.runtime.memory.estimate import MEMORY_MODES
+from tilewright.runtime.memory.machine import peak_bytes
 
 __all__ = ["add_verbs"]
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tilewright.cli.terminal import note
 from tilewright.runtime.bundle.program import Program
-from tilewright.runtime.estimate import MEMORY_MODES
+from tilewright.runtime.memory.estimate import MEMORY_MODES
 from tilewright.runtime.restore import Restorer, load
 
 __all__ = ["engine_argument", "engine_arguments", "load_arguments", "note_large_tile", "open_restorer"]

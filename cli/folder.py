@@ -9,8 +9,8 @@ from tilewright.cli.commands import as_typed
 from tilewright.cli.main import ending
 from tilewright.cli.terminal import Progress, answer, mebibytes, note
 from tilewright.runtime.errors import TilewrightError, UsageError
-from tilewright.runtime.estimate import peak_bytes
 from tilewright.runtime.folder import Outcome, images_of, restore_images
+from tilewright.runtime.memory.machine import peak_bytes
 from tilewright.runtime.profile import engines_text
 from tilewright.runtime.restore import Restorer
 from tilewright.runtime.resume.keeper import Kept

@@ -12,8 +12,8 @@ from tilewright.cli.engine_arguments import note_large_tile
 from tilewright.cli.terminal import Progress, answer
 from tilewright.runtime.bundle.digests import writing
 from tilewright.runtime.errors import EnvironmentMismatch, InputError, ResourceError, UsageError
-from tilewright.runtime.estimate import MEMORY_MODES
 from tilewright.runtime.images.write import check_place
+from tilewright.runtime.memory.estimate import MEMORY_MODES
 
 __all__ = ["profile", "profile_arguments"]
 

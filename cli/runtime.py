@@ -13,7 +13,8 @@ from tilewright.cli.simulate import simulate, simulate_arguments
 from tilewright.cli.terminal import answer, expect_argument, verb
 from tilewright.runtime.bundle.read import read_bundle
 from tilewright.runtime.errors import UsageError
-from tilewright.runtime.estimate import bytes_of, estimate
+from tilewright.runtime.memory.estimate import estimate
+from tilewright.runtime.memory.machine import bytes_of
 from tilewright.runtime.setup import set_up
 
 __all__ = ["add_verbs"]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tilewright.cli.engine_arguments import engine_arguments
 from tilewright.cli.terminal import answer, note
-from tilewright.runtime.estimate import bytes_of
+from tilewright.runtime.memory.machine import bytes_of
 
 __all__ = ["serve", "serve_arguments"]
 

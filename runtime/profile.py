@@ -14,8 +14,8 @@ import numpy as np
 from tilewright.runtime.engines import backend
 from tilewright.runtime.engines.machine import processor, usable_cores
 from tilewright.runtime.errors import UsageError
-from tilewright.runtime.estimate import peak_bytes, reset_peak
 from tilewright.runtime.inputs import whole
+from tilewright.runtime.memory.machine import peak_bytes, reset_peak
 from tilewright.runtime.restore import Restorer
 
 __all__ = ["engines_text", "hardware", "profile", "resolutions"]

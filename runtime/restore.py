@@ -18,12 +18,6 @@ from tilewright.runtime.bundle.weights import checked_folder
 from tilewright.runtime.cluster.join import join
 from tilewright.runtime.engines.choose import shortest_tile
 from tilewright.runtime.errors import ResourceError, UsageError
-from tilewright.runtime.estimate import (
-    MEMORY_MODES,
-    Estimate,
-    bytes_of,
-    estimate,
-)
 from tilewright.runtime.execute.devices import OpenEngines
 from tilewright.runtime.execute.executor import Executor
 from tilewright.runtime.execute.walk import Job, Walk, layout
@@ -33,6 +27,8 @@ from tilewright.runtime.images.on_disk import require_room
 from tilewright.runtime.images.read import Picture, read_image
 from tilewright.runtime.images.vips import BITS, check_large_format, installed, read_large
 from tilewright.runtime.inputs import check_names, read_tensors, seconds, whole
+from tilewright.runtime.memory.estimate import MEMORY_MODES, Estimate, estimate
+from tilewright.runtime.memory.machine import bytes_of
 from tilewright.runtime.plan.lower import moves
 from tilewright.runtime.plan.noise import WORD_MAX
 from tilewright.runtime.plan.passes import least_px

@@ -12,10 +12,11 @@ from tilewright.runtime.engines.choose import choose_all, largest_batch, require
 from tilewright.runtime.engines.driver import first_gpu
 from tilewright.runtime.engines.machine import this_machine, usable_cores
 from tilewright.runtime.engines.trust import strangers
-from tilewright.runtime.estimate import all_on_gpu, all_open, available_bytes
 from tilewright.runtime.execute.cuda import CudaDevice
 from tilewright.runtime.execute.devices import CpuDevice, Device, OpenEngines, device_names
 from tilewright.runtime.inputs import whole
+from tilewright.runtime.memory.estimate import all_on_gpu, all_open
+from tilewright.runtime.memory.machine import available_bytes
 
 __all__ = ["Opened", "Setup", "open_here", "set_up"]
 

@@ -16,7 +16,6 @@ import numpy.typing as npt
 
 from tilewright.runtime.bundle.read import Bundle
 from tilewright.runtime.errors import InputError, ResourceError, UsageError
-from tilewright.runtime.estimate import Estimate, peak_bytes
 from tilewright.runtime.execute.walk import Walk
 from tilewright.runtime.images.canvas import Enlarged, fill
 from tilewright.runtime.images.color import recolored
@@ -26,6 +25,8 @@ from tilewright.runtime.images.seams import borders, seam_excess
 from tilewright.runtime.images.vips import BITS
 from tilewright.runtime.images.write import PictureOnDisk, assemble
 from tilewright.runtime.inputs import gather, seconds
+from tilewright.runtime.memory.estimate import Estimate
+from tilewright.runtime.memory.machine import peak_bytes
 from tilewright.runtime.plan.forecast import Forecast
 from tilewright.runtime.plan.passes import least_px
 from tilewright.runtime.resume.checkpoint import (

@@ -5,8 +5,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from support.shared import Shared, filled_once, folder_of_run
+
+# every run tries the same examples: a change is judged by what it changes. --hypothesis-profile=default tries others
+settings.register_profile("same", derandomize=True, database=None)
+settings.load_profile("same")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -46,7 +46,7 @@ RUNTIME = (
     {"bundle"},
     {"plan", "engines", "text.py", "images"},
     {"inputs.py", "select.py"},
-    {"execute", "estimate.py"},
+    {"execute", "memory"},
     {"resume"},
     {"setup.py", "sitting.py"},
     {"cluster"},

@@ -17,7 +17,7 @@ PARTS = (  # module -> its names, in the order of the page
     ("tilewright.runtime", ("load", "Restorer", "Sitting", "Ticket", "Restoration", "write_image", "encode_image")),
     ("tilewright.runtime.folder", ("images_of", "restore_images", "Outcome")),
     ("tilewright.runtime.bundle.arguments", ("Argument",)),
-    ("tilewright.runtime.estimate", ("Estimate",)),
+    ("tilewright.runtime.memory.estimate", ("Estimate",)),
     ("tilewright.runtime.plan.forecast", ("Forecast",)),
     ("tilewright.runtime.errors", ()),
 )

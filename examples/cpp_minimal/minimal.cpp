@@ -11,11 +11,11 @@ int main(int count, char** words) try {
     if (count != 2 || !(std::cin >> magic >> in.width >> in.height >> most) || magic != "P6" || most != 255) return 2;
     std::vector<char> pixels(std::size_t{3} * in.width * in.height);
     std::cin.ignore().read(pixels.data(), static_cast<std::streamsize>(pixels.size()));
-    in.pixels = reinterpret_cast<std::uint8_t*>(pixels.data());
+    in.pixels = pixels.data();
 
     tilewright::Image out = tilewright::Bundle(words[1]).restore(in);
     std::cout << "P6 " << out->width << " " << out->height << " 255\n";
-    std::cout.write(reinterpret_cast<const char*>(out->pixels), std::streamsize{3} * out->width * out->height);
+    std::cout.write(static_cast<const char*>(out->pixels), std::streamsize{3} * out->width * out->height);
 } catch (const tilewright::Error& error) {
     std::cerr << error.what() << "\n";
     return error.status;

@@ -17,7 +17,7 @@ from tilewright.runtime.bundle.manifest import Component, EngineSpec, Memory
 from tilewright.runtime.bundle.read import Bundle, read_bundle
 from tilewright.runtime.bundle.write import seal
 from tilewright.runtime.errors import UsageError
-from tilewright.runtime.estimate import available_bytes
+from tilewright.runtime.memory.machine import available_bytes
 
 __all__ = ["Compiled", "check_room_for", "compile_engines", "link", "list_in_card", "split", "with_engines"]
 

@@ -13,7 +13,7 @@ from tilewright.export.build.request import Request
 from tilewright.export.system import Rows
 from tilewright.export.verify.memory import VERIFY_COPIES
 from tilewright.runtime.bundle.digests import cache_dir
-from tilewright.runtime.estimate import available_bytes
+from tilewright.runtime.memory.machine import available_bytes
 
 __all__ = ["Forecast", "forecast", "unverifiable"]
 

@@ -10,7 +10,7 @@ from tilewright.export.build.stages.constants import check_constants
 from tilewright.runtime.bundle.arguments import check_arguments
 from tilewright.runtime.bundle.write import check_replaceable
 from tilewright.runtime.errors import BundleError, ResourceError, UsageError, amount
-from tilewright.runtime.estimate import available_bytes
+from tilewright.runtime.memory.machine import available_bytes
 
 __all__ = ["check_request", "check_room", "free_room"]
 

@@ -21,7 +21,7 @@ from tilewright.export.build.stage_list import all_remembered, list_stages
 from tilewright.runtime.bundle.digests import sha256_of_file
 from tilewright.runtime.bundle.read import read_bundle
 from tilewright.runtime.errors import BundleError
-from tilewright.runtime.estimate import peak_bytes, reset_peak
+from tilewright.runtime.memory.machine import peak_bytes, reset_peak
 
 __all__ = ["Cost", "build", "changes", "up_to_date"]
 

@@ -31,10 +31,10 @@ from tilewright.runtime.engines.choose import require as require_engines
 from tilewright.runtime.engines.machine import processor, this_machine, usable_cores
 from tilewright.runtime.engines.trust import strangers
 from tilewright.runtime.errors import AccuracyError, ResourceError, TilewrightError, UsageError
-from tilewright.runtime.estimate import available_bytes
 from tilewright.runtime.execute.walk import Job, run
 from tilewright.runtime.images.canvas import Enlarged
 from tilewright.runtime.inputs import gather
+from tilewright.runtime.memory.machine import available_bytes
 from tilewright.runtime.plan.passes import least_px, plan_of
 from tilewright.runtime.restore import Restorer, load
 from tilewright.runtime.text import token_ids

@@ -15,9 +15,10 @@ from threading import Condition, Thread
 from typing import Any
 
 from tilewright.runtime.errors import DeviceError, InputError, ResourceError, TilewrightError, UsageError, amount
-from tilewright.runtime.estimate import INTERPRETER_BYTES, available_bytes
 from tilewright.runtime.folder import PER_DEVICE
 from tilewright.runtime.images.write import encode_image
+from tilewright.runtime.memory.estimate import INTERPRETER_BYTES
+from tilewright.runtime.memory.machine import available_bytes
 from tilewright.runtime.restore import Restorer
 from tilewright.runtime.serve.masks import masked
 from tilewright.runtime.serve.metrics import Metrics

@@ -14,7 +14,7 @@ from typing import Any
 
 from tilewright.runtime.bundle.read import Bundle, read_bundle
 from tilewright.runtime.errors import BundleError, TilewrightError
-from tilewright.runtime.estimate import INTERPRETER_BYTES, Estimate, estimate
+from tilewright.runtime.memory.estimate import INTERPRETER_BYTES, Estimate, estimate
 from tilewright.runtime.restore import Restorer, load
 from tilewright.runtime.serve.settings import Settings, name_of
 from tilewright.runtime.setup import Setup, set_up

@@ -14,10 +14,10 @@ from PIL import Image
 
 from support.scenes import noise
 from tilewright.cli.main import main
-from tilewright.runtime import estimate as memory
 from tilewright.runtime import load
 from tilewright.runtime.bundle.read import read_bundle
-from tilewright.runtime.estimate import estimate
+from tilewright.runtime.memory import estimate as memory
+from tilewright.runtime.memory.estimate import estimate
 from tilewright.runtime.simulate import Cost, graph_of, simulate
 
 

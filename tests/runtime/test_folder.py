@@ -8,10 +8,10 @@ import pytest
 from PIL import Image
 
 from support.scenes import noise
-from tilewright.runtime import estimate as memory
 from tilewright.runtime import load
 from tilewright.runtime.errors import InputError, TilewrightError, UsageError
 from tilewright.runtime.folder import PER_DEVICE, images_of, restore_images
+from tilewright.runtime.memory import estimate as memory
 
 SIZES = [(20, 30), (61, 17), (8, 8), (40, 90), (33, 33), (64, 64), (5, 50)]
 

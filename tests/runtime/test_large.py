@@ -10,11 +10,12 @@ import pytest
 from PIL import Image, ImageCms
 
 from support.scenes import CPUS, WHOLE, noise, scene
-from tilewright.runtime import estimate, load, write_image
+from tilewright.runtime import load, write_image
 from tilewright.runtime.errors import InputError, ResourceError, UsageError
 from tilewright.runtime.images import on_disk, vips
 from tilewright.runtime.images.read import read_image
 from tilewright.runtime.images.write import PictureOnDisk
+from tilewright.runtime.memory import estimate
 
 pyvips = pytest.importorskip("pyvips", reason="images larger than memory need pyvips")
 OUT = Path("out.tif")

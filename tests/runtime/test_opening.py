@@ -6,9 +6,9 @@ from safetensors.numpy import save_file
 
 from support.scenes import CPUS, noise, scene
 from tilewright.runtime import Restorer, load, setup
-from tilewright.runtime import estimate as memory
 from tilewright.runtime.engines import ort
 from tilewright.runtime.errors import ResourceError
+from tilewright.runtime.memory import estimate as memory
 
 
 class Life:

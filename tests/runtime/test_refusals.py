@@ -8,7 +8,7 @@ from tilewright.runtime import TilewrightError, load
 from tilewright.runtime.bundle.read import read_bundle
 from tilewright.runtime.engines.machine import usable_cores
 from tilewright.runtime.errors import InputError, UsageError
-from tilewright.runtime.estimate import estimate
+from tilewright.runtime.memory.estimate import estimate
 
 CORES = usable_cores()
 

@@ -32,9 +32,9 @@ from tilewright.runtime.bundle.program import Tiles
 from tilewright.runtime.bundle.read import read_bundle
 from tilewright.runtime.bundle.write import write_manifest
 from tilewright.runtime.errors import BundleError, InputError, UsageError
-from tilewright.runtime.estimate import estimate
 from tilewright.runtime.execute.devices import CpuDevice, OpenEngines
 from tilewright.runtime.execute.executor import Executor
+from tilewright.runtime.memory.estimate import estimate
 
 # Pixels
 

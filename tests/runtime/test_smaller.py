@@ -9,12 +9,13 @@ from PIL import Image
 from support.devices import Cramped
 from support.scenes import noise
 from tilewright.cli.main import main
-from tilewright.runtime import estimate as memory
 from tilewright.runtime import load, setup
 from tilewright.runtime.bundle.program import Tiles
 from tilewright.runtime.bundle.read import read_bundle
 from tilewright.runtime.errors import ResourceError, UsageError
-from tilewright.runtime.estimate import bytes_of, estimate
+from tilewright.runtime.memory import estimate as memory
+from tilewright.runtime.memory.estimate import estimate
+from tilewright.runtime.memory.machine import bytes_of
 from tilewright.runtime.plan.passes import plan_of, smaller_tile
 
 IMAGE = noise(60, 90, 3)

@@ -21,7 +21,7 @@ from tilewright.runtime.bundle.digests import cache_dir
 from tilewright.runtime.bundle.read import read_bundle
 from tilewright.runtime.bundle.safetensors import safetensors_header
 from tilewright.runtime.errors import InputError, ResourceError, UsageError
-from tilewright.runtime.estimate import available_bytes
+from tilewright.runtime.memory.machine import available_bytes
 
 pytestmark = pytest.mark.slow
 

@@ -364,7 +364,7 @@ PEAK = """
 import sys, torch
 from pathlib import Path
 from tilewright.export.weights.pickled import as_safetensors
-from tilewright.runtime.estimate import peak_bytes, reset_peak
+from tilewright.runtime.memory.machine import peak_bytes, reset_peak
 as_safetensors(Path(sys.argv[1]))  # a small one, so that torch has all it needs
 reset_peak()
 start = peak_bytes()

@@ -30,6 +30,11 @@ def test_a_wrong_use_gives_a_status_and_a_line(run, bundle):
     assert done.stdout.endswith(", 0 wrong\n")
 
 
+def test_a_callback_may_throw(run, bundle):
+    done = run("tests/callbacks", bundle)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_it_exports_the_functions_of_its_header_and_no_other(built):
     listing = subprocess.run(
         ["nm", "-D", "--defined-only", built / "libtilewright.so"], capture_output=True, text=True, check=True

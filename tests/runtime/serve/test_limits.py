@@ -123,7 +123,7 @@ def test_memory_is_kept_in_a_ledger(steps) -> None:
         watcher.join()
         assert {a.status_code for a in answers} == {200}
         assert idle < max(size for size, _ in held) <= ledger.limit and ledger.held == idle
-        assert {running for _, running in held} == {0, 1}  # two of them do not fit
+        assert max(running for _, running in held) == 1  # two of them do not fit
 
 
 def test_bundles_are_opened_when_needed_and_the_longest_unused_makes_room(steps, tmp_path) -> None:

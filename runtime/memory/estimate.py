@@ -1,23 +1,21 @@
-"""Memory: how much a restoration needs, how much is free, and how much was used."""
+"""How much memory a restoration needs, and whether that much is free."""
 
-import contextlib
 import math
-import re
-import sys
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from numbers import Integral
-from pathlib import Path
 
 from tilewright.runtime.bundle.manifest import EngineSpec
-from tilewright.runtime.bundle.program import Pass, Program, Tiles, state_shape
+from tilewright.runtime.bundle.program import Pass, Program
 from tilewright.runtime.bundle.read import Bundle
 from tilewright.runtime.bundle.weights import Reference
 from tilewright.runtime.engines.choose import outside, shortest_tile
 from tilewright.runtime.errors import ResourceError, UsageError
 from tilewright.runtime.images.canvas import padded
-from tilewright.runtime.plan.passes import least_px, part_bytes, plan_of, smaller_tile
+from tilewright.runtime.memory.held import Held
+from tilewright.runtime.memory.machine import available_bytes
+from tilewright.runtime.plan.passes import least_px, plan_of, smaller_tile
 from tilewright.runtime.plan.tiles import TilePlan
 
 __all__ = [
@@ -26,12 +24,8 @@ __all__ = [
     "Estimate",
     "all_on_gpu",
     "all_open",
-    "available_bytes",
-    "bytes_of",
     "estimate",
     "needed_bytes",
-    "peak_bytes",
-    "reset_peak",
     "weights_bytes",
 ]
 
@@ -42,68 +36,6 @@ INTERPRETER_BYTES = 80_000_000  # Python, NumPy, Pillow and ONNX Runtime, measur
 ARENA = 1.4
 LIBVIPS_BYTES, LIBVIPS_ROWS = 60_000_000, 1000  # its code, and the rows that it reads or writes at once
 GRAPH = 30  # bytes of an open engine for each byte of its graph's file, measured 28 to 35
-WIDTHS = {"float64": 8, "int64": 8, "float16": 2, "bfloat16": 2, "int16": 2, "int8": 1, "uint8": 1, "bool": 1}
-UNITS = {"": 1, "b": 1} | {
-    f"{prefix}{'i' if base == 1024 else ''}b": base**power
-    for base in (1000, 1024)
-    for power, prefix in enumerate("kmgt", 1)
-}
-CONTROL_GROUP = Path("/sys/fs/cgroup")
-
-
-def available_bytes() -> int | None:
-    """Memory that is free without swapping; none if the system does not tell."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    system = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    return min([system, *_control_group_bytes()])
-
-
-def _control_group_bytes() -> Iterable[int]:
-    try:
-        limit, used, table = ((CONTROL_GROUP / f"memory.{n}").read_text() for n in ("max", "current", "stat"))
-    except OSError:
-        return []
-    parts = dict(line.split() for line in table.splitlines())
-    cached = sum(
-        int(parts.get(name, 0)) for name in ("active_file", "inactive_file")
-    )  # the system frees it when needed
-    return [] if limit.strip() == "max" else [int(limit) - int(used) + cached]
-
-
-def peak_bytes() -> int:
-    """The most memory of this process since `reset_peak`, or since its start; 0 if the system does not tell."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return _peak_of_its_life()
-    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
-
-
-def _peak_of_its_life() -> int:
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024
-
-
-def reset_peak() -> None:
-    """Count the peak anew, if the system allows it."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def bytes_of(text: str, name: str = "memory_limit") -> int:
-    """The number of bytes in a text like `2GiB`, `1.5 GB` or `800MiB`."""
-    parsed = re.fullmatch(r"\s*(\d+\.?\d*)\s*([a-z]*)\s*", text.lower(), re.ASCII)
-    size = float(parsed[1]) * UNITS.get(parsed[2], 0) if parsed else 0.0
-    if not 1 <= size < 2**63:
-        raise UsageError(f"{name}={text!r} is no amount of memory; write 800MiB, 2GiB or 2GB")
-    return int(size)
 
 
 def needed_bytes(
@@ -195,135 +127,6 @@ def _call_bytes(specs: Mapping[str, EngineSpec], name: str, p: Pass, plan: TileP
 def _at_once(p: Pass, plan: TilePlan, devices: int) -> int:
     """How many devices the tiles of a pass can keep busy."""
     return min(devices, -(-plan.count // (p.tiles.batch if p.tiles else 1)))
-
-
-def _steps(p: Pass, steps: int | None) -> int:
-    return 1 if p.steps is None else p.steps.count if steps is None else steps
-
-
-class Held:
-    """The bytes that a job holds between calls: parts of grids, values of tiles, values of the job."""
-
-    def __init__(
-        self,
-        bundle: Bundle,
-        passes: Sequence[tuple[Pass, TilePlan]],
-        steps: int | None,
-        devices: int,
-        depth_first: bool = False,
-    ) -> None:
-        self.grids, self.passes, self.devices = bundle.program.grids, passes, devices
-        joined = any(p.writes("each") & self.grids.keys() for p, _ in passes)
-        self.depth_first = depth_first and not joined  # a joined pass needs all of its tiles at once
-        self.job = 0
-        self.kept: list[tuple[int, int, int, int]] = []  # written by a pass, read last by a pass, bytes a tile, tiles
-        self.open: list[int] = []  # pass -> bytes of an open tile
-        shapes: dict[tuple[Tiles | None, str], tuple[int, ...]] = {}
-        of_tiles: dict[Tiles | None, set[str]] = {}
-        for place, (p, plan) in enumerate(passes):
-            shared = self._shared(p, of_tiles.setdefault(p.tiles, set()))
-            sizes = self._pass_shapes(bundle, p, plan, _steps(p, steps), shapes)
-            of_tile = 0
-            for name, size in sizes.items():
-                last = max((i for i, (q, _) in enumerate(passes) if name in q.reads()), default=place)
-                if p.tiles is None or name in shared:
-                    self.job += size
-                elif last > place:
-                    self.kept.append((place, last, size, plan.count))
-                else:
-                    of_tile += size
-            self.open.append(of_tile)
-
-    def at(self, place: int) -> int:
-        """The most that is held while a pass runs."""
-        p, plan = self.passes[place]
-        stays, goes, comes = self.job, 0, 0
-        spans = [*self.kept, *self._parts()]
-        for first, last, size, count in spans:
-            count = min(count, 2 * self._front(plan)) if self.depth_first else count
-            if first < place < last:
-                stays += size * count
-            elif first < place == last:
-                goes += size * count
-            elif first == place < last:
-                comes += size * count
-        joined = bool(p.writes("each") & self.grids.keys())
-        ready = (4 * self.devices - 2) if p.each else 2 * self.devices
-        tiles = plan.count if joined else min(plan.count, ready * (p.tiles.batch if p.tiles else 1))
-        front = self._front(plan)
-        parts = {name: part_bytes(self.grids[name], plan) for name in p.writes() & self.grids.keys()}
-        written = sum(parts.values())
-        generation = plan.count * sum(size for name, size in parts.items() if name in p.writes("each"))
-        return stays + max(goes, comes, generation if joined else 0) + front * written + tiles * self.open[place]
-
-    def _shared(self, p: Pass, of_tiles: set[str]) -> set[str]:
-        """The values that a pass computes once for all of its tiles; `of_tiles` gets the names of the others."""
-        if p.tiles is None:
-            return set()
-        shared: set[str] = set()
-        of_tiles |= self.grids.keys() | p.state.keys()
-        for section, *_, call in p.calls():
-            targets = set(call.outputs.values())
-            if section == "once" and call.shared(of_tiles):
-                shared |= targets
-            else:
-                of_tiles |= targets
-        return shared
-
-    def _front(self, plan: TilePlan) -> int:
-        """How many parts wait for the next row of tiles."""
-        return min(plan.count, len(plan.lefts) + 2 + 2 * self.devices)
-
-    def _parts(self) -> Iterable[tuple[int, int, int, int]]:
-        """The parts of grids: first and last pass, bytes a tile, tiles. `result` goes to the picture at once."""
-        for place, (p, plan) in enumerate(self.passes):
-            for name in p.writes() & self.grids.keys():
-                last = max((i for i, (q, _) in enumerate(self.passes) if name in q.reads()), default=place)
-                yield place, last, part_bytes(self.grids[name], plan), plan.count
-
-    def _pass_shapes(
-        self,
-        bundle: Bundle,
-        p: Pass,
-        plan: TilePlan,
-        steps: int,
-        shapes: dict[tuple[Tiles | None, str], tuple[int, ...]],
-    ) -> dict[str, int]:
-        """The bytes of each value that a pass writes for one tile, or for the job; `shapes` gets their shapes."""
-        tile = plan.tile_height, plan.tile_width
-        sizes = {}
-        for name, state in p.state.items():
-            shapes[p.tiles, name] = (1, *state_shape(state, *tile))
-            sizes[name] = 4 * math.prod(shapes[p.tiles, name])
-        for *_, call in p.calls():
-            component = bundle.manifest.components[call.run]
-            named = {"batch": 1, "steps": steps}
-            for input_name, source in call.inputs.items():
-                shape = self._source_shape(source.lstrip("~"), p, tile, shapes)
-                spec = component.inputs[input_name].shape
-                named = {d: n for d, n in zip(spec, shape, strict=False) if isinstance(d, str)} | named
-            for output, target in call.outputs.items():
-                if target in self.grids:
-                    continue
-                spec_of = component.outputs[output]
-                shapes[p.tiles, target] = tuple(_size(d, named) for d in spec_of.shape)
-                sizes[target] = WIDTHS.get(spec_of.dtype, 4) * math.prod(shapes[p.tiles, target])
-        return sizes
-
-    def _source_shape(
-        self, source: str, p: Pass, tile: tuple[int, int], shapes: Mapping[tuple[Tiles | None, str], tuple[int, ...]]
-    ) -> tuple[int, ...]:
-        if grid := self.grids.get(source):
-            return (1, grid.channels, tile[0] // grid.px, tile[1] // grid.px)
-        return shapes.get((p.tiles, source), shapes.get((None, source), ()))
-
-
-def _size(dim: int | str, named: Mapping[str, int]) -> int:
-    """A size of a shape; `h/2` is half of `h`. One that no input has counts as 1."""
-    if isinstance(dim, int):
-        return dim
-    whole, _, part = dim.partition("/")
-    return named.get(dim, named.get(whole, 1) // int(part or 1))
 
 
 @dataclass(frozen=True)

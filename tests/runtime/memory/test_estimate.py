@@ -6,13 +6,13 @@ import pytest
 
 from support.scenes import noise
 from support.walks import DDPM
-from tilewright.runtime import estimate as memory
 from tilewright.runtime.bundle.manifest import Memory
 from tilewright.runtime.bundle.program import Call, State, Steps, TensorSpec
 from tilewright.runtime.bundle.read import Bundle, read_bundle
 from tilewright.runtime.bundle.weights import Reference
 from tilewright.runtime.errors import ResourceError, UsageError
-from tilewright.runtime.estimate import estimate
+from tilewright.runtime.memory import estimate as memory
+from tilewright.runtime.memory.estimate import estimate
 
 
 def test_an_estimate_gives_the_result_size_and_the_tiles(bundle):
@@ -132,18 +132,6 @@ def test_work_that_does_not_fit_is_refused_before_it_starts(restorer, monkeypatc
     ) as caught:
         restorer(image)
     assert caught.value.exit_code == 5
-
-
-def test_memory_is_what_the_system_and_the_control_group_leave(tmp_path, monkeypatch):
-    monkeypatch.setattr(memory, "CONTROL_GROUP", tmp_path)
-    system = memory.available_bytes()
-    assert 0 < system < 2**50
-    (tmp_path / "memory.max").write_text("max\n")
-    (tmp_path / "memory.current").write_text("900000\n")
-    (tmp_path / "memory.stat").write_text("anon 100000\nactive_file 300000\ninactive_file 500000\nshmem 0\n")
-    assert memory.available_bytes() > 900_000
-    (tmp_path / "memory.max").write_text("1000000\n")
-    assert memory.available_bytes() == 900_000  # files the group has read are dropped when memory is asked for
 
 
 def test_the_need_counts_states_that_are_open_and_values_that_wait(tinted):

@@ -69,6 +69,9 @@ def restore_arguments(restore: argparse.ArgumentParser) -> None:
         "--jitter", action="store_true", help="move the borders of tiles from step to step, where steps join tiles"
     )
     restore.add_argument(
+        "--native", action="store_true", help="with the C++ library, which make cpp builds or TILEWRIGHT_LIBRARY names"
+    )
+    restore.add_argument(
         "--max-pixels", type=int, metavar="N", default=100_000_000, help="refuse larger inputs (default: 100 million)"
     )
     restore.epilog = LISTED
@@ -92,6 +95,8 @@ def restore(arguments: argparse.Namespace) -> None:
         values = own_values(arguments)
         _notes(arguments)
         _lift_pillows_limit()
+        if arguments.native:
+            raise UsageError(f"--native restores one image, and {arguments.input} is a folder; leave it out")
         from tilewright.cli.folder import restore_folder
 
         restore_folder(arguments, partial(open_restorer, arguments), _sizes(arguments) | values)
@@ -100,6 +105,11 @@ def restore(arguments: argparse.Namespace) -> None:
     values = own_values(arguments)
     _notes(arguments)
     _lift_pillows_limit()
+    if arguments.native:
+        from tilewright.cli.native import restore_native
+
+        restore_native(arguments, source, values, piped=piped)
+        return
     file = None if piped else beside(arguments.output)
     _note_resume(arguments, file)
     start = time.perf_counter()

@@ -282,9 +282,8 @@ class NativeRestorer:
         notes = self._run(source, options, result, on_progress, on_part)
         spent = {"read": read - start, "restore": time.perf_counter() - read}
         ran = self.ran
-        return Restoration(
-            result, scale, picture.icc, spent, {}, peak_bytes(), ran["engines"], tuple(ran["devices"]), tuple(notes)
-        )
+        engines, devices, icc, exif = ran["engines"], tuple(ran["devices"]), picture.icc, picture.exif
+        return Restoration(result, scale, icc, exif, spent, {}, peak_bytes(), engines, devices, tuple(notes))
 
     def _arrays(self, arguments: Mapping[str, Any]) -> dict[str, npt.NDArray[Any]]:
         """The caller's arguments as arrays for the program."""

@@ -52,9 +52,11 @@ def restore_native(
             library = restorer.ran["library"]
         before = time.perf_counter()
         if piped:
-            send_image(encode_image(restoration.image, arguments.format or "png", icc=restoration.icc))
+            send_image(
+                encode_image(restoration.image, arguments.format or "png", icc=restoration.icc, exif=restoration.exif)
+            )
         else:
-            write_or_keep(arguments.output, restoration.image, icc=restoration.icc)
+            write_or_keep(arguments.output, restoration.image, icc=restoration.icc, exif=restoration.exif)
         now = time.perf_counter()
     for text in restoration.notes:
         note(arguments, text)

@@ -1,4 +1,4 @@
-// How much memory a restoration needs, by the same rules as runtime/estimate.py, and so the same figure.
+// How much memory a restoration needs, by the same rules as runtime/memory/estimate.py, and so the same figure.
 #pragma once
 
 #include "choose.hpp"

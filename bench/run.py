@@ -73,6 +73,7 @@ def hitoksr(work: Path) -> None:
     tilewright("export", "build", "hitoksr", "--preset", "tiny", "--random-weights", 0, "-o", tiny)
     tilewright("export", "build", "hitoksr", "--preset", "full", "--random-weights", 0, "-o", full)
     bench("imports")
+    bench("cold", "--bundle", tiny)
     bench("overhead", "--bundle", tiny)
     bench("export_cost", "hitoksr", "--weights", full / "weights", stored="export_cost_hitoksr")
     store("accuracy", {"tiny at 512x512": accuracy(tiny, 512), "full at 512x512": accuracy(full, 512)})

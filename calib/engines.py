@@ -26,7 +26,7 @@ from tilewright.export.build.compile import check_room_for, link, list_in_card, 
 from tilewright.export.plans.build import Options
 from tilewright.export.targets import check_makeable, engine_folder, target_module
 from tilewright.export.targets.tensorrt import typed
-from tilewright.export.verify.engines import sample_photo
+from tilewright.export.verify.sample import sample_photo
 from tilewright.runtime.bundle.digests import sha256_of_file
 from tilewright.runtime.bundle.manifest import EngineSpec, File, Form, Needs
 from tilewright.runtime.bundle.read import Bundle, read_bundle

@@ -50,7 +50,7 @@ RUNTIME = (
     {"resume"},
     {"setup.py", "sitting.py"},
     {"cluster"},
-    {"restore.py", "simulate.py"},
+    {"native.py", "restore.py", "simulate.py"},
     {"profile.py", "triton_server.py", "folder.py", "atlas.py", "atlas_page.py"},
     {"doctor.py"},
     {"serve"},

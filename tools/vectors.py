@@ -8,6 +8,7 @@ import hashlib
 import importlib.util
 import json
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -24,6 +25,9 @@ from tilewright.runtime.bundle.weights import Weights
 from tilewright.runtime.errors import TilewrightError
 from tilewright.runtime.execute.walk import layout
 from tilewright.runtime.images.canvas import Enlarged, fill
+from tilewright.runtime.images.on_disk import PixelFile
+from tilewright.runtime.images.read import Picture
+from tilewright.runtime.images.write import PictureOnDisk
 from tilewright.runtime.plan.noise import normal, philox4x32
 from tilewright.runtime.plan.schedules import SCHEDULES
 from tilewright.runtime.plan.tiles import tile_plan, weights
@@ -175,6 +179,12 @@ def picture(width: int, height: int) -> Any:
     return (((x * 37) ^ (y * 91)) + c * 53 + x * y // 3 & 255).astype(np.uint8)
 
 
+def deep_picture(width: int, height: int) -> Any:
+    """The same picture in 16 bits."""
+    levels = picture(width, height).astype(np.uint16)
+    return levels * 256 + levels * 7 % 256
+
+
 def images() -> list[dict[str, Any]]:
     """Crops of enlarged and padded pictures, times 255; and rounding back to 8 bits."""
     cases: list[dict[str, Any]] = []
@@ -203,6 +213,15 @@ def images() -> list[dict[str, Any]]:
                 "sha256": hashlib.sha256(eight.tobytes()).hexdigest(),
             }
         )
+    for width, height, scale, multiple, crop in (
+        (13, 9, 4, 8, (0, 0, 40, 56)),
+        (40, 33, 3, 8, (48, 24, 24, 40)),
+        (13, 9, 1, 8, (0, 0, 16, 16)),
+    ):
+        planes = Enlarged(deep_picture(width, height), scale, multiple).crop(*crop)
+        sizes = {"scale": scale, "multiple": multiple, "least": 1, "crop": list(crop)}
+        digest = hashlib.sha256(planes.astype("<f4").tobytes()).hexdigest()
+        cases.append({"deep": [width, height], **sizes, "row": _floats(planes[0, 0]), "sha256": digest})
     numbers = [
         0,
         -0.0,
@@ -224,9 +243,17 @@ def images() -> list[dict[str, Any]]:
     rgb = np.zeros((1, len(numbers), 3), np.uint8)
     fill(rgb, 0, 0, planes)
     cases.append({"numbers": _floats(planes[0, 0]), "rounded": rgb[0, :, 0].tolist()})
+    deep = np.zeros((1, len(numbers), 3), np.uint16)
+    fill(deep, 0, 0, planes)
+    cases.append({"numbers": _floats(planes[0, 0]), "rounded to 16 bits": deep[0, :, 0].tolist()})
     colours = picture(40, 8)
     grey = np.asarray(Image.fromarray(colours).convert("L"))
     cases.append({"colours": [40, 8], "grey": hashlib.sha256(grey.tobytes()).hexdigest()})
+    like = Picture(None, None, grey=True, icc=None)
+    file = PixelFile(None, (1, 1, 3), np.uint16, folder=Path(tempfile.gettempdir()))
+    with file:
+        deep_grey = PictureOnDisk(deep_picture(40, 8), like, 1, file).rows(0, 8).astype("<u2")
+    cases.append({"deep colours": [40, 8], "grey": hashlib.sha256(deep_grey.tobytes()).hexdigest()})
     return cases
 
 

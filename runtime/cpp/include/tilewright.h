@@ -16,7 +16,8 @@
    Failure. A function that can fail returns a status, or NULL. `tw_last_error` then has one line: what is wrong, the value,
    what to do next. No function throws, and none ends the process.
 
-   Threads. Every function may be called from any thread. Calls of `tw_restore` with one bundle run one after the other.
+   Threads. Every function may be called from any thread. Calls of `tw_restore` with one bundle run one after the other; a callback
+   may call everything but `tw_restore` with its own bundle.
 
    Memory. The caller owns what it passes, and the library keeps no pointer to it after a call. Texts that a function returns
    are valid until the same thread calls the library again.
@@ -51,6 +52,7 @@ enum {
     TW_RESOURCE = 5,    /* too little memory */
     TW_ACCURACY = 7,    /* a network gave a number that is not finite */
     TW_INPUT = 8,       /* a file of tensors cannot be used */
+    TW_DEVICE = 9,      /* every device hangs */
     TW_CANCELLED = 130  /* a callback ended the call */
 };
 
@@ -58,18 +60,32 @@ enum {
 
 typedef struct tw_params {
     size_t size;                /* of this struct */
-    int32_t threads;            /* of a network; 0: ONNX Runtime chooses, usually the number of cores */
+    int32_t threads;            /* of a device; 0: the devices share the cores */
     int32_t low_memory;         /* 1: networks run on the mapped files, which takes less memory and more time */
     int32_t batch;              /* most tiles in a call of a network; 0: as the bundle says */
-    const char *engine;         /* the name or the precision of the engines; NULL: the most accurate that fit */
+    const char *engine;         /* the name, precision or backend of the engines; NULL: the best that fit, see tw_engine_at */
     const char *weights_dir;    /* the folder of the weights, if they moved since the build; or NULL */
     const char *expect;         /* accept only the bundle whose digest begins so, with 12 digits or more; or NULL */
     const char *native_library; /* Tilewright's own kernels, libtilewright_cpu.so; NULL: none */
+    const char *devices;        /* "cpu:0,cpu:1": they run tiles at the same time, with the same pixels; NULL: "cpu:0" */
+    int64_t memory_limit;       /* bytes that a restoration may need, with all that the process holds; 0: what is free */
+    /* A call of a network that takes so many seconds hangs, and its device is not used again. 0: 20 times the slowest call of
+       its kind, and a minute at least. */
+    double deadline_s;
+    int32_t fresh; /* 1: reads all files, also those whose digest is remembered */
 } tw_params;
 
-TW_API tw_params tw_default_params(void);
+/* Writes the defaults of the first `size` bytes of a struct, and `size` as its size. */
+TW_API void tw_fill_params(tw_params *params, size_t size);
 
-/* Reads and checks a bundle. The SHA-256 of every file is computed, also of the weights that its networks read.
+static inline tw_params tw_default_params(void) {
+    tw_params params;
+    tw_fill_params(&params, sizeof params);
+    return params;
+}
+
+/* Reads and checks a bundle, and opens its networks if they all fit in memory. The SHA-256 of every file is computed, also of the
+   weights that its networks read, and remembered in the folder of docs/install.md, as long as the file does not change.
    `params` may be NULL. Returns NULL on failure: tw_last_error(NULL). */
 TW_API tw_bundle *tw_open(const char *path, const tw_params *params);
 
@@ -78,14 +94,24 @@ TW_API void tw_close(tw_bundle *bundle);
 
 /* ---- pixels */
 
-typedef enum tw_format { TW_GRAY8 = 1, TW_GRAYA8 = 2, TW_RGB8 = 3, TW_RGBA8 = 4 } tw_format; /* bytes of a pixel */
+/* The number of channels, and 16 more if a channel has 16 bits, in the byte order of the machine. */
+typedef enum tw_format {
+    TW_GRAY8 = 1,
+    TW_GRAYA8 = 2,
+    TW_RGB8 = 3,
+    TW_RGBA8 = 4,
+    TW_GRAY16 = 17,
+    TW_GRAYA16 = 18,
+    TW_RGB16 = 19,
+    TW_RGBA16 = 20
+} tw_format;
 
 /* Rows from top to bottom. */
 typedef struct tw_image {
     int32_t width, height;
     tw_format format;
-    size_t stride; /* bytes from one row to the next; 0: the rows follow each other without a gap */
-    uint8_t *pixels;
+    size_t stride; /* bytes from one row to the next, any number; 0: the rows follow each other without a gap */
+    void *pixels;  /* at any address */
 } tw_image;
 
 /* Frees the pixels that tw_restore allocated, and sets the image to zeros. NULL is accepted. */
@@ -108,7 +134,7 @@ typedef struct tw_value {
 /* A part of the picture that is final. The pixels are valid during the callback. */
 typedef struct tw_part {
     int32_t top, left;
-    tw_image image; /* TW_RGB8 */
+    tw_image image; /* TW_RGB8 or TW_RGB16 */
 } tw_part;
 
 typedef struct tw_options {
@@ -121,19 +147,34 @@ typedef struct tw_options {
     const tw_value *values;
     size_t value_count;
     void *user; /* for the callbacks */
-    /* Called by the thread of tw_restore. `total` nodes are in a pass, one for each tile and step. */
+    /* The thread of tw_restore calls these functions, while other threads compute. `total` nodes are in a pass, one for each
+       tile and step. */
     void (*on_progress)(const char *pass, int64_t done, int64_t total, void *user);
+    /* If memory does not suffice for a tile, the image begins anew with smaller tiles, and all parts come again. */
     void (*on_part)(const tw_part *part, void *user);
-    /* Asked before each call of a network. Not 0: tw_restore returns TW_CANCELLED. */
+    /* Asked before any work, and then about 20 times a second. Not 0: the networks stop, and tw_restore returns TW_CANCELLED. */
     int32_t (*is_cancelled)(void *user);
+    /* Gets a line for each fault that the restoration has survived, such as a device that failed. */
+    void (*on_note)(const char *note, void *user);
+    int32_t bits; /* of a channel of the result, 8 or 16; 0: as many as the image has */
 } tw_options;
 
-TW_API tw_options tw_default_options(void);
+TW_API void tw_fill_options(tw_options *options, size_t size); /* as tw_fill_params */
 
-/* Restores an image. The result has the format of `in`. With out->pixels NULL, the library allocates them, and tw_image_free
-   frees them. Otherwise `out` describes memory of the caller, and its width, height and format must be those of the result.
+static inline tw_options tw_default_options(void) {
+    tw_options options;
+    tw_fill_options(&options, sizeof options);
+    return options;
+}
+
+/* Restores an image. The result has the format of `in`, with `bits` bits. With out->pixels NULL, the library allocates them, and
+   tw_image_free frees them. Otherwise `out` describes memory of the caller, and its width, height and format must be those of the result.
    On failure `out` stays as it was, but memory of the caller may be written to. `options` may be NULL. */
 TW_API int32_t tw_restore(tw_bundle *bundle, const tw_image *in, const tw_options *options, tw_image *out);
+
+/* The bytes of memory that tw_restore would need for an image of this size, with all that the process holds. It refuses images
+   that need more than there is. `options` may be NULL. */
+TW_API int32_t tw_needed_bytes(tw_bundle *bundle, int32_t width, int32_t height, const tw_options *options, int64_t *bytes);
 
 /* ---- what a bundle is */
 
@@ -151,6 +192,18 @@ typedef struct tw_argument {
 
 TW_API size_t tw_argument_count(tw_bundle *bundle);
 TW_API int32_t tw_argument_at(tw_bundle *bundle, size_t index, tw_argument *argument);
+
+TW_API const char *tw_devices(tw_bundle *bundle); /* "cpu:0,cpu:1"; NULL on failure */
+
+/* The engines of the networks, and why each of them was not chosen. */
+typedef struct tw_engine {
+    const char *component; /* the network */
+    const char *name;      /* "ort-float32" */
+    const char *reason;    /* why this machine cannot run it, or why another one is better; empty: it was chosen */
+} tw_engine;
+
+TW_API size_t tw_engine_count(tw_bundle *bundle);
+TW_API int32_t tw_engine_at(tw_bundle *bundle, size_t index, tw_engine *engine);
 
 /* ---- errors and versions */
 

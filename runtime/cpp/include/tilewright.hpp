@@ -11,7 +11,7 @@ namespace tilewright {
 
 struct Error : std::runtime_error {
     int status;  // TW_USAGE, ...
-    Error(int status, const char* message) : std::runtime_error(message), status(status) {}
+    Error(int code, const char* message) : std::runtime_error(message), status(code) {}
 };
 
 // Pixels that the library allocated.
@@ -45,9 +45,15 @@ class Bundle {
 
     Image restore(const tw_image& in, const tw_options& options = tw_default_options()) const {
         Image out;
-        if (int status = tw_restore(bundle_, &in, &options, out.get())) throw Error(status, tw_last_error(bundle_));
+        check(tw_restore(bundle_, &in, &options, out.get()));
         return out;
     }
+    void check(int status) const {
+        if (status) throw Error(status, tw_last_error(bundle_));
+    }
+    std::string system() const { return tw_system(bundle_); }
+    std::string digest() const { return tw_digest(bundle_); }
+    std::string devices() const { return tw_devices(bundle_); }
     tw_bundle* get() const { return bundle_; }
 
    private:

@@ -11,7 +11,7 @@
 namespace tw {
 
 // The codes of tilewright.h.
-enum Code { internal = 1, usage = 2, damaged = 3, environment = 4, resource = 5, accuracy = 7, input = 8, cancelled = 130 };
+enum Code { internal = 1, usage = 2, damaged = 3, environment = 4, resource = 5, accuracy = 7, input = 8, device = 9, cancelled = 130 };
 
 struct Error : std::runtime_error {
     Code code;

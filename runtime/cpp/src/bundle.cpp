@@ -43,15 +43,14 @@ void check_inside(const Path& root, const std::string& name, const std::string& 
     if (!inside) throw Error(damaged, where + ": " + repr(name) + " leaves the bundle through a link; copy the bundle with its files");
 }
 
-void check_files(const Path& root, const Named<File>& files, const std::string& remedy) {
+void check_files(const Path& root, const Named<File>& files, const std::string& remedy, bool fresh) {
     for (const auto& [name, file] : files) {
         Path path = root / name;
         if (!is_file(path)) throw Error(damaged, path.string() + ": missing; " + remedy);
         auto size = static_cast<std::int64_t>(fs::file_size(path));
         if (size != file.size)
             throw Error(damaged, path.string() + ": " + std::to_string(size) + " bytes, sealed with " + std::to_string(file.size) + "; " + remedy);
-        Mapped bytes(path);
-        if (sha256(bytes.data(), bytes.size()) != file.sha256)
+        if (sha256_of_file(path, fresh) != file.sha256)
             throw Error(damaged, path.string() + ": SHA-256 differs from the sealed " + file.sha256.substr(0, 12) + "...; " + remedy);
     }
 }
@@ -210,7 +209,7 @@ Path Bundle::folder(const std::string& name, const std::optional<Path>& weights_
         for (const auto& [file, sealed] : folder.files) all = all && is_file(candidate / file);
         if (!all) continue;
         try {
-            check_files(candidate, folder.files, "give the folder this bundle was built from");
+            check_files(candidate, folder.files, "give the folder this bundle was built from", fresh);
             return candidate;
         } catch (const Error& error) {  // files of another folder may have the same names
             if (!wrong) wrong = error;
@@ -234,13 +233,14 @@ Named<Path> Bundle::files_of(const std::string& table, const std::optional<Path>
     return files;
 }
 
-Bundle read_bundle(const Path& root, const std::optional<std::string>& expect) {
+Bundle read_bundle(const Path& root, const std::optional<std::string>& expect, bool fresh) {
     try {
         Path first = root / "bundle.json";
         const std::string where = first.string();
         if (!is_file(first)) throw Error(damaged, root.string() + ": no bundle.json there; give the directory that 'tilewright export build' made");
         Bundle bundle;
         bundle.root = root;
+        bundle.fresh = fresh;
         std::string text = bytes_of(first);
         bundle.digest = sha256(text.data(), text.size());
         check_pin(bundle.digest, expect, where);
@@ -251,7 +251,7 @@ Bundle read_bundle(const Path& root, const std::optional<std::string>& expect) {
             check_inside(root, name, where);
             if (!manifest.files.count(name)) throw Error(damaged, where + ": " + repr(name) + " is used but not listed under files; rebuild the bundle");
         }
-        check_files(root, manifest.files, "rebuild the bundle, or copy it again");
+        check_files(root, manifest.files, "rebuild the bundle, or copy it again", fresh);
         const std::string program = (root / manifest.program).string(), weights = (root / manifest.weights).string();
         bundle.program = read_program(parse_json(bytes_of(program), program), program);
         if (manifest.constants) {

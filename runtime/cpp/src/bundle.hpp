@@ -4,13 +4,12 @@
 #include <filesystem>
 #include <memory>
 
+#include "digests.hpp"
 #include "documents.hpp"
 
 namespace tw {
 
 using Path = std::filesystem::path;
-
-std::string sha256(const void* data, std::size_t size);
 
 // A file mapped into memory, read only.
 class Mapped {
@@ -56,6 +55,7 @@ struct Bundle {
     Weights weights;
     std::string digest;
     Named<Stored> constants;
+    bool fresh = false;  // digests of weights are computed, not remembered
 
     // Location in the graphs that read a table of weights -> the present path of the file, checked.
     Named<Path> files_of(const std::string& table, const std::optional<Path>& weights_dir) const;
@@ -64,6 +64,7 @@ struct Bundle {
     Path folder(const std::string& name, const std::optional<Path>& weights_dir) const;
 };
 
-Bundle read_bundle(const Path& root, const std::optional<std::string>& expect);
+// `fresh`: also reads files with a remembered digest.
+Bundle read_bundle(const Path& root, const std::optional<std::string>& expect, bool fresh = false);
 
 }  // namespace tw

@@ -1,34 +1,20 @@
 // What runs a network. One file a backend.
 #pragma once
 
-#include <functional>
-#include <memory>
+#include <thread>
 
 #include "bundle.hpp"
-#include "plan.hpp"
+#include "tensor.hpp"
 
 namespace tw {
 
-// A dense array. Copies share the numbers, which nobody changes.
-struct Tensor {
-    std::string dtype;
-    Shape shape;
-    std::shared_ptr<const void> data;
-
-    std::size_t count() const;
-    std::size_t bytes() const;
-    const float* floats() const { return static_cast<const float*>(data.get()); }
-    bool same(const Tensor& other) const;
-};
-
-std::size_t width_of(const std::string& dtype);  // bytes of an element
-Tensor tensor_of(Floats&& numbers, Shape shape);
-Tensor tensor_of(const std::string& dtype, Shape shape, const void* data);  // copies
-
+// It takes any number of calls at once.
 class Engine {
    public:
     virtual ~Engine() = default;
     virtual Named<Tensor> run(const Named<Tensor>& inputs, const Strings& outputs) = 0;
+    // Ends the call of this thread soon, if the backend can. The call then throws.
+    virtual void stop(std::thread::id) {}
 };
 
 struct EngineOptions {

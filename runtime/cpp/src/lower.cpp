@@ -1,6 +1,7 @@
 #include "lower.hpp"
 
 #include <algorithm>
+#include <numeric>
 
 namespace tw {
 namespace {
@@ -22,13 +23,23 @@ std::string key_of(const std::optional<Tiles>& tiles) {
     return repr(Shape{tiles->px, tiles->overlap_px, tiles->batch}) + whole + repr(tiles->fixed_px);
 }
 
+Shape all(std::int64_t size) {
+    Shape tiles(size);
+    std::iota(tiles.begin(), tiles.end(), 0);
+    return tiles;
+}
+
 class Lowering {
    public:
-    Lowering(const Program& program, const Named<TilePlan>& plans, const Named<std::int64_t>& steps) : graph_{&program, plans, {}, {}}, steps_(steps) {}
+    Lowering(const Program& program, const Named<TilePlan>& plans, const Named<std::int64_t>& steps) : steps_(steps) {
+        graph_.program = &program;
+        graph_.plans = plans;
+    }
 
     Graph graph() {
         for (std::size_t i = 0; i < graph_.program->passes.size(); ++i) pass(static_cast<std::int64_t>(i));
         graph_.last_writer = grid_writer_;
+        relate();
         return std::move(graph_);
     }
 
@@ -39,6 +50,31 @@ class Lowering {
     Named<std::int64_t> grid_writer_;
     std::map<Place, std::int64_t> value_writer_;
     std::map<Place, std::set<std::int64_t>> value_readers_;
+
+    // What follows from the blocks.
+    void relate() {
+        const auto& passes = graph_.program->passes;
+        graph_.of_pass.resize(passes.size());
+        graph_.tile_blocks.resize(passes.size());
+        graph_.followers.resize(graph_.blocks.size());
+        graph_.ranks.assign(graph_.blocks.size(), 0);
+        for (const auto& block : graph_.blocks) {
+            graph_.of_pass[block.place].push_back(block.number);
+            if (block.section != "shared") graph_.tile_blocks[block.place].push_back(block.number);
+            for (const auto& wait : block.waits) graph_.followers[wait.block].emplace_back(block.number, wait);
+            for (const auto& [grid, read] : block.reads)
+                if (read.writer >= 0) graph_.readers[{grid, read.writer}].emplace_back(block.number, read.over);
+        }
+        for (auto number = graph_.blocks.size(); number-- > 0;) {
+            std::int64_t longest = 0;
+            for (const auto& [follower, wait] : graph_.followers[number]) longest = std::max(longest, graph_.ranks[follower]);
+            graph_.ranks[number] = 1 + longest;
+        }
+        for (std::size_t place = 0; place < passes.size(); ++place) {
+            std::set<std::string>& names = graph_.read_later.emplace_back();
+            for (auto later = place + 1; later < passes.size(); ++later) names.merge(passes[later].reads());
+        }
+    }
 
     bool writes_grid(const std::set<std::string>& names) const {
         return std::any_of(names.begin(), names.end(), [&](const auto& name) { return graph_.program->grids.count(name) > 0; });
@@ -59,15 +95,15 @@ class Lowering {
             std::int64_t step;
             std::vector<const Call*> calls;
         };
-        auto all = [](const std::vector<Call>& calls) {
+        auto pointers_to = [](const std::vector<Call>& calls) {
             std::vector<const Call*> pointers;
             for (const auto& call : calls) pointers.push_back(&call);
             return pointers;
         };
         std::vector<Moment> moments;
         if (!once.empty() || !p.state.empty()) moments.push_back({"once", 0, once});
-        for (std::int64_t step = 0; step < (p.each.empty() ? 0 : steps); ++step) moments.push_back({"each", step, all(p.each)});
-        if (!p.last.empty()) moments.push_back({"last", std::max<std::int64_t>(0, steps - 1), all(p.last)});
+        for (std::int64_t step = 0; step < (p.each.empty() ? 0 : steps); ++step) moments.push_back({"each", step, pointers_to(p.each)});
+        if (!p.last.empty()) moments.push_back({"last", std::max<std::int64_t>(0, steps - 1), pointers_to(p.last)});
         auto before = grid_writer_;
         std::int64_t previous = -1;
         for (const auto& moment : moments) {
@@ -110,14 +146,16 @@ class Lowering {
                 if (source[0] != '#' && source[0] != '$' && source[0] != '~') names.insert(source[0] == '@' ? source.substr(1) : source);
             for (const auto& [name, target] : call->outputs) targets.insert(target);
         }
-        Block block{number, place, section, step, calls, 0, {}, {}, {}, 1};
+        bool independent = p.tiles && !p.each.empty() && !writes_grid(p.writes("each"));
+        Block block{number, place, section, step, calls, 0, {}, {}, {}, independent, 1};
         if (previous >= 0) block.waits.push_back({previous, "same", nullptr});
         for (const auto& grid : names) {
             if (!program.grids.count(grid) || grid == "image") continue;
             auto writer = written.find(grid);
-            block.reads[grid] = writer == written.end() ? -1 : writer->second;
+            block.reads[grid] = {-1, nullptr};
             if (writer == written.end()) continue;
             auto over = std::make_shared<const Beneath>(rectangles(graph_.plans.at(p.name)), rectangles(graph_.plan(graph_.blocks[writer->second])));
+            block.reads[grid] = {writer->second, over};
             wait(block, {writer->second, "beneath", over});
         }
         Strings scopes = alone || !p.tiles ? Strings{""} : Strings{key_of(p.tiles), ""};
@@ -194,13 +232,17 @@ Shape Beneath::product(std::int64_t tile, const std::vector<Interval>& rows, con
     return tiles;
 }
 
-Shape Wait::tiles(std::int64_t tile, std::int64_t size) const {
-    if (over) return over->below(tile);
-    if (rule == "same") return {tile};
-    Shape all(size);
-    for (std::int64_t i = 0; i < size; ++i) all[i] = i;
-    return all;
+std::int64_t Beneath::count(std::int64_t tile, const std::vector<Interval>& rows, const std::vector<Interval>& columns) {
+    auto wide = static_cast<std::int64_t>(columns.size());
+    const Interval &row = rows[tile / wide], &column = columns[tile % wide];
+    return std::max<std::int64_t>(0, row.end - row.begin) * std::max<std::int64_t>(0, column.end - column.begin);
 }
+
+Shape Wait::tiles(std::int64_t tile, std::int64_t size) const { return over ? over->below(tile) : rule == "same" ? Shape{tile} : all(size); }
+
+std::int64_t Wait::count(std::int64_t tile, std::int64_t size) const { return over ? over->count_below(tile) : rule == "same" ? 1 : size; }
+
+Shape Wait::followers(std::int64_t tile, std::int64_t size) const { return over ? over->above(tile) : rule == "same" ? Shape{tile} : all(size); }
 
 Graph lower(const Program& program, const Named<TilePlan>& plans, const Named<std::int64_t>& steps) {
     return Lowering(program, plans, steps).graph();

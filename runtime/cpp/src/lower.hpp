@@ -24,18 +24,31 @@ class Beneath {
     Beneath(const Rectangles& above, const Rectangles& below);
     Shape below(std::int64_t tile) const { return product(tile, rows_, columns_, back_columns_.size()); }
     Shape above(std::int64_t tile) const { return product(tile, back_rows_, back_columns_, columns_.size()); }
+    std::int64_t count_below(std::int64_t tile) const { return count(tile, rows_, columns_); }
+    std::int64_t count_above(std::int64_t tile) const { return count(tile, back_rows_, back_columns_); }
 
    private:
     std::vector<Interval> rows_, columns_, back_rows_, back_columns_;
     static Shape product(std::int64_t tile, const std::vector<Interval>& rows, const std::vector<Interval>& columns, std::size_t width);
+    static std::int64_t count(std::int64_t tile, const std::vector<Interval>& rows, const std::vector<Interval>& columns);
 };
+
+using Over = std::shared_ptr<const Beneath>;
+using Written = std::pair<std::string, std::int64_t>;  // a grid, and the block that wrote it
 
 struct Wait {
     std::int64_t block;
     std::string rule;  // same | every | beneath
-    std::shared_ptr<const Beneath> over;
+    Over over;
 
-    Shape tiles(std::int64_t tile, std::int64_t size) const;
+    Shape tiles(std::int64_t tile, std::int64_t size) const;      // of the earlier block, which has so many
+    std::int64_t count(std::int64_t tile, std::int64_t size) const;
+    Shape followers(std::int64_t tile, std::int64_t size) const;  // of the later block, which has so many
+};
+
+struct Read {
+    std::int64_t writer;  // the block; -1: the initial values
+    Over over;            // how the tiles of the reader lie over those of the writer
 };
 
 struct Block {
@@ -45,8 +58,9 @@ struct Block {
     std::vector<const Call*> calls;
     std::int64_t size;
     std::vector<Wait> waits;
-    Named<std::int64_t> reads;  // grid -> the block that wrote it; -1: its initial values
+    Named<Read> reads;  // grid -> where it comes from
     Strings writes;
+    bool independent;  // its tiles do not read each other
     std::int64_t batch;
 };
 
@@ -55,6 +69,11 @@ struct Graph {
     Named<TilePlan> plans;
     std::vector<Block> blocks;
     Named<std::int64_t> last_writer;
+    std::vector<Shape> of_pass, tile_blocks;  // pass -> its blocks; those with a node for each tile
+    std::vector<std::vector<std::pair<std::int64_t, Wait>>> followers;  // block -> the later ones that wait for it, and how
+    Shape ranks;                                                        // block -> nodes on the longest path to the end
+    std::map<Written, std::vector<std::pair<std::int64_t, Over>>> readers;
+    std::vector<std::set<std::string>> read_later;  // pass -> the names that later passes read
 
     const Pass& pass(const Block& block) const { return program->passes[block.place]; }
     const TilePlan& plan(const Block& block) const { return plans.at(pass(block).name); }

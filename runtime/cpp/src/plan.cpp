@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <numeric>
+#include <set>
 
 namespace tw {
 namespace {
@@ -235,6 +236,37 @@ TilePlan plan_of(const Program& program, const Pass& p, std::int64_t height, std
         refuse("tile=" + text(size) + " is not one of the sizes this bundle is made for: " + repr(fixed));
     std::int64_t fitting = std::min(p.tiles->overlap_px, size / 2) / program.multiple_px * program.multiple_px;
     return tile_plan(width, height, size, overlap.value_or(fitting), program.multiple_px);
+}
+
+std::optional<std::int64_t> smaller_tile(const Program& program, const Named<TilePlan>& plans, std::optional<std::int64_t> overlap, std::int64_t shortest) {
+    std::int64_t side = 0, least = 0;
+    for (const auto& p : program.passes) {
+        if (!p.tiles) continue;
+        const TilePlan& plan = plans.at(p.name);
+        side = std::max({side, plan.tile_height, plan.tile_width});
+        least = std::max(least, 2 * overlap.value_or(p.tiles->overlap_px));
+    }
+    least = std::max(least, shortest);
+    std::optional<std::set<std::int64_t>> fixed;  // the sides that all passes with fixed sides take
+    std::int64_t half = side / 2;
+    for (const auto& p : program.passes) {
+        if (!p.tiles) continue;
+        if (p.tiles->px < side) half = std::min(half, p.tiles->px);  // of an image that was taken whole
+        if (p.tiles->fixed_px.empty()) continue;
+        std::set<std::int64_t> both;
+        for (auto px : p.tiles->fixed_px)
+            if (!fixed || fixed->count(px)) both.insert(px);
+        fixed = both;
+    }
+    if (fixed) {
+        std::optional<std::int64_t> best;
+        for (auto px : *fixed)
+            if (px >= least && px < side) best = px;
+        return best;
+    }
+    least = up(std::max<std::int64_t>(least, 1), program.multiple_px) * program.multiple_px;
+    std::int64_t smaller = std::max(least, half / program.multiple_px * program.multiple_px);
+    return smaller < side ? std::optional(smaller) : std::nullopt;
 }
 
 }  // namespace tw

@@ -45,5 +45,7 @@ Floats normal(std::int64_t seed, std::int64_t region, std::int64_t stream, std::
 std::int64_t least_px(const Program& program, std::optional<std::int64_t> tile, std::int64_t shortest);
 TilePlan plan_of(const Program& program, const Pass& p, std::int64_t height, std::int64_t width, std::optional<std::int64_t> tile,
                  std::optional<std::int64_t> overlap);
+// The side of the next smaller tiles for all passes: a fixed side, or half, with room for both overlaps.
+std::optional<std::int64_t> smaller_tile(const Program& program, const Named<TilePlan>& plans, std::optional<std::int64_t> overlap, std::int64_t shortest);
 
 }  // namespace tw

@@ -1,8 +1,13 @@
 // SHA-256 as FIPS 180-4 defines it.
-#include <array>
+#include <algorithm>
 #include <cstring>
 
-#include "bundle.hpp"
+#ifdef __x86_64__
+#include <cpuid.h>
+#include <immintrin.h>
+#endif
+
+#include "digests.hpp"
 
 namespace tw {
 namespace {
@@ -34,23 +39,88 @@ void block(std::array<std::uint32_t, 8>& h, const unsigned char* p) {
     h[0] += a, h[1] += b, h[2] += c, h[3] += d, h[4] += e, h[5] += f, h[6] += g, h[7] += k;
 }
 
+void blocks_anywhere(std::array<std::uint32_t, 8>& h, const unsigned char* p, std::size_t count) {
+    for (std::size_t i = 0; i < count; ++i) block(h, p + 64 * i);
+}
+
+#ifdef __x86_64__
+// With the instructions of the CPU, several times as fast. Their operands are the states A B E F and C D G H.
+__attribute__((target("sha,sse4.1"))) void blocks_by_instructions(std::array<std::uint32_t, 8>& h, const unsigned char* p, std::size_t count) {
+    auto load = [](const void* from) { return _mm_loadu_si128(static_cast<const __m128i*>(from)); };
+    const __m128i swaps = _mm_set_epi64x(0x0c0d0e0f08090a0bLL, 0x0405060700010203LL);
+    __m128i cdab = _mm_shuffle_epi32(load(&h[0]), 0xB1), efgh = _mm_shuffle_epi32(load(&h[4]), 0x1B);
+    __m128i abef = _mm_alignr_epi8(cdab, efgh, 8), cdgh = _mm_blend_epi16(efgh, cdab, 0xF0);
+    for (std::size_t n = 0; n < count; ++n, p += 64) {
+        const __m128i abef_before = abef, cdgh_before = cdgh;
+        __m128i w[4];
+        for (int i = 0; i < 4; ++i) w[i] = _mm_shuffle_epi8(load(p + 16 * i), swaps);
+        for (int i = 0; i < 16; ++i) {  // four rounds each
+            __m128i words = _mm_add_epi32(w[i % 4], load(&K[4 * i]));
+            cdgh = _mm_sha256rnds2_epu32(cdgh, abef, words);
+            abef = _mm_sha256rnds2_epu32(abef, cdgh, _mm_shuffle_epi32(words, 0x0E));
+            __m128i &w0 = w[i % 4], &w1 = w[(i + 1) % 4], &w2 = w[(i + 2) % 4], &w3 = w[(i + 3) % 4];
+            w0 = _mm_sha256msg2_epu32(_mm_add_epi32(_mm_sha256msg1_epu32(w0, w1), _mm_alignr_epi8(w3, w2, 4)), w3);
+        }
+        abef = _mm_add_epi32(abef, abef_before);
+        cdgh = _mm_add_epi32(cdgh, cdgh_before);
+    }
+    __m128i feba = _mm_shuffle_epi32(abef, 0x1B), dchg = _mm_shuffle_epi32(cdgh, 0xB1);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(&h[0]), _mm_blend_epi16(feba, dchg, 0xF0));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(&h[4]), _mm_alignr_epi8(dchg, feba, 8));
+}
+
+bool has_instructions() {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (b >> 29 & 1) && __builtin_cpu_supports("sse4.1");
+}
+#endif
+
+void blocks(std::array<std::uint32_t, 8>& h, const unsigned char* p, std::size_t count) {
+#ifdef __x86_64__
+    static const bool fast = has_instructions();
+    if (fast) return blocks_by_instructions(h, p, count);
+#endif
+    blocks_anywhere(h, p, count);
+}
+
 }  // namespace
 
-std::string sha256(const void* data, std::size_t size) {
-    std::array<std::uint32_t, 8> h = {0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a, 0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19};
+Sha256::Sha256() : h_{0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a, 0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19} {}
+
+void Sha256::update(const void* data, std::size_t size) {
     const auto* bytes = static_cast<const unsigned char*>(data);
-    std::size_t whole = size / 64 * 64;
-    for (std::size_t at = 0; at < whole; at += 64) block(h, bytes + at);
-    unsigned char tail[128] = {};
-    if (size > whole) std::memcpy(tail, bytes + whole, size - whole);
-    tail[size - whole] = 0x80;
-    std::size_t end = size - whole < 56 ? 64 : 128;
-    for (int i = 0; i < 8; ++i) tail[end - 1 - i] = static_cast<unsigned char>(std::uint64_t{size} * 8 >> 8 * i);
-    for (std::size_t at = 0; at < end; at += 64) block(h, tail + at);
+    std::size_t at = 0, held = size_ % 64;
+    size_ += size;
+    if (held) {
+        at = std::min(size, 64 - held);
+        if (at) std::memcpy(&tail_[held], bytes, at);
+        if (held + at < 64) return;
+        blocks(h_, tail_.data(), 1);
+    }
+    std::size_t whole = (size - at) / 64;
+    blocks(h_, bytes + at, whole);
+    at += 64 * whole;
+    if (at < size) std::memcpy(tail_.data(), bytes + at, size - at);
+}
+
+std::string Sha256::hex() const {
+    std::array<std::uint32_t, 8> h = h_;
+    unsigned char last[128] = {};
+    std::size_t held = size_ % 64, end = held < 56 ? 64 : 128;
+    if (held) std::memcpy(last, tail_.data(), held);
+    last[held] = 0x80;
+    for (std::size_t i = 0; i < 8; ++i) last[end - 1 - i] = static_cast<unsigned char>(size_ * 8 >> 8 * i);
+    blocks(h, last, end / 64);
     std::string hex;
     for (auto word : h)
         for (int i = 28; i >= 0; i -= 4) hex += "0123456789abcdef"[word >> i & 15];
     return hex;
+}
+
+std::string sha256(const void* data, std::size_t size) {
+    Sha256 digest;
+    digest.update(data, size);
+    return digest.hex();
 }
 
 }  // namespace tw

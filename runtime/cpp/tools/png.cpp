@@ -35,7 +35,7 @@ void fitting_profile(Png& image) {
 
 }  // namespace
 
-Png read_png(const std::string& path) {
+Png read_png(const std::string& path, int bits) {
     Png image;
     std::string reason;
     std::vector<png_bytep> rows;
@@ -52,9 +52,12 @@ Png read_png(const std::string& path) {
     png_read_info(png, info);
     if (std::uint64_t{png_get_image_width(png, info)} * png_get_image_height(png, info) > MOST_PIXELS) png_error(png, "more than 100000000 pixels");
     two_bytes = png_get_bit_depth(png, info) == 16;
-    bool grey = !(png_get_color_type(png, info) & PNG_COLOR_MASK_COLOR);
+    bool grey = png_get_color_type(png, info) == PNG_COLOR_TYPE_GRAY;
     png_set_expand(png);
-    if (two_bytes && !grey) png_set_strip_16(png);  // as Pillow: the high byte
+    if (two_bytes && bits == 8 && !grey) png_set_strip_16(png);  // as Pillow: the high byte
+    bool grey_alpha = png_get_color_type(png, info) == PNG_COLOR_TYPE_GRAY_ALPHA;
+    if (two_bytes && bits == 8 && grey_alpha) png_set_gray_to_rgb(png);  // as Pillow, too
+    if (two_bytes && bits == 16) png_set_swap(png);              // to the byte order of this machine
     png_set_interlace_handling(png);
     png_read_update_info(png, info);
     image.width = static_cast<std::int32_t>(png_get_image_width(png, info));
@@ -69,7 +72,8 @@ Png read_png(const std::string& path) {
     int method = 0;
     if (png_get_iCCP(png, info, &name, &method, &profile, &length)) image.profile.assign(profile, profile + length);
     png_destroy_read_struct(&png, &info, nullptr);
-    if (two_bytes && grey) {  // rounded, as the Python runtime
+    image.bits = two_bytes && bits == 16 ? 16 : 8;
+    if (two_bytes && grey && bits == 8) {  // rounded, as the Python runtime
         for (std::size_t i = 0; i < wide.size() / 2; ++i)
             image.pixels.push_back(static_cast<std::uint8_t>(((wide[2 * i] << 8 | wide[2 * i + 1]) + 128) / 257));
     } else {
@@ -90,12 +94,13 @@ void write_png(const std::string& path, const Png& image) {
         if (!setjmp(png_jmpbuf(png))) {
             const int types[] = {PNG_COLOR_TYPE_GRAY, PNG_COLOR_TYPE_GRAY_ALPHA, PNG_COLOR_TYPE_RGB, PNG_COLOR_TYPE_RGB_ALPHA};
             png_init_io(png, file.get());
-            png_set_IHDR(png, info, image.width, image.height, 8, types[image.channels - 1], PNG_INTERLACE_NONE, PNG_COMPRESSION_TYPE_DEFAULT,
+            png_set_IHDR(png, info, image.width, image.height, image.bits, types[image.channels - 1], PNG_INTERLACE_NONE, PNG_COMPRESSION_TYPE_DEFAULT,
                          PNG_FILTER_TYPE_DEFAULT);
             if (!image.profile.empty()) png_set_iCCP(png, info, "ICC Profile", 0, image.profile.data(), image.profile.size());
             png_write_info(png, info);
+            if (image.bits == 16) png_set_swap(png);
             for (std::int32_t y = 0; y < image.height; ++y)
-                png_write_row(png, &image.pixels[static_cast<std::size_t>(y) * image.width * image.channels]);
+                png_write_row(png, &image.pixels[static_cast<std::size_t>(y) * image.width * image.channels * image.bits / 8]);
             png_write_end(png, info);
             written = std::fflush(file.get()) == 0;
             if (!written) reason = std::strerror(errno);

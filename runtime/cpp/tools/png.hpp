@@ -1,4 +1,4 @@
-// PNG files as 8-bit pixels, read as Pillow reads them.
+// PNG files as pixels of 8 bits, read as Pillow reads them, or of 16 bits.
 #pragma once
 
 #include <cstdint>
@@ -6,11 +6,11 @@
 #include <vector>
 
 struct Png {
-    std::int32_t width = 0, height = 0, channels = 0;
-    std::vector<std::uint8_t> pixels;
+    std::int32_t width = 0, height = 0, channels = 0, bits = 8;
+    std::vector<std::uint8_t> pixels;   // those of 16 bits in the byte order of the machine
     std::vector<std::uint8_t> profile;  // ICC
 };
 
 // Each throws std::runtime_error with the reason.
-Png read_png(const std::string& path);
+Png read_png(const std::string& path, int bits);  // at most so many bits of a channel
 void write_png(const std::string& path, const Png& image);

@@ -3,6 +3,7 @@
 import ast
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,9 @@ def test_a_stage_key_follows_what_it_depends_on(tmp_path: Path) -> None:
     assert packed["attach"] != plan["attach"] and packed["seal"] != plan["seal"]
     ops = keys(tmp_path, ops="standard")
     assert {name for name in plan if ops[name] != plan[name]} == {"optimise", "verify", "seal"}
+    for tiles in ({"tiles": (64,)}, {"batches": (1, 4)}):
+        other = keys(tmp_path, **tiles)
+        assert {name for name in plan if other[name] != plan[name]} == {"verify", "seal"}
 
 
 def test_another_precision_only_verifies_and_seals_again(tmp_path: Path) -> None:
@@ -135,11 +139,19 @@ def test_editing_a_file_that_does_not_matter_keeps_the_graphs(house: Path, tmp_p
     assert keys(tmp_path)["trace"] == plan["trace"]
 
 
+def statements(block: ast.AST) -> Iterator[ast.AST]:
+    """Every statement in a block, at any depth; to look also into expressions takes ten times as long."""
+    for field in ("body", "orelse", "finalbody", "handlers", "cases"):
+        for part in getattr(block, field, ()):
+            yield part
+            yield from statements(part)
+
+
 def test_imports_are_found_as_python_finds_them() -> None:
     for file in (file for folder in ("export", "kernels", "runtime") for file in (HOUSE / folder).rglob("*.py")):
         text = file.read_text()
         expected = set()
-        for node in ast.walk(ast.parse(text)):
+        for node in statements(ast.parse(text)):
             if isinstance(node, ast.Import):
                 expected |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom):

@@ -1,12 +1,8 @@
-"""The C++ library against the vectors, against the Python runtime's pixels, and used wrongly. It is compiled once."""
+"""The C++ library against the vectors, against the Python runtime's pixels, and used wrongly."""
 
 import json
-import os
 import re
-import shutil
 import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,59 +10,12 @@ import pytest
 from PIL import Image
 
 from support.pages import OPTION, page
-from support.shared import Shared
 from tilewright.runtime.restore import load
 from tilewright.runtime.text import token_ids
 
 pytestmark = pytest.mark.slow  # the compiler takes a while
 
 ROOT = Path(__file__).parents[3]
-Run = Callable[..., subprocess.CompletedProcess[str]]
-
-
-@pytest.fixture(scope="session")
-def built(shared: Shared) -> Path:
-    """The folder of a build, with the programs of these tests."""
-    cmake = shutil.which("cmake", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    if not cmake or not shutil.which("g++"):
-        pytest.skip("needs CMake and g++")
-    headers = os.environ.get("ONNXRUNTIME_ROOT") or (ROOT / "build" / "onnxruntime" / "include").is_dir()
-    if not headers:
-        pytest.skip("needs ONNX Runtime's headers: make cpp fetches them")
-
-    def compile_into(folder: Path) -> None:
-        options = [
-            "-DCMAKE_BUILD_TYPE=Debug",
-            "-DCMAKE_CXX_FLAGS_DEBUG=-O1",
-            f"-DTILEWRIGHT_TESTS={Path(__file__).parent}",
-        ]
-        generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-        configure = [
-            cmake,
-            "-S",
-            ROOT / "runtime" / "cpp",
-            "-B",
-            folder,
-            *generator,
-            *options,
-            f"-DTILEWRIGHT_PYTHON={sys.executable}",
-        ]
-        for command in (configure, [cmake, "--build", folder]):
-            done = subprocess.run(command, capture_output=True, text=True)
-            assert done.returncode == 0, done.stdout + done.stderr
-            assert "warning:" not in done.stdout + done.stderr
-
-    return shared("cpp", compile_into)
-
-
-@pytest.fixture
-def run(built) -> Run:
-    """Run a program of the build, without our native kernels."""
-
-    def run(name: str, *words: object) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([built / name, *map(str, words)], capture_output=True, text=True)
-
-    return run
 
 
 def test_it_computes_and_refuses_what_the_vectors_say(run):
@@ -79,6 +28,11 @@ def test_a_wrong_use_gives_a_status_and_a_line(run, bundle):
     done = run("tests/misuse", bundle)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.endswith(", 0 wrong\n")
+
+
+def test_a_callback_may_throw(run, bundle):
+    done = run("tests/callbacks", bundle)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_it_exports_the_functions_of_its_header_and_no_other(built):
@@ -195,5 +149,7 @@ def test_the_page_names_options_and_functions_that_exist(run):
     names = set(re.findall(r"\btw_\w+|\bTW_\w+", text))
     assert {"tw_open", "tw_restore", "tw_close"} <= names
     assert all(re.search(rf"\b{name}\b", header) for name in names)
-    options = set(re.findall(r"-D([A-Z_]+)=", text))
-    assert all(f"option({name} " in (ROOT / "runtime" / "cpp" / "CMakeLists.txt").read_text() for name in options)
+    options = {name for name in re.findall(r"-D([A-Z_]+)=", text) if not name.startswith("CMAKE_")}
+    sources = (ROOT / "runtime" / "cpp").rglob("*.*")
+    cmake = "".join(file.read_text() for file in sources if file.name == "CMakeLists.txt" or file.suffix == ".cmake")
+    assert len(options) >= 2 and all(f"option({name} " in cmake for name in options)

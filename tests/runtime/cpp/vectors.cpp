@@ -126,7 +126,43 @@ Pixels picture(const Json& sides) {
     return pixels;
 }
 
+Pixels deep_picture(const Json& sides) {
+    Pixels pixels = picture(sides);
+    for (auto level : pixels.bytes) pixels.words.push_back(static_cast<std::uint16_t>(level * 256 + level * 7 % 256));
+    pixels.bytes.clear();
+    return pixels;
+}
+
+void deep_images(const std::string& file, const Json& item) {
+    if (const Json* sides = item.find("deep")) {
+        compare(file, item, item.find("sha256")->text, [&] {
+            Pixels pixels = deep_picture(*sides);
+            Enlarged enlarged{pixels, whole(item, "scale"), whole(item, "multiple"), whole(item, "least")};
+            const auto& crop = item.find("crop")->items;
+            Floats planes = enlarged.crop(crop[0].whole, crop[1].whole, crop[2].whole, crop[3].whole);
+            return sha256(planes.data(), planes.size() * sizeof(float));
+        });
+    } else if (const Json* colours = item.find("deep colours")) {
+        compare(file, item, item.find("grey")->text, [&] {
+            Pixels pixels = luma(deep_picture(*colours));
+            return sha256(pixels.words.data(), pixels.words.size() * sizeof(std::uint16_t));
+        });
+    } else {
+        compare(file, item, dumped(item, "rounded to 16 bits"), [&] {
+            Floats planes = floats(*item.find("numbers")), all;
+            auto count = static_cast<std::int64_t>(planes.size());
+            for (int c = 0; c < 3; ++c) all.insert(all.end(), planes.begin(), planes.end());
+            Pixels rgb{1, count, 3, {}, std::vector<std::uint16_t>(3 * count)};
+            fill(rgb, 0, 0, all.data(), 1, count);
+            Shape first;
+            for (std::int64_t i = 0; i < count; ++i) first.push_back(rgb.words[3 * i]);
+            return repr(first);
+        });
+    }
+}
+
 void images(const std::string& file, const Json& item) {
+    if (item.find("deep") || item.find("deep colours") || item.find("rounded to 16 bits")) return deep_images(file, item);
     if (const Json* numbers = item.find("numbers")) {
         compare(file, item, dumped(item, "rounded"), [&] {
             Floats planes = floats(*numbers);

@@ -19,7 +19,7 @@ from tilewright.runtime.restore import Restorer, load
 from tilewright.runtime.serve.settings import Settings, name_of
 from tilewright.runtime.setup import Setup, set_up
 
-__all__ = ["Shelf", "Volume"]
+__all__ = ["Bundles", "ServedBundle"]
 
 LOG = logging.getLogger("tilewright")
 SETUP = ("engine", "devices", "threads", "batch")  # the options of `load` that choose engines
@@ -28,7 +28,7 @@ _turns = itertools.count()
 
 
 @dataclass(eq=False)
-class Volume:
+class ServedBundle:
     """A bundle as it is at present, with its engines if they are open."""
 
     name: str
@@ -39,7 +39,7 @@ class Volume:
     limit: int  # bytes that everything may take
     restorer: Restorer | None = None
     held: int = 0  # bytes in the ledger for its engines
-    users: int = 0  # orders that run with it
+    users: int = 0  # requests that run with it
     turn: int = 0  # of its last use
     outdated: bool = False  # its files have changed; it is closed after its last user
     opening: Lock = field(default_factory=Lock)
@@ -88,63 +88,62 @@ class Volume:
             raise BundleError(f"bundle {self.name!r} changed while it was in use; send the request again")
 
 
-class Shelf:
-    """The bundles of a service by name. The service's lock guards `volumes`, `held`, `users` and `turn`."""
+class Bundles:
+    """The bundles of a service by name. The service's lock guards `served`, `held`, `users` and `turn`."""
 
     def __init__(self, settings: Settings, limit: int, lock: Condition) -> None:
         self.options, self.limit, self.lock = dict(settings.engines), limit, lock
         self.roots = {name_of(path): path for path in settings.bundles}
         self.reading = Lock()
-        self.volumes = {name: self._read(name) for name in self.roots}
-        self.outdated: list[Volume] = []  # in use, and replaced by another volume
+        self.served = {name: self._read(name) for name in self.roots}
+        self.outdated: list[ServedBundle] = []  # in use, and replaced by another
 
-    def _read(self, name: str) -> Volume:
+    def _read(self, name: str) -> ServedBundle:
         """Read a bundle, and choose its engines. Nothing is opened."""
         bundle = read_bundle(self.roots[name])
         seal = seal_of(bundle)
         setup = set_up(bundle, **{name: value for name, value in self.options.items() if name in SETUP})
-        return Volume(name, bundle, setup, seal, self.options, self.limit)
+        return ServedBundle(name, bundle, setup, seal, self.options, self.limit)
 
-    def current(self, name: str) -> Volume:
+    def current(self, name: str) -> ServedBundle:
         """The bundle of this name, read again if its files have changed."""
-        volume = self.volumes[name]
-        if seal_of(volume.bundle) == volume.seal:
-            return volume
+        served = self.served[name]
+        if seal_of(served.bundle) == served.seal:
+            return served
         with self.reading:
-            volume = self.volumes[name]
-            if (seal := seal_of(volume.bundle)) == volume.seal:  # another thread has read it
-                return volume
+            served = self.served[name]
+            if (seal := seal_of(served.bundle)) == served.seal:  # another thread has read it
+                return served
             try:
                 fresh = self._read(name)
                 for folder in fresh.bundle.weights.folders:
                     fresh.bundle.folder(folder, self.options.get("weights_dir"))  # checks the files of weights
             except TilewrightError as error:
                 raise BundleError(f"bundle {name!r} has changed and cannot be used: {error}") from error
-            if fresh.bundle.digest == volume.bundle.digest and seal == fresh.seal:
-                volume.seal, volume.bundle = fresh.seal, fresh.bundle  # files were touched and are the same
-                return volume
-            old, new = volume.bundle.digest[:12], fresh.bundle.digest[:12]
+            if fresh.bundle.digest == served.bundle.digest and seal == fresh.seal:
+                served.seal, served.bundle = fresh.seal, fresh.bundle  # files were touched and are the same
+                return served
+            old, new = served.bundle.digest[:12], fresh.bundle.digest[:12]
             LOG.warning("bundle %r has changed: %s is replaced by %s", name, old, new)
             with self.lock:
-                volume.outdated = True
-                self.outdated += [volume] if volume.held else []
-                self.volumes[name] = fresh
+                served.outdated = True
+                self.outdated += [served] if served.held else []
+                self.served[name] = fresh
             return fresh
 
-    def idle(self, other_than: Volume | None = None) -> Iterable[Volume]:
-        """The open bundles that no order uses, the longest unused first."""
-        volumes = [*self.outdated, *self.volumes.values()]
-        idle = [v for v in volumes if v.held and not v.users and v is not other_than]
-        return sorted(idle, key=lambda volume: (not volume.outdated, volume.turn))
+    def idle(self, other_than: ServedBundle | None = None) -> Iterable[ServedBundle]:
+        """The open bundles that no request uses, the longest unused first."""
+        idle = [b for b in self.all() if b.held and not b.users and b is not other_than]
+        return sorted(idle, key=lambda served: (not served.outdated, served.turn))
 
-    def all(self) -> Sequence[Volume]:
+    def all(self) -> Sequence[ServedBundle]:
         """All bundles that may be open."""
-        return [*self.outdated, *self.volumes.values()]
+        return [*self.outdated, *self.served.values()]
 
-    def took(self, volume: Volume) -> None:
+    def took(self, served: ServedBundle) -> None:
         """Count a user of a bundle."""
-        volume.users += 1
-        volume.turn = next(_turns)
+        served.users += 1
+        served.turn = next(_turns)
 
 
 def seal_of(bundle: Bundle) -> Seal:

@@ -1,10 +1,11 @@
-"""An order: one image to restore, from its arrival to its result."""
+"""A request: one image to restore, from its arrival to its result."""
 
 import secrets
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -12,7 +13,7 @@ import numpy.typing as npt
 
 from tilewright.runtime.sitting import Ticket
 
-__all__ = ["Answer", "Order"]
+__all__ = ["Answer", "ImageRequest"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Answer:
 
 
 @dataclass(eq=False)
-class Order:
+class ImageRequest:
     """One image to restore."""
 
     model: str  # the name of its bundle
@@ -38,6 +39,7 @@ class Order:
     format: str = "png"
     options: Mapping[str, Any] = field(default_factory=dict)  # of `Restorer.submit`, and the bundle's arguments
     mask: BinaryIO | None = None
+    parts: Path | None = None  # the file that keeps its finished parts for another service
     seconds: float = 3600.0  # that it may take
     on_part: Callable[[int, int, npt.NDArray[np.uint8]], None] | None = None
     id: str = field(default_factory=lambda: secrets.token_hex(16))

@@ -1,0 +1,16 @@
+#include "backends.hpp"
+
+namespace tw {
+
+const Named<Backend>& backends() {
+    static const Named<Backend> all = {{"ort", {"onnxruntime", ort_version(), open_ort}}};
+    return all;
+}
+
+std::string backend_versions() {
+    Strings versions;
+    for (const auto& [name, backend] : backends()) versions.push_back(backend.package + " " + backend.version);
+    return join(versions);
+}
+
+}  // namespace tw

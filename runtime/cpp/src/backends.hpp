@@ -1,0 +1,17 @@
+// The backends that this library was built with.
+#pragma once
+
+#include "engine.hpp"
+
+namespace tw {
+
+struct Backend {
+    std::string package, version;  // as the `needs` of an engine name them
+    // `files`: location of weights in the graph -> the file
+    std::unique_ptr<Engine> (*open)(const Path& graph, const Named<Path>& files, const std::string& precision, const EngineOptions& options);
+};
+
+const Named<Backend>& backends();  // name -> backend
+std::string backend_versions();    // "onnxruntime 1.31.1"
+
+}  // namespace tw

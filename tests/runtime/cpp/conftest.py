@@ -1,0 +1,70 @@
+"""The C++ library is compiled once for all tests of it."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from support.shared import Shared
+
+ROOT = Path(__file__).parents[3]
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session")
+def cmake() -> str:
+    """The path of CMake."""
+    path = shutil.which("cmake", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    if not path or not shutil.which("g++"):
+        pytest.skip("needs CMake and g++")
+    return path
+
+
+@pytest.fixture(scope="session")
+def built(shared: Shared, cmake: str) -> Path:
+    """The folder of a build, with the programs of these tests."""
+    headers = os.environ.get("ONNXRUNTIME_ROOT") or (ROOT / "build" / "onnxruntime" / "include").is_dir()
+    if not headers:
+        pytest.skip("needs ONNX Runtime's headers: make cpp fetches them")
+
+    def compile_into(folder: Path) -> None:
+        options = [
+            "-DCMAKE_BUILD_TYPE=Debug",
+            "-DCMAKE_CXX_FLAGS_DEBUG=-O1",
+            f"-DTILEWRIGHT_TESTS={Path(__file__).parent}",
+            f"-DTILEWRIGHT_SANITIZE={os.environ.get('TILEWRIGHT_SANITIZE', '')}",  # see make cpp-sanitize
+        ]
+        generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+        configure = [
+            cmake,
+            "-S",
+            ROOT / "runtime" / "cpp",
+            "-B",
+            folder,
+            *generator,
+            *options,
+            f"-DTILEWRIGHT_PYTHON={sys.executable}",
+        ]
+        for command in (configure, [cmake, "--build", folder]):
+            done = subprocess.run(command, capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout + done.stderr
+            assert "warning:" not in done.stdout + done.stderr
+
+    if kept := os.environ.get("TILEWRIGHT_CPP_BUILD"):  # compiles only what changed since the last run
+        compile_into(Path(kept))
+        return Path(kept)
+    return shared("cpp", compile_into)
+
+
+@pytest.fixture
+def run(built) -> Run:
+    """Run a program of the build, without our native kernels."""
+
+    def run(name: str, *words: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([built / name, *map(str, words)], capture_output=True, text=True)
+
+    return run

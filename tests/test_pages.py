@@ -59,6 +59,10 @@ def test_engines_in_8_bits_are_as_measured() -> None:
         changed, lost = f"{engine['changed_choices']:.1%}", f"{round(engine['lost_db'], 3) + 0.0:.3f} dB"
         row = f"{engine['mean_db']:.1f} dB", f"{engine['worst_db']:.1f} dB", f"{engine['ssim']:.4f}", changed, lost
         assert row in said or name == "openvino-float32"  # the reference
+    said = {tuple(row[1:]) for row in rows(page("measured")) if len(row) == 5}
+    for name, engine in result("eight_bits_in_token")["engines"].items():
+        row = f"{engine['mean_db']:.1f} dB", f"{engine['worst_db']:.1f} dB", f"{engine['ssim']:.4f}"
+        assert (*row, f"{engine['lost_db']:.3f} dB") in said or name.endswith("-float32")
 
 
 @pytest.mark.parametrize("file", ["demo/hitoksr/README.md", "demo/in-token/README.md", "docs/measured.md"])
@@ -84,6 +88,13 @@ def test_times_and_costs_are_as_measured() -> None:
         found = result("flux_step")["rows"][name]
         numbers = found["median_s"], found["ratio_to_eager"], found["anonymous_bytes"] / 1e9
         assert [row, *(f"{number:.2f}" for number in numbers)] in said
+    of_step = [row[1:4] for row in said if len(row) == 5]
+    for found in result("flux_step_xeon")["rows"].values():
+        numbers = found["ratio_to_eager"], found["peak_anonymous_bytes"] / 1e9
+        assert [f"{found['median_s']:.1f}", *(f"{number:.2f}" for number in numbers)] in of_step
+    cost = result("eight_bits_cost")
+    step = cost["float_bytes"]["step"] / 1e9, cost["bytes"]["step.ort-fp8"] / 1e9
+    assert ["the step, without modulation", *(f"{size:.1f}" for size in step)] in said
     for name in SYSTEMS:
         found = result(f"export_cost_{name.replace('-', '_')}")
         referenced = sum(tensors["referenced_bytes"] for tensors in found["tensors"].values()) / 1e9

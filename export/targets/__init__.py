@@ -39,7 +39,10 @@ def engines_of(targets: Sequence[str], precisions: Sequence[str]) -> list[tuple[
     for target in targets:
         if not set(able[target]) & set(precisions):
             wants = f"precision={','.join(precisions)!r}: target {target!r} makes {', '.join(able[target])}"
-            raise UsageError(f"{wants} only; add one of these, or leave the target out")
+            makers = [name for name in TARGETS if set(precisions) & set(target_module(name).PRECISIONS)]
+            other = bool(makers) and not set(makers) & set(targets)
+            advice = f"take target {' or '.join(makers)} instead" if other else "leave the target out"
+            raise UsageError(f"{wants} only; add one of these, or {advice}")
     if lacking := [p for p in precisions if not any(p in able[target] for target in targets)]:
         makers = [target for target in TARGETS if lacking[0] in target_module(target).PRECISIONS]
         advice = f"add target {makers[0]!r}" if makers else "leave it out"

@@ -8,7 +8,8 @@ PYTEST = MAKEFLAGS= PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/pytest -n 
 CMAKE := $(or $(wildcard $(BIN)/cmake),cmake)
 PREFIX := kernels/native
 
-.PHONY: demo demo-hitoksr demo-in-token check test test-quick test-isa lint bench native cpp wheel clean
+.PHONY: demo demo-hitoksr demo-in-token check test test-quick test-isa lint bench native wheel clean
+.PHONY: cpp cpp-sanitize cpp-tidy cpp-fuzz
 .PHONY: train-hitoksr train-in-token
 
 .venv/ready: pyproject.toml constraints.txt
@@ -60,9 +61,7 @@ test-isa: .venv/ready
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy --cache-dir .mypy_cache/strict --strict -p tilewright.runtime
-	MYPYPATH=tools:typings $(BIN)/mypy --cache-dir .mypy_cache/usual -p tilewright.cli -p tilewright.export \
-		-p tilewright.kernels -p tilewright.calib -p train
+	$(BIN)/mypy
 
 bench: .venv/ready
 	$(BIN)/python bench/run.py
@@ -80,6 +79,26 @@ cpp: .venv/ready
 	$(CMAKE) -S runtime/cpp -B build/cpp $(if $(shell command -v ninja),-G Ninja) -DTILEWRIGHT_TESTS=$(abspath tests/runtime/cpp)
 	$(CMAKE) --build build/cpp
 	build/cpp/tests/vectors tests/vectors tests/programs
+
+# the tests of the C++ library under AddressSanitizer and UndefinedBehaviorSanitizer, and then under ThreadSanitizer
+cpp-sanitize: .venv/ready
+	for kind in address,undefined thread; do \
+		TILEWRIGHT_SANITIZE=$$kind $(BIN)/pytest -q tests/runtime/cpp -k 'not native and not install' || exit 1; \
+	done
+
+# needs clang-tidy, and build/cpp of `make cpp`
+cpp-tidy:
+	run-clang-tidy -quiet -p build/cpp 'runtime/cpp/'
+
+# needs Clang with its sanitizers. RUNS inputs for the readers of a bundle's files; build/fuzz/found keeps those that are new
+RUNS ?= 1000000
+cpp-fuzz: .venv/ready
+	$(CMAKE) -S runtime/cpp -B build/fuzz -DCMAKE_C_COMPILER=clang -DCMAKE_CXX_COMPILER=clang++ -DTILEWRIGHT_TOOLS=OFF \
+		-DTILEWRIGHT_TESTS=$(abspath tests/runtime/cpp) -DTILEWRIGHT_FUZZ=ON -DTILEWRIGHT_SANITIZE=address,undefined
+	$(CMAKE) --build build/fuzz --target fuzz
+	$(BIN)/python tests/runtime/cpp/corpus.py build/fuzz/seeds $(wildcard out/*-demo)
+	mkdir -p build/fuzz/found
+	build/fuzz/tests/fuzz -runs=$(RUNS) -max_len=65536 -artifact_prefix=build/fuzz/crash- build/fuzz/found build/fuzz/seeds
 
 # into dist/: the sdist, the pure wheel, and a wheel for this platform with the native kernels; auditwheel finds its tag
 wheel: .venv/ready

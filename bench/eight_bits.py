@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tilewright.calib.trial import Trial
+from tilewright.calib.judge.trial import Trial
 from tilewright.export.verify.engines import runnable
 from tilewright.runtime import load
 from tilewright.runtime.bundle.read import read_bundle

@@ -6,9 +6,9 @@ Every contender has its own process, and they take turns. Prints JSON; `bench/ru
 import argparse
 import json
 import multiprocessing
-import os
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -22,25 +22,37 @@ ROUNDS = 5
 
 
 def inputs(bundle: Path, side: int) -> dict[str, Any]:
-    """Seeded inputs of a step for a square picture."""
+    """Seeded inputs of a step for a square picture, with the modulation of its sigma."""
     from tilewright.runtime.bundle.read import read_bundle
 
-    random = np.random.Generator(np.random.Philox(key=0))
-    sizes = {"batch": 1, "batch_or_1": 1, "h": side // 8, "w": side // 8}
-    specs = read_bundle(bundle).manifest.components["step"].inputs
-    arrays = {n: random.standard_normal([sizes.get(str(d), d) for d in s.shape], np.float32) for n, s in specs.items()}
-    return arrays | {"sigma": np.array([0.7], np.float32), "sigma_next": np.array([0.6], np.float32)}
+    random, opened = np.random.Generator(np.random.Philox(key=0)), read_bundle(bundle)
+    sizes = {"h": side // 8, "w": side // 8}  # all others are 1
+    specs = opened.manifest.components["step"].inputs
+    arrays = {
+        name: random.standard_normal([d if isinstance(d, int) else sizes.get(d, 1) for d in spec.shape], np.float32)
+        for name, spec in specs.items()
+    }
+    sigma = np.array([0.7], np.float32)
+    asked = {"pooled": np.zeros((1, 768), np.float32), "guidance": np.array([30], np.float32), "sigmas": sigma[None]}
+    modulate = opened_engine(opened, "modulate", "ort-float32", "low")
+    modulation = modulate.run(asked, ["modulation"])["modulation"][:, 0]
+    modulate.close()
+    return arrays | {"modulation": modulation, "sigma": sigma, "sigma_next": np.array([0.6], np.float32)}
+
+
+def opened_engine(opened: Any, component: str, name: str, memory: str) -> Any:
+    from tilewright.runtime.engines import Opening, backend
+
+    spec = next(spec for spec in opened.manifest.components[component].engines if spec.name == name)
+    return backend(spec.backend).open_engine(opened, component, spec, Opening(memory, THREADS))
 
 
 def engine(name: str, memory: str) -> Callable[[Path, int], Callable[[], Any]]:
     def ready(bundle: Path, side: int) -> Callable[[], Any]:
         from tilewright.runtime.bundle.read import read_bundle
-        from tilewright.runtime.engines import Opening, backend
 
-        opened = read_bundle(bundle)
-        spec = next(spec for spec in opened.manifest.components["step"].engines if spec.name == name)
-        step = backend(spec.backend).open_engine(opened, "step", spec, Opening(memory, THREADS))
         feed = inputs(bundle, side)
+        step = opened_engine(read_bundle(bundle), "step", name, memory)
         return lambda: step.run(feed, ["z_next"])["z_next"]
 
     return ready
@@ -93,6 +105,7 @@ CONTENDERS = {
     "tilewright low": engine("ort-float32", "low"),
     "openvino-float32": engine("openvino-float32", "fast"),
     "openvino-bfloat16": engine("openvino-bfloat16", "fast"),
+    "openvino-bfloat16 low": engine("openvino-bfloat16", "low"),
     PEER: eager,
 }
 
@@ -101,15 +114,30 @@ def contend(name: str, bundle: Path, side: int, pipe: Connection) -> None:
     run = CONTENDERS[name](bundle, side)
     pipe.send(None)
     while pipe.recv():
+        peak = Peak()
         start = time.perf_counter()
         latent = run()
-        pipe.send((time.perf_counter() - start, latent, memory_of_its_own()))
+        pipe.send((time.perf_counter() - start, latent, peak.stop()))
 
 
-def memory_of_its_own() -> int:
-    """Bytes of this process's memory, without mapped files."""
-    lines = Path(f"/proc/{os.getpid()}/smaps_rollup").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith("Anonymous:")).split()[1])
+class Peak:
+    """The most memory that this process has of its own, without mapped files, looked at 50 times a second."""
+
+    def __init__(self) -> None:
+        self.most, self.ended = 0, threading.Event()
+        self.thread = threading.Thread(target=self._look)
+        self.thread.start()
+
+    def _look(self) -> None:
+        while not self.ended.wait(0.02):
+            lines = Path("/proc/self/status").read_text().splitlines()
+            anonymous = 1024 * int(next(line for line in lines if line.startswith("RssAnon:")).split()[1])
+            self.most = max(self.most, anonymous)
+
+    def stop(self) -> int:
+        self.ended.set()
+        self.thread.join()
+        return self.most
 
 
 def measure(bundle: Path, side: int, rounds: int, names: list[str]) -> dict[str, Any]:
@@ -135,7 +163,7 @@ def measure(bundle: Path, side: int, rounds: int, names: list[str]) -> dict[str,
         name: {
             "median_s": statistics.median(s for s, *_ in runs[1:]),
             "ratio_to_eager": statistics.median(a[0] / b[0] for a, b in zip(runs[1:], timings[PEER][1:], strict=True)),
-            "anonymous_bytes": runs[-1][2],
+            "peak_anonymous_bytes": max(peak for *_, peak in runs[1:]),
             "relative_l2": float(np.linalg.norm(runs[-1][1] - latent) / np.linalg.norm(latent)),
         }
         for name, runs in timings.items()

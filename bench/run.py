@@ -73,6 +73,7 @@ def hitoksr(work: Path) -> None:
     tilewright("export", "build", "hitoksr", "--preset", "tiny", "--random-weights", 0, "-o", tiny)
     tilewright("export", "build", "hitoksr", "--preset", "full", "--random-weights", 0, "-o", full)
     bench("imports")
+    bench("cold", "--bundle", tiny)
     bench("overhead", "--bundle", tiny)
     bench("export_cost", "hitoksr", "--weights", full / "weights", stored="export_cost_hitoksr")
     store("accuracy", {"tiny at 512x512": accuracy(tiny, 512), "full at 512x512": accuracy(full, 512)})
@@ -99,6 +100,10 @@ def hitoksr(work: Path) -> None:
 def flux(work: Path) -> None:
     for system in ("in-token", "vicr"):
         bench("export_cost", system, stored=f"export_cost_{system.replace('-', '_')}")
+    zeros, full = work / "in-token-zeros", work / "in-token-full"
+    tilewright("export", "stand-in", "in-token", "-o", zeros)
+    tilewright("export", "build", "in-token", "--weights", zeros, "--verify", "never", "--target", "ort", "-o", full)
+    bench("eight_bits_cost", full)
     embeds, mid = work / "prompt.safetensors", work / "mid"
     random = np.random.Generator(np.random.Philox(key=0))
     shapes = {"prompt_embeds": (1, 512, 4096), "pooled_prompt_embeds": (1, 768)}
@@ -139,48 +144,34 @@ def demo(work: Path) -> None:
 
 
 def eight_bits(work: Path) -> None:
-    """Engines in 8 bits of the demo models. `--tool` names tools of others to compare hitoksr's with."""
+    """Engines in 8 bits of the demo models. `--tool` names tools of others to compare them with."""
     work.mkdir(parents=True, exist_ok=True)
     photos = work / "calibration"
     photos.mkdir(exist_ok=True)
     for name, _, small in data.kept_back("calibration"):
         Image.fromarray(small).save(photos / f"{name}.png")
     models, targets = HERE.parent / "demo", ("--target", "ort,openvino", "--precision", "float32,bfloat16")
-    hitoksr, standard, in_token = work / "hitoksr-8", work / "hitoksr-standard", work / "in-token-8"
-    tilewright("export", "build", "hitoksr", "--weights", models / "hitoksr", *targets, "-o", hitoksr)
-    tilewright(
-        "export",
-        "build",
-        "hitoksr",
-        "--weights",
-        models / "hitoksr",
-        "--ops",
-        "standard",
-        "--verify",
-        "never",
-        "-o",
-        standard,
-    )
-    tilewright(
-        "export", "build", "in-token", "--preset", "demo", "--weights", models / "in-token", *targets, "-o", in_token
-    )
+    hitoksr, in_token, plain = work / "hitoksr-8", work / "in-token-8", ("--ops", "standard", "--verify", "never")
+    for bundle, words in ((hitoksr, ("hitoksr",)), (in_token, ("in-token", "--preset", "demo"))):
+        words = ("export", "build", *words, "--weights", models / words[0])
+        tilewright(*words, *targets, "-o", bundle)
+        tilewright(*words, *plain, "-o", bundle.with_suffix(".standard"))
     stats, recipe, found = (work / name for name in ("hitoksr.safetensors", "hitoksr.yaml", "sens.json"))
     tilewright("calib", "collect", hitoksr, photos, "-o", stats)
     for precision, words, target in (("int8", ("--smooth", 0.5), "ort,openvino"), ("fp8", (), "ort")):
         tilewright("calib", "recipe", hitoksr, stats, "--format", precision, *words, "-o", recipe)
         tilewright("export", "compile", hitoksr, "--precision", precision, "--target", target, "--recipe", recipe)
     tools = [word for tool in TOOLS for word in ("--tool", tool)]
-    bench("eight_bits", hitoksr, standard, "--components", "generate,decode", *tools)
+    bench("eight_bits", hitoksr, hitoksr.with_suffix(".standard"), "--components", "generate,decode", *tools)
     stats, recipe = work / "in-token.safetensors", work / "in-token.yaml"
     tilewright("calib", "collect", in_token, photos, "-o", stats, "--images", 12, "--steps", 8)
-    words = ("--format", "int8", "--smooth", 0.5)
-    tilewright("calib", "sensitivity", in_token, stats, *words, "-o", found)
-    tilewright(
-        "calib", "recipe", in_token, stats, "--format", "int8", "--sens", found, "--budget-psnr", 60, "-o", recipe
-    )
-    tilewright("export", "compile", in_token, "--precision", "int8", "--target", "ort,openvino", "--recipe", recipe)
-    words = ("--components", "step", "--steps", 8, "--images", 8)
-    bench("eight_bits", in_token, in_token, *words, stored="eight_bits_in_token")
+    for precision, words, target in (("fp8", (), "ort"), ("int8", ("--smooth", 0.5), "ort,openvino")):
+        tilewright("calib", "sensitivity", in_token, stats, "--format", precision, *words, "-o", found)
+        words = ("--format", precision, "--sens", found, "--budget-psnr", 60)
+        tilewright("calib", "recipe", in_token, stats, *words, "-o", recipe)
+        tilewright("export", "compile", in_token, "--precision", precision, "--target", target, "--recipe", recipe)
+    words = ("--components", "encode,see,redux,step,decode", "--steps", 8, "--images", 8, *tools)
+    bench("eight_bits", in_token, in_token.with_suffix(".standard"), *words, stored="eight_bits_in_token")
     bench("step_ranges", in_token, stats, recipe)
 
 

@@ -245,7 +245,7 @@ def stop(bundle: Path, side: int, count: int) -> dict[str, Any]:
             while sum(end.done() for end in ends) < 3:
                 time.sleep(0.01)
             numbers = httpx2.get(f"{url}/metrics").text.splitlines()
-            names = ("tilewright_queue ", "tilewright_running ", "tilewright_orders_total")
+            names = ("tilewright_queue ", "tilewright_running ", "tilewright_images_total")
             accepted = sum(int(float(line.split()[1])) for line in numbers if line.startswith(names))
             os.kill(process.pid, signal.SIGTERM)
             counts.update(end.result() for end in ends)

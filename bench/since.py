@@ -18,14 +18,15 @@ import numpy as np
 
 ROUNDS = 3
 CONTEND = """
-import inspect, json, sys, time
+import inspect, json, re, sys, time
+from pathlib import Path
 import numpy as np
 from tilewright.runtime.restore import load
 
-bundle, photo, picture, engine, options, words = json.loads(sys.argv[1])
+bundle, photo, picture, engine, memory, options, words = json.loads(sys.argv[1])
 takes = inspect.signature(load).parameters
 start = time.perf_counter()
-restorer = load(bundle, **({"engine": engine} if engine and "engine" in takes else {}))
+restorer = load(bundle, memory=memory, **({"engine": engine} if engine and "engine" in takes else {}))
 words = words if "engine" in takes else {"inputs": words}  # as the older version takes them
 print(json.dumps({"open_s": time.perf_counter() - start, "engines": getattr(restorer, "ran", {}).get("engines")}))
 for _ in sys.stdin:
@@ -33,7 +34,8 @@ for _ in sys.stdin:
     image = restorer.restore(photo, **options, **words).image
     seconds = time.perf_counter() - start
     np.save(picture, image)
-    print(json.dumps(seconds), flush=True)
+    peak = 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+    print(json.dumps((seconds, peak)), flush=True)
 """
 
 
@@ -45,12 +47,14 @@ def main(arguments: argparse.Namespace) -> dict[str, Any]:
         processes = {n: start(n, *which, arguments, Path(work)) for n, which in contenders.items()}
         opened = {name: json.loads(readline(process)) for name, process in processes.items()}
         times: dict[str, list[float]] = {name: [] for name in processes}
+        peaks: dict[str, int] = {}
         for _ in range(arguments.rounds + 1):
             for name, process in processes.items():
                 assert process.stdin
                 process.stdin.write("\n")
                 process.stdin.flush()
-                times[name].append(json.loads(readline(process)))
+                seconds, peaks[name] = json.loads(readline(process))
+                times[name].append(seconds)
         for process in processes.values():
             process.kill()
         pictures = {name: np.load(Path(work) / f"{name}.npy") for name in processes}
@@ -59,6 +63,7 @@ def main(arguments: argparse.Namespace) -> dict[str, Any]:
         | {
             "median_s": statistics.median(runs[1:]),
             "first_s": runs[0],
+            "peak_rss_bytes": peaks[name],  # with the pages of mapped files
             "ratio_to_old": statistics.median(a / b for a, b in zip(runs[1:], times["old"][1:], strict=True)),
             "psnr_to_old_db": psnr(pictures[name], pictures["old"]),
         }
@@ -68,6 +73,7 @@ def main(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "what": f"{arguments.what}, {arguments.photo.name}, result {width}x{height}",
         "old": arguments.commit,
+        "memory": arguments.memory,
         "rounds": arguments.rounds,
         "load": os.getloadavg()[2],
         "rows": rows,
@@ -75,7 +81,8 @@ def main(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def start(name: str, bundle: Path, engine: str | None, arguments: argparse.Namespace, work: Path) -> Any:
-    words = [str(bundle), str(arguments.photo), str(work / f"{name}.npy"), engine, arguments.options, arguments.words]
+    words: list[Any] = [str(bundle), str(arguments.photo), str(work / f"{name}.npy"), engine]
+    words += [arguments.memory, arguments.options, arguments.words]
     environment = dict(os.environ)
     if name == "old":
         folder = work / "old" / "tilewright"
@@ -108,5 +115,6 @@ if __name__ == "__main__":
     parser.add_argument("--photo", type=Path, required=True)
     parser.add_argument("--options", type=json.loads, default={}, help="for example '{\"steps\": 4}'")
     parser.add_argument("--words", type=json.loads, default={}, help="arguments of the bundle")
+    parser.add_argument("--memory", choices=("fast", "low"), default="fast")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     print(json.dumps(main(parser.parse_args()), indent=1))

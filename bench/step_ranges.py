@@ -18,10 +18,11 @@ import numpy as np
 from eight_bits import SIDE, pictures
 
 from tilewright.calib import read_observations, read_recipe
-from tilewright.calib.observers import Observations
-from tilewright.calib.ranges import range_of
-from tilewright.calib.recipe import FORMATS, Recipe, graphs_of, make_recipe
-from tilewright.calib.trial import Trial
+from tilewright.calib.judge.trial import Trial
+from tilewright.calib.observe.observers import Observations
+from tilewright.calib.recipe import FORMATS, Recipe
+from tilewright.calib.recipe.make import graphs_of, make_recipe
+from tilewright.calib.scales.ranges import range_of
 from tilewright.runtime.bundle.read import read_bundle
 from tilewright.runtime.plan.schedules import SCHEDULES
 

@@ -4,15 +4,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tilewright.calib.collector import collect
     from tilewright.calib.engines import add_engines
-    from tilewright.calib.frontier import sensitivity
-    from tilewright.calib.gates import gate
     from tilewright.calib.insertion import insert, quantised_weights
-    from tilewright.calib.observers import read_observations
+    from tilewright.calib.judge.frontier import sensitivity
+    from tilewright.calib.judge.gates import gate
+    from tilewright.calib.observe.collector import collect
+    from tilewright.calib.observe.observers import read_observations
     from tilewright.calib.one_step import calibrate
-    from tilewright.calib.ranges import range_of, scaling_of
-    from tilewright.calib.recipe import Recipe, make_recipe, read_recipe
+    from tilewright.calib.recipe import Recipe, read_recipe
+    from tilewright.calib.recipe.make import make_recipe
+    from tilewright.calib.scales.ranges import range_of, scaling_of
 
 __all__ = [
     "Recipe",
@@ -33,13 +34,14 @@ __all__ = [
 _HOMES = {
     "add_engines": "engines",
     "calibrate": "one_step",
-    "collect": "collector",
-    "gate": "gates",
-    "read_observations": "observers",
-    "sensitivity": "frontier",
+    "collect": "observe.collector",
+    "gate": "judge.gates",
+    "make_recipe": "recipe.make",
+    "read_observations": "observe.observers",
+    "sensitivity": "judge.frontier",
     **dict.fromkeys(("insert", "quantised_weights"), "insertion"),
-    **dict.fromkeys(("range_of", "scaling_of"), "ranges"),
-    **dict.fromkeys(("Recipe", "make_recipe", "read_recipe"), "recipe"),
+    **dict.fromkeys(("range_of", "scaling_of"), "scales.ranges"),
+    **dict.fromkeys(("Recipe", "read_recipe"), "recipe"),
 }
 
 

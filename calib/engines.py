@@ -16,16 +16,17 @@ from typing import Any
 import onnx_ir as ir
 
 from tilewright.calib.insertion import Codes, insert, quantised_weights, table
-from tilewright.calib.layers import StandardGraph
+from tilewright.calib.judge.trial import Trial
 from tilewright.calib.networks import check_networks
-from tilewright.calib.recipe import Recipe, graphs_of
-from tilewright.calib.trial import Trial
+from tilewright.calib.recipe import IN_BUNDLE, Recipe
+from tilewright.calib.recipe.layers import StandardGraph
+from tilewright.calib.recipe.make import graphs_of
 from tilewright.export.build.cache import staging, write
 from tilewright.export.build.compile import check_room_for, link, list_in_card, with_engines
 from tilewright.export.plans.build import Options
 from tilewright.export.targets import check_makeable, engine_folder, target_module
 from tilewright.export.targets.tensorrt import typed
-from tilewright.export.verify.engines import sample_photo
+from tilewright.export.verify.sample import sample_photo
 from tilewright.runtime.bundle.digests import sha256_of_file
 from tilewright.runtime.bundle.manifest import EngineSpec, File, Form, Needs
 from tilewright.runtime.bundle.read import Bundle, read_bundle
@@ -36,9 +37,8 @@ from tilewright.runtime.engines import Engine, backend
 from tilewright.runtime.engines.machine import this_machine
 from tilewright.runtime.errors import EnvironmentMismatch, UsageError
 
-__all__ = ["RECIPE", "Added", "add_engines"]
+__all__ = ["Added", "add_engines"]
 
-RECIPE = "reports/recipe.{}.yaml"  # in the bundle, for each precision
 ROUNDS = 5  # of timing; the forms take turns
 LOST_DB = 1.0  # a form whose picture is so much worse than the most exact one is not taken
 Report = Callable[[str, int, int], None]
@@ -104,7 +104,7 @@ def add_engines(
         folders[precision] = Folder(None, {stored.name: File(stored.stat().st_size, sha256_of_file(stored))})
         write(folder / "weights.json", to_json(Weights(folders, tables)))
         (folder / "reports").mkdir(exist_ok=True)
-        recipe.write(folder / RECIPE.format(precision))
+        recipe.write(folder / IN_BUNDLE.format(precision))
         list_in_card(folder / "README.md", components.values())
         (folder / "bundle.json").unlink()  # a link to the one that stays in use until the end
         seal(folder, replace(bundle.manifest, components=components), root)

@@ -14,10 +14,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from tilewright.calib.formats import E4M3FN, INT8, Format, of_channels, quantise, symmetric
-from tilewright.calib.layers import Layer, Part, StandardGraph
 from tilewright.calib.recipe import FORMATS, KEPT, Recipe
-from tilewright.calib.smoothing import divide
+from tilewright.calib.recipe.layers import Layer, Part, StandardGraph
+from tilewright.calib.recipe.smoothing import divide
+from tilewright.calib.scales.formats import E4M3FN, INT8, Format, of_channels, quantise, symmetric
 from tilewright.export.weights.files import find
 from tilewright.export.weights.writing import write_tensors
 from tilewright.runtime.bundle.manifest import Form

@@ -3,29 +3,24 @@
 A quarter of the pictures is held out: the engines are judged on those, and everything else sees only the others.
 """
 
-import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tilewright.calib.collector import IMAGES, collect, evenly, images_in
 from tilewright.calib.engines import Added, add_engines
-from tilewright.calib.frontier import calibrated_pictures, sensitivity, with_all, within_budget
-from tilewright.calib.gates import BUDGET_DB, CROPS, gate
-from tilewright.calib.recipe import Recipe, graphs_of, make_recipe
-from tilewright.calib.trial import Trial
-from tilewright.export.build.code import code
-from tilewright.runtime.bundle.digests import sha256_of_bytes, sha256_of_file
+from tilewright.calib.judge.frontier import calibrated_pictures, sensitivity, with_all, within_budget
+from tilewright.calib.judge.gates import BUDGET_DB, CROPS, gate
+from tilewright.calib.judge.trial import Trial
+from tilewright.calib.observe.collector import collect
+from tilewright.calib.pictures import IMAGES, split
+from tilewright.calib.recipe import Recipe
+from tilewright.calib.recipe.make import graphs_of, make_recipe
 from tilewright.runtime.bundle.read import read_bundle
-from tilewright.runtime.bundle.strict import encode
-from tilewright.runtime.errors import InputError
 
-__all__ = ["Calibrated", "calibrate", "inputs_of"]
+__all__ = ["Calibrated", "calibrate"]
 
-LEAST = 4  # pictures: three to observe, and one to judge
-EACH = 4  # of so many pictures, the last one is held out
 SMOOTH = {"int8": 0.5, "fp8": None}
 MARGIN_DB = 2.0  # other pictures may be a little less close than those that the recipe was chosen by
 Report = Callable[[str, int, int], None]
@@ -54,7 +49,7 @@ def calibrate(
     on_progress: Report = lambda part, done, total: None,
 ) -> Calibrated:
     """Observe, choose a recipe within the budget, add the engines to the bundle, and judge them."""
-    seen, judged = _split(folder, images)
+    seen, judged = split(folder, images)
     bundle = read_bundle(root)
     options: dict[str, Any] = {"threads": threads, "weights_dir": weights_dir}
     with tempfile.TemporaryDirectory(prefix="tilewright-") as temporary:
@@ -104,30 +99,8 @@ def calibrate(
     return Calibrated(recipe, added, report)
 
 
-def inputs_of(
-    format: str, targets: Sequence[str], *, recipe: Recipe | None = None, folder: Path | None = None, **options: Any
-) -> str:
-    """The digest of all that engines in 8 bits depend on besides the bundle: a recipe or pictures, and our code."""
-    asked = {"format": format, "targets": list(targets), **options, **code(__name__)}
-    asked |= {} if recipe is None else {"recipe": encode(recipe)}
-    asked |= {} if folder is None else {"images": [sha256_of_file(p) for part in _split(folder, IMAGES) for p in part]}
-    return sha256_of_bytes(json.dumps(asked, sort_keys=True).encode())
-
-
 def _best(found: Any) -> float:
     return max((point.mean_db for point in found.frontier), default=0.0)
-
-
-def _split(folder: Path, most: int) -> tuple[list[Path], list[Path]]:
-    """The pictures to observe, and those to judge by."""
-    paths = images_in(folder)
-    if len(paths) < LEAST:
-        raise InputError(
-            f"{folder} holds {len(paths)} images; --calibrate needs {LEAST} or more, as it judges by some of them"
-        )
-    chosen = evenly(paths, most)
-    judged = chosen[EACH - 1 :: EACH]
-    return [path for path in chosen if path not in judged], judged
 
 
 def _links(folder: Path, paths: list[Path]) -> Path:

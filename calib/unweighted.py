@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from tilewright.calib.formats import INT8
 from tilewright.calib.insertion import Codes, insert
-from tilewright.calib.layers import standard
 from tilewright.calib.recipe import FORMATS, Entering, LayerRecipe, Recipe
+from tilewright.calib.recipe.layers import standard
+from tilewright.calib.scales.formats import INT8
 from tilewright.export.weights.files import WeightReader
 from tilewright.runtime.bundle.manifest import Form
 from tilewright.runtime.bundle.weights import Reference

@@ -133,7 +133,7 @@ def _collect(arguments: argparse.Namespace) -> None:
 
 def _sensitivity(arguments: argparse.Namespace) -> None:
     from tilewright.calib import read_observations
-    from tilewright.calib.frontier import calibrated_pictures, frontier_rows, sensitivity
+    from tilewright.calib.judge.frontier import calibrated_pictures, frontier_rows, sensitivity
     from tilewright.runtime.bundle.read import read_bundle
     from tilewright.runtime.bundle.strict import encode
 
@@ -163,8 +163,8 @@ def _sensitivity(arguments: argparse.Namespace) -> None:
 
 def _recipe(arguments: argparse.Namespace) -> None:
     from tilewright.calib import read_observations
-    from tilewright.calib.frontier import read_sensitivity, within_budget
-    from tilewright.calib.recipe import make_recipe
+    from tilewright.calib.judge.frontier import read_sensitivity, within_budget
+    from tilewright.calib.recipe.make import make_recipe
     from tilewright.runtime.bundle.read import read_bundle
     from tilewright.runtime.errors import UsageError
     from tilewright.runtime.images.write import check_place
@@ -212,7 +212,7 @@ def _report(arguments: argparse.Namespace) -> None:
 
 
 def _gate(arguments: argparse.Namespace) -> None:
-    from tilewright.calib.gates import CROPS, gate
+    from tilewright.calib.judge.gates import CROPS, gate
 
     with Progress(arguments, ("memory", "pictures", "times")) as progress:
         report = gate(

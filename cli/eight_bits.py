@@ -51,7 +51,7 @@ def split_precisions(arguments: argparse.Namespace) -> tuple[tuple[str, ...], tu
 
 def eight_bit_inputs(arguments: argparse.Namespace, precision: str, targets: Sequence[str]) -> str:
     """The digest of all that the engines in 8 bits depend on besides the bundle."""
-    from tilewright.calib.one_step import inputs_of
+    from tilewright.calib.inputs import inputs_of
     from tilewright.calib.recipe import read_recipe
 
     if arguments.recipe is not None:

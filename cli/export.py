@@ -14,7 +14,7 @@ from tilewright.cli.dry_run import dry_run
 from tilewright.cli.eight_bits import add_calibrate, add_eight_bits, add_recipe, eight_bit_inputs, split_precisions
 from tilewright.cli.explain import explain
 from tilewright.cli.lint import add_lint
-from tilewright.cli.plans import add_plan_options, plan_options
+from tilewright.cli.plans import add_plan_options, batches, plan_options
 from tilewright.cli.space import space
 from tilewright.cli.terminal import Progress, answer, expect_argument, verb
 from tilewright.runtime.errors import UsageError, amount
@@ -40,7 +40,7 @@ def add_verbs(verbs: Any) -> None:
     build.add_argument(
         "--random-weights", type=int, metavar="SEED", help="seeded random ones for all that is not given"
     )
-    build.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="the bundle's directory")
+    build.add_argument("-o", "--out", type=Path, metavar="DIR", help="the bundle's directory; --dry-run needs none")
     build.add_argument("--pack", action="store_true", help="copy the weights into the bundle")
     build.add_argument(
         "--verify",
@@ -55,6 +55,7 @@ def add_verbs(verbs: Any) -> None:
         help="keep our ops as nodes with functions, or inline them as standard ONNX",
     )
     _engine_options(build)
+    add_plan_options(build, builds=True)
     add_calibrate(build)
     build.add_argument("--allow-nonfinite", action="store_true", help="build from weights that hold NaN or infinity")
     build.add_argument(
@@ -132,7 +133,7 @@ def _engine_options(parser: argparse.ArgumentParser, targets: str = "", precisio
         (
             "precision",
             precisions,
-            "precisions of the engines, of float32, bfloat16, fp8 and int8",
+            "precisions of the engines, of float32, bfloat16, float16, fp8 and int8",
             "those that run here",
         ),
     ):
@@ -239,10 +240,12 @@ def _build(arguments: argparse.Namespace) -> None:
         raise UsageError(f"--gpu {arguments.gpu} predicts only; add --dry-run, or compile on the machine with the GPU")
     if not arguments.gpu:
         check_makeable(asked[0])
+    if not arguments.out and not arguments.dry_run:
+        raise UsageError("-o/--out is not given; it names the bundle's directory")
     request = Request(
         arguments.system,
         arguments.preset,
-        arguments.out,
+        arguments.out or Path(arguments.system),
         arguments.weights and local(str(arguments.weights)),
         arguments.random_weights,
         arguments.pack,
@@ -251,6 +254,8 @@ def _build(arguments: argparse.Namespace) -> None:
         _option_values(arguments),
         arguments.allow_nonfinite,
         *graphs,
+        arguments.tile,
+        batches(arguments),
     )
     start, usual, explained = time.perf_counter(), cache(partial(usual_seconds, request)), dict[str, Any]()
     with Progress(arguments) as progress:
@@ -274,12 +279,12 @@ def _build(arguments: argparse.Namespace) -> None:
         cost = {} if arguments.dry_run else build(request, tell, digest, added)
         if compiled[0] and not arguments.dry_run:
             progress.doing("compiling engines")
-            compile_engines(arguments.out, *compiled)
+            compile_engines(arguments.out, *compiled, options=plan_options(arguments))
     if arguments.dry_run:
         dry_run(arguments, request, explained, engines)
         return
     if added and cost:
-        add_eight_bits(arguments, arguments.out, eight_bits[0], asked[0])
+        add_eight_bits(arguments, arguments.out, eight_bits[0], asked[0], plan_options(arguments))
         remember_added(arguments.out, added, read_bundle(arguments.out).digest)
         return
     seconds = time.perf_counter() - start
@@ -362,7 +367,8 @@ def _verify(arguments: argparse.Namespace) -> None:
 
     require_bundle(arguments.bundle)  # before PyTorch is loaded
 
-    from tilewright.export.verify.engines import PARTS, measurement, require, verify
+    from tilewright.export.verify.engines import PARTS, verify
+    from tilewright.export.verify.gate import measurement, require
     from tilewright.runtime.bundle.digests import writing
     from tilewright.runtime.bundle.measured import remember
     from tilewright.runtime.errors import AccuracyError

@@ -19,7 +19,7 @@ HEADS = ("engine", "dB", "worst", "SSIM", "choices", "drift", "lost dB", "s/MP",
 
 def tell_gate(arguments: argparse.Namespace, root: Path, report: dict[str, Any], before: str = "") -> None:
     """Keep and print a report of the gate, then raise its fault if it has one."""
-    from tilewright.calib.gates import REPORT, measurement, require
+    from tilewright.calib.judge.gates import REPORT, measurement, require
     from tilewright.runtime.bundle.digests import writing
     from tilewright.runtime.bundle.measured import remember
     from tilewright.runtime.errors import AccuracyError
@@ -48,8 +48,8 @@ def report_text(facts: Mapping[str, Any]) -> str:
 
 def _recipe(precision: str, recipe: Mapping[str, Any]) -> str:
     """What was measured for a recipe, and what it keeps."""
-    from tilewright.calib.evidence import Point
-    from tilewright.calib.frontier import frontier_rows
+    from tilewright.calib.judge.frontier import frontier_rows
+    from tilewright.calib.recipe.evidence import Point
 
     layers = recipe["layers"]
     text = (

@@ -11,18 +11,30 @@ if TYPE_CHECKING:
     from tilewright.export.plans.forecast import CompiledForecast
     from tilewright.runtime.errors import ResourceError
 
-__all__ = ["add_plan_options", "forecasts", "plan_options"]
+__all__ = ["add_plan_options", "batches", "forecasts", "plan_options"]
 
 MOST_TILES = 32  # in one call
 
 
-def add_plan_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of plans."""
-    group = parser.add_argument_group("plans of TensorRT")
+def add_plan_options(parser: argparse.ArgumentParser, *, builds: bool = False) -> None:
+    """Add the options of tiles, which a build writes into the bundle's program, and those of plans."""
+    group = parser.add_argument_group("tiles, and plans of TensorRT")
+    own = ("; the first is the bundle's", "; the most is the bundle's") if builds else ("", "")
+    default = "the system's" if builds else "the bundle's"
     group.add_argument(
-        "--tile", type=sides, default=(), metavar="PX,...", help="sides of tiles, one profile each (default: its own)"
+        "--tile",
+        type=numbers,
+        default=(),
+        metavar="PX,...",
+        help=f"sides of tiles, one profile each{own[0]} (default: {default})",
     )
-    group.add_argument("--batch", type=int, metavar="N", help="most tiles in a call (default: the bundle's)")
+    group.add_argument(
+        "--batch",
+        type=numbers,
+        default=(),
+        metavar="N,...",
+        help=f"numbers of tiles in a call, one profile each{own[1]} (default: {default})",
+    )
     group.add_argument(
         "--stream-weights", action="store_true", help="let '--memory low' keep weights in the host's memory"
     )
@@ -31,17 +43,22 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def sides(text: str) -> tuple[int, ...]:
-    return tuple(int(side) for side in text.split(","))
+def numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in text.split(","))
+
+
+def batches(arguments: argparse.Namespace) -> tuple[int, ...]:
+    """The numbers of tiles in a call that the user set."""
+    from tilewright.runtime.inputs import whole
+
+    return tuple(whole("batch", number, 1, MOST_TILES) for number in arguments.batch)
 
 
 def plan_options(arguments: argparse.Namespace) -> "Options":
     """The options of plans that the user set."""
     from tilewright.export.plans.build import Options
-    from tilewright.runtime.inputs import whole
 
-    batch = None if arguments.batch is None else whole("batch", arguments.batch, 1, MOST_TILES)
-    return Options(arguments.tile, batch, arguments.stream_weights, timings=arguments.timing_cache)
+    return Options(arguments.tile, batches(arguments), arguments.stream_weights, timings=arguments.timing_cache)
 
 
 def forecasts(

@@ -25,7 +25,7 @@ from tilewright.runtime.images.write import (
 from tilewright.runtime.profile import engines_text
 from tilewright.runtime.resume.checkpoint import beside, share_in
 
-__all__ = ["restore", "restore_arguments"]
+__all__ = ["minutes", "restore", "restore_arguments"]
 
 STREAM = "-"
 LONGEST = 1_000_000  # minutes
@@ -46,7 +46,7 @@ def restore_arguments(restore: argparse.ArgumentParser) -> None:
     )
     restore.add_argument(
         "--checkpoint",
-        type=_minutes,
+        type=minutes,
         metavar="MINUTES",
         default=15.0,
         help="keep finished parts this often, not only when stopped; 0 is never (default: 15)",
@@ -69,20 +69,24 @@ def restore_arguments(restore: argparse.ArgumentParser) -> None:
         "--jitter", action="store_true", help="move the borders of tiles from step to step, where steps join tiles"
     )
     restore.add_argument(
+        "--native", action="store_true", help="with the C++ library, which make cpp builds or TILEWRIGHT_LIBRARY names"
+    )
+    restore.add_argument(
         "--max-pixels", type=int, metavar="N", default=100_000_000, help="refuse larger inputs (default: 100 million)"
     )
     restore.epilog = LISTED
     restore.set_defaults(more_arguments=own_arguments)
 
 
-def _minutes(word: str) -> float:
+def minutes(word: str) -> float:
+    """The value of --checkpoint."""
     try:
-        minutes = float(word)
+        number = float(word)
     except ValueError:
-        minutes = -1.0
-    if not 0 <= minutes <= LONGEST:
+        number = -1.0
+    if not 0 <= number <= LONGEST:
         raise UsageError(f"--checkpoint {word!r} is not a number of minutes from 0 to {LONGEST}")
-    return minutes
+    return number
 
 
 def restore(arguments: argparse.Namespace) -> None:
@@ -91,6 +95,8 @@ def restore(arguments: argparse.Namespace) -> None:
         values = own_values(arguments)
         _notes(arguments)
         _lift_pillows_limit()
+        if arguments.native:
+            raise UsageError(f"--native restores one image, and {arguments.input} is a folder; leave it out")
         from tilewright.cli.folder import restore_folder
 
         restore_folder(arguments, partial(open_restorer, arguments), _sizes(arguments) | values)
@@ -99,6 +105,11 @@ def restore(arguments: argparse.Namespace) -> None:
     values = own_values(arguments)
     _notes(arguments)
     _lift_pillows_limit()
+    if arguments.native:
+        from tilewright.cli.native import restore_native
+
+        restore_native(arguments, source, values, piped=piped)
+        return
     file = None if piped else beside(arguments.output)
     _note_resume(arguments, file)
     start = time.perf_counter()
@@ -133,11 +144,21 @@ def restore(arguments: argparse.Namespace) -> None:
                 if piped:
                     send_image(
                         encode_image(
-                            restoration.image, arguments.format or "png", icc=restoration.icc, on_share=on_share
+                            restoration.image,
+                            arguments.format or "png",
+                            icc=restoration.icc,
+                            exif=restoration.exif,
+                            on_share=on_share,
                         )
                     )
                 else:
-                    write_or_keep(arguments.output, restoration.image, icc=restoration.icc, on_share=on_share)
+                    write_or_keep(
+                        arguments.output,
+                        restoration.image,
+                        icc=restoration.icc,
+                        exif=restoration.exif,
+                        on_share=on_share,
+                    )
                 now = time.perf_counter()
                 seams = ticket.seam_excess() if arguments.json else None  # it takes seconds for large pictures
     seconds = restoration.seconds | {"open": opened, "write": now - before, "total": now - start}

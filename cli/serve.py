@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from tilewright.cli.engine_arguments import engine_arguments
+from tilewright.cli.restore import minutes
 from tilewright.cli.terminal import answer, note
 from tilewright.runtime.memory.machine import bytes_of
 
@@ -33,6 +34,13 @@ def serve_arguments(serve: argparse.ArgumentParser) -> None:
     serve.add_argument("--deadline", type=float, default=3600.0, metavar="SECONDS", help="of a request (default: 3600)")
     serve.add_argument(
         "--state-dir", type=Path, metavar="DIR", help="keep jobs there (default: they end with the service)"
+    )
+    serve.add_argument(
+        "--checkpoint",
+        type=minutes,
+        default=1.0,
+        metavar="MINUTES",
+        help="keep finished parts of jobs in --state-dir this often; 0 is only at a stop (default: 1)",
     )
     serve.add_argument(
         "--keep", type=float, default=24.0, metavar="HOURS", help="remove the result of a job after this (default: 24)"
@@ -69,6 +77,7 @@ def serve(arguments: argparse.Namespace) -> None:
         deadline_s=arguments.deadline,
         token=token,
         state_dir=arguments.state_dir,
+        checkpoint_s=60 * arguments.checkpoint,
         keep_s=3600 * arguments.keep,
         hosts=("localhost", "127.0.0.1", "::1", arguments.host) if local else (),
     )

@@ -22,7 +22,7 @@ async def restore(restorer: Restorer, places: asyncio.Semaphore, source: Path) -
             late.cancel()
             ticket.cancel()  # if the task is cancelled; one that has ended stays as it is
     target = source.with_name(f"{source.stem}-restored.png")
-    await asyncio.to_thread(write_image, target, restored.image, icc=restored.icc)
+    await asyncio.to_thread(write_image, target, restored.image, icc=restored.icc, exif=restored.exif)
     print(f"{target}: {restored.seconds['total']:.1f} s")
 
 

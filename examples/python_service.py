@@ -17,7 +17,7 @@ class Handler(BaseHTTPRequestHandler):
         try:
             with PLACES:  # a third client waits here
                 restored = restorer.restore(self.rfile.read(int(self.headers["Content-Length"])), max_pixels=10_000_000)
-            status, body = 200, encode_image(restored.image, ".png", icc=restored.icc)
+            status, body = 200, encode_image(restored.image, ".png", icc=restored.icc, exif=restored.exif)
         except TilewrightError as error:  # one line that says what to do
             status, body = 422, f"{error}\n".encode()
         self.send_response(status)

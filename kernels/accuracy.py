@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -111,7 +111,8 @@ class Judge:
 
 def scores(call: Sample, dtype: torch.dtype) -> Tensor:
     """The score of every codeword [..., G, K], computed in a type."""
-    *inputs, codebook = cast(list[Any], [a if a is None else a.to(dtype) for a in call.arguments])
+    arguments: list[Any] = [a if a is None else a.to(dtype) for a in call.arguments]
+    *inputs, codebook = arguments
     if call.op.name == "codebook_nearest":
         latents = inputs[0].unflatten(-1, (codebook.shape[0], -1))
         return torch.einsum("...gd,gkd->...gk", latents, codebook) - codebook.square().sum(-1) / 2

@@ -6,17 +6,29 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tilewright.runtime.errors import TilewrightError
     from tilewright.runtime.images.write import encode_image, write_image
+    from tilewright.runtime.native import NativeRestorer, load_native
     from tilewright.runtime.restore import Restorer, load
     from tilewright.runtime.sitting import Restoration
 
     __version__: str
 
-__all__ = ["Restoration", "Restorer", "TilewrightError", "__version__", "encode_image", "load", "write_image"]
+__all__ = [
+    "NativeRestorer",
+    "Restoration",
+    "Restorer",
+    "TilewrightError",
+    "__version__",
+    "encode_image",
+    "load",
+    "load_native",
+    "write_image",
+]
 
 _HOMES = {
     "TilewrightError": "errors",
     "Restoration": "sitting",
     **dict.fromkeys(("Restorer", "load"), "restore"),
+    **dict.fromkeys(("NativeRestorer", "load_native"), "native"),
     **dict.fromkeys(("encode_image", "write_image"), "images.write"),
 }
 

@@ -173,7 +173,9 @@ class _Job:
             with ticket.keeping(beside(target), every_s=self.keep_every_s):
                 restoration = ticket.result()
                 before = time.perf_counter()
-                write_or_keep(target, restoration.image, icc=restoration.icc, stopped=lambda: self.stopped)
+                write_or_keep(
+                    target, restoration.image, icc=restoration.icc, exif=restoration.exif, stopped=lambda: self.stopped
+                )
             self.results.add(target, source, self.asked)
             now = time.perf_counter()
             height, width = restoration.image.shape[:2]

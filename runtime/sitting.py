@@ -1,6 +1,5 @@
 """One image that is restored: its rounds, a ticket for each of them, and their results."""
 
-import asyncio
 import os
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -68,7 +67,8 @@ class Restoration:
 
     image: Any  # an array, or a `PictureOnDisk`, which `write_image` takes too
     scale: int
-    icc: bytes | None
+    icc: bytes | None  # of the source, as is `exif`; both for `write_image` and `encode_image`
+    exif: bytes | None
     seconds: dict[str, float]  # phase -> time; the phase of an engine has its component's name
     tiles: dict[str, int]  # pass -> tiles
     peak_bytes: int
@@ -251,9 +251,9 @@ class Sitting:
         tiles = {p.name: plan.count for p, plan in self.estimate.passes}
         seconds = self.clock.seconds | self.walk.job.seconds
         notes = tuple(dict.fromkeys(self.walk.job.notes))
-        scale, icc = self.estimate.scale, self.picture.icc
+        scale, icc, exif = self.estimate.scale, self.picture.icc, self.picture.exif
         engines, devices = self.ran["engines"], tuple(self.ran["devices"])
-        return Restoration(pixels, scale, icc, seconds, tiles, peak_bytes(), engines, devices, notes)
+        return Restoration(pixels, scale, icc, exif, seconds, tiles, peak_bytes(), engines, devices, notes)
 
 
 class Ticket:
@@ -388,4 +388,6 @@ class Ticket:
         self.sitting.walk.cancel()
 
     def __await__(self) -> Generator[Any, None, Restoration]:
+        import asyncio  # it takes 20 ms, and only a program that awaits has it already
+
         return asyncio.get_running_loop().run_in_executor(None, self.result).__await__()

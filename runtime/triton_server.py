@@ -97,7 +97,7 @@ class TritonPythonModel:
             with TemporaryDirectory() as folder:
                 values = self._values(request, Path(folder))
                 result = self.restorer.restore(values.pop(IMAGE), **values)
-            png = encode_image(result.image, "png", icc=result.icc)
+            png = encode_image(result.image, "png", icc=result.icc, exif=result.exif)
         except TilewrightError as error:
             return server.InferenceResponse(error=server.TritonError(str(error)))
         texts = {RESTORED: png, NOTES: "\n".join(result.notes).encode()}

@@ -39,7 +39,7 @@ def run(name: str, *words: object) -> subprocess.CompletedProcess[str]:
 
 def test_every_example_is_run_here() -> None:
     names = {path.name for path in EXAMPLES.iterdir()}
-    assert names == {"python_service.py", "async_images.py", "batch_folder.py"}
+    assert names == {"python_service.py", "async_images.py", "batch_folder.py", "cpp_minimal", "cpp_service"}
     assert len((EXAMPLES / "python_service.py").read_text().splitlines()) <= 35
 
 

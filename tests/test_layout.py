@@ -50,13 +50,22 @@ RUNTIME = (
     {"resume"},
     {"setup.py", "sitting.py"},
     {"cluster"},
-    {"restore.py", "simulate.py"},
+    {"native.py", "restore.py", "simulate.py"},
     {"profile.py", "triton_server.py", "folder.py", "atlas.py", "atlas_page.py"},
     {"doctor.py"},
     {"serve"},
 )
+CALIB = (
+    {"scales", "pictures.py", "networks.py"},
+    {"observe"},
+    {"recipe"},
+    {"insertion.py", "inputs.py"},
+    {"judge", "unweighted.py"},
+    {"engines.py"},
+    {"report", "one_step.py"},
+)
 HEAVY = {"torch", "diffusers", "transformers", "onnx", "onnx_ir", "onnxruntime", "starlette", "uvicorn"}
-LAYERS = {"export": EXPORT, "runtime": RUNTIME}
+LAYERS = {"export": EXPORT, "runtime": RUNTIME, "calib": CALIB}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 

@@ -15,6 +15,7 @@ __all__ = ["page"]
 ROOT = Path(__file__).parent.parent
 PARTS = (  # module -> its names, in the order of the page
     ("tilewright.runtime", ("load", "Restorer", "Sitting", "Ticket", "Restoration", "write_image", "encode_image")),
+    ("tilewright.runtime.native", ("load_native", "NativeRestorer")),
     ("tilewright.runtime.folder", ("images_of", "restore_images", "Outcome")),
     ("tilewright.runtime.bundle.arguments", ("Argument",)),
     ("tilewright.runtime.memory.estimate", ("Estimate",)),
@@ -24,10 +25,11 @@ PARTS = (  # module -> its names, in the order of the page
 HOMES = {"Sitting": "tilewright.runtime.sitting", "Ticket": "tilewright.runtime.sitting"}
 SHOWN = {  # class -> its members that callers use; of other classes, all with a docstring
     "Restorer": ("arguments", "ran", "__call__", "restore", "submit", "sitting", "estimate", "close"),
+    "NativeRestorer": ("arguments", "ran", "__call__", "restore", "close"),
     "Sitting": ("shape", "__call__", "restore", "begin"),
     "Ticket": ("result", "done", "cancel", "forecast", "share", "keep", "keeping"),
 }
-MADE = ("Restorer", "Sitting", "Ticket")  # other functions make them
+MADE = ("Restorer", "NativeRestorer", "Sitting", "Ticket")  # other functions make them
 HEAD = """# The Python API
 
 This page is made from the docstrings of `tilewright.runtime`, by `python tools/api_page.py`. [Embedding in
@@ -63,7 +65,7 @@ def _entry(name: str, thing: Any) -> str:
             text += f"#### {name}.{member}\n\n```py\n{member}: {_type(value.fget.__annotations__['return'])}\n```\n\n"
             text += f"{_plain(value)}\n\n"
         elif inspect.isfunction(value):
-            shown = "restorer" if name == "Restorer" else name.lower()
+            shown = "restorer" if name.endswith("Restorer") else name.lower()
             called = shown if member == "__call__" else f"{shown}.{member}"
             text += f"#### {called}()\n\n{_code(called, value)}{_plain(value)}\n\n"
     return text

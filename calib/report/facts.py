@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from tilewright.calib.engines import RECIPE
-from tilewright.calib.evidence import Point
-from tilewright.calib.gates import CROPS, EIGHT_BITS, REPORT
-from tilewright.calib.likeness import likeness
-from tilewright.calib.recipe import FORMATS, Recipe, read_recipe
+from tilewright.calib.judge.gates import CROPS, EIGHT_BITS, REPORT
+from tilewright.calib.judge.likeness import likeness
+from tilewright.calib.recipe import FORMATS, IN_BUNDLE, Recipe, read_recipe
+from tilewright.calib.recipe.evidence import Point
 from tilewright.runtime.bundle.read import Bundle, read_bundle
 from tilewright.runtime.bundle.strict import encode
 from tilewright.runtime.errors import InputError, UsageError
@@ -22,7 +21,7 @@ __all__ = ["crops_of", "figures", "filled", "report"]
 def report(root: Path, *, expect: str | None = None) -> dict[str, Any]:
     """The facts of a bundle with engines in 8 bits, as values of JSON."""
     bundle = read_bundle(root, expect=expect)
-    files = {p: file for p in EIGHT_BITS if (file := bundle.root / RECIPE.format(p)).is_file()}
+    files = {p: file for p in EIGHT_BITS if (file := bundle.root / IN_BUNDLE.format(p)).is_file()}
     if not files:
         raise UsageError(f"{root} has no engine in int8 or fp8; add one with 'export compile --recipe'")
     judged = _judged(bundle.root / REPORT)

@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from tilewright.calib.gates import CROPS
+from tilewright.calib.judge.gates import CROPS
 from tilewright.calib.report.charts import Dot, bar, heat_map, lines
 from tilewright.calib.report.facts import crops_of, figures, filled
 from tilewright.runtime.bundle.manifest import PRECISIONS

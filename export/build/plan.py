@@ -75,8 +75,8 @@ def compile_graph(
         raise EnvironmentMismatch(f"{precision} needs a GPU of compute capability {least}, and here is {card}")
     component = bundle.manifest.components[name]
     sides = sides_of(bundle.program, name, options.tiles)
-    batch = options.batch or max((p.tiles.batch for p in bundle.program.passes if p.tiles), default=1)
-    shapes = profiles(component, sides, bundle.program.multiple_px, batch)
+    batches = options.batches or (max((p.tiles.batch for p in bundle.program.passes if p.tiles), default=1),)
+    shapes = profiles(component, sides, bundle.program.multiple_px, batches)
     graph = ir.to_proto(model).SerializeToString()
     stage = _stage(bundle, name, precision, graph, files, shapes, card, options)
     with filling(stage.directory) as new:
@@ -97,7 +97,7 @@ def compile_graph(
         name=f"{base.name}-{card.architecture}",
         files=(plan, onnx),
         needs=Needs((), card.capability, {"tensorrt": card.tensorrt}, exactly=True),
-        profile=Sizes(Range(1, batch), Range(1, max(sides)) if sides else Sizes().side_px),
+        profile=Sizes(Range(1, max(batches)), Range(1, max(sides)) if sides else Sizes().side_px),
     )
 
 
@@ -114,7 +114,7 @@ def _stage(
     """The compilation; its inputs are all that decides a plan. The values of weights do not."""
     external = external_data(graph, name)
     anywhere = relocated(graph, {weight: ("weights", 0, e.length) for weight, e in external.items()})
-    chosen = asdict(options) | {"timings": None, "tiles": None, "batch": None}
+    chosen = asdict(options) | {"timings": None, "tiles": None, "batches": None}
     inputs = {"graph": sha256_of_bytes(anywhere), "card": str(card), "profiles": json.dumps(shapes)}
     inputs |= {"options": json.dumps(chosen), "precision": precision} | code("tilewright.export.plans.build")
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tilewright.export.build.parameters import Shapes, parameter_shapes
+from tilewright.export.plans.profiles import check_sides
 from tilewright.export.system import ComponentSpec, Lora, Preset, Settings, System, Tensors, UserFiles
 from tilewright.export.systems import system
 from tilewright.export.targets import engines_of
@@ -37,6 +38,8 @@ class Request:
     allow_nonfinite: bool = False
     targets: tuple[str, ...] = ("ort",)
     precisions: tuple[str, ...] = ("float32",)
+    tiles: tuple[int, ...] = ()  # sides of tiles for compiled engines, the bundle's own first; none: the system's
+    batches: tuple[int, ...] = ()  # numbers of tiles in a call for compiled engines; the bundle's own is the largest
 
     def __post_init__(self) -> None:
         s = self.system
@@ -122,7 +125,10 @@ class Request:
     @cached_property
     def program(self) -> Program:
         """The program, which runs the networks on an image."""
-        return self.system.program(self.settings)
+        program = self.system.program(self.settings)
+        check_sides(program, self.tiles)
+        program = program.tiled(self.tiles[0]) if self.tiles else program
+        return program.batched(max(self.batches)) if self.batches else program
 
     @cached_property
     def build_time(self) -> dict[str, ComponentSpec]:

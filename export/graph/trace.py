@@ -123,12 +123,13 @@ def _decomposed(exported: ExportedProgram, table: Mapping[Any, Callable[..., Any
     if nested or any(op._schema.is_mutable for op in ops):  # in-place changes cannot be replaced node by node
         return ExportedProgram.run_decompositions(exported, dict(table))
     sizes: dict[Any, fx.Node] = {}
+    known: dict[Any, fx.Graph] = {}  # a network's blocks are alike, and a decomposition takes long
     for node in list(graph.nodes):
         value = node.meta.get("val")
         if isinstance(value, torch.SymInt):
             sizes.setdefault(value.node.expr, node)
         elif node.target in table or _may_view(node.target):
-            replacement = _inlined(node, table, sizes)
+            replacement = _inlined(node, table, sizes, known)
             for spec in exported.graph_signature.output_specs:
                 if spec.arg.name == node.name:
                     spec.arg.name = replacement.name
@@ -146,8 +147,8 @@ def _may_view(op: Any) -> bool:
     return composite and (views or torch.Tag.maybe_aliasing_or_mutating in op.tags)
 
 
-def _inlined(node: fx.Node, table: Mapping[Any, Callable[..., Any]], sizes: dict[Any, fx.Node]) -> Any:
-    """Replace a node by the nodes of its decomposition; returns the last of them."""
+def _simpler(node: fx.Node, table: Mapping[Any, Callable[..., Any]]) -> fx.Graph:
+    """The graph of a node's decomposition; its placeholders are the node's inputs."""
     inputs, op = node.all_input_nodes, cast(Any, node.target)
 
     def call(*values: Any) -> Any:
@@ -158,9 +159,37 @@ def _inlined(node: fx.Node, table: Mapping[Any, Callable[..., Any]], sizes: dict
     values = [n.meta["val"] for n in inputs]
     fake = next(v.fake_mode for v in [*values, node.meta["val"]] if isinstance(v, FakeTensor))
     with fake:
-        parts = make_fx(call, decomposition_table=dict(table))(*values)
-    by_node = dict(zip((n for n in parts.graph.nodes if n.op == "placeholder"), inputs, strict=True))
-    for part in parts.graph.nodes:
+        return make_fx(call, decomposition_table=dict(table))(*values).graph
+
+
+def _alike(node: fx.Node) -> Any:
+    """Equal for nodes with the same decomposition: the op, its arguments, and what is known of its inputs."""
+    places = {n: f"input {place}" for place, n in enumerate(node.all_input_nodes)}
+    return node.target, repr(fx.map_arg((node.args, node.kwargs), places.get)), *map(_known, places)
+
+
+def _known(node: fx.Node) -> Any:
+    value = node.meta["val"]
+    if not isinstance(value, FakeTensor):
+        return _size(value)
+    layout = *value.shape, *value.stride(), value.storage_offset()
+    return id(value.constant), value.dtype, value.device, value.ndim, *map(_size, layout)
+
+
+def _size(value: Any) -> Any:
+    return value.node.expr if isinstance(value, torch.SymInt) else (type(value), value)
+
+
+def _inlined(
+    node: fx.Node, table: Mapping[Any, Callable[..., Any]], sizes: dict[Any, fx.Node], known: dict[Any, fx.Graph]
+) -> Any:
+    """Replace a node by the nodes of its decomposition; returns the last of them."""
+    inputs, alike = node.all_input_nodes, _alike(node)
+    if alike not in known:
+        known[alike] = _simpler(node, table)
+    parts = known[alike]
+    by_node = dict(zip((n for n in parts.nodes if n.op == "placeholder"), inputs, strict=True))
+    for part in parts.nodes:
         value = part.meta.get("val")
         if part.op == "output":
             result = fx.map_arg(part.args[0], by_node.__getitem__)

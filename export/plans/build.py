@@ -29,7 +29,7 @@ class Options:
     """How plans are made."""
 
     tiles: tuple[int, ...] = ()  # sides of tiles, one profile each; none: the bundle's own
-    batch: int | None = None  # most tiles in a call; none: the bundle's own
+    batches: tuple[int, ...] = ()  # numbers of tiles in a call, one profile each; none: the bundle's own
     stream: bool = False  # an engine opened with `--memory low` may leave weights in the host's memory
     level: int = LEVEL
     timings: Path | None = None  # the timing cache; none: the one of this GPU

@@ -27,7 +27,7 @@ __all__ = [
 
 # architecture -> memory in GB of its smallest card for servers
 GPUS = {"sm75": 16, "sm80": 40, "sm86": 24, "sm89": 24, "sm90": 80, "sm100": 180, "sm103": 270, "sm120": 32}
-WIDTHS = {"float32": 4, "bfloat16": 2, "int8": 1, "fp8": 1}
+WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "fp8": 1}
 COPIES = 2  # of a component's weights while its plan is compiled, on the host and on the GPU
 PLAN_HOST_BYTES = 3_000_000_000  # Python and TensorRT with its library of kernels
 PACKAGE_HOST_BYTES = 2_000_000_000  # PyTorch and a C++ compiler

@@ -1,4 +1,4 @@
-"""The sizes that a plan takes: one profile for each side of tiles, and one for components that get no tiles."""
+"""The sizes that a plan takes: a profile for each side of tiles and each number of tiles in a call."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from tilewright.runtime.bundle.program import Dim, Program
 from tilewright.runtime.engines.choose import tile_sides
 from tilewright.runtime.errors import UsageError
 
-__all__ = ["Profile", "Shapes", "profiles", "sides_of"]
+__all__ = ["Profile", "Shapes", "check_sides", "profiles", "sides_of"]
 
 Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # the least, the usual and the most of an input
 Profile = dict[str, Shapes]
@@ -16,28 +16,39 @@ FREE = (1, 30, 1000)  # of sizes that no tile decides, as the steps of a schedul
 ROWS = ("batch", "batch_or_1")
 
 
+def check_sides(program: Program, tiles: Sequence[int]) -> None:
+    """Refuse sides of tiles that the networks do not take."""
+    usual = max((p.tiles.px for p in program.passes if p.tiles), default=0)
+    fixed = {side for p in program.passes if p.tiles for side in p.tiles.fixed_px}
+    if wrong := [side for side in tiles if side < 1 or side % program.multiple_px or (fixed and side not in fixed)]:
+        takes = f"one of {sorted(fixed)}" if fixed else f"a multiple of {program.multiple_px}"
+        raise UsageError(f"tile={wrong[0]} must be {takes} for this bundle; its own tiles have {usual} px")
+
+
 def sides_of(program: Program, component: str, tiles: Sequence[int]) -> tuple[int, ...]:
     """The sides of tiles that a component gets: those that are asked for, or else the program's."""
     usual = tile_sides(program).get(component)
     if usual is None:
         return ()
-    fixed = {side for p in program.passes if p.tiles for side in p.tiles.fixed_px}
-    if wrong := [side for side in tiles if side < 1 or side % program.multiple_px or (fixed and side not in fixed)]:
-        takes = f"one of {sorted(fixed)}" if fixed else f"a multiple of {program.multiple_px}"
-        raise UsageError(f"tile={wrong[0]} must be {takes} for this bundle; its own tiles have {usual} px")
+    check_sides(program, tiles)
     return tuple(sorted(set(tiles) or {usual}))
 
 
-def profiles(component: Component, sides: Sequence[int], least: int, batch: int) -> list[Profile]:
-    """The profiles of a component. Each takes tiles down to `least` px, since pictures may be smaller than a tile."""
+def profiles(component: Component, sides: Sequence[int], least: int, batches: Sequence[int]) -> list[Profile]:
+    """The profiles of a component, smallest first: it runs the first that fits.
+
+    Each takes fewer tiles too, and tiles down to `least` px, since pictures may be smaller than a tile.
+    """
     dims = {dim for spec in component.inputs.values() for dim in spec.shape if isinstance(dim, str)}
     if not dims:
         return []
     tiled = any(part_of(dim)[0] in component.px for dim in dims)
-    return [
+    made = [
         {name: _shapes(spec.shape, component, least, side, batch) for name, spec in component.inputs.items()}
         for side in (sides if tiled and sides else (least,))
+        for batch in sorted(set(batches))
     ]
+    return [profile for i, profile in enumerate(made) if profile not in made[:i]]  # some have no axis of tiles
 
 
 def _shapes(shape: Sequence[Dim], component: Component, least: int, side: int, batch: int) -> Shapes:

@@ -9,10 +9,10 @@ __all__ = ["COMPILED", "FORMS", "FROM_BUNDLE", "PRECISIONS", "missing", "prepare
 
 FROM_BUNDLE = True
 COMPILED = True
-PRECISIONS = ("float32", "bfloat16")
+PRECISIONS = ("float32", "bfloat16", "float16")
 FORMS: dict[str, tuple[Form, ...]] = {}
-OLDEST = {"float32": (7, 5), "bfloat16": (8, 0)}  # compute capability
-# standard operators whose CUDA kernels in ONNX Runtime 1.31 take bfloat16; GroupNormalization and Resize have none
+OLDEST = {"float32": (7, 5), "bfloat16": (8, 0), "float16": (7, 5)}  # compute capability
+# standard operators whose CUDA kernels in ONNX Runtime 1.31 take both; GroupNormalization and Resize have no bfloat16
 SHORT_KERNELS = {"Attention", "Cast", "Conv", "Gemm", "MatMul"}
 
 
@@ -35,19 +35,18 @@ def prepare(model: Any) -> bool:
 
 def typed(model: Any, precision: str) -> None:
     """Give a graph without our nodes the types of a precision. A type without a kernel is refused."""
-    from onnx_ir import DataType
     from onnx_ir.passes.common import ShapeInferencePass
 
-    from tilewright.export.graph.rewrites.bfloat16 import bfloat16
+    from tilewright.export.graph.rewrites.sixteen_bits import TYPES, in_16_bits
 
-    if precision != "bfloat16":
+    if precision == "float32":
         return
     ShapeInferencePass()(model)
-    bfloat16(model)
+    in_16_bits(model, precision)
     for node in model.graph:
-        short = any(value is not None and value.dtype == DataType.BFLOAT16 for value in node.inputs)
+        short = any(value is not None and value.dtype == TYPES[precision] for value in node.inputs)
         if short and node.op_type not in SHORT_KERNELS:
-            raise BuildError(f"target 'cuda' has no kernel of {node.op_type} in bfloat16 ({node.name}); use float32")
+            raise BuildError(f"target 'cuda' has no kernel of {node.op_type} in {precision} ({node.name}); use float32")
 
 
 def spec(precision: str, graph: str, memory: Memory, parameters: int) -> EngineSpec:

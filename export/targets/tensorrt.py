@@ -30,12 +30,12 @@ def typed(model: Any, precision: str) -> None:
     """Give a portable graph the types of a precision: TensorRT casts nothing by itself."""
     from onnx_ir.passes.common import ShapeInferencePass
 
-    from tilewright.export.graph.rewrites.bfloat16 import bfloat16
+    from tilewright.export.graph.rewrites.sixteen_bits import in_16_bits
 
     if precision == "bfloat16":
         if any(value.dtype is None for node in model.graph for value in node.outputs):
             ShapeInferencePass()(model)
-        bfloat16(model)
+        in_16_bits(model, precision)
 
 
 def prepare(model: Any) -> bool:

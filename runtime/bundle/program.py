@@ -262,6 +262,18 @@ class Program:
         tiles = {p.tiles: replace(p.tiles, batch=batch) for p in self.passes if p.tiles}
         return replace(self, passes=tuple(replace(p, tiles=tiles[p.tiles]) if p.tiles else p for p in self.passes))
 
+    def tiled(self, px: int) -> "Program":
+        """The same program with tiles of this side. They overlap as before, or by half a tile if that is less."""
+        fitting = px // 2 // self.multiple_px * self.multiple_px
+        tiles = {
+            p.tiles: replace(p.tiles, px=px, overlap_px=min(p.tiles.overlap_px, fitting))
+            for p in self.passes
+            if p.tiles
+        }
+        return replace(self, passes=tuple(replace(p, tiles=tiles[p.tiles]) if p.tiles else p for p in self.passes)).cut(
+            px
+        )
+
     def cut(self, most_px: int) -> "Program":
         """The same program without tiles above this side: no larger image is taken whole."""
         passes = []

@@ -91,7 +91,7 @@ def _elsewhere(name: str) -> Engine:
     raise EnvironmentMismatch(f"the engine of {name} is open on the machines of the cluster only; leave out cluster=")
 
 
-def _connected(address: str) -> ModuleType:
+def _connected(address: str) -> Any:
     """Ray, connected to the cluster at this address."""
     try:
         import ray

@@ -2,8 +2,9 @@
 
 This backend has run only with ONNX Runtime's CPU provider in the place of CUDA's, and never on a GPU.
 
-With `graphs`, each shape keeps its inputs and outputs at fixed addresses. ONNX Runtime then records the first calls
-with it, and replays them.
+Each of the first few shapes keeps its inputs and outputs at fixed addresses, and ONNX Runtime records the work of its
+calls as a CUDA graph, which later calls replay. Other shapes run without a recording. So does every call if a node runs
+on the CPU, or if recording fails.
 """
 
 import importlib.util
@@ -19,6 +20,7 @@ import numpy as np
 
 from tilewright.runtime.bundle.manifest import EngineSpec
 from tilewright.runtime.bundle.read import Bundle
+from tilewright.runtime.bundle.strict import one_line
 from tilewright.runtime.engines import Opening, ort
 from tilewright.runtime.engines.driver import Gpu, Tensor, first_gpu
 from tilewright.runtime.engines.explained import OTHER_GRAPH, explained
@@ -30,7 +32,9 @@ PACKAGES = ("onnxruntime",)
 LOG = logging.getLogger("tilewright")
 LIBRARY = Path("capi", "libonnxruntime_providers_cuda.so")  # in the package of ONNX Runtime
 UNPROVEN = "never run on a GPU by Tilewright's tests"
-ON_CPU = "fallback to CPU EP has been explicitly disabled"
+RECORDED = 8  # shapes of an engine; their memory stays as long as the engine
+NOT_RECORDED = -1  # the number of a graph that ONNX Runtime neither records nor replays
+ON_CPU = ("fallback to CPU EP has been explicitly disabled", "cannot use the graph capture feature")
 MEMORY = "use a smaller --tile or --batch"
 REASONS = (("cuda.*out of memory|cudaErrorMemoryAllocation|bfc_?arena", ResourceError, MEMORY), *ort.REASONS)
 TYPES = {  # of ONNX Runtime -> of NumPy; those of our inputs and outputs
@@ -75,7 +79,7 @@ def provider_options(stream: int, *, graphs: bool) -> dict[str, str]:
 class _Shape:
     """The buffers of calls with certain shapes, at fixed addresses."""
 
-    number: int
+    number: int  # of their recording, or NOT_RECORDED
     inputs: dict[str, Tensor]
     binding: Any
 
@@ -111,14 +115,19 @@ class CudaEngine:
                 raise _explained(self.graph, "failed", error) from error
 
     def _called(self, inputs: Mapping[str, Any], names: list[str]) -> dict[str, Tensor]:
-        key = tuple(tuple(inputs[name].shape) for name in self.inputs)
-        shape = self.shapes.get(key) or self._shape(inputs, len(self.shapes) + 1)
-        if self.graphs:  # other addresses would need another recording
+        key = self._key(inputs)
+        shape = self.shapes.get(key) or self._shape(inputs, self._number())
+        if recorded := shape.number != NOT_RECORDED:  # other addresses would need another recording
             self.shapes[key] = shape
         for name, tensor in shape.inputs.items():
             self._fill(tensor, inputs[name])
         shape.binding.synchronize_inputs()
-        self.session.run_with_iobinding(shape.binding, self._options(shape.number))
+        try:
+            self.session.run_with_iobinding(shape.binding, self._options(shape.number))
+        except Exception as error:  # ONNX Runtime's exceptions share no base class
+            if not recorded:
+                raise
+            return self._unrecorded(inputs, names, error)
         tensors = {}
         results = dict(zip(self.outputs, shape.binding.get_outputs(), strict=True))
         for name in names:
@@ -126,10 +135,29 @@ class CudaEngine:
             tensors[name] = Tensor(self.gpu, tuple(value.shape()), self.outputs[name])
             self.gpu.copy(tensors[name].address, value.data_ptr(), tensors[name].nbytes)
         self.gpu.wait()  # until then inputs and outputs must stay
-        if self.graphs:
+        if recorded:
             for name, value in results.items():
                 shape.binding.bind_ortvalue_output(name, value)  # at the same address next time
         return tensors
+
+    def _unrecorded(self, inputs: Mapping[str, Any], names: list[str], error: Exception) -> dict[str, Tensor]:
+        """The outputs of a call that failed with a recording. If it works without, nothing is recorded any more."""
+        before, self.shapes, self.graphs = dict(self.shapes), {}, False
+        try:
+            tensors = self._called(inputs, names)
+        except Exception:  # the inputs are at fault
+            before.pop(self._key(inputs))
+            self.shapes, self.graphs = before, True
+            raise
+        LOG.warning("%s: calls are not recorded, as ONNX Runtime failed: %s", self.graph, one_line(str(error)))
+        return tensors
+
+    def _key(self, inputs: Mapping[str, Any]) -> tuple[Any, ...]:
+        return tuple(tuple(inputs[name].shape) for name in self.inputs)
+
+    def _number(self) -> int:
+        """The number of the next recording."""
+        return len(self.shapes) + 1 if self.graphs and len(self.shapes) < RECORDED else NOT_RECORDED
 
     def _shape(self, inputs: Mapping[str, Any], number: int) -> _Shape:
         """New buffers for inputs of these shapes. ONNX Runtime takes the memory of outputs in the first call."""
@@ -153,8 +181,7 @@ class CudaEngine:
         import onnxruntime
 
         options = onnxruntime.RunOptions()
-        if self.graphs:
-            options.add_run_config_entry("gpu_graph_id", str(number))
+        options.add_run_config_entry("gpu_graph_id", str(number))
         return options
 
     def _check(self, inputs: Mapping[str, Any], outputs: Iterable[str]) -> None:
@@ -181,36 +208,45 @@ def open_engine(bundle: Bundle, component: str, spec: EngineSpec, opening: Openi
 
 
 def open_graph(
-    graph: Path, files: Mapping[str, Path], gpu: Gpu, *, place: str = "cuda", graphs: bool = False
+    graph: Path, files: Mapping[str, Path], gpu: Gpu, *, place: str = "cuda", graphs: bool = True
 ) -> CudaEngine:
-    """Open a graph. `files`: path of weights in the graph -> real path."""
+    """Open a graph. `files`: path of weights in the graph -> real path. `graphs`: record calls."""
     import onnxruntime
 
     if place == "cuda" and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         raise EnvironmentMismatch(f"{graph}: this ONNX Runtime has no CUDA; it {missing()}")
     gpu.use()
-    model: str | bytes = str(graph)
-    provider: Any = ("CUDAExecutionProvider", provider_options(gpu.stream, graphs=graphs))
-    for strict in (place == "cuda", False):
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 2 if LOG.isEnabledFor(logging.DEBUG) else 4
-        options.add_session_config_entry("session.load_model_format", "ONNX")  # for any suffix of the file
-        options.add_session_config_entry("session.disable_cpu_ep_fallback", str(int(strict)))
-        if files:
-            model, folder = ort.with_places(graph, files)
-            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    # ONNX Runtime itself refuses to record if more runs on the CPU than the arithmetic of shapes
+    tries = [(True, graphs), (False, graphs), (False, False)] if place == "cuda" else [(False, graphs)]
+    for strict, recorded in dict.fromkeys(tries):
         try:
-            session = onnxruntime.InferenceSession(
-                model, options, providers=[provider if place == "cuda" else "CPUExecutionProvider"]
-            )
+            session = _session(graph, files, gpu, place, strict=strict, graphs=recorded)
         except Exception as error:  # ONNX Runtime's exceptions share no base class
-            if strict and ON_CPU in str(error):
-                LOG.warning("%s: ONNX Runtime has no CUDA kernel for some nodes, which run on the CPU", graph)
+            if (strict or recorded) and any(words in str(error) for words in ON_CPU):
                 continue
             raise _explained(graph, "refuses the graph", error) from error
-        if place == "cuda" and "CUDAExecutionProvider" not in session.get_providers():
-            raise EnvironmentMismatch(
-                f"{version()} does not load the CUDA libraries; pip install 'onnxruntime-gpu[cuda,cudnn]'"
-            )
         break
-    return CudaEngine(session, graph, gpu, place=place, graphs=graphs)
+    if place == "cuda" and "CUDAExecutionProvider" not in session.get_providers():
+        raise EnvironmentMismatch(
+            f"{version()} does not load the CUDA libraries; pip install 'onnxruntime-gpu[cuda,cudnn]'"
+        )
+    if place == "cuda" and not strict and not recorded:
+        LOG.warning("%s: some nodes have no CUDA kernel and run on the CPU, and calls are not recorded", graph)
+    return CudaEngine(session, graph, gpu, place=place, graphs=recorded)
+
+
+def _session(graph: Path, files: Mapping[str, Path], gpu: Gpu, place: str, *, strict: bool, graphs: bool) -> Any:
+    """A session of ONNX Runtime. `strict`: no node may run on the CPU."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    model: str | bytes = str(graph)
+    options.log_severity_level = 2 if LOG.isEnabledFor(logging.DEBUG) else 4
+    options.add_session_config_entry("session.load_model_format", "ONNX")  # for any suffix of the file
+    options.add_session_config_entry("session.disable_cpu_ep_fallback", str(int(strict)))
+    if files:
+        model, folder = ort.with_places(graph, files)
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    provider: Any = ("CUDAExecutionProvider", provider_options(gpu.stream, graphs=graphs))
+    providers = [provider if place == "cuda" else "CPUExecutionProvider"]
+    return onnxruntime.InferenceSession(model, options, providers=providers)

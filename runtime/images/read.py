@@ -12,7 +12,7 @@ import stat
 import struct
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
@@ -76,6 +76,7 @@ class Picture:
     alpha: Any  # [H, W], [H, W, 1] in a file, or none
     grey: bool  # the source had no colour, so the result is written without colour
     icc: bytes | None  # only a profile that describes these pixels: a CMYK one is dropped
+    exif: bytes | None = None  # without what an upright picture of another size makes wrong
     kept: Mapping[str, Any] = field(default_factory=dict)  # what else was beside the pixels, for `write_large`
 
 
@@ -207,7 +208,8 @@ def check_size(name: str, size: tuple[int, int], max_pixels: int) -> None:
 def _from_image(image: Image.Image, name: str) -> Picture:
     try:
         image.load()
-        return _split(_planes(_upright(image), name), image.info.get("icc_profile"))
+        picture = _split(_planes(_upright(image), name), image.info.get("icc_profile"))
+        return replace(picture, exif=_exif_of(image))
     except (InputError, MemoryError):
         raise
     except Image.DecompressionBombError as error:
@@ -222,6 +224,19 @@ def _upright(image: Image.Image) -> Image.Image:
     except Exception:  # pixels may be intact although the EXIF block is damaged
         turn = None
     return image if turn is None else image.transpose(turn)
+
+
+def _exif_of(image: Image.Image) -> bytes | None:
+    """The EXIF block of an image, without the thumbnail, the orientation and the size; none if it is damaged."""
+    exif = Image.Exif()
+    try:
+        exif.load(image.info.get("exif", b""))
+        exif.pop(ExifTags.Base.Orientation, None)
+        for tag in (ExifTags.Base.ExifImageWidth, ExifTags.Base.ExifImageHeight):
+            exif.get_ifd(ExifTags.IFD.Exif).pop(tag, None)
+        return exif.tobytes() if exif else None
+    except Exception:  # as above
+        return None
 
 
 def _planes(image: Image.Image, name: str) -> Pixels:

@@ -142,7 +142,7 @@ def read_large(
     alpha = Channels(pixels, (channels - 1,)) if has_alpha else None
     icc = fitting_profile(icc, grey)
     kept = {n: value for n, value in kept.items() if _stays(n, icc)}
-    return Picture(rgb, alpha, grey, icc, kept | {"resolution": resolution})
+    return Picture(rgb, alpha, grey, icc, kept=kept | {"resolution": resolution})
 
 
 def _field(image: Any, name: str) -> Any:

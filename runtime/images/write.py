@@ -50,13 +50,22 @@ class _Writer:
     alpha: bool = True
     max_side: int = 2**31 - 1
     max_bytes: int = 2**63 - 1
+    max_exif: int = 2**31 - 1  # bytes; 0: none is written, as of pictures on the disk
 
 
 _PNG = _Writer("PNG", {})
-_JPEG = _Writer("JPEG", {"quality": 95, "subsampling": 0}, alpha=False, max_side=65500)  # libjpeg's, short of 65535
+_JPEG = _Writer(
+    "JPEG",
+    {"quality": 95, "subsampling": 0},
+    alpha=False,
+    max_side=65500,  # libjpeg's, short of 65535
+    max_exif=2**16 - 3,
+)
 _WEBP = _Writer("WEBP", {"lossless": True, "exact": True}, grey=False, max_side=16383)
-_TIFF = _Writer("TIFF", {}, max_bytes=2**32 - 2**20)  # offsets have 32 bits; the rest is for headers and a profile
-_BMP = _Writer("BMP", {}, alpha=False, max_bytes=2**32 - 2**20)
+_TIFF = _Writer(
+    "TIFF", {}, max_bytes=2**32 - 2**20, max_exif=0
+)  # offsets have 32 bits; the rest is for headers and a profile
+_BMP = _Writer("BMP", {}, alpha=False, max_bytes=2**32 - 2**20, max_exif=0)
 _WRITERS = {
     ".png": _PNG,
     ".jpg": _JPEG,
@@ -185,6 +194,7 @@ def write_or_keep(
     pixels: Pixels | PictureOnDisk,
     *,
     icc: bytes | None = None,
+    exif: bytes | None = None,
     stopped: Callable[[], bool] = lambda: False,
     on_share: OnShare | None = None,
 ) -> None:
@@ -193,14 +203,14 @@ def write_or_keep(
     One that lies on the disk stays there.
     """
     try:
-        write_image(path, pixels, icc=icc, stopped=stopped, on_share=on_share)
+        write_image(path, pixels, icc=icc, exif=exif, stopped=stopped, on_share=on_share)
     except (ResourceError, UsageError) as error:
         if isinstance(pixels, PictureOnDisk):
             raise
         try:
             name = f"{Path(path).stem}-{secrets.token_hex(4)}{Path(path).suffix}"
             kept = Path(tempfile.gettempdir()) / name
-            write_image(kept, pixels, icc=icc, stopped=stopped, on_share=on_share)
+            write_image(kept, pixels, icc=icc, exif=exif, stopped=stopped, on_share=on_share)
         except (ResourceError, UsageError, OSError):
             raise error from None
         elsewhere = ResourceError(f"{error}; the picture is kept as {kept}")
@@ -213,6 +223,7 @@ def write_image(
     pixels: Pixels | PictureOnDisk,
     *,
     icc: bytes | None = None,
+    exif: bytes | None = None,
     stopped: Callable[[], bool] = lambda: False,
     on_share: OnShare | None = None,
 ) -> None:
@@ -227,38 +238,48 @@ def write_image(
             path, pixels.shape, pixels.dtype, pixels.rows, kept=pixels.like.kept, stopped=stopped, on_share=on_share
         )
         return
-    image, writer, profile = _prepared(str(path), Path(path).suffix.lower(), pixels, icc)
+    image, writer, extras = _prepared(str(path), Path(path).suffix.lower(), pixels, icc, exif)
     try:
         with (
             writing(Path(path).resolve()) as temporary,
             _File(temporary, stopped, _shares(image, writer, on_share)) as file,
         ):
-            image.save(file, writer.format, icc_profile=profile, **writer.options)
+            image.save(file, writer.format, **extras, **writer.options)
     except OSError as error:
         advice = "free space there or choose another path"
         raise ResourceError(f"{path} cannot be written ({reason(error)}): {advice}") from error
 
 
 def encode_image(
-    pixels: Pixels, suffix: str = ".png", *, icc: bytes | None = None, on_share: OnShare | None = None
+    pixels: Pixels,
+    suffix: str = ".png",
+    *,
+    icc: bytes | None = None,
+    exif: bytes | None = None,
+    on_share: OnShare | None = None,
 ) -> bytes:
     """The bytes that `write_image` would write to a file with this suffix: .png, .jpg, .webp, .tif, .bmp."""
     suffix = f".{suffix.lower().removeprefix('.')}"
     if suffix not in _WRITERS:
         raise UsageError(f"no writer knows the suffix {suffix!r}: use one of {', '.join(_WRITERS)}")
-    image, writer, profile = _prepared("the image", suffix, pixels, icc)
+    image, writer, extras = _prepared("the image", suffix, pixels, icc, exif)
     file = _Bytes(_shares(image, writer, on_share))
-    image.save(file, writer.format, icc_profile=profile, **writer.options)
+    image.save(file, writer.format, **extras, **writer.options)
     return file.getvalue()
 
 
-def _prepared(name: str, suffix: str, pixels: Pixels, icc: bytes | None) -> tuple[Image.Image, _Writer, bytes | None]:
-    """The encoder for a suffix, and the parts of an image that its format can hold."""
+def _prepared(
+    name: str, suffix: str, pixels: Pixels, icc: bytes | None, exif: bytes | None
+) -> tuple[Image.Image, _Writer, dict[str, Any]]:
+    """The encoder for a suffix, and the parts of an image that its format can hold: pixels, and what lies beside."""
     writer = _WRITERS[suffix]
     check_format(name, suffix, pixels.shape)
     pixels = pixels if writer.alpha else _without_alpha(pixels)
     grey = writer.grey and (pixels.ndim == 2 or pixels.shape[2] == 2)
-    return Image.fromarray(pixels), writer, fitting_profile(icc, grey)
+    extras: dict[str, Any] = {"icc_profile": fitting_profile(icc, grey)}
+    if exif and len(exif) <= writer.max_exif:
+        extras["exif"] = exif
+    return Image.fromarray(pixels), writer, extras
 
 
 def _without_alpha(pixels: Pixels) -> Pixels:

@@ -17,13 +17,12 @@ import numpy as np
 
 from tilewright.runtime.bundle.digests import sha256_of_file, writing
 from tilewright.runtime.bundle.opening import only_files
-from tilewright.runtime.bundle.safetensors import safetensors_metadata, safetensors_start
+from tilewright.runtime.bundle.safetensors import safetensors_header, safetensors_metadata, safetensors_start
 from tilewright.runtime.errors import BundleError, InputError, UsageError
 from tilewright.runtime.execute.finished import Finished, Key
 from tilewright.runtime.execute.values import on_host
 from tilewright.runtime.images.on_disk import Rectangle
 from tilewright.runtime.images.read import Picture, Pixels
-from tilewright.runtime.inputs import read_tensors
 
 __all__ = [
     "DIGITS",
@@ -104,9 +103,7 @@ def read_checkpoint(path: Path) -> Checkpoint | None:
         if not path.exists():
             return None
         _require_whole(path)
-        values, tensors = _metadata_of(path), read_tensors(path)
-        del tensors["sha256"]
-        arrays = {tuple(json.loads(name)): np.array(tensor) for name, tensor in tensors.items()}  # copied, not mapped
+        values, arrays = _metadata_of(path), _arrays_in(path)
         done = [arrays.pop(("done", n)).tobytes() for n in range(sum(key[0] == "done" for key in arrays))]
         pixels = {(top, left): arrays[kind, top, left] for kind, top, left in [k for k in arrays if k[0] == "pixels"]}
         live = {key: array for key, array in arrays.items() if key[0] != "pixels"}
@@ -201,6 +198,19 @@ def _require_whole(path: Path) -> None:
             left -= len(data)
         if file.read() != digest.digest():
             raise ValueError
+
+
+def _arrays_in(path: Path) -> dict[Any, Any]:
+    """The arrays of a checkpoint. They are read one by one: a mapped file would stand in memory beside them."""
+    header = safetensors_header(path)
+    del header["sha256"]
+    arrays: dict[Any, Any] = {}
+    with open(path, "rb", opener=only_files) as file:
+        for name, (spec, start, length) in header.items():
+            file.seek(start)
+            array = np.fromfile(file, np.uint8, length)
+            arrays[tuple(json.loads(name))] = array.view(spec.dtype).reshape(spec.shape)
+    return arrays
 
 
 def _metadata_of(path: Path) -> dict[str, Any]:

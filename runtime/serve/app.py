@@ -20,9 +20,9 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tilewright.runtime.errors import TilewrightError
-from tilewright.runtime.serve.form import order_of, wish_of
+from tilewright.runtime.serve.form import answer_options, image_request_of
+from tilewright.runtime.serve.image_request import Answer, ImageRequest
 from tilewright.runtime.serve.jobs import Jobs
-from tilewright.runtime.serve.orders import Answer, Order
 from tilewright.runtime.serve.refusals import Refusal, refusal_of
 from tilewright.runtime.serve.service import Service
 from tilewright.runtime.serve.stream import Events, closed, future_of
@@ -161,29 +161,29 @@ class _Face:
 
     async def models(self, request: Request) -> Response:
         """The bundles, in the shape of OpenAI's list of models."""
-        names = self.service.shelf.roots
+        names = self.service.bundles.roots
         return JSONResponse({"object": "list", "data": [self._model(name) for name in names]})
 
     async def model(self, request: Request) -> Response:
         """One bundle."""
         name = request.path_params["name"]
-        if name not in self.service.shelf.roots:
+        if name not in self.service.bundles.roots:
             raise Refusal(404, "there is no bundle of this name; GET /v1/models lists them", "model_not_found", "model")
         return JSONResponse(self._model(name))
 
     def _model(self, name: str) -> dict[str, Any]:
-        volume = self.service.shelf.volumes[name]
-        program = volume.bundle.program
+        served = self.service.bundles.served[name]
+        program = served.bundle.program
         steps = [p.steps.count for p in program.passes if p.steps]
         return {
             "id": name,
             "object": "model",
-            "created": volume.created,
+            "created": served.created,
             "owned_by": "tilewright",
-            "system": volume.bundle.manifest.system,
-            "licence": volume.bundle.manifest.licence,
-            "digest": volume.bundle.digest,
-            "open": volume.restorer is not None,
+            "system": served.bundle.manifest.system,
+            "licence": served.bundle.manifest.licence,
+            "digest": served.bundle.digest,
+            "open": served.restorer is not None,
             "scale": program.scale,
             "any_scale": program.any_scale,
             "steps": steps[0] if steps else None,
@@ -192,7 +192,7 @@ class _Face:
                     "kind": a.kind, "help": a.help, "default": a.default, "choices": a.choices,
                     "least": a.least, "most": a.most, "needed": a.needed,
                 }
-                for n, a in volume.bundle.arguments.items()
+                for n, a in served.bundle.arguments.items()
                 if a.kind != "tensors"
             },
         }  # fmt: skip
@@ -201,18 +201,18 @@ class _Face:
         """Restore an image."""
         form = await self._form(request)
         try:
-            wish = wish_of(form)
-            order = await run_in_threadpool(order_of, form, self.service)
-            if wish.stream:
-                events = Events(self.service, order, wish, form.close)
-                self.service.accept(order)
+            options = answer_options(form)
+            image_request = await run_in_threadpool(image_request_of, form, self.service)
+            if options.stream:
+                events = Events(self.service, image_request, options, form.close)
+                self.service.accept(image_request)
                 form = FormData()  # the events close the files
                 return events
-            self.service.accept(order)
+            self.service.accept(image_request)
             try:
-                answer = await self._result(request, order)
+                answer = await self._result(request, image_request)
             finally:
-                self.service.cancel(order)
+                self.service.cancel(image_request)
         finally:
             await form.close()
         return Response(_json(answer), media_type="application/json")
@@ -221,12 +221,12 @@ class _Face:
         """Accept an image as a job."""
         form = await self._form(request)
         try:
-            if wish_of(form).stream:
+            if answer_options(form).stream:
                 raise Refusal(
                     422, "a job has no stream; ask GET /v1/jobs/ID for its progress", "invalid_value", "stream"
                 )
-            order = await run_in_threadpool(order_of, form, self.service)
-            job = await run_in_threadpool(self.jobs.add, order)
+            image_request = await run_in_threadpool(image_request_of, form, self.service)
+            job = await run_in_threadpool(self.jobs.add, image_request)
         finally:
             await form.close()
         return JSONResponse(job, 202, {"Location": f"/v1/jobs/{job['id']}"})
@@ -268,19 +268,19 @@ class _Face:
         finally:
             self.uploads -= 1
 
-    async def _result(self, request: Request, order: Order) -> Answer:
-        """Wait for the result. The order is cancelled if the client hangs up, or its time is over."""
-        result = future_of(order)
+    async def _result(self, request: Request, image_request: ImageRequest) -> Answer:
+        """Wait for the result. The work is cancelled if the client hangs up, or its time is over."""
+        result = future_of(image_request)
         gone = asyncio.ensure_future(closed(request.receive))
         try:
             waits: set[asyncio.Future[Any]] = {result, gone}
-            timeout = max(0.0, order.ends - time.monotonic())
+            timeout = max(0.0, image_request.ends - time.monotonic())
             await asyncio.wait(waits, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
             if not result.done():
-                self.service.cancel(order, late=not gone.done())
+                self.service.cancel(image_request, late=not gone.done())
                 if gone.done():
                     raise ClientDisconnect
-                raise self.service.late(order)
+                raise self.service.late(image_request)
             answer: Answer = await result
             return answer
         finally:

@@ -15,12 +15,12 @@ from tilewright.runtime.images.color import COLORS
 from tilewright.runtime.images.read import image_size
 from tilewright.runtime.inputs import checked
 from tilewright.runtime.plan.noise import WORD_MAX
-from tilewright.runtime.serve.orders import Order
+from tilewright.runtime.serve.bundles import ServedBundle
+from tilewright.runtime.serve.image_request import ImageRequest
 from tilewright.runtime.serve.refusals import Refusal
 from tilewright.runtime.serve.service import Service
-from tilewright.runtime.serve.shelf import Volume
 
-__all__ = ["Wish", "order_of", "wish_of"]
+__all__ = ["AnswerOptions", "answer_options", "image_request_of"]
 
 FORMATS = {"png": "png", "jpeg": "jpg", "webp": "webp"}  # names of OpenAI's -> suffixes
 NEUTRAL = {  # fields of OpenAI's whose only accepted values change nothing
@@ -41,7 +41,7 @@ LONGEST_SHOWN = 60
 
 
 @dataclass(frozen=True)
-class Wish:
+class AnswerOptions:
     """How the answer of a request should come."""
 
     stream: bool = False
@@ -49,24 +49,24 @@ class Wish:
     partial_images: int = 0  # of a stream: whole pictures on the way
 
 
-def wish_of(form: FormData) -> Wish:
+def answer_options(form: FormData) -> AnswerOptions:
     """How the answer should come."""
     stream, parts = (_truth(form, name) for name in ("stream", "parts"))
     partial = _whole(form, "partial_images", 0, 3) or 0
     if (parts or partial) and not stream:
         name = "parts" if parts else "partial_images"
         raise _wrong(name, f"{name} needs stream=true; send both or none")
-    return Wish(stream, parts, partial)
+    return AnswerOptions(stream, parts, partial)
 
 
-def order_of(form: FormData, service: Service) -> Order:
-    """The order of a request. The image is not decoded: its size is read from its header."""
+def image_request_of(form: FormData, service: Service) -> ImageRequest:
+    """The image and the options of a request. The image is not decoded: its size is read from its header."""
     image = _image(form)
     model = _text(form, "model") or service.first
-    if model not in service.shelf.roots:
-        names = ", ".join(service.shelf.roots)
+    if model not in service.bundles.roots:
+        names = ", ".join(service.bundles.roots)
         raise Refusal(404, f"model {_short(model)} is not one of {names}", "model_not_found", "model")
-    volume = service.shelf.current(model)
+    served = service.bundles.current(model)
     try:
         size = image_size(image)
     except InputError as error:
@@ -78,26 +78,26 @@ def order_of(form: FormData, service: Service) -> Order:
     if width * height > most:
         text = f"the image is {width}x{height} = {width * height} pixels, over the limit of {most}; send a smaller one"
         raise Refusal(413, text, "image_too_large", "image")
-    arguments = _arguments(form, volume)
+    arguments = _arguments(form, served)
     options: dict[str, Any] = {
         name: value for name, ends in WHOLE.items() if (value := _whole(form, name, *ends)) is not None
     }
-    _check_steps(options, volume)
+    _check_steps(options, served)
     options |= _color(form)
     options |= {"jitter": True} if _truth(form, "jitter") else {}
-    if (scale := _scale_of_size(form, size, volume)) is not None:
+    if (scale := _scale_of_size(form, size, served)) is not None:
         if options.get("scale", scale) != scale:
             raise _wrong("size", f"size and scale={options['scale']} ask for two sizes; send one of them")
         options["scale"] = scale
     mask = _mask(form, size)
-    _check_neutral(form, volume)
+    _check_neutral(form, served)
     format_ = _text(form, "output_format") or "png"
     if format_ not in FORMATS:
         raise _wrong("output_format", f"output_format {_short(format_)} is not one of {', '.join(FORMATS)}")
     sizes: dict[str, Any] = {name: options[name] for name in ("tile", "overlap", "steps", "scale") if name in options}
     try:
         layers = (mask is not None) + ("color" in options)
-        room = service.room_for(volume, size, sizes, layers=layers, file=_length(image))
+        room = service.room_for(served, size, sizes, layers=layers, file=_length(image))
     except UsageError as error:
         raise Refusal(422, str(error), "invalid_value") from None
     longest = service.settings.deadline_s
@@ -105,7 +105,7 @@ def order_of(form: FormData, service: Service) -> Order:
     seconds = longest if chosen is None else chosen
     if not 0 < seconds <= longest:
         raise _wrong("deadline_s", f"deadline_s={seconds:g} is not above 0 and at most {longest:g}")
-    return Order(model, image, *room, format=format_, options=options | arguments, mask=mask, seconds=seconds)
+    return ImageRequest(model, image, *room, format=format_, options=options | arguments, mask=mask, seconds=seconds)
 
 
 def _image(form: FormData) -> BinaryIO:
@@ -136,17 +136,17 @@ def _mask(form: FormData, size: tuple[int, int]) -> BinaryIO | None:
     return values[0].file
 
 
-def _arguments(form: FormData, volume: Volume) -> dict[str, Any]:
+def _arguments(form: FormData, served: ServedBundle) -> dict[str, Any]:
     """The bundle's arguments. An empty prompt is the bundle's default, as OpenAI's clients always send one."""
-    listed = volume.bundle.arguments
+    listed = served.bundle.arguments
     usual = {*NEUTRAL, *IGNORED, *WHOLE, *FILES}
     usual |= {"model", "prompt", "size", "output_format", "stream", "parts", "partial_images", "deadline_s"}
     usual |= {"color", "jitter"}
     if unknown := [name for name in form if name not in usual and name not in listed]:
         takes = ", ".join(listed) or "no arguments of its own"
-        raise _wrong(unknown[0], f"unknown field {_short(unknown[0])}; {volume.name} takes {takes}")
+        raise _wrong(unknown[0], f"unknown field {_short(unknown[0])}; {served.name} takes {takes}")
     if _text(form, "prompt") and "prompt" not in listed:
-        raise _wrong("prompt", f"{volume.name} takes no prompt; send an empty one, or none")
+        raise _wrong("prompt", f"{served.name} takes no prompt; send an empty one, or none")
     values: dict[str, Any] = {}
     for name, argument in listed.items():
         if name not in form:
@@ -155,7 +155,7 @@ def _arguments(form: FormData, volume: Volume) -> dict[str, Any]:
             raise _wrong(name, f"{name} is a file of tensors, which the service does not take; leave it out")
         text = _text(form, name) or ""
         if text or (argument.kind == "words" and name != "prompt"):
-            values[name] = _value(name, text, argument, volume.bundle.program.inputs.get(name))
+            values[name] = _value(name, text, argument, served.bundle.program.inputs.get(name))
     for name, argument in listed.items():
         if argument.needed and argument.kind != "tensors" and name not in values:
             raise _wrong(name, f"{name} has no default; send it: {argument.help or argument.takes}")
@@ -178,9 +178,9 @@ def _value(name: str, text: str, argument: Argument, spec: Input | None) -> Any:
     return value
 
 
-def _check_steps(options: Mapping[str, Any], volume: Volume) -> None:
-    if "steps" in options and not any(p.steps for p in volume.bundle.program.passes):
-        raise _wrong("steps", f"steps={options['steps']}: {volume.name} has no steps; leave it out")
+def _check_steps(options: Mapping[str, Any], served: ServedBundle) -> None:
+    if "steps" in options and not any(p.steps for p in served.bundle.program.passes):
+        raise _wrong("steps", f"steps={options['steps']}: {served.name} has no steps; leave it out")
 
 
 def _color(form: FormData) -> dict[str, str]:
@@ -190,12 +190,12 @@ def _color(form: FormData) -> dict[str, str]:
     return {} if color == "off" else {"color": color}
 
 
-def _scale_of_size(form: FormData, size: tuple[int, int], volume: Volume) -> int | None:
+def _scale_of_size(form: FormData, size: tuple[int, int], served: ServedBundle) -> int | None:
     """The scale that gives the size of the result that is asked for."""
     text = _text(form, "size") or "auto"
     if text == "auto":
         return None
-    program = volume.bundle.program
+    program = served.bundle.program
     parsed = SIZE.fullmatch(text)
     sides = (int(parsed[1]), int(parsed[2])) if parsed else (0, 0)
     scale = max(1, sides[0] // size[0])
@@ -207,10 +207,10 @@ def _scale_of_size(form: FormData, size: tuple[int, int], volume: Volume) -> int
     return scale
 
 
-def _check_neutral(form: FormData, volume: Volume) -> None:
+def _check_neutral(form: FormData, served: ServedBundle) -> None:
     for name, accepted in NEUTRAL.items():
         text = _text(form, name)
-        if text and text not in accepted and name not in volume.bundle.arguments:
+        if text and text not in accepted and name not in served.bundle.arguments:
             raise _wrong(
                 name, f"{name}={_short(text)} does not work here; send {' or '.join(accepted)}, or leave it out"
             )

@@ -1,6 +1,6 @@
-"""Jobs: orders whose results wait for their clients. A folder holds images and results, SQLite the rest.
+"""Jobs: requests whose results wait for their clients. A folder holds images and results, SQLite the rest.
 
-After a restart of the service, results are still there, and jobs that had not ended begin anew.
+After a restart of the service, results are still there, and jobs that had not ended go on from their finished parts.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 from tilewright.runtime.bundle.digests import writing
 from tilewright.runtime.errors import EnvironmentMismatch, InputError, ResourceError, TilewrightError
 from tilewright.runtime.images.read import image_size
-from tilewright.runtime.serve.orders import Answer, Order
+from tilewright.runtime.serve.image_request import Answer, ImageRequest
 from tilewright.runtime.serve.refusals import Refusal, refusal_of
 from tilewright.runtime.serve.service import Service
 
@@ -36,8 +36,9 @@ LOG = logging.getLogger("tilewright")
 ID = re.compile(r"[A-Za-z0-9_-]{22}", re.ASCII)
 LOOK_S = 60.0  # between two looks for results that have expired
 SCHEMA = """CREATE TABLE IF NOT EXISTS jobs (
-    id TEXT PRIMARY KEY, state TEXT NOT NULL, created REAL NOT NULL, ended REAL, wish TEXT NOT NULL,
+    id TEXT PRIMARY KEY, state TEXT NOT NULL, created REAL NOT NULL, ended REAL, fields TEXT NOT NULL,
     size TEXT NOT NULL, notes TEXT NOT NULL DEFAULT '[]', status INTEGER, error TEXT)"""
+COLUMNS = "state, created, ended, fields, size, notes, status, error"
 SIZES = ("tile", "overlap", "steps", "scale")
 
 
@@ -50,7 +51,7 @@ class Jobs:
         self.temporary = chosen is None
         self.folder = Path(tempfile.mkdtemp(prefix="tilewright-jobs-")) if chosen is None else chosen
         self.lock = Lock()
-        self.orders: dict[str, Order] = {}  # jobs that have not ended
+        self.requests: dict[str, ImageRequest] = {}  # jobs that have not ended
         self.ended: SimpleQueue[str | None] = SimpleQueue()
         self._open()
         self.keeper = Thread(target=self._keep, name="jobs", daemon=True)
@@ -65,9 +66,12 @@ class Jobs:
             self.locked = (self.folder / "lock").open("a")
             if fcntl:
                 fcntl.flock(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                for half in self.folder.glob("*/.*.part"):  # a service was killed while it wrote a file
+                    half.unlink()
             self.base = sqlite3.connect(self.folder / "jobs.sqlite3", check_same_thread=False, isolation_level=None)
             (self.folder / "jobs.sqlite3").chmod(0o600)
             self.base.execute(SCHEMA)
+            self.base.execute(f"SELECT {COLUMNS} FROM jobs LIMIT 0")  # an earlier version had others
         except BlockingIOError:
             raise EnvironmentMismatch(f"{self.folder} is used by another service; give each a --state-dir") from None
         except (OSError, sqlite3.Error) as error:
@@ -86,19 +90,24 @@ class Jobs:
         if self.temporary:
             shutil.rmtree(self.folder, ignore_errors=True)
 
-    def add(self, order: Order) -> dict[str, Any]:
-        """Accept an order as a job, and say where it is."""
+    def add(self, request: ImageRequest) -> dict[str, Any]:
+        """Accept a request as a job, and say where it is."""
         name = secrets.token_urlsafe(16)
-        wish = {"model": order.model, "options": dict(order.options), "format": order.format, "seconds": order.seconds}
+        fields = {
+            "model": request.model,
+            "options": dict(request.options),
+            "format": request.format,
+            "seconds": request.seconds,
+        }
         try:
-            order.image = self._copy(order.image, self._image(name))
-            order.mask = order.mask and self._copy(order.mask, self._mask(name))
-            size = f"{order.width}x{order.height}"
+            request.image = self._copy(request.image, self._image(name))
+            request.mask = request.mask and self._copy(request.mask, self._mask(name))
+            size = f"{request.width}x{request.height}"
             self._run(
-                "INSERT INTO jobs (id, state, created, wish, size) VALUES (?, 'queued', ?, ?, ?)",
-                (name, time.time(), json.dumps(wish), size),
+                "INSERT INTO jobs (id, state, created, fields, size) VALUES (?, 'queued', ?, ?, ?)",
+                (name, time.time(), json.dumps(fields), size),
             )
-            self._begin(name, order, always=False)
+            self._begin(name, request, always=False)
         except BaseException as error:
             self._remove(name)
             if isinstance(error, (OSError, sqlite3.Error)):
@@ -110,12 +119,12 @@ class Jobs:
     def get(self, name: str) -> dict[str, Any]:
         """The state of a job."""
         row = self._row(name)
-        order = self.orders.get(name)
-        progress = self.service.progress(order) if order else {}
+        request = self.requests.get(name)
+        progress = self.service.progress(request) if request else {}
         share = 1.0 if row["state"] == "done" else progress.get("share", 0.0)
         state = progress.get("state", row["state"]) if row["state"] == "queued" else row["state"]
         ended = row["ended"]
-        wish = json.loads(row["wish"])
+        fields = json.loads(row["fields"])
         return {
             "id": name,
             "object": "job",
@@ -123,9 +132,9 @@ class Jobs:
             "share": share,
             "left_s": progress.get("left_s"),
             "before": progress.get("before", 0),
-            "model": wish["model"],
+            "model": fields["model"],
             "size": row["size"],
-            "output_format": wish["format"],
+            "output_format": fields["format"],
             "created_at": int(row["created"]),
             "expires_at": None if ended is None else int(ended + self.keep_s),
             "notes": json.loads(row["notes"]),
@@ -139,52 +148,53 @@ class Jobs:
             error = json.loads(row["error"])
             raise Refusal(row["status"], error["message"], error["code"], error["param"])
         if row["state"] != "done":
-            progress = self.service.progress(order) if (order := self.orders.get(name)) else {"left_s": None}
+            progress = self.service.progress(request) if (request := self.requests.get(name)) else {"left_s": None}
             retry_s = max(1, min(60, int(progress["left_s"] or 5)))
             raise Refusal(409, "the job has not ended; ask for its result later", "not_ended", retry_s=retry_s)
-        return self._result(name), json.loads(row["wish"])["format"]
+        return self._result(name), json.loads(row["fields"])["format"]
 
     def delete(self, name: str) -> None:
         """Cancel a job if it has not ended, and forget it."""
         self._row(name)
-        order = self.orders.pop(name, None)
+        request = self.requests.pop(name, None)
         self._remove(name)
-        if order:
-            self.service.cancel(order)
+        if request:
+            self.service.cancel(request)
 
     def _go_on(self) -> None:
         """Begin again the jobs that had not ended when the service ended."""
-        rows = self._run("SELECT id, wish FROM jobs WHERE state = 'queued' ORDER BY created").fetchall()
+        rows = self._run("SELECT id, fields FROM jobs WHERE state = 'queued' ORDER BY created").fetchall()
         for name, text in rows:
             try:
-                self._begin(name, self._order(name, json.loads(text)), always=True)
+                self._begin(name, self._request(name, json.loads(text)), always=True)
             except (TilewrightError, Refusal, OSError) as error:
                 self._fail(name, error)
         if rows:
             LOG.warning("%d jobs of an earlier service go on", len(rows))
 
-    def _order(self, name: str, wish: dict[str, Any]) -> Order:
-        model, options = wish["model"], wish["options"]
-        if model not in self.service.shelf.roots:
+    def _request(self, name: str, fields: dict[str, Any]) -> ImageRequest:
+        model, options = fields["model"], fields["options"]
+        if model not in self.service.bundles.roots:
             raise Refusal(404, f"bundle {model!r} is not served any more", "model_not_found", "model")
         image, mask = self._image(name), self._mask(name)
         sizes = {option: options[option] for option in SIZES if option in options}
-        volume = self.service.shelf.current(model)
+        served = self.service.bundles.current(model)
         masked, size = mask.exists(), image.stat().st_size
-        layers = masked + ("color" in options)
-        room = self.service.room_for(volume, image_size(image), sizes, layers=layers, file=size)
-        order = Order(model, image.open("rb"), *room, wish["format"], options, seconds=wish["seconds"])
-        order.mask = mask.open("rb") if masked else None
-        return order
+        layers = masked + ("color" in options) + self._parts(name).exists()
+        room = self.service.room_for(served, image_size(image), sizes, layers=layers, file=size)
+        request = ImageRequest(model, image.open("rb"), *room, fields["format"], options, seconds=fields["seconds"])
+        request.mask = mask.open("rb") if masked else None
+        return request
 
-    def _begin(self, name: str, order: Order, *, always: bool) -> None:
-        self.orders[name] = order
+    def _begin(self, name: str, request: ImageRequest, *, always: bool) -> None:
+        self.requests[name] = request
+        request.parts = None if self.temporary else self._parts(name)
 
         def ended(future: "Future[Answer]") -> None:
             self.ended.put(name)
 
-        self.service.accept(order, always=always)
-        order.future.add_done_callback(ended)
+        self.service.accept(request, always=always)
+        request.future.add_done_callback(ended)
         self.ended.put("")  # the keeper looks when this job will be late
 
     def _keep(self) -> None:
@@ -197,27 +207,29 @@ class Jobs:
                 continue
             if name is None:
                 return
-            if (order := self.orders.get(name)) is None:  # deleted, or no job
+            if (request := self.requests.get(name)) is None:
+                if name:  # it was deleted, and has kept its finished parts since
+                    self._remove(name)
                 continue
-            self._store(name, order)
-            self.orders.pop(name, None)
-            order.image.close()
-            del order
+            self._store(name, request)
+            self.requests.pop(name, None)
+            request.image.close()
+            del request
 
     def _cancel_late(self) -> float:
         """Cancel the jobs whose time is over; the seconds until the next look."""
         now = time.monotonic()
-        ends = {order: order.ends for order in list(self.orders.values()) if not order.late}
-        for order in [order for order, end in ends.items() if end <= now]:
-            self.service.cancel(order, late=True)
+        ends = {request: request.ends for request in list(self.requests.values()) if not request.late}
+        for request in [request for request, end in ends.items() if end <= now]:
+            self.service.cancel(request, late=True)
         return min([LOOK_S, *(end - now for end in ends.values() if end > now)])
 
-    def _store(self, name: str, order: Order) -> None:
-        if error := order.future.exception():
-            if order.late or order.state != "cancelled":  # what a stop has cancelled begins again later
+    def _store(self, name: str, request: ImageRequest) -> None:
+        if error := request.future.exception():
+            if request.late or request.state != "cancelled":  # what a stop has cancelled begins again later
                 self._fail(name, error)
             return
-        answer = order.future.result()
+        answer = request.future.result()
         try:
             with writing(self._result(name)) as temporary:
                 temporary.touch(0o600)
@@ -229,8 +241,7 @@ class Jobs:
         except (OSError, sqlite3.Error) as problem:
             LOG.error("the result of a job cannot be stored: %s", problem)
             self._fail(name, ResourceError("the service has no room for the result; send the job again"))
-        self._image(name).unlink(missing_ok=True)
-        self._mask(name).unlink(missing_ok=True)
+        self._remove_sources(name)
 
     def _fail(self, name: str, error: BaseException) -> None:
         refusal = Refusal(422, str(error), "invalid_value") if isinstance(error, InputError) else refusal_of(error)
@@ -238,8 +249,7 @@ class Jobs:
         sql = "UPDATE jobs SET state = 'failed', ended = ?, status = ?, error = ? WHERE id = ?"
         with contextlib.suppress(sqlite3.Error):
             self._run(sql, (time.time(), refusal.status, body, name))
-        self._image(name).unlink(missing_ok=True)
-        self._mask(name).unlink(missing_ok=True)
+        self._remove_sources(name)
 
     def _expire(self) -> None:
         with contextlib.suppress(sqlite3.Error):
@@ -248,10 +258,9 @@ class Jobs:
                 self._remove(name)
 
     def _row(self, name: str) -> sqlite3.Row:
-        columns = "state, created, ended, wish, size, notes, status, error"
         row = None
         if ID.fullmatch(name):
-            row = self._run(f"SELECT {columns} FROM jobs WHERE id = ?", (name,)).fetchone()
+            row = self._run(f"SELECT {COLUMNS} FROM jobs WHERE id = ?", (name,)).fetchone()
         if row is None or (row["ended"] is not None and row["ended"] < time.time() - self.keep_s):
             raise Refusal(404, "there is no such job; it was deleted, or its result has expired", "job_not_found")
         found: sqlite3.Row = row
@@ -263,10 +272,15 @@ class Jobs:
             return self.base.execute(sql, values)
 
     def _remove(self, name: str) -> None:
-        self.orders.pop(name, None)
+        self.requests.pop(name, None)
         with contextlib.suppress(sqlite3.Error):
             self._run("DELETE FROM jobs WHERE id = ?", (name,))
-        for path in (self._image(name), self._mask(name), self._result(name)):
+        self._remove_sources(name)
+        self._result(name).unlink(missing_ok=True)
+
+    def _remove_sources(self, name: str) -> None:
+        """Remove all that only a job that has not ended needs."""
+        for path in (self._image(name), self._mask(name), self._parts(name)):
             path.unlink(missing_ok=True)
 
     def _copy(self, source: BinaryIO, target: Path) -> BinaryIO:
@@ -283,6 +297,9 @@ class Jobs:
 
     def _mask(self, name: str) -> Path:
         return self.folder / "images" / f"{name}.mask"
+
+    def _parts(self, name: str) -> Path:
+        return self.folder / "images" / f"{name}.resume"
 
     def _result(self, name: str) -> Path:
         return self.folder / "results" / name

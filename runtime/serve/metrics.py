@@ -8,9 +8,9 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 
 from tilewright.runtime.restore import Restorer
-from tilewright.runtime.serve.orders import Answer, Order
+from tilewright.runtime.serve.bundles import Bundles
+from tilewright.runtime.serve.image_request import Answer, ImageRequest
 from tilewright.runtime.serve.refusals import refusal_of
-from tilewright.runtime.serve.shelf import Shelf
 from tilewright.runtime.sitting import Restoration
 
 __all__ = ["Metrics"]
@@ -22,19 +22,19 @@ SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3600)
 class Watched(Protocol):
     """What is looked at when the numbers are asked for."""
 
-    shelf: Shelf
+    bundles: Bundles
     places: int
     limit: int  # bytes that everything may take
     held: int  # bytes in the ledger
 
     @property
     def queue(self) -> Sized:
-        """Orders that wait."""
+        """Requests that wait."""
         ...
 
     @property
     def running(self) -> Sized:
-        """Orders that run."""
+        """Requests that run."""
         ...
 
 
@@ -52,15 +52,15 @@ class Metrics:
             "tilewright_refused", "Requests that were refused for lack of room.", ["reason"], registry=self.registry
         )
         self.seconds = Histogram(
-            "tilewright_order_seconds", "Time from the arrival of an image to its result, by megapixels of the result.",
+            "tilewright_image_seconds", "Time from the arrival of an image to its result, by megapixels of the result.",
             ["bundle", "megapixels"], buckets=SECONDS, registry=self.registry,
         )  # fmt: skip
-        self.ends = Counter("tilewright_orders", "Orders that have ended.", ["bundle", "end"], registry=self.registry)
+        self.ends = Counter("tilewright_images", "Images that have ended.", ["bundle", "end"], registry=self.registry)
         self.engine_seconds = Counter(
             "tilewright_engine_seconds", "Time inside of engines.", ["bundle", "component"], registry=self.registry
         )
         self.faults = Counter(
-            "tilewright_faults", "Failures, and faults of devices that orders survived.", ["kind"],
+            "tilewright_faults", "Failures, and faults of devices that requests survived.", ["kind"],
             registry=self.registry,
         )  # fmt: skip
         self.closed_s: dict[tuple[str, str], float] = {}  # bundle, device -> busy time of engines that are closed
@@ -71,20 +71,20 @@ class Metrics:
         """The numbers in Prometheus' format."""
         return generate_latest(self.registry)
 
-    def restored(self, order: Order, restoration: Restoration) -> None:
+    def restored(self, request: ImageRequest, restoration: Restoration) -> None:
         """Count what a restoration took."""
         for component in restoration.engines:
             spent = restoration.seconds.get(component, 0.0)
-            self.engine_seconds.labels(order.model, component).inc(spent)
+            self.engine_seconds.labels(request.model, component).inc(spent)
         if restoration.notes:
             self.faults.labels("survived").inc(len(restoration.notes))
 
-    def ended(self, order: Order, end: Answer | BaseException) -> None:
-        """Count an order that has ended."""
-        self.ends.labels(order.model, order.state).inc()
+    def ended(self, request: ImageRequest, end: Answer | BaseException) -> None:
+        """Count a request that has ended."""
+        self.ends.labels(request.model, request.state).inc()
         if isinstance(end, Answer):
-            self.seconds.labels(order.model, size_class(order)).observe(order.age())
-        elif order.state == "failed" and refusal_of(end).status >= 500:
+            self.seconds.labels(request.model, size_class(request)).observe(request.age())
+        elif request.state == "failed" and refusal_of(end).status >= 500:
             self.faults.labels(type(end).__name__).inc()
 
     def forget(self, name: str, restorer: Restorer) -> None:
@@ -93,9 +93,9 @@ class Metrics:
             self.closed_s[key] = self.closed_s.get(key, 0.0) + spent
 
 
-def size_class(order: Order) -> str:
+def size_class(request: ImageRequest) -> str:
     """The class of the size of a result."""
-    megapixels = order.width * order.height / 1e6
+    megapixels = request.width * request.height / 1e6
     return next((f"<={size:g}" for size in SIZES if megapixels <= size), f">{SIZES[-1]:g}")
 
 
@@ -114,20 +114,20 @@ class _Now(Collector):
     def collect(self) -> Iterator[Metric]:
         """The gauges, and the busy time of devices."""
         service = self.metrics.service
-        yield GaugeMetricFamily("tilewright_queue", "Orders that wait.", len(service.queue))
-        yield GaugeMetricFamily("tilewright_running", "Orders that run.", len(service.running))
-        yield GaugeMetricFamily("tilewright_places", "Orders that may run at once.", service.places)
+        yield GaugeMetricFamily("tilewright_queue", "Requests that wait.", len(service.queue))
+        yield GaugeMetricFamily("tilewright_running", "Requests that run.", len(service.running))
+        yield GaugeMetricFamily("tilewright_places", "Requests that may run at once.", service.places)
         yield GaugeMetricFamily("tilewright_memory_limit_bytes", "Memory that the service may take.", service.limit)
         yield GaugeMetricFamily("tilewright_memory_held_bytes", "Memory in the ledger.", service.held)
         opened = GaugeMetricFamily("tilewright_bundle_open", "1 if its engines are open.", labels=["bundle"])
         seconds = dict(self.metrics.closed_s)
         hung = 0
-        for volume in service.shelf.all():
-            restorer = volume.restorer  # another thread may put it away
-            if not volume.outdated:
-                opened.add_metric([volume.name], float(restorer is not None))
+        for served in service.bundles.all():
+            restorer = served.restorer  # another thread may put it away
+            if not served.outdated:
+                opened.add_metric([served.name], float(restorer is not None))
             if restorer is not None:
-                for key, spent in busy(volume.name, restorer).items():
+                for key, spent in busy(served.name, restorer).items():
                     seconds[key] = seconds.get(key, 0.0) + spent
                 hung += len(restorer.executor.hung)
         yield opened

@@ -22,7 +22,7 @@ __all__ = ["serve", "server_of"]
 LOG = logging.getLogger("tilewright")
 MOST_CONNECTIONS = 1000
 IDLE_S = 30
-LAST_S = 1.0  # for the answers to orders that a second signal has cancelled
+LAST_S = 1.0  # for the answers to requests that a second signal has cancelled
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 

@@ -32,6 +32,7 @@ class Settings:
     upload_s: float = 60.0  # for the body of a request to arrive
     token: bytes | None = None
     state_dir: Path | None = None  # where jobs are kept; None: in a temporary folder, for as long as the service runs
+    checkpoint_s: float = 60.0  # between two times that finished parts of a job are kept there; 0: at a stop
     keep_s: float = 86_400.0  # how long the result of a job is kept
     hosts: Sequence[str] = ()  # names by which clients may call; none: all
 
@@ -41,6 +42,7 @@ class Settings:
         whole("max_body", self.max_body, 1)
         seconds("deadline", self.deadline_s)
         seconds("keep", self.keep_s)
+        seconds("checkpoint", self.checkpoint_s, none=True)
         names = [name_of(path) for path in self.bundles]
         for name in names:
             if names.count(name) > 1:

@@ -19,8 +19,8 @@ from starlette.types import Receive, Scope, Send
 
 from tilewright.runtime.images.read import Pixels
 from tilewright.runtime.images.write import encode_image
-from tilewright.runtime.serve.form import Wish
-from tilewright.runtime.serve.orders import Order
+from tilewright.runtime.serve.form import AnswerOptions
+from tilewright.runtime.serve.image_request import ImageRequest
 from tilewright.runtime.serve.refusals import refusal_of
 from tilewright.runtime.serve.service import Service
 
@@ -32,9 +32,9 @@ Part = tuple[int, int, Pixels]
 NO_TOKENS = dict.fromkeys(("input_tokens", "output_tokens", "total_tokens"), 0)
 
 
-def future_of(order: Order) -> "asyncio.Future[Any]":
-    """The end of an order, to wait for. Nobody has to take its error."""
-    future = asyncio.wrap_future(order.future)
+def future_of(request: ImageRequest) -> "asyncio.Future[Any]":
+    """The end of a request, to wait for. Nobody has to take its error."""
+    future = asyncio.wrap_future(request.future)
     future.add_done_callback(lambda ended: ended.exception())
     return future
 
@@ -46,16 +46,20 @@ async def closed(receive: Receive) -> None:
 
 
 class Events(Response):
-    """The events of one order. The order is cancelled if the client hangs up."""
+    """The events of one request. The work is cancelled if the client hangs up."""
 
     media_type = "text/event-stream"
 
     def __init__(
-        self, service: Service, order: Order, wish: Wish, close: Callable[[], Coroutine[Any, Any, None]]
+        self,
+        service: Service,
+        request: ImageRequest,
+        options: AnswerOptions,
+        close: Callable[[], Coroutine[Any, Any, None]],
     ) -> None:
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self.service, self.order, self.wish, self.close = service, order, wish, close
+        self.service, self.request, self.options, self.close = service, request, options, close
         self.parts: asyncio.Queue[Part] = asyncio.Queue()
         self.canvas: Pixels | None = None
         loop = asyncio.get_running_loop()
@@ -64,8 +68,8 @@ class Events(Response):
             with contextlib.suppress(RuntimeError):  # the loop has ended, and so has the client
                 loop.call_soon_threadsafe(self.parts.put_nowait, (top, left, pixels))
 
-        if wish.parts or wish.partial_images:
-            order.on_part = on_part
+        if options.parts or options.partial_images:
+            request.on_part = on_part
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events."""
@@ -79,12 +83,12 @@ class Events(Response):
             await send({"type": "http.response.body", "body": b""})
         finally:
             gone.cancel()
-            self.service.cancel(self.order)
+            self.service.cancel(self.request)
             await self.close()
 
     async def _events(self, gone: "asyncio.Future[None]") -> AsyncIterator[dict[str, Any]]:
-        order = self.order
-        result = future_of(order)
+        request = self.request
+        result = future_of(request)
         sent: dict[str, Any] = {}
         sent_at, partial = time.monotonic(), 0
         while not result.done():
@@ -92,16 +96,16 @@ class Events(Response):
             await asyncio.wait(waits, timeout=LOOK_S, return_when=asyncio.FIRST_COMPLETED)
             if gone.done():
                 return
-            if time.monotonic() > order.ends:
-                self.service.cancel(order, late=True)
+            if time.monotonic() > request.ends:
+                self.service.cancel(request, late=True)
             progress = self._progress()
             if not result.done() and (progress != sent or time.monotonic() - sent_at > QUIET_S):
                 sent, sent_at = progress, time.monotonic()
                 yield progress
             async for event in self._parts():
                 yield event
-            due = int(progress["share"] * (self.wish.partial_images + 1))
-            if partial < min(due, self.wish.partial_images) and self.canvas is not None:
+            due = int(progress["share"] * (self.options.partial_images + 1))
+            if partial < min(due, self.options.partial_images) and self.canvas is not None:
                 yield await run_in_threadpool(self._partial, partial)
                 partial += 1
         try:
@@ -120,25 +124,25 @@ class Events(Response):
         }
 
     def _usual(self) -> dict[str, Any]:
-        size = f"{self.order.width}x{self.order.height}"
+        size = f"{self.request.width}x{self.request.height}"
         created = int(time.time())
         return {
             "created_at": created,
             "size": size,
             "quality": "auto",
             "background": "auto",
-            "output_format": self.order.format,
+            "output_format": self.request.format,
         }
 
     def _progress(self) -> dict[str, Any]:
-        return {"type": "image_edit.progress", **self.service.progress(self.order)}
+        return {"type": "image_edit.progress", **self.service.progress(self.request)}
 
     async def _parts(self) -> AsyncIterator[dict[str, Any]]:
         while not self.parts.empty():
             top, left, pixels = self.parts.get_nowait()
-            if self.wish.partial_images:
+            if self.options.partial_images:
                 await run_in_threadpool(self._place, top, left, pixels)
-            if self.wish.parts:
+            if self.options.parts:
                 data = await run_in_threadpool(encode_image, pixels, ".png")
                 height, width = pixels.shape[:2]
                 yield {
@@ -148,13 +152,13 @@ class Events(Response):
                     "left": left,
                     "width": width,
                     "height": height,
-                    "size": f"{self.order.width}x{self.order.height}",
+                    "size": f"{self.request.width}x{self.request.height}",
                 }
 
     def _place(self, top: int, left: int, pixels: Pixels) -> None:
-        if self.canvas is None and (ticket := self.order.ticket) is not None:
+        if self.canvas is None and (ticket := self.request.ticket) is not None:
             source = Image.fromarray(ticket.sitting.picture.rgb)
-            size = (self.order.width, self.order.height)
+            size = (self.request.width, self.request.height)
             self.canvas = np.array(source.resize(size, Image.Resampling.BICUBIC))
         if self.canvas is not None:
             self.canvas[top : top + pixels.shape[0], left : left + pixels.shape[1]] = pixels
@@ -162,7 +166,7 @@ class Events(Response):
     def _partial(self, index: int) -> dict[str, Any]:
         """The picture so far: the enlarged source with the parts that are final."""
         assert self.canvas is not None
-        data = base64.b64encode(encode_image(self.canvas, self.order.format)).decode()
+        data = base64.b64encode(encode_image(self.canvas, self.request.format)).decode()
         return {
             "type": "image_edit.partial_image",
             "b64_json": data,

@@ -12,8 +12,8 @@ from PIL import Image
 from support.html import Page
 from support.layered import LAYERS, layered
 from tilewright.calib import add_engines, collect, gate, make_recipe, read_observations, read_recipe
-from tilewright.calib.gates import CROPS, held_out, measurement, original_of, require
-from tilewright.calib.likeness import psnr
+from tilewright.calib.judge.gates import CROPS, held_out, measurement, original_of, require
+from tilewright.calib.judge.likeness import psnr
 from tilewright.calib.recipe import Recipe
 from tilewright.cli.main import main
 from tilewright.runtime import load

@@ -13,7 +13,7 @@ from torch import Tensor
 from support.graphs import parsed
 from support.layered import HIDDEN, LAYERS, layered, numbers
 from tilewright.calib import Recipe, collect, insert, make_recipe, quantised_weights, read_observations
-from tilewright.calib.layers import StandardGraph, standard_graph
+from tilewright.calib.recipe.layers import StandardGraph, standard_graph
 from tilewright.calib.unweighted import in_eight_bits
 from tilewright.export.lint.lint import lint_graph
 from tilewright.runtime.bundle.manifest import Form

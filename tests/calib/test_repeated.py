@@ -1,5 +1,7 @@
 """A build with engines in 8 bits that is asked for again."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 from PIL import Image
 
 from tilewright.calib import collect, make_recipe, read_observations
-from tilewright.calib.one_step import inputs_of
+from tilewright.calib.inputs import inputs_of
 from tilewright.cli.main import main
 from tilewright.runtime.bundle.read import read_bundle
 
@@ -61,3 +63,10 @@ def test_other_pictures_budgets_and_targets_are_no_repetition(photos: Path) -> N
     Image.new("RGB", (SIDE, SIDE)).save(photos / "0.png")
     others.add(inputs_of("int8", ["ort"], folder=photos, budget_db=45.0))
     assert len(others) == 4 and first not in others
+
+
+def test_to_tell_whether_something_changed_loads_no_framework_and_no_engine() -> None:
+    heavy = ["torch", "onnx", "onnx_ir", "onnxruntime", "openvino"]
+    code = f"import sys, tilewright.calib.inputs; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -77,11 +77,12 @@ def test_a_second_build_does_nothing_quickly_and_says_so(hitoksr_tiny: Path) -> 
 
 @pytest.mark.slow
 def test_a_dry_run_predicts_and_leaves_nothing(tmp_path: Path) -> None:
-    words = ("export", "build", "hitoksr", "--preset", "tiny", "--random-weights", "1", "-o", tmp_path / "b")
+    words = ("export", "build", "hitoksr", "--preset", "tiny", "--random-weights", "1", "--batch", "1,2")
     predicted = json.loads(told(*words, "--dry-run", "--json", TILEWRIGHT_CACHE_DIR=str(tmp_path / "c")).stdout)
     assert predicted["stages"] == ["attach", "constants", "trace", "optimise", "verify", "seal"]
     assert predicted["disk_bytes"] > 0 and predicted["peak_memory_bytes"] > 0
-    assert not (tmp_path / "b").exists()
+    refusal = told(*words, TILEWRIGHT_CACHE_DIR=str(tmp_path / "c"))
+    assert (refusal.returncode, refusal.stderr.count("\n")) == (2, 1) and "-o/--out is not given" in refusal.stderr
     assert {path.parent.name for path in (tmp_path / "c").glob("build/*/*")} == {"parameters"}  # names and shapes
 
 

@@ -112,7 +112,8 @@ def test_every_option_of_a_verb_is_in_each_script() -> None:
     options = {option for action in BUILD._actions for option in action.option_strings}
     assert {"--weights", "--verify"} <= options
     for name in ("bash", "zsh", "fish"):
-        assert all(option in script(name) for option in options)
+        text = script(name)
+        assert all(option in text for option in options)
 
 
 def test_an_unknown_shell_is_refused_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:

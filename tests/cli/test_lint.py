@@ -105,7 +105,8 @@ def test_a_system_is_checked_in_the_sizes_of_a_preset_without_weights(hitoksr_ti
     assert graphs["decode bfloat16"]["plugins"] == 2 and graphs["decode fp8"]["plugins"] == 0
     assert graphs["decode fp8"]["nodes"] > graphs["decode bfloat16"]["nodes"]
     # a Cast behind DequantizeLinear is found
-    monkeypatch.setattr("tilewright.export.graph.rewrites.bfloat16._dequantised", lambda *arguments: False)
+    place = "tilewright.export.graph.rewrites.sixteen_bits._Shortened.dequantised"
+    monkeypatch.setattr(place, lambda *arguments: False)
     assert main([*words, "--precision", "fp8"]) == 6
     report = json.loads(capsys.readouterr().out)
     assert {f["rule"] for f in report["findings"]} == {"fusion of quantized weights"}

@@ -51,7 +51,7 @@ def stopped(number: signal.Signals, source: str, target: str, *words: str, once=
     with Forked(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as running:
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline and running.poll() is None:
-            if Path(once).exists() and Path(once).stat().st_ino != before:
+            if Path(once).exists() and Path(once).stat().st_ino != before and Path(once).stat().st_size:
                 break
             time.sleep(0.005)
         running.send_signal(number)

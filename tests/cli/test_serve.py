@@ -61,7 +61,7 @@ def test_sigterm_under_load_loses_no_accepted_request(bundle) -> None:
         numbers = httpx2.get(f"{url}/metrics").text
         accepted = sum(
             int(float(line.split()[1])) for line in numbers.splitlines()
-            if line.startswith(("tilewright_queue ", "tilewright_running ", "tilewright_orders_total"))
+            if line.startswith(("tilewright_queue ", "tilewright_running ", "tilewright_images_total"))
         )  # fmt: skip
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
@@ -101,6 +101,7 @@ def test_a_second_signal_ends_what_runs(tmp_path) -> None:
         (["--bundle", "B", "--max-body", "much"], 2, "--max-body 'much' is no amount of memory"),
         (["--bundle", "B", "--memory-limit", "much"], 2, "--memory-limit 'much' is no amount of memory"),
         (["--bundle", "B", "--deadline", "0"], 2, "--deadline 0.0 is not a number of seconds above 0"),
+        (["--bundle", "B", "--checkpoint", "-1"], 2, "--checkpoint '-1' is not a number of minutes from 0"),
         (["--bundle", "B", "--memory-limit", "50MiB"], 5, "the service needs about"),
         (["--bundle", "B", "--engine", "cuda"], 2, "cuda"),
         (["--bundle", "B", "--state-dir", "open"], 4, "open cannot hold jobs"),

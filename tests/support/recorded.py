@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tilewright.export.verify.engines import example_inputs, sample_photo
+from tilewright.export.verify.sample import example_inputs, sample_photo
 from tilewright.runtime import load
 from tilewright.runtime.execute.walk import Job, run
 from tilewright.runtime.images.canvas import Enlarged

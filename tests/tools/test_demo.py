@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tilewright.export.verify.engines import require, verify
+from tilewright.export.verify.engines import verify
+from tilewright.export.verify.gate import require
 from tilewright.export.verify.seams import PICTURES
 from tilewright.runtime.errors import AccuracyError
 

@@ -23,13 +23,16 @@ from tilewright.runtime.bundle.strict import from_json, to_json
 from tilewright.runtime.bundle.weights import Folder, Reference, Weights
 from tilewright.runtime.errors import InputError
 
-__all__ = ["read_weights", "stage"]
+__all__ = ["random_weights_of", "read_weights", "stage"]
 
 
 def stage(request: Request, digest: Callable[[Path], str]) -> Stage:
     """The stage; its inputs are the networks, the weights and their folders."""
-    random = "none" if request.seed is None else f"random, seed {request.seed}"
-    inputs = {"weights": random, "packed": str(request.pack), "nonfinite": str(request.allow_nonfinite)}
+    inputs = {
+        "weights": random_weights_of(request),
+        "packed": str(request.pack),
+        "nonfinite": str(request.allow_nonfinite),
+    }
     inputs["settings"] = request.settings.to_json()
     for name, spec in (request.components | request.build_time).items():
         inputs[f"network {name}"] = spec.recipe
@@ -40,6 +43,11 @@ def stage(request: Request, digest: Callable[[Path], str]) -> Stage:
     return Stage(
         "attach", inputs | code(__name__, request.system.module, *modules), lambda folder: _work(request, folder)
     )
+
+
+def random_weights_of(request: Request) -> str:
+    """The random weights of a request, as an input of a stage."""
+    return "none" if request.seed is None else f"random, seed {request.seed}"
 
 
 def read_weights(attached: Path) -> Weights:

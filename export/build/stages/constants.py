@@ -2,14 +2,16 @@
 
 import contextlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tilewright.export.build.cache import Stage, write
 from tilewright.export.build.code import code
 from tilewright.export.build.request import Request
-from tilewright.export.build.stages.attach import read_weights
+from tilewright.export.build.stages.attach import random_weights_of, read_weights
 from tilewright.export.build.versions import versions
+from tilewright.export.system import Lora, Settings
 from tilewright.export.weights.writing import write_tensors
 from tilewright.runtime.bundle.program import TensorSpec
 
@@ -24,13 +26,53 @@ TOKENIZER_FILES = (
 
 
 def stage(request: Request, attached: Stage, digest: Callable[[Path], str]) -> Stage:
-    """The stage; its inputs are the weights, the options, and the files that options name."""
-    inputs = {"attach": attached.key} | {f"option {name}": str(value) for name, value in request.options.items()}
-    files = {f"file {name}": Path(value) for name, value in request.options.items() if _is(Path.is_file, value)}
+    """The stage; its inputs are the networks that the build runs, their weights, and the options with their files."""
+    system, options, networks = request.system, _options(request), request.build_time
+    read = {system.origin_of(name, parameter) for name in networks for parameter in request.parameters[name]}
+    if (lora := request.settings.lora) and _reads(request, lora):
+        read.add(lora.origin)
+    inputs = {"settings": _settings(request).to_json()}
+    if networks:
+        inputs["weights"] = random_weights_of(request)
+    inputs |= {f"network {name}": spec.recipe for name, spec in networks.items()}
+    for name in sorted(read & request.used.keys()):
+        tensors = request.used[name]
+        inputs |= {f"weights {name}/{file}": digest(tensors.folder / file) for file in tensors.sources}
+    inputs |= {f"option {name}": str(value) for name, value in options.items()}
+    files = {f"file {name}": Path(value) for name, value in options.items() if _is(Path.is_file, value)}
     files |= _tokenizer_files(request)
     inputs |= {name: digest(file) for name, file in files.items()}
-    inputs |= code(__name__, request.system.module) | versions("torch", "transformers", "tokenizers")
+    modules = sorted({spec.module for spec in networks.values()})
+    inputs |= code(__name__, system.module, *modules) | versions("torch", "transformers", "tokenizers")
     return Stage("constants", inputs, lambda folder: _work(request, attached.directory, folder))
+
+
+def _reads(request: Request, lora: Lora) -> bool:
+    """Whether a network that the build runs has the LoRA in it."""
+    system = request.system
+
+    def adapted(network: str, parameter: str) -> bool:
+        if not lora.merged:
+            return system.origin_of(network, parameter) == lora.origin
+        pair = f"{parameter.removesuffix('weight')}lora_A"
+        if not parameter.endswith("weight") or system.origin_of(network, pair) != lora.origin:
+            return False
+        return str(system.keys(network, pair)[0]).removesuffix(".lora_A") in lora.branches
+
+    return any(adapted(network, name) for network in request.build_time for name in request.parameters[network])
+
+
+def _settings(request: Request) -> Settings:
+    """The settings, without a LoRA that nothing here depends on."""
+    settings = request.settings
+    return settings if settings.lora and _reads(request, settings.lora) else replace(settings, lora=None)
+
+
+def _options(request: Request) -> dict[str, Any]:
+    """The options, without a LoRA that nothing here depends on."""
+    lora, system = request.settings.lora, request.system
+    unread = system.origins[lora.origin].argument if lora and not _reads(request, lora) else None
+    return {name: value for name, value in request.options.items() if name != unread}
 
 
 def _is(kind: Callable[[Path], bool], value: Any) -> bool:
@@ -73,7 +115,7 @@ def _work(request: Request, attached: Path, directory: Path) -> None:
         refs = {n: (folders[r.folder], r) for n, r in weights.tensors[component].items()}
         return run_streamed(request.build_time[component], refs, inputs)
 
-    constants = system.constants(request.settings, run, request.options, request.folder)
+    constants = system.constants(_settings(request), run, _options(request), request.folder)
     if constants:
         specs = {name: TensorSpec(str(array.dtype), array.shape) for name, array in sorted(constants.items())}
         data = (constants[name].tobytes() for name in specs)

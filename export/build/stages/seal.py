@@ -20,6 +20,7 @@ __all__ = ["stage"]
 def stage(assembly: Assembly, before: Mapping[str, Stage]) -> Stage:
     """The stage; its inputs are the keys of all stages before."""
     inputs = {name: stage.key for name, stage in before.items()} | {"version": version("tilewright")}
+    inputs |= {"tiles": str((assembly.request.tiles, assembly.request.batches))}
     inputs |= {"precisions": ",".join(assembly.request.precisions)}
     inputs |= {"preset": str(assembly.request.preset), "licence": assembly.request.licence}
     inputs |= code(__name__, assembly.request.system.module)
@@ -28,7 +29,7 @@ def stage(assembly: Assembly, before: Mapping[str, Stage]) -> Stage:
 
 
 def _work(assembly: Assembly, verified: Path | None, folder: Path) -> None:
-    from tilewright.export.verify.engines import measurement
+    from tilewright.export.verify.gate import measurement
 
     request, report = assembly.request, None
     (folder / "reports").mkdir(exist_ok=True)

@@ -30,6 +30,7 @@ def stage(assembly: Assembly, before: Mapping[str, Stage]) -> Stage:
     inputs = {name: before[name].key for name in ("optimise", "constants")}
     native = ort.native_library()
     inputs["native kernels"] = sha256_of_file(native) if native and native.is_file() else "none"
+    inputs["tiles"] = str((assembly.request.tiles, assembly.request.batches))
     inputs["precisions"] = ",".join(assembly.request.precisions)
     backends = [importlib.import_module(BACKENDS[target]) for target in assembly.request.targets]
     judged = ("tilewright.export.verify.engines", *(module.__name__ for module in backends))
@@ -40,7 +41,8 @@ def stage(assembly: Assembly, before: Mapping[str, Stage]) -> Stage:
 
 
 def _work(assembly: Assembly, directory: Path) -> None:
-    from tilewright.export.verify.engines import require, verify
+    from tilewright.export.verify.engines import verify
+    from tilewright.export.verify.gate import require
 
     trial = directory / "bundle"
     trial.mkdir()

@@ -30,7 +30,7 @@ from tilewright.runtime.errors import UsageError
 __all__ = ["SYSTEM"]
 
 FLOAT = "float32"
-STEPS, BATCH, LARGEST_BATCH = 25, 16, 31
+STEPS, BATCH = 25, 16  # BATCH: most tiles in a call
 TOKENIZER = "tokenizers/clip.json"
 SCHEDULE: dict[str, int | float | str] = {
     "betas": "linear",
@@ -51,9 +51,8 @@ OPTIONS = {
     "guidance": Option("default strength of guidance; builds it in, for twice the work a step", kind=finite),
     "text_mode": Option("state of the prompt that the denoiser reads", choices=("pooled", "all77"), default="pooled"),
     "prediction": Option("quantity that the denoiser was trained to predict", choices=("eps", "x0"), default="eps"),
-    "batch": Option(f"most tiles in a call (default: {BATCH})", kind=int, default=BATCH),
 }
-CHOICES = ("prompt", "steps", "guidance", "text_mode", "prediction", "batch")
+CHOICES = ("prompt", "steps", "guidance", "text_mode", "prediction")
 ORIGIN_OF_COMPONENT = {"text": "text_encoder", "tokenise": "tokenizer", "detokenise": "tokenizer", "step": "dit"}
 
 
@@ -62,8 +61,6 @@ def settings(preset: Preset, options: Mapping[str, Any], files: UserFiles) -> Se
     choices = {name: options.get(name, OPTIONS[name].default) for name in CHOICES}
     if not 1 <= choices["steps"] <= 1000:
         raise UsageError(f"--steps {choices['steps']} must lie in 1..1000")
-    if not 1 <= choices["batch"] <= LARGEST_BATCH:
-        raise UsageError(f"--batch {choices['batch']} must lie in 1..{LARGEST_BATCH}")
     return Settings(sizes_of(preset, options, files), choices)
 
 
@@ -112,7 +109,7 @@ def program(settings: Settings) -> Program:
     """The passes text, tokenise, sample and detokenise. All but text run on the same tiles."""
     sizes, choices, specs = settings.sizes["tokenizer"], settings.choices, components(settings)
     side, guided = sizes["image"], choices["guidance"] is not None
-    tiles = Tiles(side, settings.sizes["overlap"], batch=choices["batch"], fixed_px=(side,))
+    tiles = Tiles(side, settings.sizes["overlap"], batch=BATCH, fixed_px=(side,))
     steps = Steps("ddim", choices["steps"], options=SCHEDULE)
     inputs = {"ids": Input("int64", (1, sizes["words"]))}
     guidance = Input(FLOAT, default=choices["guidance"], help="how strongly the words lead", least=0)

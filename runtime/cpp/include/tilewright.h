@@ -75,7 +75,14 @@ typedef struct tw_params {
     int32_t fresh; /* 1: reads all files, also those whose digest is remembered */
 } tw_params;
 
-TW_API tw_params tw_default_params(void);
+/* Writes the defaults of the first `size` bytes of a struct, and `size` as its size. */
+TW_API void tw_fill_params(tw_params *params, size_t size);
+
+static inline tw_params tw_default_params(void) {
+    tw_params params;
+    tw_fill_params(&params, sizeof params);
+    return params;
+}
 
 /* Reads and checks a bundle, and opens its networks if they all fit in memory. The SHA-256 of every file is computed, also of the
    weights that its networks read, and remembered in the folder of docs/install.md, as long as the file does not change.
@@ -152,7 +159,13 @@ typedef struct tw_options {
     int32_t bits; /* of a channel of the result, 8 or 16; 0: as many as the image has */
 } tw_options;
 
-TW_API tw_options tw_default_options(void);
+TW_API void tw_fill_options(tw_options *options, size_t size); /* as tw_fill_params */
+
+static inline tw_options tw_default_options(void) {
+    tw_options options;
+    tw_fill_options(&options, sizeof options);
+    return options;
+}
 
 /* Restores an image. The result has the format of `in`, with `bits` bits. With out->pixels NULL, the library allocates them, and
    tw_image_free frees them. Otherwise `out` describes memory of the caller, and its width, height and format must be those of the result.

@@ -11,7 +11,7 @@ namespace tilewright {
 
 struct Error : std::runtime_error {
     int status;  // TW_USAGE, ...
-    Error(int status, const char* message) : std::runtime_error(message), status(status) {}
+    Error(int code, const char* message) : std::runtime_error(message), status(code) {}
 };
 
 // Pixels that the library allocated.

@@ -109,6 +109,15 @@ Struct complete(const Struct* given, Struct standard, const char* name, const ch
     return standard;
 }
 
+// The defaults for a caller whose struct may be shorter or longer than ours.
+template <class Struct>
+void put_defaults(Struct* given, Struct& standard, std::size_t size) {
+    if (!given || size < sizeof(std::size_t)) return;
+    standard.size = size;
+    std::memset(static_cast<void*>(given), 0, size);
+    std::memcpy(given, &standard, std::min(size, sizeof(Struct)));
+}
+
 std::optional<std::string> text_of(const char* text) { return text && *text ? std::optional<std::string>(text) : std::nullopt; }
 
 std::shared_ptr<Opened> open(const char* path, const tw_params& params) {
@@ -238,17 +247,15 @@ const char* lent(const tw_bundle* handle, std::string (*text)(const Opened&)) no
 }  // namespace
 }  // namespace tw
 
-tw_params tw_default_params(void) {
-    tw_params params{};
-    params.size = sizeof params;
-    return params;
+void tw_fill_params(tw_params* params, size_t size) {
+    tw_params standard{};
+    tw::put_defaults(params, standard, size);
 }
 
-tw_options tw_default_options(void) {
-    tw_options options{};
-    options.size = sizeof options;
-    options.overlap = -1;
-    return options;
+void tw_fill_options(tw_options* options, size_t size) {
+    tw_options standard{};
+    standard.overlap = -1;
+    tw::put_defaults(options, standard, size);
 }
 
 tw_bundle* tw_open(const char* path, const tw_params* params) {

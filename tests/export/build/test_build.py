@@ -32,11 +32,15 @@ def tree(root: Path) -> dict[str, bytes]:
     return {str(f.relative_to(root)): f.read_bytes() for f in kept}
 
 
-def test_the_same_inputs_give_the_same_bytes_from_an_empty_cache(
-    hitoksr_tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_same_inputs_give_the_same_bytes_from_an_empty_cache_in_another_process_and_hashes_of_strings(
+    hitoksr_tiny: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("TILEWRIGHT_CACHE_DIR", str(tmp_path / "cache"))
-    build(Request("hitoksr", "tiny", tmp_path / "again", seed=0))
+    options = ("--preset", "tiny", "--random-weights", "0", "--target", "ort", "--precision", "float32")
+    words = ["export", "build", "hitoksr", *options, "-o", str(tmp_path / "again")]
+    environment = os.environ | {"PYTHONHASHSEED": "12345", "TILEWRIGHT_CACHE_DIR": str(tmp_path / "cache")}
+    command = [sys.executable, "-m", "tilewright", *words]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
     assert tree(tmp_path / "again") == tree(hitoksr_tiny)
 
 
@@ -172,7 +176,11 @@ def test_a_bundle_that_another_request_put_there_is_replaced(tmp_path: Path) -> 
     assert build(mine).keys() == {"seal"} and build(other)
 
 
-def test_what_is_in_use_is_touched_so_that_clean_spares_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_in_use_is_touched_so_that_clean_spares_it(
+    cache: Path, hitoksr_tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finished = {"copy_function": os.link, "ignore": shutil.ignore_patterns(".*")}  # hidden is what others are making
+    shutil.copytree(cache / "build" / "graph", tmp_path / "cache" / "build" / "graph", **finished)  # no trace again
     monkeypatch.setenv("TILEWRIGHT_CACHE_DIR", str(tmp_path / "cache"))
     request = Request("hitoksr", "tiny", tmp_path / "b", seed=0, verify="never")
     build(request)

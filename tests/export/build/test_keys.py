@@ -3,9 +3,12 @@
 import ast
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from support.systems import settings_of
 from tilewright.export.build import code as code_module
@@ -26,11 +29,38 @@ def test_a_stage_key_follows_what_it_depends_on(tmp_path: Path) -> None:
     plan = keys(tmp_path)
     seed = keys(tmp_path, seed=1)
     assert seed["trace"] == plan["trace"]
-    assert all(seed[name] != plan[name] for name in ("attach", "constants", "optimise", "verify", "seal"))
+    assert all(seed[name] != plan[name] for name in ("attach", "optimise", "verify", "seal"))
     packed = keys(tmp_path, pack=True)
     assert packed["attach"] != plan["attach"] and packed["seal"] != plan["seal"]
     ops = keys(tmp_path, ops="standard")
     assert {name for name in plan if ops[name] != plan[name]} == {"optimise", "verify", "seal"}
+    for tiles in ({"tiles": (64,)}, {"batches": (1, 4)}):
+        other = keys(tmp_path, **tiles)
+        assert {name for name in plan if other[name] != plan[name]} == {"verify", "seal"}
+
+
+def test_another_precision_only_verifies_and_seals_again(tmp_path: Path) -> None:
+    engines = {"targets": ("ort", "openvino")}
+    plan, other = keys(tmp_path, **engines), keys(tmp_path, **engines, precisions=("float32", "bfloat16"))
+    assert {name for name in plan if other[name] != plan[name]} == {"verify", "seal"}
+    fewer = keys(tmp_path)
+    assert {name for name in plan if fewer[name] != plan[name]} == {"optimise", "verify", "seal"}
+
+
+def test_another_lora_traces_nothing_and_embeds_nothing_again(tmp_path: Path) -> None:
+    shapes = {"lora_A": (2, 32), "lora_B": (32, 2)}
+    for seed in (0, 1):
+        values = np.random.default_rng(seed)
+        pairs = {
+            f"transformer.transformer_blocks.0.attn.to_q.{part}.weight": values.normal(size=shape).astype(np.float32)
+            for part, shape in shapes.items()
+        }
+        save_file(pairs, tmp_path / f"{seed}.safetensors")
+    one, other = (
+        keys(tmp_path, name="in-token", system_options={"lora": str(tmp_path / f"{seed}.safetensors")})
+        for seed in (0, 1)
+    )
+    assert {name for name in one if other[name] != one[name]} == {"attach", "optimise", "verify", "seal"}
 
 
 def test_every_stage_follows_the_versions_it_depends_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,11 +139,19 @@ def test_editing_a_file_that_does_not_matter_keeps_the_graphs(house: Path, tmp_p
     assert keys(tmp_path)["trace"] == plan["trace"]
 
 
+def statements(block: ast.AST) -> Iterator[ast.AST]:
+    """Every statement in a block, at any depth; to look also into expressions takes ten times as long."""
+    for field in ("body", "orelse", "finalbody", "handlers", "cases"):
+        for part in getattr(block, field, ()):
+            yield part
+            yield from statements(part)
+
+
 def test_imports_are_found_as_python_finds_them() -> None:
     for file in (file for folder in ("export", "kernels", "runtime") for file in (HOUSE / folder).rglob("*.py")):
         text = file.read_text()
         expected = set()
-        for node in ast.walk(ast.parse(text)):
+        for node in statements(ast.parse(text)):
             if isinstance(node, ast.Import):
                 expected |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom):

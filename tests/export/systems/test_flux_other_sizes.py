@@ -13,7 +13,7 @@ from support.fill_files import DEVIATION, MEAN, SHORT, SIZES, WORDS, Published, 
 from tilewright.export.build.request import Request
 from tilewright.export.build.run import build
 from tilewright.export.networks.vision import ClipVision
-from tilewright.export.verify.engines import sample_photo
+from tilewright.export.verify.sample import sample_photo
 from tilewright.runtime import load
 from tilewright.runtime.bundle.program import Tiles
 from tilewright.runtime.execute.walk import Job, run

@@ -24,7 +24,7 @@ from tilewright.export.build.run import build
 from tilewright.export.networks.hitoksr import Decode, Generate, HiTokConfig
 from tilewright.export.system import Settings
 from tilewright.export.systems import system
-from tilewright.export.verify.engines import sample_photo
+from tilewright.export.verify.sample import sample_photo
 from tilewright.runtime import load
 from tilewright.runtime.errors import InputError, UsageError
 

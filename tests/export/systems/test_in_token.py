@@ -22,7 +22,7 @@ from tilewright.export.build.request import Request
 from tilewright.export.build.run import build
 from tilewright.export.systems.flux.in_token import SYSTEM
 from tilewright.export.systems.flux.sizes import PRESETS
-from tilewright.export.verify.engines import sample_photo
+from tilewright.export.verify.sample import sample_photo
 from tilewright.runtime import load
 from tilewright.runtime.bundle.program import Program, Signature
 from tilewright.runtime.bundle.read import read_bundle

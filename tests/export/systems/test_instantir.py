@@ -19,7 +19,7 @@ from tilewright.export.networks.instantir import Gates
 from tilewright.export.system import Preset, UserFiles
 from tilewright.export.systems.instantir.sizes import PRESETS
 from tilewright.export.systems.instantir.system import SYSTEM
-from tilewright.export.verify.engines import sample_photo
+from tilewright.export.verify.sample import sample_photo
 from tilewright.runtime import load
 from tilewright.runtime.execute.walk import Job, run
 from tilewright.runtime.plan.noise import normal

@@ -24,7 +24,7 @@ from tilewright.export.build.run import build
 from tilewright.export.system import Preset, Settings, UserFiles
 from tilewright.export.systems.instantir.sizes import PRESETS
 from tilewright.export.systems.instantir.system import SYSTEM
-from tilewright.export.verify.engines import sample_photo
+from tilewright.export.verify.sample import sample_photo
 from tilewright.runtime import load
 from tilewright.runtime.bundle.program import Program
 from tilewright.runtime.errors import InputError, UsageError

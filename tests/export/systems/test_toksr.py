@@ -17,7 +17,7 @@ from support.toksr import Denoiser, picture_of, tokens_of
 from support.toksr_files import OTHER, TA_TITOK, TINY, clip, shapes_of, tensors, untold, written
 from tilewright.export.build.request import Request
 from tilewright.export.build.run import build
-from tilewright.export.verify.engines import sample_photo
+from tilewright.export.verify.sample import sample_photo
 from tilewright.runtime import load
 from tilewright.runtime.execute.walk import Job, run
 from tilewright.runtime.plan.noise import normal
@@ -34,8 +34,8 @@ BUNDLES = {
     "x0": (TA_TITOK, {"prediction": "x0", "guidance": GUIDANCE, "prompt": WORDS}),
     "all77 x0": (TINY, {"text_mode": "all77", "prediction": "x0"}),
     "other": (OTHER, {"guidance": GUIDANCE}),
-    "one": (TINY, {"batch": 1}),
-    "three": (TINY, {"batch": 3}),
+    "one": (TINY, {"batches": (1,)}),
+    "three": (TINY, {"batches": (3,)}),
 }
 
 
@@ -59,11 +59,9 @@ def bundles(cache, tmp_path_factory):
         kind = f"{sizes['image']} {sizes['encoder']['text']}"
         given[kind] = given.get(kind) or written(root / kind, sizes)
         if name not in made:
-            build(
-                Request(
-                    "toksr", None, root / name, verify="never", system_options=given[kind] | untold(sizes) | options
-                )
-            )
+            asked = given[kind] | untold(sizes) | options
+            batches = asked.pop("batches", ())
+            build(Request("toksr", None, root / name, verify="never", system_options=asked, batches=batches))
             made[name] = root / name
         return made[name]
 

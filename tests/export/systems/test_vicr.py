@@ -29,7 +29,7 @@ from tilewright.export.build.run import build
 from tilewright.export.networks.vision import ClipVision
 from tilewright.export.systems.flux.sizes import PRESETS
 from tilewright.export.systems.flux.vicr import SYSTEM
-from tilewright.export.verify.engines import sample_photo
+from tilewright.export.verify.sample import sample_photo
 from tilewright.runtime import load
 from tilewright.runtime.bundle.program import Program, Signature
 from tilewright.runtime.bundle.read import read_bundle

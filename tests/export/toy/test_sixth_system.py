@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from tilewright.cli.main import main
 from tilewright.export.systems import SYSTEMS
-from tilewright.export.verify.engines import sample_photo
+from tilewright.export.verify.sample import sample_photo
 
 PACKAGES = Path(__file__).parent / "packages"
 STRENGTH, ALPHA, GAIN = 0.5, 3.0, 1.5

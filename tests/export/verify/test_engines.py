@@ -10,7 +10,9 @@ import torch
 
 from tilewright.cli.main import main
 from tilewright.export.verify.eager import eager_network
-from tilewright.export.verify.engines import _Paired, require, verify
+from tilewright.export.verify.engines import verify
+from tilewright.export.verify.gate import require
+from tilewright.export.verify.paired import Paired
 from tilewright.runtime.bundle.read import read_bundle
 from tilewright.runtime.bundle.write import write_manifest
 from tilewright.runtime.errors import AccuracyError, ResourceError
@@ -77,7 +79,7 @@ def test_choices_by_scores_that_are_not_finite_are_refused(hitoksr_tiny: Path) -
     setattr(eager.network.get_submodule(module), parameter, broken)
     image = np.random.Generator(np.random.Philox(key=0)).random((1, 3, 64, 64), np.float32)
     with pytest.raises(AccuracyError, match=r"^the scores .* are not finite in eager PyTorch; check the weights"):
-        _Paired({}, eager).run({"image": image}, eager.names)
+        Paired({}, eager).run({"image": image}, eager.names)
 
 
 def test_a_bundle_too_large_to_verify_is_refused_before_it_is_tried(

@@ -13,11 +13,12 @@ from polygraphy.tools import main as polygraphy
 from tilewright.cli.main import main
 from tilewright.export.build.request import Request
 from tilewright.export.build.run import build
-from tilewright.export.verify.engines import require, verify
+from tilewright.export.verify.engines import verify
+from tilewright.export.verify.gate import require
 from tilewright.runtime.errors import AccuracyError
 
 pytestmark = pytest.mark.slow
-GATE = "tilewright.export.verify.engines.RELATIVE_L2_GATE"
+GATE = "tilewright.export.verify.gate.RELATIVE_L2_GATE"
 
 
 def run(command: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> int:

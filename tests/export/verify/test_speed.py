@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tilewright.export.verify.engines import sample_photo
+from tilewright.export.verify.sample import sample_photo
 from tilewright.export.verify.speed import ROUNDS, seconds_of
 from tilewright.runtime.bundle.read import read_bundle
 from tilewright.runtime.engines.machine import usable_cores

@@ -23,20 +23,13 @@ def test_a_full_build_would_find_every_weight_and_nothing_else(name: str, tmp_pa
     assert report["disk_bytes"] < 10_000_000 < report["apparent_bytes"]
     request = Request(name, None, tmp_path / "b", tmp_path / "files")
     assert request.stand_in
+    assert request.settings == Request(name, "full", tmp_path / "b", tmp_path / "files").settings
+    assert all(json.loads(file.read_text()) for file in (tmp_path / "files").rglob("*.json"))
     origins = origins_of(request, request.used)
     assert find_references(request, origins).keys() == request.parameters.keys()
     for origin, count in (TENSORS | OF_INSTANTIR if name == "instantir" else TENSORS).items():
         if origin in origins:
             assert len(origins[origin].tensors) == count
-
-
-@pytest.mark.parametrize("name", SYSTEMS)
-def test_its_files_say_the_sizes_of_the_full_preset(name: str, tmp_path: Path) -> None:
-    stand_in(system(name), tmp_path / "files")
-    said = Request(name, None, tmp_path / "b", tmp_path / "files").settings
-    asked = Request(name, "full", tmp_path / "b", tmp_path / "files").settings
-    assert said == asked
-    assert all(json.loads(file.read_text()) for file in (tmp_path / "files").rglob("*.json"))
 
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:

@@ -54,6 +54,9 @@ def built(shared: Shared, cmake: str) -> Path:
             assert done.returncode == 0, done.stdout + done.stderr
             assert "warning:" not in done.stdout + done.stderr
 
+    if kept := os.environ.get("TILEWRIGHT_CPP_BUILD"):  # compiles only what changed since the last run
+        compile_into(Path(kept))
+        return Path(kept)
     return shared("cpp", compile_into)
 
 

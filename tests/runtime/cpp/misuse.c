@@ -42,6 +42,15 @@ int main(int count, char **words) {
     int stopped = 1, parts = 0;
     if (count != 2) return 2;
 
+    memset(&params, 7, sizeof params); /* as a program that was compiled with a shorter struct */
+    tw_fill_params(&params, offsetof(tw_params, engine));
+    if (params.size != offsetof(tw_params, engine) || params.threads || !params.engine) ++failures, printf("WRONG defaults of a shorter struct\n");
+    memset(&options, 7, sizeof options);
+    tw_fill_options(&options, offsetof(tw_options, values));
+    if (options.overlap != -1 || options.seed || !options.values) ++failures, printf("WRONG defaults of shorter options\n");
+    tw_fill_params(NULL, sizeof params);
+    params = tw_default_params();
+    options = tw_default_options();
     expect("a NULL path", TW_USAGE, tw_open(NULL, NULL) ? 0 : tw_last_status(), "path is NULL");
     expect("no bundle", TW_BUNDLE, tw_open("/nowhere", NULL) ? 0 : tw_last_status(), "no bundle.json there");
     params.size = 4;

@@ -6,11 +6,13 @@ Not covered, because only a GPU does it: CUDA's kernels, its options, and record
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import onnxruntime
 import pytest
 
 from support.loops import filtered
 from support.tensorrt.bindings import HERE, compiled_driver
+from tilewright.export.targets.cuda import typed
 from tilewright.runtime.bundle.read import read_bundle
 from tilewright.runtime.engines import cuda, machine
 from tilewright.runtime.engines.driver import Gpu, Tensor
@@ -51,6 +53,19 @@ def test_values_stay_where_they_are_and_are_those_of_a_convolution_in_loops(engi
         np.testing.assert_array_equal(engine.run({"image": image}, ["sharp"])["sharp"], first.array())
 
 
+def test_a_graph_in_float16_takes_and_gives_float32(bundle, gpu, kernels, tmp_path):
+    opened, graph = read_bundle(bundle), tmp_path / "float16.onnx"
+    model = ir.load(opened.path("sharpen.onnx"))
+    typed(model, "float16")
+    ir.save(model, graph)
+    engine = cuda.open_graph(graph, opened.files_of("sharpen"), gpu, place="cpu")
+    image = noise(1, 3, 8, 8)
+    sharp, right = engine.run({"image": image}, ["sharp"])["sharp"], filtered(image, kernels)
+    engine.close()
+    assert sharp.dtype == np.float32
+    assert 0 < np.linalg.norm(sharp - right) / np.linalg.norm(right) < 2**-9  # float16 has 11 bits
+
+
 def test_outputs_belong_to_the_caller(engine):
     one, other = noise(1, 3, 8, 8, seed=1), noise(1, 3, 8, 8, seed=2)
     first = engine.run_on({"image": one}, ["sharp"])["sharp"]
@@ -73,6 +88,71 @@ def test_what_the_graph_does_not_take_is_refused_in_one_line(engine, inputs, out
     with pytest.raises(kind) as caught:
         engine.run(inputs, outputs)
     assert said in str(caught.value) and str(caught.value).isprintable()
+
+
+@pytest.fixture
+def numbers(monkeypatch) -> list[str]:
+    """The numbers of recordings that calls ask ONNX Runtime for."""
+    asked, options = list[str](), cuda.CudaEngine._options
+
+    def noted(engine: cuda.CudaEngine, number: int) -> object:
+        result = options(engine, number)
+        asked.append(result.get_run_config_entry("gpu_graph_id"))
+        return result
+
+    monkeypatch.setattr(cuda.CudaEngine, "_options", noted)
+    return asked
+
+
+@pytest.fixture
+def recording(bundle, gpu):
+    opened = read_bundle(bundle)
+    engine = cuda.open_graph(opened.path("sharpen.onnx"), opened.files_of("sharpen"), gpu, place="cpu")
+    yield engine
+    engine.close()
+
+
+def test_the_first_shapes_are_recorded_each_by_a_number_and_others_are_not(recording, numbers, kernels):
+    sides = [8 * (1 + place) for place in range(cuda.RECORDED + 2)]
+    for side in (*sides, *sides):
+        image = noise(1, 3, 8, side, seed=side)
+        np.testing.assert_allclose(
+            recording.run({"image": image}, ["sharp"])["sharp"], filtered(image, kernels), atol=1e-6
+        )
+    assert numbers == 2 * [*map(str, range(1, cuda.RECORDED + 1)), "-1", "-1"]
+
+
+def test_a_size_that_the_graph_refuses_does_not_end_recordings(recording, numbers):
+    with pytest.raises(UsageError):
+        recording.run({"image": noise(1, 4, 8, 8)}, ["sharp"])
+    recording.run({"image": noise(1, 3, 8, 8)}, ["sharp"])
+    assert numbers == ["1", "-1", "1"]
+
+
+class Unable:
+    """A session that fails whenever it should record."""
+
+    def __init__(self, session: onnxruntime.InferenceSession) -> None:
+        self.session = session
+
+    def io_binding(self) -> object:
+        return self.session.io_binding()
+
+    def run_with_iobinding(self, binding: object, options: onnxruntime.RunOptions) -> None:
+        if options.get_run_config_entry("gpu_graph_id") != "-1":
+            raise RuntimeError("operation not permitted when stream is capturing")
+        self.session.run_with_iobinding(binding, options)
+
+
+def test_if_recording_fails_calls_run_without_it_and_a_warning_says_so(recording, numbers, kernels, caplog):
+    recording.session = Unable(recording.session)
+    image = noise(1, 3, 8, 8)
+    for _ in range(2):
+        np.testing.assert_allclose(
+            recording.run({"image": image}, ["sharp"])["sharp"], filtered(image, kernels), atol=1e-6
+        )
+    assert numbers == ["1", "-1", "-1"]
+    assert [r.message for r in caplog.records if "not recorded" in r.message and "capturing" in r.message]
 
 
 def test_the_options_are_texts_and_put_the_work_into_our_stream():

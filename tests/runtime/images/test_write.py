@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from support.pictures import CMYK_PROFILE, GREY_PROFILE, SRGB, filled, message, noise, whole
 from tilewright.runtime.errors import ResourceError, UsageError
@@ -100,11 +100,44 @@ def test_a_profile_is_written_with_the_pixels_it_describes(tmp_path: Path, suffi
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".tif", ".bmp"])
+def test_exif_of_a_photo_comes_back_without_what_the_result_makes_wrong(tmp_path: Path, suffix: str) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Make], exif[ExifTags.Base.Orientation] = "A Camera Maker", 6
+    exif.get_ifd(ExifTags.IFD.Exif).update({ExifTags.Base.ExifImageWidth: 9, ExifTags.Base.LensMake: "A Lens Maker"})
+    exif.get_ifd(ExifTags.IFD.GPSInfo)[ExifTags.GPS.GPSLatitudeRef] = "N"
+    Image.fromarray(noise(6, 9, 3)).save(tmp_path / "photo.jpg", exif=exif)
+    picture = read_image(tmp_path / "photo.jpg")
+    assert picture.rgb.shape == (9, 6, 3)
+    write_image(tmp_path / f"out{suffix}", picture.rgb, exif=picture.exif)
+    with Image.open(tmp_path / f"out{suffix}") as image:
+        kept = image.getexif()
+        if suffix in (".tif", ".bmp"):
+            assert ExifTags.Base.Make not in kept
+            return
+        assert kept[ExifTags.Base.Make] == "A Camera Maker" and ExifTags.Base.Orientation not in kept
+        assert kept.get_ifd(ExifTags.IFD.Exif) == {ExifTags.Base.LensMake: "A Lens Maker"}
+        assert kept.get_ifd(ExifTags.IFD.GPSInfo) == {ExifTags.GPS.GPSLatitudeRef: "N"}
+
+
+def test_exif_that_a_format_cannot_hold_is_left_out(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Make] = "A Camera Maker" * 5000
+    write_image(tmp_path / "out.png", noise(4, 4, 3), exif=exif.tobytes())
+    kept = read_image(tmp_path / "out.png").exif
+    assert kept is not None and len(kept) > 2**16
+    write_image(tmp_path / "out.jpg", noise(4, 4, 3), exif=kept)
+    assert read_image(tmp_path / "out.jpg").exif is None
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".tif", ".bmp"])
 def test_encoded_bytes_are_those_of_the_file(tmp_path: Path, suffix: str) -> None:
     pixels = noise(5, 7, 4)
-    write_image(tmp_path / f"out{suffix}", pixels, icc=SRGB)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Make] = "A Camera Maker"
+    beside = {"icc": SRGB, "exif": exif.tobytes()}
+    write_image(tmp_path / f"out{suffix}", pixels, **beside)
     for name in (suffix, suffix[1:].upper()):
-        assert encode_image(pixels, name, icc=SRGB) == (tmp_path / f"out{suffix}").read_bytes()
+        assert encode_image(pixels, name, **beside) == (tmp_path / f"out{suffix}").read_bytes()
     assert encode_image(pixels) == encode_image(pixels, ".png")
 
 

@@ -1,7 +1,11 @@
 """Jobs: their states, their results, and what a restart or a second service makes of them."""
 
 import io
+import shutil
+import threading
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +17,12 @@ from support.served import Served, png_of, served, until
 from support.stepped import stepped
 from tilewright.runtime import load
 from tilewright.runtime.errors import EnvironmentMismatch
+from tilewright.runtime.execute.devices import CpuDevice
+from tilewright.runtime.resume.checkpoint import share_in
 
 IMAGE = scene(24, 40)
+CALLS, HELD_AFTER = 24, 10  # of its 6 tiles in 3 steps and a last one
+SHARE = HELD_AFTER / CALLS
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +114,74 @@ def test_a_restart_loses_no_finished_job_and_goes_on_with_the_others(bundles, tm
     with served(bundles[0], state_dir=state_dir, keep_s=0.001) as service:
         until(lambda: not [*(state_dir / "results").iterdir()], "results expire")
         assert service.client.get(f"/v1/jobs/{done}").status_code == 404
+
+
+@dataclass
+class Gate:
+    """Holds a device after some calls, until it is opened."""
+
+    calls: int = 0
+    holds: threading.Event = field(default_factory=threading.Event)
+    opened: threading.Event = field(default_factory=threading.Event)
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Gate:
+    gate, run = Gate(), CpuDevice.run
+
+    def held(device: CpuDevice, *arguments: Any) -> Any:
+        if gate.calls == HELD_AFTER and not gate.opened.is_set():
+            gate.holds.set()
+            assert gate.opened.wait(60)
+        gate.calls += 1
+        return run(device, *arguments)
+
+    monkeypatch.setattr(CpuDevice, "run", held)
+    return gate
+
+
+@pytest.mark.parametrize("how", ["stopped", "killed", "damaged"])
+def test_a_job_goes_on_from_its_finished_parts(bundles, tmp_path, gate, how) -> None:
+    state_dir, later = tmp_path / "state", tmp_path / "later"
+    with served(bundles[0], state_dir=state_dir, checkpoint_s=0.01 if how == "killed" else 0) as service:
+        job = job_of(service, lift=0.75)
+        assert gate.holds.wait(60)
+        ticket, parts = service.jobs.requests[job].ticket, state_dir / "images" / f"{job}.resume"
+        until(lambda: ticket.share() == SHARE, "the calls before it have ended")
+        if how == "killed":  # what it leaves is what lies there
+            until(lambda: share_in(parts) == SHARE, "all that is finished is kept")
+            shutil.copytree(state_dir, later, ignore=shutil.ignore_patterns(".*.part"))  # kept a second time
+        service.service.stop()
+        until(lambda: not service.service.running, "it has stopped")
+        gate.opened.set()
+    if how != "killed":
+        state_dir.rename(later)
+    parts = later / "images" / f"{job}.resume"
+    assert share_in(parts) == SHARE
+    if how == "damaged":
+        parts.write_bytes(parts.read_bytes()[:-1])
+    parts.with_name(".0123.part").touch()  # of a file that was not complete
+    before = gate.calls
+    with served(bundles[0], state_dir=later) as service, load(bundles[0], threads=1) as restorer:
+        state = ended(service, job)
+        calls = gate.calls - before
+        assert state["state"] == "done", state
+        note = f"a restart of the service interrupted the job; {SHARE:.0%} was done before"
+        assert state["notes"] == ([] if how == "damaged" else [note])
+        assert calls == CALLS - (0 if how == "damaged" else HELD_AFTER)
+        result = service.client.get(f"/v1/jobs/{job}/result").content
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(result))), restorer(IMAGE, lift=0.75))
+        assert not [*(later / "images").iterdir()]
+
+
+def test_a_job_that_is_deleted_while_it_runs_leaves_nothing(bundles, tmp_path, gate) -> None:
+    with served(bundles[0], state_dir=tmp_path / "state") as service:
+        job = job_of(service)
+        assert gate.holds.wait(60)
+        assert service.client.delete(f"/v1/jobs/{job}").status_code == 200
+        until(lambda: not service.service.running, "it is cancelled")
+        gate.opened.set()
+    assert not [*(tmp_path / "state" / "images").iterdir()]
 
 
 def test_a_folder_that_cannot_hold_jobs_is_refused(bundles, tmp_path) -> None:

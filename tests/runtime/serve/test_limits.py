@@ -45,7 +45,7 @@ def hang(service: Served, **fields: str) -> socket.socket:
 
 
 @pytest.mark.parametrize("stream", ["false", "true"])
-def test_a_client_that_hangs_up_cancels_its_order_and_a_full_queue_says_when_to_come_again(endless, stream) -> None:
+def test_a_client_that_hangs_up_cancels_its_work_and_a_full_queue_says_when_to_come_again(endless, stream) -> None:
     with served(endless, max_queue=1) as service:
         running = [hang(service, stream=stream) for _ in range(service.service.places)]
         until(lambda: len(service.service.running) == len(running), "they run")
@@ -60,11 +60,11 @@ def test_a_client_that_hangs_up_cancels_its_order_and_a_full_queue_says_when_to_
             client.close()
         until(lambda: not service.service.running, "those that ran are gone")
         numbers = service.client.get("/metrics").text
-        assert f'tilewright_orders_total{{bundle="endless",end="cancelled"}} {len(running) + 1}.0' in numbers
+        assert f'tilewright_images_total{{bundle="endless",end="cancelled"}} {len(running) + 1}.0' in numbers
         assert 'tilewright_refused_total{reason="queue"} 1.0' in numbers
 
 
-def test_an_order_that_is_late_is_cancelled(endless) -> None:
+def test_a_request_that_is_late_is_cancelled(endless) -> None:
     with served(endless) as service:
         answer = service.edit(IMAGE, deadline_s=0.3)
         assert answer.status_code == 504 and "has not ended after 0.3 s" in answer.text
@@ -101,8 +101,8 @@ def test_a_service_that_drains_finishes_what_it_accepted_and_refuses_the_rest(st
 def test_memory_is_kept_in_a_ledger(steps) -> None:
     image = scene(120, 160)
     with served(steps) as service:
-        volume = service.service.shelf.volumes["steps"]
-        needed = service.service.room_for(volume, (160, 120), {}, layers=0, file=len(png_of(image)))[2]
+        bundle = service.service.bundles.served["steps"]
+        needed = service.service.room_for(bundle, (160, 120), {}, layers=0, file=len(png_of(image)))[2]
         idle = service.service.held
     with served(steps, memory_limit=idle + int(1.9 * needed)) as service:
         ledger = service.service
@@ -129,8 +129,8 @@ def test_memory_is_kept_in_a_ledger(steps) -> None:
 def test_bundles_are_opened_when_needed_and_the_longest_unused_makes_room(steps, tmp_path) -> None:
     paths = [shutil.copytree(steps, tmp_path / name) for name in "abc"]
     with served(*paths) as service:
-        shelf = service.service.shelf
-        base = shelf.volumes["a"].base_bytes
+        bundles = service.service.bundles
+        base = bundles.served["a"].base_bytes
     with served(*paths, memory_limit=80_000_000 + int(2.9 * base)) as service:
 
         def opened() -> list[str]:
@@ -165,13 +165,13 @@ def test_a_bundle_that_changes_is_read_again_and_a_damaged_one_refuses(steps, tm
         assert np.array_equal(pixels_of(service.edit(IMAGE)), new)
         assert any("is replaced by" in record.message for record in caplog.records)
         assert service.client.get("/v1/models/b").json()["digest"] == after.bundle.digest
-        assert not service.service.shelf.outdated and service.service.held < 300 << 20
+        assert not service.service.bundles.outdated and service.service.held < 300 << 20
 
 
 def test_a_bundle_that_changes_while_it_is_in_use_gives_no_picture(steps, tmp_path, monkeypatch) -> None:
     root = shutil.copytree(steps, tmp_path / "b")
     with served(root) as service:
-        restorer = service.service.shelf.volumes["b"].restorer
+        restorer = service.service.bundles.served["b"].restorer
         sitting = restorer.sitting
 
         def changed(*arguments, **options):
@@ -253,20 +253,20 @@ def test_a_port_in_use_and_two_bundles_of_one_name_are_refused(tmp_path) -> None
 
 def test_a_device_that_hangs_ends_the_service(steps) -> None:
     with served(steps) as service:
-        service.service.shelf.volumes["steps"].restorer.executor.hung.add(0)
+        service.service.bundles.served["steps"].restorer.executor.hung.add(0)
         try:
             assert service.client.get("/v2/health/live").status_code == 503
             assert service.client.get("/v2/health/ready").text == "no device answers\n"
             answer = service.edit(IMAGE)
             assert answer.status_code == 503 and "no device answers" in answer.text
         finally:
-            service.service.shelf.volumes["steps"].restorer.executor.hung.clear()
+            service.service.bundles.served["steps"].restorer.executor.hung.clear()
         assert 'tilewright_faults_total{kind="DeviceError"} 1.0' in service.client.get("/metrics").text
 
 
 def test_an_error_of_ours_shows_no_traceback(steps, monkeypatch, caplog) -> None:
     with served(steps) as service:
-        monkeypatch.setattr(service.service.shelf.volumes["steps"].restorer, "sitting", lambda *a, **o: 1 / 0)
+        monkeypatch.setattr(service.service.bundles.served["steps"].restorer, "sitting", lambda *a, **o: 1 / 0)
         answer = service.edit(IMAGE)
         assert answer.status_code == 500 and "its log says why" in answer.text and "division" not in answer.text
         assert "ZeroDivisionError" in caplog.text

@@ -153,6 +153,7 @@ def test_an_error_is_shown_and_a_restoration_can_be_cancelled(page, file, tmp_pa
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_a_phone_shows_all_without_scrolling_sideways_and_every_control_has_a_name(page, file, dark) -> None:
     page.look(390, 844, phone=True, dark=dark)
+    assert page.run("getComputedStyle($('stage')).display") == "none"  # an empty frame says nothing
     choose(page, file, "tint")
     page.run("$('more').open = true; $('go').click()")
     page.until("!state.running && state.saved")

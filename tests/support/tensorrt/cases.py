@@ -243,10 +243,10 @@ def test_a_tile_that_no_profile_takes_is_refused_with_the_sides(bundle):
     )
 
 
-def test_one_profile_for_each_side_of_tiles(bundle):
-    plan, _ = plan_of(bundle, tiles=(64, 16), batch=4)
+def test_one_profile_for_each_side_of_tiles_and_each_number_of_tiles(bundle):
+    plan, _ = plan_of(bundle, tiles=(64, 16), batches=(4, 1))
     told = json.loads(plan.read_bytes().removeprefix(b"plan"))["profiles"]
-    assert told == [{"image": [[1, 3, 8, 8], [4, 3, s, s], [4, 3, s, s]]} for s in (16, 64)]
+    assert told == [{"image": [[1, 3, 8, 8], [b, 3, s, s], [b, 3, s, s]]} for s in (16, 64) for b in (1, 4)]
 
 
 @pytest.mark.parametrize("stored", ["another card's", "cut short", "no cache", "no head"])

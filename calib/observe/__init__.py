@@ -1,0 +1,1 @@
+"""Looking at the numbers inside the networks of a bundle while it restores pictures."""

@@ -1,0 +1,1 @@
+"""From statistics of numbers to the scales of 8-bit formats. Pure: no graphs, nothing is run."""

@@ -1,0 +1,49 @@
+"""A service whose devices are those of a Ray cluster: it uses all machines, and one bundle at a time."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from support.bundles import tint_bundle
+from support.scenes import scene
+from support.served import pixels_of, served
+from support.stepped import stepped
+from tilewright.runtime import load
+
+pytestmark = pytest.mark.slow
+ray: Any = pytest.importorskip("ray", reason="Ray is not installed: pip install 'tilewright[cluster]'")
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A cluster of two nodes with a core each."""
+    from ray.cluster_utils import Cluster
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TILEWRIGHT_CACHE_DIR", str(tmp_path_factory.mktemp("of-the-nodes")))
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        node = {"num_cpus": 1, "include_dashboard": False, "object_store_memory": 80 * 2**20}
+        running = Cluster(initialize_head=True, head_node_args=node)
+        running.add_node(**node)
+    yield running.address
+    ray.shutdown()
+    running.shutdown()
+
+
+def test_a_service_restores_with_all_machines_and_opens_one_bundle_at_a_time(address: str, tmp_path: Path) -> None:
+    image, bundles = scene(40, 52), {"steps": stepped(tmp_path / "steps"), "tint": tint_bundle(tmp_path / "tint")}
+    expected = {}
+    for name, bundle in bundles.items():
+        with load(bundle, threads=1) as restorer:
+            expected[name] = restorer(image)
+    with served(*bundles.values(), engines={"threads": 1, "cluster": address}) as service:
+        assert service.service.places == 4  # two for each machine
+        for name in ("steps", "tint", "steps"):
+            assert np.array_equal(pixels_of(service.edit(image, model=name)), expected[name])
+            models = service.client.get("/v1/models").json()["data"]
+            assert [model["id"] for model in models if model["open"]] == [name]
+        numbers = service.client.get("/metrics").text
+        assert numbers.count('tilewright_device_busy_seconds_total{bundle="steps"') == 2

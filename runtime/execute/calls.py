@@ -20,6 +20,7 @@ __all__ = ["Calls", "DeviceFault", "Running"]
 FIRST_DEADLINE_S = 3600.0  # for a call that has not been timed yet; it may open its engine
 LEAST_DEADLINE_S = 60.0
 STOP_AGAIN_S = 0.05
+LOOK_S = 1.0  # between two looks at running calls
 SLOWER = 20  # a call hangs if it takes so many times as long as the slowest of its kind so far
 
 
@@ -116,9 +117,9 @@ class Calls:
         """Report devices whose call is over its deadline, and stop calls that nobody waits for, until all has ended.
 
         Nothing wakes this thread while no device runs a call. A call may miss the first stop, because it has not
-        reached its engine yet.
+        reached its engine yet. Time in which the whole process was suspended does not count.
         """
-        shortest = LEAST_DEADLINE_S if self.deadline_s is None else self.deadline_s
+        shortest = min(LOOK_S, LEAST_DEADLINE_S if self.deadline_s is None else self.deadline_s)
         with self.lock:
             while not ended():
                 now = time.perf_counter()
@@ -134,7 +135,11 @@ class Calls:
                 waits = [min(running.ends - now, shortest) for running in self.running.values()]
                 waits += [STOP_AGAIN_S for running in self.running.values() if running.stopping]
                 self.watcher_sleeps = not waits
-                self.watched.wait(min(waits, default=None))
+                longest = min(waits, default=None)
+                self.watched.wait(longest)
+                if longest is not None and (late := time.perf_counter() - now - longest) > LOOK_S:
+                    for running in self.running.values():
+                        running.ends += late
 
     def wake(self) -> None:
         """Let the watching thread look whether all has ended."""

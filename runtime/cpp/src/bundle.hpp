@@ -45,6 +45,8 @@ struct External {
 Named<External> external_data(const std::string& graph, const std::string& where);
 // The graph with other locations for the bytes of these initializers.
 std::string relocated(const std::string& graph, const Named<std::string>& locations);
+// The graph with an input in the place of every initializer whose bytes are in another file.
+std::string with_inputs(const std::string& graph);
 
 std::string bytes_of(const Path& path);
 

@@ -187,4 +187,23 @@ std::string relocated(const std::string& data, const Named<std::string>& locatio
     return changed(data, 7, [&](const std::string& whole) { return message(7, changed(whole, 5, initializer)); });
 }
 
+std::string with_inputs(const std::string& data) {
+    return changed(data, 7, [](const std::string& whole) {
+        std::string inputs;
+        auto taken = [&](const std::string& part) {
+            auto [name, external] = read_tensor(part, {0, part.size()});
+            if (!external) return message(5, part);
+            std::uint64_t kind = 0;
+            for (const auto& [number, dtype] : KINDS)
+                if (dtype == external->dtype) kind = static_cast<std::uint64_t>(number);
+            std::string shape;
+            for (auto size : external->shape) shape += message(1, written(1 << 3) + written(static_cast<std::uint64_t>(size)));
+            inputs += message(11, message(1, name) + message(2, message(1, written(1 << 3) + written(kind) + message(2, shape))));
+            return std::string();
+        };
+        std::string rest = changed(whole, 5, taken);
+        return message(7, rest + inputs);
+    });
+}
+
 }  // namespace tw

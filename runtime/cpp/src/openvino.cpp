@@ -197,7 +197,7 @@ std::unique_ptr<Engine> open_openvino(const Path& graph, const Named<Path>& file
     const std::string data = bytes_of(graph);
     const Named<External> weights = external_data(data, graph.string());
     try {
-        auto model = core().read_model(with_inputs(data), ov::Tensor());
+        auto model = core().read_model(with_inputs(data, graph.string()), ov::Tensor());
         auto maps = attach(model, weights, files);
         // other components and processes use the same cores, so threads stay on none
         ov::AnyMap settings = {ov::hint::inference_precision(ov::element::f32), ov::num_streams(1), ov::inference_num_threads(options.threads),

@@ -3,7 +3,12 @@
 namespace tw {
 
 const Named<Backend>& backends() {
-    static const Named<Backend> all = {{"ort", {"onnxruntime", ort_version(), open_ort}}};
+    static const Named<Backend> all = {
+        {"ort", {"onnxruntime", ort_version(), open_ort}},
+#ifdef TW_OPENVINO
+        {"openvino", {"openvino", openvino_version(), open_openvino}},
+#endif
+    };
     return all;
 }
 

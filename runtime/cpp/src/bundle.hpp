@@ -44,7 +44,9 @@ struct External {
 
 Named<External> external_data(const std::string& graph, const std::string& where);
 // The graph with other locations for the bytes of these initializers.
-std::string relocated(const std::string& graph, const Named<std::string>& locations);
+std::string relocated(const std::string& graph, const Named<std::string>& locations, const std::string& where);
+// The graph with an input in the place of every initializer whose bytes are in another file.
+std::string with_inputs(const std::string& graph, const std::string& where);
 
 std::string bytes_of(const Path& path);
 

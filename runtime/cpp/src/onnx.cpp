@@ -153,12 +153,22 @@ std::string changed(const std::string& data, std::uint64_t number, const std::fu
     return out;
 }
 
+// A function that reads a graph, with refusals that name the graph.
+template <class Function>
+auto reading(const std::string& where, Function function) {
+    try {
+        return function();
+    } catch (const Invalid& error) {
+        throw Error(damaged, where + ": not an ONNX graph (" + error.what() + "); rebuild the bundle");
+    }
+}
+
 }  // namespace
 
 Named<External> external_data(const std::string& data, const std::string& where) {
     Named<External> externals;
     std::vector<Message> path = {model};
-    try {
+    reading(where, [&] {
         tensors(data, path, {0, data.size()}, [&](Span span) {
             auto [name, external] = read_tensor(data, span);
             if (!external) return;
@@ -167,13 +177,11 @@ Named<External> external_data(const std::string& data, const std::string& where)
             if (!externals.emplace(name, *external).second)
                 throw Error(damaged, where + ": two initializers are named " + repr(name) + "; rebuild the bundle");
         });
-    } catch (const Invalid& error) {
-        throw Error(damaged, where + ": not an ONNX graph (" + error.what() + "); rebuild the bundle");
-    }
+    });
     return externals;
 }
 
-std::string relocated(const std::string& data, const Named<std::string>& locations) {
+std::string relocated(const std::string& data, const Named<std::string>& locations, const std::string& where) {
     auto initializer = [&](const std::string& part) {
         auto [name, external] = read_tensor(part, {0, part.size()});
         if (!external || !locations.count(name)) return message(5, part);
@@ -184,7 +192,27 @@ std::string relocated(const std::string& data, const Named<std::string>& locatio
             moved += message(13, message(1, key) + message(2, value));
         return message(5, moved);
     };
-    return changed(data, 7, [&](const std::string& whole) { return message(7, changed(whole, 5, initializer)); });
+    return reading(where, [&] { return changed(data, 7, [&](const std::string& whole) { return message(7, changed(whole, 5, initializer)); }); });
+}
+
+std::string with_inputs(const std::string& data, const std::string& where) {
+    auto graph = [](const std::string& whole) {
+        std::string inputs;
+        auto taken = [&](const std::string& part) {
+            auto [name, external] = read_tensor(part, {0, part.size()});
+            if (!external) return message(5, part);
+            std::uint64_t kind = 0;
+            for (const auto& [number, dtype] : KINDS)
+                if (dtype == external->dtype) kind = static_cast<std::uint64_t>(number);
+            std::string shape;
+            for (auto size : external->shape) shape += message(1, written(1 << 3) + written(static_cast<std::uint64_t>(size)));
+            inputs += message(11, message(1, name) + message(2, message(1, written(1 << 3) + written(kind) + message(2, shape))));
+            return std::string();
+        };
+        std::string rest = changed(whole, 5, taken);
+        return message(7, rest + inputs);
+    };
+    return reading(where, [&] { return changed(data, 7, graph); });
 }
 
 }  // namespace tw

@@ -146,7 +146,7 @@ std::unique_ptr<Engine> open_ort(const Path& graph, const Named<Path>& files, co
                 folder = folder ? common : parent;
             }
             for (const auto& [name, file] : real) locations[name] = file.lexically_relative(*folder).generic_string();
-            model = relocated(model, locations);
+            model = relocated(model, locations, graph.string());
             if (folder) options.AddConfigEntry("session.model_external_initializers_file_folder_path", folder->c_str());
         }
         if (choice.native && precision == "float32") options.RegisterCustomOpsLibrary(choice.native->c_str());

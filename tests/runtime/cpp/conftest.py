@@ -1,5 +1,6 @@
 """The C++ library is compiled once for all tests of it."""
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -36,6 +37,7 @@ def built(shared: Shared, cmake: str) -> Path:
             "-DCMAKE_BUILD_TYPE=Debug",
             "-DCMAKE_CXX_FLAGS_DEBUG=-O1",
             f"-DTILEWRIGHT_TESTS={Path(__file__).parent}",
+            f"-DTILEWRIGHT_TEST_OPENVINO={'ON' if importlib.util.find_spec('openvino') else 'OFF'}",
             f"-DTILEWRIGHT_SANITIZE={os.environ.get('TILEWRIGHT_SANITIZE', '')}",  # see make cpp-sanitize
         ]
         generator = ["-G", "Ninja"] if shutil.which("ninja") else []

@@ -25,7 +25,8 @@ void program(const std::string& text) {
 void graph(const std::string& bytes) {
     Named<std::string> locations;
     for (const auto& [name, external] : external_data(bytes, "graph.onnx")) locations[name] = external.location + ".moved";
-    relocated(bytes, locations);
+    relocated(bytes, locations, "graph.onnx");
+    with_inputs(bytes, "graph.onnx");
 }
 
 }  // namespace

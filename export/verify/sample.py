@@ -17,7 +17,7 @@ __all__ = ["SMALL_SEAM_STEPS", "example_inputs", "few_steps", "one_tile", "sampl
 
 WORDS = "a stone bridge over a river"
 FEW_STEPS = 8  # sampling steps when engines are compared
-LONGEST_TIMED_PX = 512  # side of the tile that engines are timed on
+LONGEST_TIMED_PX = 256  # side of the tile that engines are timed on: twice the side is 16 times the attention
 SMALL_SEAM_STEPS = 2  # for small networks: the second step reads joined tiles, and seams show as much as after 4
 
 

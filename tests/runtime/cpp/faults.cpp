@@ -5,6 +5,8 @@
 #include <condition_variable>
 #include <cstdio>
 #include <cstring>
+#include <memory>
+#include <mutex>
 
 #include "restorer.hpp"
 
@@ -176,20 +178,26 @@ void results_that_are_wrong(const Pixels& right) {
     expect_error("a device gives another shape", restored(shapes), TW_BUNDLE, "has shape [1, 1, 2, 3]");
 }
 
-void devices_that_hang(const Pixels& right) {
+// What a device that hangs reads. Its thread may outlive the test.
+struct Hang {
     Gate begun;
     std::mutex lock;
     std::condition_variable released;
     bool goes_on = false;
-    std::atomic<int> left{0};
-    Fault hang = [&](const Call& call, const Results* results) {
-        if (!results && call.device == "cpu:0") begun.open();
-        begun.pass();
+    int waiting = 0;
+};
+
+void devices_that_hang(const Pixels& right) {
+    auto state = std::make_shared<Hang>();
+    Fault hang = [state](const Call& call, const Results* results) {
+        if (!results && call.device == "cpu:0") state->begun.open();
+        state->begun.pass();
         if (results || call.device != "cpu:0") return;
-        ++left;
-        std::unique_lock guard(lock);
-        released.wait(guard, [&] { return goes_on; });
-        --left;
+        std::unique_lock guard(state->lock);
+        ++state->waiting;
+        state->released.wait(guard, [&] { return state->goes_on; });
+        --state->waiting;
+        state->released.notify_all();
     };
     {
         Restorer hangs = restorer("cpu:0,cpu:1", hang, 1, 4.0);
@@ -199,12 +207,10 @@ void devices_that_hang(const Pixels& right) {
         expect_error("the only device hangs", restored(alone), TW_DEVICE, "has not ended after");
         expect_error("no device answers", restored(alone), TW_DEVICE, "no device answers");
     }
-    {  // their calls end after the restorers
-        std::lock_guard guard(lock);
-        goes_on = true;
-        released.notify_all();
-    }
-    while (left) std::this_thread::yield();
+    std::unique_lock guard(state->lock);  // their calls end after the restorers
+    state->goes_on = true;
+    state->released.notify_all();
+    state->released.wait(guard, [&] { return state->waiting == 0; });
 }
 
 void too_little_memory(const Pixels& right) {

@@ -30,7 +30,7 @@ OPTIONS = (  # options of `tilewright runtime restore` and `profile`
         "quiet",
     ),
     *("resolutions", "runs", "scale", "seed", "steps", "threads", "tile", "verbose", "version", "weights_dir"),
-    *("devices", "engine", "batch", "resume", "checkpoint", "cluster", "bits", "color", "jitter"),
+    *("devices", "engine", "batch", "resume", "checkpoint", "cluster", "bits", "color", "jitter", "native"),
     *("eager", "html", "interpolate"),
 )
 PARAMETERS = ("self", "image", "restorer", "sizes", "on_progress", "on_part", "beside")  # of Python functions

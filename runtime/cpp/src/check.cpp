@@ -310,7 +310,7 @@ void check(const Program& program, const Named<Signature>& components, const Nam
 const std::set<std::string> OPTIONS = {
     "bundle",      "expect", "explain", "force", "format", "help",    "json",    "max_pixels",  "memory",  "memory_limit", "overlap", "quiet",
     "resolutions", "runs",   "scale",   "seed",  "steps",  "threads", "tile",    "verbose",     "version", "weights_dir",  "devices", "engine",
-    "batch",       "resume", "checkpoint", "cluster", "bits",  "color",   "jitter",  "eager",       "html",    "interpolate"};
+    "batch",       "resume", "checkpoint", "cluster", "bits",  "color",   "jitter",  "native",      "eager",   "html",        "interpolate"};
 const std::set<std::string> PARAMETERS = {"self", "image", "restorer", "sizes", "on_progress", "on_part", "beside"};
 const std::set<std::string> KEYWORDS = {
     "False", "None", "True",   "and",  "as",     "assert", "async", "await",    "break", "class", "continue", "def",

@@ -112,6 +112,7 @@ def test_a_signal_ends_the_command(bundle, tmp_path) -> None:
         "import os, signal, sys, numpy as np\n"
         "from tilewright.runtime import load_native\n"
         "restorer = load_native(sys.argv[1])\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it\n"
         "def kill(name, done, total): os.kill(os.getpid(), signal.SIGINT)\n"
         "try: restorer(np.zeros((300, 300, 3), np.uint8), tile=64, overlap=16, on_progress=kill)\n"
         "except KeyboardInterrupt: print('interrupted')\n"

@@ -1,5 +1,6 @@
 """Limits of a service: the queue, time, memory, bodies, who may call; clients that hang up; bundles that change."""
 
+import itertools
 import os
 import shutil
 import socket
@@ -186,8 +187,9 @@ def test_a_bundle_that_changes_while_it_is_in_use_gives_no_picture(steps, tmp_pa
 def test_bodies_are_limited_before_and_while_they_are_read(steps) -> None:
     with served(steps, max_body=10_000, upload_s=0.5) as service:
         assert service.edit(bytes(20_000)).status_code == 413
-        endless = (bytes(1000) for _ in range(1000))  # without a length
+        part = b'--x\r\ncontent-disposition: form-data; name="image"; filename="i.png"\r\n\r\n'
         kind = {"content-type": "multipart/form-data; boundary=x"}
+        endless = itertools.chain([part], (bytes(1000) for _ in range(1000)))  # without a length
         answer = service.client.post("/v1/images/edits", content=endless, headers=kind)
         assert answer.status_code == 413 and "over the limit of 10000 bytes" in answer.text
         with socket.create_connection(("127.0.0.1", service.client.base_url.port)) as slow:

@@ -31,7 +31,7 @@ def test_each_engine_set_of_devices_and_batch_is_measured(folder: Path, capsys: 
         assert [row["tiles"]["restore"] for row in setting["resolutions"]] == [1, 2, 4]
         for row in setting["resolutions"]:
             assert row["waste"] == {"restore": 0.0} and len(row["runs_s"]) == 5
-            assert 0 < row["first_part_s"] <= row["seconds"]["max"] and 0 < row["outside_engines"] < 1
+            assert row["first_part_s"] > 0 and 0 < row["outside_engines"] < 1
             assert row["images_per_second"] == pytest.approx(5 / sum(row["runs_s"]))
     assert Path("p.html").read_text().startswith("<!doctype html>")
     assert profiled("diff", "p.json", "p.json") == 0

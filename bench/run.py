@@ -201,6 +201,12 @@ def memory(work: Path) -> None:
     bench("memory", full, "--sides", "512", "--ways", "fast;low", stored="memory_full")
 
 
+def cluster(work: Path) -> None:
+    demo = work / "cluster"
+    tilewright("export", "build", "hitoksr", "--weights", HERE.parent / "demo" / "hitoksr", "-o", demo)
+    bench("cluster", demo)
+
+
 def serve(work: Path) -> None:
     tiny = work / "serve"
     words = ("--preset", "tiny", "--random-weights", 0, "--verify", "never", "--target", "ort")
@@ -217,6 +223,7 @@ SYSTEMS = {
     "eight_bits": eight_bits,
     "kernels": kernels,
     "memory": memory,
+    "cluster": cluster,
     "serve": serve,
     "wheel": wheel,
 }

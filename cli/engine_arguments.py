@@ -2,13 +2,21 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from tilewright.cli.terminal import note
 from tilewright.runtime.bundle.program import Program
 from tilewright.runtime.memory.estimate import MEMORY_MODES
 from tilewright.runtime.restore import Restorer, load
 
-__all__ = ["engine_argument", "engine_arguments", "load_arguments", "note_large_tile", "open_restorer"]
+__all__ = [
+    "engine_argument",
+    "engine_arguments",
+    "engine_options",
+    "load_arguments",
+    "note_large_tile",
+    "open_restorer",
+]
 
 
 def engine_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,18 +55,13 @@ def engine_argument(parser: argparse.ArgumentParser) -> None:
 
 def open_restorer(arguments: argparse.Namespace) -> Restorer:
     """A restorer with the engines that the command asks for."""
-    return load(
-        arguments.opened,
-        engine=arguments.engine,
-        memory=arguments.memory,
-        threads=arguments.threads,
-        devices=arguments.devices.split(","),
-        cluster=arguments.cluster,
-        batch=arguments.batch,
-        tile=arguments.tile,
-        weights_dir=arguments.weights_dir,
-        memory_limit=arguments.memory_limit,
-    )
+    return load(arguments.opened, cluster=arguments.cluster, tile=arguments.tile, **engine_options(arguments))
+
+
+def engine_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options that `load` and `load_native` share."""
+    names = ("engine", "memory", "threads", "batch", "weights_dir", "memory_limit")
+    return {name: getattr(arguments, name) for name in names} | {"devices": arguments.devices.split(",")}
 
 
 def note_large_tile(arguments: argparse.Namespace, program: Program) -> None:

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from tilewright.cli.engine_arguments import engine_options
 from tilewright.cli.terminal import Progress, answer, mebibytes, note, send_image
 from tilewright.runtime.bundle.arguments import flag
 from tilewright.runtime.errors import UsageError
@@ -35,16 +36,7 @@ def restore_native(
     start = time.perf_counter()
     with Progress(arguments) as progress:
         progress.doing("opening the engines")
-        with load_native(
-            arguments.opened,
-            engine=arguments.engine,
-            memory=arguments.memory,
-            threads=arguments.threads,
-            devices=arguments.devices.split(","),
-            batch=arguments.batch,
-            weights_dir=arguments.weights_dir,
-            memory_limit=arguments.memory_limit,
-        ) as restorer:
+        with load_native(arguments.opened, **engine_options(arguments)) as restorer:
             opened = time.perf_counter() - start
             names = ("tile", "overlap", "seed", "steps", "scale", "max_pixels")
             options = {name: getattr(arguments, name) for name in names}

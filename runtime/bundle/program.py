@@ -17,7 +17,7 @@ a call, or a row for each where a call holds tiles of other steps or images. A s
 """
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 
 from tilewright.runtime.bundle.strict import check_limits
@@ -259,20 +259,17 @@ class Program:
 
     def batched(self, batch: int) -> "Program":
         """The same program with up to so many tiles in a call."""
-        tiles = {p.tiles: replace(p.tiles, batch=batch) for p in self.passes if p.tiles}
-        return replace(self, passes=tuple(replace(p, tiles=tiles[p.tiles]) if p.tiles else p for p in self.passes))
+        return self._retiled(lambda tiles: replace(tiles, batch=batch))
 
     def tiled(self, px: int) -> "Program":
         """The same program with tiles of this side. They overlap as before, or by half a tile if that is less."""
         fitting = px // 2 // self.multiple_px * self.multiple_px
-        tiles = {
-            p.tiles: replace(p.tiles, px=px, overlap_px=min(p.tiles.overlap_px, fitting))
-            for p in self.passes
-            if p.tiles
-        }
-        return replace(self, passes=tuple(replace(p, tiles=tiles[p.tiles]) if p.tiles else p for p in self.passes)).cut(
-            px
-        )
+        return self._retiled(lambda tiles: replace(tiles, px=px, overlap_px=min(tiles.overlap_px, fitting))).cut(px)
+
+    def _retiled(self, change: Callable[[Tiles], Tiles]) -> "Program":
+        """The same program with other tiles. Passes that share their tiles share the others too."""
+        tiles = {p.tiles: change(p.tiles) for p in self.passes if p.tiles}
+        return replace(self, passes=tuple(replace(p, tiles=tiles[p.tiles]) if p.tiles else p for p in self.passes))
 
     def cut(self, most_px: int) -> "Program":
         """The same program without tiles above this side: no larger image is taken whole."""

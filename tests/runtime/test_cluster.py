@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from support.ray_cluster import running_cluster
 from support.scenes import difference, expected, scene
 from tilewright.runtime import load
 from tilewright.runtime.cluster.devices import LARGE, RemoteDevice
@@ -25,18 +26,8 @@ ray: Any = pytest.importorskip("ray", reason="Ray is not installed: pip install 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A cluster of three nodes with a core each; their copies of bundles have a cache of their own."""
-    from ray.cluster_utils import Cluster
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TILEWRIGHT_CACHE_DIR", str(tmp_path_factory.mktemp("of-the-nodes")))
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        node = {"num_cpus": 1, "include_dashboard": False, "object_store_memory": 80 * 2**20}
-        running = Cluster(initialize_head=True, head_node_args=node)
-        for _ in range(2):
-            running.add_node(**node)
-    yield running
-    ray.shutdown()
-    running.shutdown()
+    with running_cluster(3, tmp_path_factory.mktemp("of-the-nodes")) as running:
+        yield running
 
 
 def here(bundle: Path, picture: np.ndarray, **options: Any) -> np.ndarray:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from support.bundles import tint_bundle
+from support.ray_cluster import running_cluster
 from support.scenes import scene
 from support.served import pixels_of, served
 from support.stepped import stepped
@@ -20,17 +21,8 @@ ray: Any = pytest.importorskip("ray", reason="Ray is not installed: pip install 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A cluster of two nodes with a core each."""
-    from ray.cluster_utils import Cluster
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TILEWRIGHT_CACHE_DIR", str(tmp_path_factory.mktemp("of-the-nodes")))
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        node = {"num_cpus": 1, "include_dashboard": False, "object_store_memory": 80 * 2**20}
-        running = Cluster(initialize_head=True, head_node_args=node)
-        running.add_node(**node)
-    yield running.address
-    ray.shutdown()
-    running.shutdown()
+    with running_cluster(2, tmp_path_factory.mktemp("of-the-nodes")) as running:
+        yield running.address
 
 
 def test_a_service_restores_with_all_machines_and_opens_one_bundle_at_a_time(address: str, tmp_path: Path) -> None:

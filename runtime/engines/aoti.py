@@ -7,6 +7,7 @@ import importlib.util
 import json
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -72,21 +73,27 @@ class AotiEngine:
 
     def run(self, inputs: Mapping[str, Any], outputs: Iterable[str]) -> dict[str, Any]:
         """Compute these outputs from the inputs."""
-        return {name: tensor.cpu().numpy() for name, tensor in self._called(inputs, list(outputs)).items()}
+        with self._turn():
+            return {name: tensor.cpu().numpy() for name, tensor in self._called(inputs, list(outputs)).items()}
 
     def run_on(self, inputs: Mapping[str, Any], outputs: Iterable[str]) -> dict[str, Tensor]:
         """The same on a GPU, with outputs that stay there. Inputs may be tensors there."""
         import torch
 
-        gpu, tensors = first_gpu(), {}
-        for name, value in self._called(inputs, list(outputs)).items():
-            torch.cuda.synchronize()  # PyTorch has a stream of its own
-            value = value.contiguous()
-            kind = np.dtype(str(value.dtype).removeprefix("torch."))
-            tensors[name] = Tensor(gpu, tuple(value.shape), kind)
-            gpu.copy(tensors[name].address, value.data_ptr(), tensors[name].nbytes)
-            gpu.wait()  # until then PyTorch's tensor must stay
+        tensors = {}
+        with first_gpu() as gpu:
+            for name, value in self._called(inputs, list(outputs)).items():
+                torch.cuda.synchronize()  # PyTorch has a stream of its own
+                value = value.contiguous()
+                kind = np.dtype(str(value.dtype).removeprefix("torch."))
+                tensors[name] = Tensor(gpu, tuple(value.shape), kind)
+                gpu.copy(tensors[name].address, value.data_ptr(), tensors[name].nbytes)
+                gpu.wait()  # until then PyTorch's tensor must stay
         return tensors
+
+    def _turn(self) -> AbstractContextManager[Any]:
+        """The GPU for this thread alone, or nothing to wait for on a CPU."""
+        return first_gpu() if self.device.startswith("cuda") else nullcontext()
 
     def _called(self, inputs: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
         import torch

@@ -13,7 +13,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -95,7 +94,6 @@ class CudaEngine:
         self.inputs = {slot.name: TYPES[slot.type] for slot in session.get_inputs()}
         self.outputs = {slot.name: TYPES[slot.type] for slot in session.get_outputs()}
         self.shapes: dict[tuple[Any, ...], _Shape] = {}
-        self.lock = Lock()
 
     def run(self, inputs: Mapping[str, Any], outputs: Iterable[str]) -> dict[str, Any]:
         """Compute these outputs from the inputs, as arrays."""
@@ -105,8 +103,7 @@ class CudaEngine:
         """The same, with outputs that stay on the GPU. Inputs may be tensors there."""
         names = list(outputs)
         self._check(inputs, names)
-        with self.lock:
-            self.gpu.use()
+        with self.gpu:
             try:
                 return self._called(inputs, names)
             except TilewrightError:
@@ -196,7 +193,7 @@ class CudaEngine:
 
     def close(self) -> None:
         """Free the memory."""
-        with self.lock:
+        with self.gpu:
             self.shapes.clear()
             self.session = None
 
@@ -215,12 +212,12 @@ def open_graph(
 
     if place == "cuda" and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         raise EnvironmentMismatch(f"{graph}: this ONNX Runtime has no CUDA; it {missing()}")
-    gpu.use()
     # ONNX Runtime itself refuses to record if more runs on the CPU than the arithmetic of shapes
     tries = [(True, graphs), (False, graphs), (False, False)] if place == "cuda" else [(False, graphs)]
     for strict, recorded in dict.fromkeys(tries):
         try:
-            session = _session(graph, files, gpu, place, strict=strict, graphs=recorded)
+            with gpu:
+                session = _session(graph, files, gpu, place, strict=strict, graphs=recorded)
         except Exception as error:  # ONNX Runtime's exceptions share no base class
             if (strict or recorded) and any(words in str(error) for words in ON_CPU):
                 continue

@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import functools
 from collections.abc import Callable
+from threading import RLock
 from typing import Any
 
 import numpy as np
@@ -49,7 +50,10 @@ FUNCTIONS: dict[str, tuple[Any, ...]] = {  # those with arguments that are no po
 
 
 class Gpu:
-    """One GPU with one stream. Its context must be current on each thread that uses it, see `use`."""
+    """One GPU with one stream, for one thread at a time: `with gpu:` waits for it, and makes it current.
+
+    What another thread put into the stream while a call is recorded would become a part of the recording.
+    """
 
     def __init__(self, number: int = 0) -> None:
         try:
@@ -65,8 +69,10 @@ class Gpu:
         self.call("cuDeviceGetName", text, NAME_BYTES, device)
         self.call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
         self.name, self.context = text.value.decode(errors="replace"), context
-        self.use()
-        self.call("cuStreamCreate", ctypes.byref(stream), NOT_BLOCKING)
+        self.lock, self.recording = RLock(), False
+        self.freed: list[Block] = []  # while a call was recorded
+        with self:
+            self.call("cuStreamCreate", ctypes.byref(stream), NOT_BLOCKING)
         self.stream = int(stream.value or 0)
         self.scratch = Block(self, 0)  # all engines use it in turn
 
@@ -78,9 +84,17 @@ class Gpu:
         if code:
             raise EnvironmentMismatch(f"NVIDIA's driver refuses {name} with code {code}; see nvidia-smi")
 
-    def use(self) -> None:
-        """Make the GPU current on this thread."""
-        self.call("cuCtxSetCurrent", self.context)
+    def __enter__(self) -> "Gpu":
+        self.lock.acquire()
+        try:
+            self.call("cuCtxSetCurrent", self.context)
+        except BaseException:
+            self.lock.release()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.lock.release()
 
     def memory(self) -> tuple[int, int]:
         """The bytes of its memory that are free, and all."""
@@ -116,10 +130,14 @@ class Gpu:
         """Record the work that a function puts into the stream. Nothing runs."""
         graph, runnable = Handle(), Handle()
         self.call("cuStreamBeginCapture_v2", self.stream, ONE_THREAD)
+        self.recording = True
         try:
             work()
         finally:
+            self.recording = False
             self.call("cuStreamEndCapture", self.stream, ctypes.byref(graph))
+            while self.freed:
+                self.freed.pop().free()
         self.call("cuGraphInstantiateWithFlags", ctypes.byref(runnable), graph, 0)
         self.call("cuGraphDestroy", graph)
         return Recording(self, int(runnable.value or 0))
@@ -149,7 +167,8 @@ class Tensor:
         self.gpu, self.shape, self.dtype = gpu, shape, np.dtype(dtype)
         self.holder = holder  # the device that gives it to the host
         self.nbytes = self.dtype.itemsize * int(np.prod(shape))
-        self.block = Block(gpu, max(1, self.nbytes))
+        with gpu:
+            self.block = Block(gpu, max(1, self.nbytes))
 
     @property
     def address(self) -> int:
@@ -159,13 +178,17 @@ class Tensor:
     def array(self) -> Array:
         """Its numbers, after all work before."""
         array = np.empty(self.shape, self.dtype)
-        self.gpu.read(self.address, array)
-        self.gpu.wait()
+        with self.gpu:
+            self.gpu.read(self.address, array)
+            self.gpu.wait()
         return array
 
     def __del__(self) -> None:
-        with contextlib.suppress(TilewrightError, AttributeError):  # the driver may have ended, or there is no memory
-            self.gpu.use()
+        # the driver may have ended, or there is no memory
+        with contextlib.suppress(TilewrightError, AttributeError), self.gpu:
+            if self.gpu.recording:  # the garbage collector came: to wait would break the recording
+                self.gpu.freed.append(self.block)
+                return
             self.gpu.wait()  # work in the stream may still use it
             self.block.free()
 

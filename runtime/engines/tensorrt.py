@@ -15,7 +15,6 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -114,7 +113,6 @@ class TensorrtEngine:
             for i in range(engine.num_optimization_profiles)
         ]
         self.shapes: OrderedDict[tuple[Any, ...], _Shape] = OrderedDict()
-        self.lock = Lock()
 
     def _type(self, name: str) -> Any:
         return np.dtype(self.trt.nptype(self.engine.get_tensor_dtype(name)))
@@ -122,7 +120,7 @@ class TensorrtEngine:
     def run(self, inputs: Mapping[str, Any], outputs: Iterable[str]) -> dict[str, Any]:
         """Compute these outputs from the inputs, as arrays."""
         names = list(outputs)
-        with self.lock:
+        with self.gpu:
             shape = self._called(inputs, names)
             arrays = {name: np.empty(shape.outputs[name].shape, self.outputs[name]) for name in names}
             for name, array in arrays.items():
@@ -133,7 +131,7 @@ class TensorrtEngine:
     def run_on(self, inputs: Mapping[str, Any], outputs: Iterable[str]) -> dict[str, Tensor]:
         """The same, with outputs that stay on the GPU. Inputs may be tensors there."""
         names = list(outputs)
-        with self.lock:
+        with self.gpu:
             shape = self._called(inputs, names)
             tensors = {name: Tensor(self.gpu, shape.outputs[name].shape, self.outputs[name]) for name in names}
             for name, tensor in tensors.items():  # copies, because the next call writes over the outputs
@@ -143,14 +141,12 @@ class TensorrtEngine:
 
     def change_weights(self, weights: Mapping[str, Any]) -> None:
         """Give some weights other values, for a LoRA. All others have the values of the files again."""
-        with self.lock:
-            self.gpu.use()
+        with self.gpu:
             self.weights.change(weights)
 
     def close(self) -> None:
         """Free the memory."""
-        with self.lock:
-            self.gpu.use()
+        with self.gpu:
             while self.shapes:
                 self._forget()
             self.engine = self.weights.refitter = None  # both hold what is on the GPU
@@ -158,7 +154,6 @@ class TensorrtEngine:
     def _called(self, inputs: Mapping[str, Any], outputs: Iterable[str]) -> _Shape:
         """Run a call, and return its buffers."""
         self._check(inputs, outputs)
-        self.gpu.use()
         key = tuple(tuple(inputs[name].shape) for name in self.inputs)
         shape = self.shapes[key] if key in self.shapes else self._prepared(inputs)
         self.shapes[key] = shape
@@ -253,15 +248,15 @@ def open_engine(bundle: Bundle, component: str, spec: EngineSpec, opening: Openi
     """Open an engine of a component. `low` leaves weights in the host's memory, if the plan can do that."""
     table = spec.weights or component
     files = bundle.files_of(table, opening.weights_dir)
-    engine = open_plan(bundle.path(spec.graph), first_gpu(), low=opening.memory == "low")
-    engine.weights.load(bundle.weights.tensors.get(table, {}), files)
+    with first_gpu() as gpu:
+        engine = open_plan(bundle.path(spec.graph), gpu, low=opening.memory == "low")
+        engine.weights.load(bundle.weights.tensors.get(table, {}), files)
     return engine
 
 
 def open_plan(plan: Path, gpu: Gpu, *, low: bool = False) -> TensorrtEngine:
-    """Open a plan, still without its weights."""
+    """Open a plan, still without its weights. The caller has the GPU."""
     trt = _tensorrt()
-    gpu.use()
     engine = trt.Runtime(logger()).deserialize_cuda_engine(plan.read_bytes())
     if engine is None:
         raise _explained(plan, "refuses the plan")

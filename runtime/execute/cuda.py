@@ -23,15 +23,14 @@ class CudaDevice:
 
     def put(self, array: Any) -> Tensor:
         """A copy of an array in the memory of the GPU."""
-        self.gpu.use()
-        tensor = Tensor(self.gpu, array.shape, array.dtype, holder=self)
-        self.gpu.fill(tensor.address, array)
-        self.gpu.wait()  # until then the array must stay
+        with self.gpu:
+            tensor = Tensor(self.gpu, array.shape, array.dtype, holder=self)
+            self.gpu.fill(tensor.address, array)
+            self.gpu.wait()  # until then the array must stay
         return tensor
 
     def get(self, buffer: Tensor) -> Any:
         """The numbers of a tensor."""
-        self.gpu.use()
         return buffer.array()
 
     def finite(self, buffer: Tensor) -> bool:

@@ -8,6 +8,7 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,7 @@ from tilewright.runtime.errors import (
     ResourceError,
     UsageError,
 )
+from tilewright.runtime.execute.cuda import CudaDevice
 from tilewright.runtime.restore import load
 
 PICTURE = np.random.default_rng(0).random((1, 3, 24, 40), np.float32)
@@ -148,6 +150,25 @@ def test_a_bundle_gets_plans_without_weights_and_runs_with_them(bundle, library)
     assert len(library.captured) == 2
     engine.close()
     assert library.driver.stub_used() <= 4096  # the memory that engines share
+
+
+def test_no_other_thread_puts_work_into_a_recording(library):
+    gpu = first_gpu()
+    device, got = CudaDevice("cuda:0", {}, gpu), []
+    other = Thread(target=lambda: got.append(device.get(device.put(np.arange(4)))))
+    before = library.driver.stub_used()
+
+    def work():
+        other.start()
+        other.join(0.2)
+        dropped.clear()
+
+    dropped = [Tensor(gpu, (2**20,), np.float32)]
+    with gpu:
+        gpu.record(work)
+        assert library.driver.stub_used() == before  # what was dropped meanwhile was freed after it
+    other.join()
+    np.testing.assert_array_equal(got[0], np.arange(4))
 
 
 def test_a_bundle_keeps_its_other_engines_and_a_second_compilation_uses_the_first(bundle, library):

@@ -57,6 +57,15 @@ class Channel:
             rest = rest[count:]
         return read
 
+    def ended(self) -> bool:
+        """Whether the other end has gone. Any thread may ask."""
+        try:
+            return self.connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
     def close(self) -> None:
         """End the connection; the other end notices it."""
         self.connection.close()

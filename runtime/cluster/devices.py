@@ -6,10 +6,9 @@ from collections.abc import Iterable, Mapping
 from types import ModuleType
 from typing import Any
 
-from tilewright.runtime.cluster.answers import answers_of
+from tilewright.runtime.cluster.answers import LostWorker, answers_of
 from tilewright.runtime.cluster.channel import Channel
 from tilewright.runtime.cluster.worker import Request
-from tilewright.runtime.errors import DeviceError
 from tilewright.runtime.execute.devices import finite_only
 
 __all__ = ["LARGE", "RemoteDevice"]
@@ -39,6 +38,12 @@ class RemoteDevice:
         self.numbers = itertools.count()
         self.sent: set[int] = set()  # numbers of the arrays that the worker keeps
         self.dropped: list[int] = []  # numbers that nobody here needs any more
+        self.failed = False  # it was lost in a call
+
+    @property
+    def lost(self) -> bool:
+        """Whether its process has ended, or its machine does not answer. Without a channel, only a call tells."""
+        return self.failed or (self.channel is not None and self.channel.ended())
 
     def put(self, array: Any) -> Any:
         """The array, which the worker keeps if it is large."""
@@ -64,17 +69,25 @@ class RemoteDevice:
         return results
 
     def _answer(self, request: Request) -> dict[str, Any]:
-        if self.channel is None:  # arrays of Ray cannot be written, so they are copied
-            results = answers_of(self.ray, {self.name: self.worker.run.remote(request)})[self.name]
-            return {name: array.copy() for name, array in results.items()}
         try:
-            self.channel.send(request)
-            answer = self.channel.receive()
+            return self._through_ray(request) if self.channel is None else self._ask(self.channel, request)
+        except LostWorker:
+            self.failed = True
+            raise
+
+    def _through_ray(self, request: Request) -> dict[str, Any]:
+        results = answers_of(self.ray, {self.name: self.worker.run.remote(request)})[self.name]
+        return {name: array.copy() for name, array in results.items()}  # those of Ray cannot be written
+
+    def _ask(self, channel: Channel, request: Request) -> dict[str, Any]:
+        try:
+            channel.send(request)
+            answer = channel.receive()
         except (OSError, EOFError) as error:
-            self.channel.close()
-            raise DeviceError(f"{self.name} is lost ({getattr(error, 'strerror', None) or error})") from None
+            channel.close()
+            raise LostWorker(f"{self.name} is lost ({getattr(error, 'strerror', None) or error})") from None
         except BaseException:  # what comes next would be the rest of this answer
-            self.channel.close()
+            channel.close()
             raise
         if isinstance(answer, Exception):
             raise answer

@@ -7,8 +7,7 @@ namespace tw {
 
 struct Backend {
     std::string package, version;  // as the `needs` of an engine name them
-    // `files`: location of weights in the graph -> the file
-    std::unique_ptr<Engine> (*open)(const Path& graph, const Named<Path>& files, const std::string& precision, const EngineOptions& options);
+    std::unique_ptr<Engine> (*open)(const EngineFiles& files, const std::string& precision, const EngineOptions& options);
 };
 
 const Named<Backend>& backends();  // name -> backend

@@ -6,6 +6,7 @@
 
 #include "backends.hpp"
 #include "machine.hpp"
+#include "trust.hpp"
 
 namespace tw {
 namespace {
@@ -83,12 +84,15 @@ std::string why(const EngineSpec& best, const EngineSpec& spec, const Named<Meas
 }
 
 Choice choose_one(const Component& component, const Machine& machine, const std::optional<std::string>& wish, const Named<Measured>& measured,
-                  std::optional<std::int64_t> side) {
+                  std::optional<std::int64_t> side, const std::set<std::string>& strange) {
     Choice choice;
     std::vector<const EngineSpec*> fitting;
     for (const auto& spec : component.engines) {
         std::string reason = misfit(spec, machine);
         if (reason.empty() && side) reason = outside(spec, *side);
+        bool wished = wish && (*wish == spec.name || *wish == spec.backend);
+        if (reason.empty() && strange.count(spec.name) && !wished)
+            reason = "is machine code that was not compiled here; if you trust its maker, ask for it: --engine " + spec.name;
         if (reason.empty()) {
             fitting.push_back(&spec);
         } else {
@@ -151,6 +155,7 @@ Named<Choice> choose(const Bundle& bundle, const Machine& machine, const std::op
     std::set<std::string> names, precisions, kinds;
     bool known = false;
     Named<Choice> choices;
+    Named<std::set<std::string>> strange = strangers(bundle.manifest);
     for (const auto& name : bundle.program.components()) {
         const Component& component = bundle.manifest.components.at(name);
         bool asked = false;
@@ -162,7 +167,7 @@ Named<Choice> choose(const Bundle& bundle, const Machine& machine, const std::op
         auto side = sides.find(name);
         auto numbers = measured.find(name);
         choices[name] = choose_one(component, machine, asked ? wish : std::nullopt, numbers == measured.end() ? Named<Measured>{} : numbers->second,
-                                   side == sides.end() ? std::nullopt : std::optional(side->second));
+                                   side == sides.end() ? std::nullopt : std::optional(side->second), strange[name]);
     }
     if (!known)
         throw Error(usage, "engine=" + repr(one_line(*wish)) + " is none of this bundle's engines: " + join(listed(names)) + "; their precisions: " +

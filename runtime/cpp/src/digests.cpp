@@ -9,7 +9,6 @@
 #include <cstring>
 #include <fstream>
 #include <memory>
-#include <optional>
 #include <random>
 
 #include "base.hpp"
@@ -21,17 +20,6 @@ namespace {
 namespace fs = std::filesystem;
 
 constexpr std::size_t BLOCK = 1 << 20;
-
-std::optional<fs::path> cache_dir() {
-    auto folder = [](const char* name) {
-        const char* value = std::getenv(name);
-        return value && *value ? std::optional<fs::path>(value) : std::nullopt;
-    };
-    if (auto chosen = folder("TILEWRIGHT_CACHE_DIR")) return chosen;
-    if (auto cache = folder("XDG_CACHE_HOME")) return *cache / "tilewright";
-    if (auto home = folder("HOME")) return *home / ".cache" / "tilewright";
-    return std::nullopt;
-}
 
 // Values that differ between two files, and change when a file changes, as JSON.
 std::string identity_of(const fs::path& path) {
@@ -95,6 +83,17 @@ std::string read_digest(const fs::path& path) {
 }
 
 }  // namespace
+
+std::optional<fs::path> cache_dir() {
+    auto folder = [](const char* name) {
+        const char* value = std::getenv(name);
+        return value && *value ? std::optional<fs::path>(value) : std::nullopt;
+    };
+    if (auto chosen = folder("TILEWRIGHT_CACHE_DIR")) return chosen;
+    if (auto cache = folder("XDG_CACHE_HOME")) return *cache / "tilewright";
+    if (auto home = folder("HOME")) return *home / ".cache" / "tilewright";
+    return std::nullopt;
+}
 
 std::string sha256_of_file(const fs::path& path, bool fresh) {
     const std::string identity = identity_of(path);

@@ -5,6 +5,7 @@
 #include <array>
 #include <cstdint>
 #include <filesystem>
+#include <optional>
 #include <string>
 
 namespace tw {
@@ -21,6 +22,8 @@ class Sha256 {
     std::uint64_t size_ = 0;
 };
 
+// The folder of digests, and of notes on machine code that was compiled here; none without a home.
+std::optional<std::filesystem::path> cache_dir();
 std::string sha256(const void* data, std::size_t size);
 // `fresh`: reads the file even if its digest is remembered. Throws Error(damaged).
 std::string sha256_of_file(const std::filesystem::path& path, bool fresh);

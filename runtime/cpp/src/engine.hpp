@@ -21,15 +21,25 @@ struct EngineOptions {
     int threads = 0;                  // 0: as the backend chooses
     bool low_memory = false;          // run on the mapped files: less memory, slower
     std::optional<Path> native;       // the library of our own kernels
+    std::int64_t calls = 1;           // that run at the same time
 };
 
-// ONNX Runtime on the CPU. `files`: location of weights in the graph -> the file.
-std::unique_ptr<Engine> open_ort(const Path& graph, const Named<Path>& files, const std::string& precision, const EngineOptions& options);
+// What an engine is opened from.
+struct EngineFiles {
+    std::vector<Path> own;         // the first is the graph
+    Named<Path> weights;           // location of weights in the graph -> the file
+    Named<Reference> references;   // weight -> its place
+
+    const Path& graph() const { return own[0]; }
+};
+
+// ONNX Runtime on the CPU.
+std::unique_ptr<Engine> open_ort(const EngineFiles& files, const std::string& precision, const EngineOptions& options);
 std::string ort_version();
 // The library of our own kernels: TILEWRIGHT_NATIVE names one, or none if it is empty. Otherwise it lies beside this library.
 std::optional<Path> native_library();
 // OpenVINO on the CPU, where the library was built with it.
-std::unique_ptr<Engine> open_openvino(const Path& graph, const Named<Path>& files, const std::string& precision, const EngineOptions& options);
+std::unique_ptr<Engine> open_openvino(const EngineFiles& files, const std::string& precision, const EngineOptions& options);
 std::string openvino_version();
 
 }  // namespace tw

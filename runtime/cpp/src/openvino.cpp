@@ -182,13 +182,14 @@ std::string openvino_version() {
     return build.substr(0, build.find('-'));
 }
 
-std::unique_ptr<Engine> open_openvino(const Path& graph, const Named<Path>& files, const std::string& precision, const EngineOptions& options) {
+std::unique_ptr<Engine> open_openvino(const EngineFiles& files, const std::string& precision, const EngineOptions& options) {
+    const Path& graph = files.graph();
     if (precision != "float32") throw Error(environment, graph.string() + ": this library runs OpenVINO in float32 only; choose an engine in float32");
     const std::string data = bytes_of(graph);
     const Named<External> weights = external_data(data, graph.string());
     try {
         auto model = core().read_model(with_inputs(data, graph.string()), ov::Tensor());
-        auto maps = attach(model, weights, files);
+        auto maps = attach(model, weights, files.weights);
         // other components and processes use the same cores, so threads stay on none
         ov::AnyMap settings = {ov::hint::inference_precision(ov::element::f32), ov::num_streams(1), ov::inference_num_threads(options.threads),
                                ov::hint::enable_cpu_pinning(false)};

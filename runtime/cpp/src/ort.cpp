@@ -119,7 +119,8 @@ std::optional<Path> native_library() {
 
 std::string ort_version() { return OrtGetApiBase()->GetVersionString(); }
 
-std::unique_ptr<Engine> open_ort(const Path& graph, const Named<Path>& files, const std::string& precision, const EngineOptions& choice) {
+std::unique_ptr<Engine> open_ort(const EngineFiles& files, const std::string& precision, const EngineOptions& choice) {
+    const Path& graph = files.graph();
     std::string model = bytes_of(graph);
     try {
         Ort::SessionOptions options;
@@ -132,13 +133,13 @@ std::unique_ptr<Engine> open_ort(const Path& graph, const Named<Path>& files, co
         options.AddConfigEntry("session.force_spinning_stop", "1");
         options.AddConfigEntry("session.load_model_format", "ONNX");
         if (precision == "fp8") options.AddConfigEntry("session.disable_quant_qdq", "1");
-        if (!files.empty()) {
+        if (!files.weights.empty()) {
             // ONNX Runtime maps no file behind a link, so the graph gets real paths below one folder
             Named<std::string> locations;
             Named<Path> real;
             std::optional<Path> folder;
             for (const auto& [name, external] : external_data(model, graph.string())) {
-                Path file = std::filesystem::canonical(files.at(external.location));
+                Path file = std::filesystem::canonical(files.weights.at(external.location));
                 real[name] = file;
                 Path common, parent = file.parent_path();
                 if (folder) {

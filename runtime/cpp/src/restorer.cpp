@@ -24,6 +24,7 @@ Restorer::Restorer(const Path& path, const OpenOptions& options)
     if (count > 1 && !engines_.threads) engines_.threads = static_cast<int>(std::max<std::int64_t>(1, usable_cores() / count));
     // engines of one thread run on the thread that calls them, so devices of one thread can share them
     setting_ = {&bundle_, specs, engines_.low_memory, count, engines_.threads == 1 ? 1 : count, options.memory_limit};
+    engines_.calls = count / setting_.copies;
     fit_program(options.batch);
     if (bundle_.manifest.constants) constants_ = read_tensors(bundle_.root / *bundle_.manifest.constants);
     for (const auto& [name, argument] : arguments_of(bundle_.program)) arguments_.emplace_back(name, argument);
@@ -58,8 +59,11 @@ void Restorer::open_devices(const OpenOptions& options) {
     for (const auto& [name, spec] : setting_.specs) specs[name] = *spec;
     auto open = [bundle = std::make_shared<const Bundle>(bundle_), specs, engines = engines_, folder = weights_dir_](const std::string& component) {
         const EngineSpec& spec = specs.at(component);
-        Named<Path> files = bundle->files_of(spec.weights && !spec.weights->empty() ? *spec.weights : component, folder);
-        return backends().at(spec.backend).open(bundle->root / spec.files[0], files, spec.precision, engines);
+        const std::string table = spec.weights && !spec.weights->empty() ? *spec.weights : component;
+        EngineFiles files{{}, bundle->files_of(table, folder), {}};
+        for (const auto& file : spec.files) files.own.push_back(bundle->root / file);
+        if (auto references = bundle->weights.tensors.find(table); references != bundle->weights.tensors.end()) files.references = references->second;
+        return backends().at(spec.backend).open(files, spec.precision, engines);
     };
     std::vector<std::shared_ptr<Device>> devices;
     std::optional<std::int64_t> free = available_bytes();

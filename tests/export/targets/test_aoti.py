@@ -12,53 +12,25 @@ import numpy as np
 import pytest
 import torch
 
-from support.small_network import SPEC, SmallNetwork, small_weights
+from support.small_network import SPEC, TYPES, SmallNetwork, compile_small, feed, small_weights, stored
 from tilewright.export.targets import aoti
-from tilewright.export.weights.writing import write_tensors
-from tilewright.runtime.bundle.program import TensorSpec
 from tilewright.runtime.bundle.safetensors import safetensors_header
-from tilewright.runtime.bundle.weights import Reference
 from tilewright.runtime.engines.aoti import AotiEngine, open_package
 from tilewright.runtime.errors import BuildError, BundleError, UsageError
 
 if shutil.which("g++") is None:
     pytest.skip("needs g++", allow_module_level=True)
 pytestmark = pytest.mark.slow  # PyTorch and a compiler take 10 s for a package
-STORED = {"look.weight": "bfloat16", "late.weight": "float16"}  # the others in float32
-TYPES = {name: STORED.get(name, "float32") for name in small_weights(0)}
 
 
 @pytest.fixture(scope="module")
 def package(shared) -> Path:
     """The network's package in float32."""
-
-    def fill(folder: Path) -> None:
-        aoti.compile_network(SPEC, {name: STORED.get(name, "float32") for name in small_weights(0)}, "float32", folder)
-
-    return shared("aoti-small", fill) / "float32.pt2"
-
-
-def stored(folder: Path, seed: int) -> tuple[dict, dict]:
-    """Weights in a file of a user, and their values."""
-    weights = {name: w.to(getattr(torch, STORED.get(name, "float32"))) for name, w in small_weights(seed).items()}
-    specs = {name: TensorSpec(str(w.dtype)[6:], tuple(w.shape)) for name, w in weights.items()}
-    file = folder / f"{seed}.safetensors"
-    write_tensors(file, specs, (w.view(torch.uint8).numpy().tobytes() for w in weights.values()), "test")
-    header = safetensors_header(file).items()
-    places = {n: (file, Reference(file.name, s.dtype, tuple(s.shape), at, length)) for n, (s, at, length) in header}
-    return places, {name: w.double() for name, w in weights.items()}
+    return shared("aoti-small", compile_small) / "float32.pt2"
 
 
 def opened(package: Path, places: dict, **options) -> AotiEngine:
     return open_package(package, package.with_suffix(".safetensors"), places, **{"threads": 1} | options)
-
-
-def feed(batch: int, height: int, width: int, rows: int, seed: int = 0) -> dict[str, np.ndarray]:
-    random = np.random.default_rng(seed)
-    return {
-        "image": random.random((batch, 3, height, width), np.float32),
-        "time": 9 * random.random(rows, np.float32),
-    }
 
 
 def expected(weights: dict, inputs: dict) -> tuple[np.ndarray, np.ndarray]:

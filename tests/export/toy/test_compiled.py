@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from support.toy import BUILD, SHAPES, fill, importable
 from tilewright.cli.main import main
 from tilewright.runtime import load
 from tilewright.runtime.bundle.manifest import Needs
@@ -21,29 +21,13 @@ from tilewright.runtime.errors import EnvironmentMismatch
 if shutil.which("g++") is None:
     pytest.skip("needs g++", allow_module_level=True)
 pytestmark = pytest.mark.slow  # two packages, 10 s each
-PACKAGES = Path(__file__).parent / "packages"
-SHAPES = {"look.weight": (6, 3, 3, 3), "look.bias": (6,), "mix.weight": (12, 6), "mix.bias": (12,)}
-BUILD = ("export", "build", "toy", "--weights")
 
 
 @pytest.fixture(scope="module")
 def toy(cache, shared):
     """The toy's bundle with engines of ONNX Runtime and compiled ones. The toy's package can be imported."""
-    sys.path.insert(0, str(PACKAGES))
-
-    def fill(folder: Path) -> None:
-        random = torch.Generator().manual_seed(0)
-        folder.mkdir()
-        weights = {name: 0.3 * torch.randn(shape, generator=random) for name, shape in SHAPES.items()}
-        save_file(weights, folder / "toy.safetensors")
-        words = (*BUILD, str(folder), "--target", "ort,aoti", "-o", str(folder / "bundle"))
-        assert main([*words]) == 0
-        assert main(["export", "verify", str(folder / "bundle")]) == 0
-
-    yield shared("toy-compiled", fill) / "bundle"
-    sys.path.remove(str(PACKAGES))
-    for name in [name for name in sys.modules if name.split(".")[0] == "toy_restoration"]:
-        del sys.modules[name]
+    with importable():
+        yield shared("toy-compiled", fill) / "bundle"
 
 
 @pytest.fixture

@@ -14,7 +14,13 @@ from support.shared import Shared
 
 ROOT = Path(__file__).parents[3]
 Run = Callable[..., subprocess.CompletedProcess[str]]
+OPTIONS = {"OPENVINO": "openvino", "AOTI": "torch"}  # of the build -> the package that it needs
 SANITIZE = os.environ.get("TILEWRIGHT_SANITIZE", "")  # see make cpp-sanitize
+
+
+def found(package: str) -> bool:
+    """Whether the library is built with a package. Its libraries have no sanitizers."""
+    return importlib.util.find_spec(package) is not None and not SANITIZE
 
 
 @pytest.fixture(scope="session")
@@ -39,7 +45,7 @@ def built(shared: Shared, cmake: str) -> Path:
             f"-DCMAKE_CXX_FLAGS_DEBUG=-O{1 if SANITIZE else 0}",
             "-DCMAKE_UNITY_BUILD=ON",  # half the time of the compiler
             f"-DTILEWRIGHT_TESTS={Path(__file__).parent}",
-            f"-DTILEWRIGHT_OPENVINO={'ON' if importlib.util.find_spec('openvino') and not SANITIZE else 'OFF'}",
+            *(f"-DTILEWRIGHT_{option}={'ON' if found(package) else 'OFF'}" for option, package in OPTIONS.items()),
             f"-DTILEWRIGHT_SANITIZE={SANITIZE}",
         ]
         generator = ["-G", "Ninja"] if shutil.which("ninja") else []

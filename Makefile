@@ -90,7 +90,7 @@ cpp-sanitize: .venv/ready
 cpp-sanitize-core: .venv/ready
 	$(CMAKE) -S runtime/cpp -B build/sanitized $(if $(shell command -v ninja),-G Ninja) -DTILEWRIGHT_TOOLS=OFF \
 		-DTILEWRIGHT_TESTS=$(abspath tests/runtime/cpp) -DTILEWRIGHT_SANITIZE=address,undefined \
-		-DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG=-O1 -DCMAKE_UNITY_BUILD=ON
+		-DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG=-O0 -DCMAKE_UNITY_BUILD=ON
 	$(CMAKE) --build build/sanitized --target vectors --parallel 2
 	build/sanitized/tests/vectors tests/vectors tests/programs
 

@@ -10,10 +10,10 @@ const Strings COLORS = {"off", "wavelet", "adain"};
 
 namespace {
 
-constexpr int LEVELS = 5;                            // each blurs twice as wide as the one before
-constexpr std::int64_t REACH = (1 << LEVELS) - 1;    // pixels on each side that a recoloured pixel depends on
-constexpr std::int64_t BLOCK = 512;                  // side of the rectangles that are computed at once
-constexpr double LEAST = 1e-5;                       // added to variances of values from 0 to 1
+constexpr int BLURS = 5;                               // each twice as wide as the one before
+constexpr std::int64_t BLUR_REACH = (1 << BLURS) - 1;  // pixels on each side that a recoloured pixel depends on
+constexpr std::int64_t SIDE = 512;                     // of the rectangles that are computed at once
+constexpr double LEAST_VARIANCE = 1e-5;                // added to variances of values from 0 to 1
 
 struct Rectangle {
     std::int64_t top, left, bottom, right;
@@ -24,9 +24,9 @@ struct Rectangle {
 
 std::vector<Rectangle> blocks(const Pixels& rgb) {
     std::vector<Rectangle> all;
-    for (std::int64_t top = 0; top < rgb.height; top += BLOCK)
-        for (std::int64_t left = 0; left < rgb.width; left += BLOCK)
-            all.push_back({top, left, std::min(top + BLOCK, rgb.height), std::min(left + BLOCK, rgb.width)});
+    for (std::int64_t top = 0; top < rgb.height; top += SIDE)
+        for (std::int64_t left = 0; left < rgb.width; left += SIDE)
+            all.push_back({top, left, std::min(top + SIDE, rgb.height), std::min(left + SIDE, rgb.width)});
     return all;
 }
 
@@ -64,7 +64,7 @@ Floats blurred_once(const Floats& planes, std::int64_t step, std::int64_t groups
 
 // What is left of planes after blurs, each twice as wide.
 Floats blurred(Floats planes, std::int64_t height, std::int64_t width) {
-    for (int level = 0; level < LEVELS; ++level) {
+    for (int level = 0; level < BLURS; ++level) {
         planes = blurred_once(planes, std::int64_t{1} << level, 3, height, width);
         planes = blurred_once(planes, std::int64_t{1} << level, 3 * height, width, 1);
     }
@@ -73,8 +73,8 @@ Floats blurred(Floats planes, std::int64_t height, std::int64_t width) {
 
 // The low frequencies of the source, and the high ones of the picture.
 Floats wavelet(const Pixels& rgb, const Enlarged& source, const Rectangle& part) {
-    Rectangle around{std::max<std::int64_t>(0, part.top - REACH), std::max<std::int64_t>(0, part.left - REACH),
-                     std::min(rgb.height, part.bottom + REACH), std::min(rgb.width, part.right + REACH)};
+    Rectangle around{std::max<std::int64_t>(0, part.top - BLUR_REACH), std::max<std::int64_t>(0, part.left - BLUR_REACH),
+                     std::min(rgb.height, part.bottom + BLUR_REACH), std::min(rgb.width, part.right + BLUR_REACH)};
     Floats planes = planes_of(rgb, around), low = source.crop(around.top, around.left, around.height(), around.width());
     for (std::size_t i = 0; i < planes.size(); ++i) low[i] -= planes[i];
     low = blurred(std::move(low), around.height(), around.width());  // the blur is linear: that of the difference is the difference of the blurs
@@ -133,7 +133,7 @@ std::array<Line, 3> lines(const Pixels& rgb, const Enlarged& source) {
     auto spread = [&](const Sums& sums) {
         auto values = static_cast<Wide>(sums.values);
         double variance = quotient(count * sums.squares - values * values, count * std::max<Wide>(1, count - 1));
-        return std::pow(variance / (most * most) + LEAST, 0.5);
+        return std::pow(variance / (most * most) + LEAST_VARIANCE, 0.5);
     };
     std::array<Line, 3> all{};
     for (int c = 0; c < 3; ++c) {

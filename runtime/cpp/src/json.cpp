@@ -81,7 +81,7 @@ class Parser {
             Json member = any(depth + 1);
             if (!names.insert(key).second)
                 throw Error(damaged, one_line(where_ + ": key " + repr(key) + " appears twice in one object; rebuild the bundle"));
-            value.members.emplace_back(std::move(key), std::move(member));
+            value.members.push_back({std::move(key), std::move(member)});
             blank();
             if (peek() == '}') return ++at_, value;
             need(',');

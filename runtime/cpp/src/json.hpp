@@ -3,7 +3,6 @@
 
 #include <cstdint>
 #include <string>
-#include <utility>
 #include <vector>
 
 namespace tw {
@@ -17,10 +16,16 @@ struct Json {
     bool huge = false;      // an integer beyond 64 bits
     std::string text;       // a string; or an integer's or number's digits
     std::vector<Json> items;
-    std::vector<std::pair<std::string, Json>> members;
+    struct Member;
+    std::vector<Member> members;
 
     const Json* find(const std::string& key) const;
     std::string dump() const;  // in ASCII, on one line
+};
+
+struct Json::Member {  // a pair would have to know Json's size too early for Clang in C++20
+    std::string key;
+    Json value;
 };
 
 // Throws Error(damaged). `where` begins every complaint.

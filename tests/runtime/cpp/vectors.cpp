@@ -267,13 +267,13 @@ void change(Json& tree, const Json& change) {
             node = &node->items.at(index);
             continue;
         }
-        auto member = std::find_if(node->members.begin(), node->members.end(), [&](const auto& m) { return m.first == path[i].text; });
+        auto member = std::find_if(node->members.begin(), node->members.end(), [&](const auto& m) { return m.key == path[i].text; });
         if (last && change.items.size() == 1) {
             node->members.erase(member);
             return;
         }
         if (member == node->members.end()) member = node->members.insert(member, {path[i].text, Json{}});
-        node = &member->second;
+        node = &member->value;
     }
     *node = change.items[1];
 }
@@ -356,7 +356,7 @@ int main(int count, char** words) {
             // a refusal of a safetensors header has no words in common, so it is no `refused` of `compare`
             if (std::string(name) == "safetensors")
                 for (auto& member : item.members)
-                    if (member.first == "refused") member.first = "not read";
+                    if (member.key == "refused") member.key = "not read";
             check(name, item);
         }
     }

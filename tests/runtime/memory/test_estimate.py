@@ -44,6 +44,22 @@ def test_the_need_counts_weights_grids_and_the_largest_call(bundle):
     assert result < estimate(whole, 1000, 1000).needed_bytes - need < 4 * result
 
 
+def test_an_engine_of_openvino_needs_its_code_once_and_compiled_networks_for_each_device(bundle):
+    whole = read_bundle(bundle)
+    component = whole.manifest.components["sharpen"]
+    others = tuple(replace(spec, name="openvino-float32", backend="openvino") for spec in component.engines)
+    components = {"sharpen": replace(component, engines=others)}
+    compiled = replace(whole, manifest=replace(whole.manifest, components=components))
+
+    def more(**options):
+        return estimate(compiled, 53, 37, **options).needed_bytes - estimate(whole, 53, 37, **options).needed_bytes
+
+    code = memory.OPENVINO_BYTES
+    assert more() == more(devices=2, shared=True) == code + memory.MODEL_BYTES
+    assert more(devices=2, shared=False) == code + 2 * memory.MODEL_BYTES
+    assert more(elsewhere=True) == 0
+
+
 def with_memory(whole: Bundle, need: Memory) -> Bundle:
     """The bundle whose engine needs so much memory."""
     component = whole.manifest.components["sharpen"]

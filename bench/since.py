@@ -30,12 +30,12 @@ restorer = load(bundle, memory=memory, **({"engine": engine} if engine and "engi
 words = words if "engine" in takes else {"inputs": words}  # as the older version takes them
 print(json.dumps({"open_s": time.perf_counter() - start, "engines": getattr(restorer, "ran", {}).get("engines")}))
 for _ in sys.stdin:
-    start = time.perf_counter()
+    start, computed = time.perf_counter(), time.process_time()
     image = restorer.restore(photo, **options, **words).image
-    seconds = time.perf_counter() - start
+    seconds, computed = time.perf_counter() - start, time.process_time() - computed
     np.save(picture, image)
     peak = 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
-    print(json.dumps((seconds, peak)), flush=True)
+    print(json.dumps((seconds, computed, peak)), flush=True)
 """
 
 
@@ -47,14 +47,16 @@ def main(arguments: argparse.Namespace) -> dict[str, Any]:
         processes = {n: start(n, *which, arguments, Path(work)) for n, which in contenders.items()}
         opened = {name: json.loads(readline(process)) for name, process in processes.items()}
         times: dict[str, list[float]] = {name: [] for name in processes}
+        computed: dict[str, list[float]] = {name: [] for name in processes}
         peaks: dict[str, int] = {}
         for _ in range(arguments.rounds + 1):
             for name, process in processes.items():
                 assert process.stdin
                 process.stdin.write("\n")
                 process.stdin.flush()
-                seconds, peaks[name] = json.loads(readline(process))
+                seconds, cpu_s, peaks[name] = json.loads(readline(process))
                 times[name].append(seconds)
+                computed[name].append(cpu_s)
         for process in processes.values():
             process.kill()
         pictures = {name: np.load(Path(work) / f"{name}.npy") for name in processes}
@@ -64,7 +66,9 @@ def main(arguments: argparse.Namespace) -> dict[str, Any]:
             "median_s": statistics.median(runs[1:]),
             "first_s": runs[0],
             "peak_rss_bytes": peaks[name],  # with the pages of mapped files
-            "ratio_to_old": statistics.median(a / b for a, b in zip(runs[1:], times["old"][1:], strict=True)),
+            "median_cpu_s": statistics.median(computed[name][1:]),
+            "ratio_to_old": ratio(runs, times["old"]),
+            "cpu_ratio_to_old": ratio(computed[name], computed["old"]),  # for a machine that is not idle
             "psnr_to_old_db": psnr(pictures[name], pictures["old"]),
         }
         for name, runs in times.items()
@@ -97,6 +101,11 @@ def start(name: str, bundle: Path, engine: str | None, arguments: argparse.Names
 
 def readline(process: Any) -> str:
     return str(process.stdout.readline()) or sys.exit("a contender ended")
+
+
+def ratio(runs: list[float], old: list[float]) -> float:
+    """The median over all rounds but the first."""
+    return statistics.median(a / b for a, b in zip(runs[1:], old[1:], strict=True))
 
 
 def psnr(one: Any, other: Any) -> float:

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from tilewright.cli.engine_arguments import engine_options
-from tilewright.cli.terminal import Progress, answer, mebibytes, note, send_image
+from tilewright.cli.restore import put_image
+from tilewright.cli.terminal import Progress, answer, mebibytes, note
 from tilewright.runtime.bundle.arguments import flag
 from tilewright.runtime.errors import UsageError
-from tilewright.runtime.images.write import encode_image, write_or_keep
 from tilewright.runtime.native import load_native
 from tilewright.runtime.profile import engines_text
 
@@ -21,8 +21,6 @@ LACKS = {  # option that the library does not have -> its value when nobody gave
     "resume": False,
     "checkpoint": 15.0,
     "bits": 8,
-    "color": "off",
-    "jitter": False,
 }
 
 
@@ -38,17 +36,12 @@ def restore_native(
         progress.doing("opening the engines")
         with load_native(arguments.opened, **engine_options(arguments)) as restorer:
             opened = time.perf_counter() - start
-            names = ("tile", "overlap", "seed", "steps", "scale", "max_pixels")
+            names = ("tile", "overlap", "seed", "steps", "scale", "max_pixels", "color", "jitter")
             options = {name: getattr(arguments, name) for name in names}
             restoration = restorer.restore(source, on_progress=progress.tiles, **options, **values)
             library = restorer.ran["library"]
         before = time.perf_counter()
-        if piped:
-            send_image(
-                encode_image(restoration.image, arguments.format or "png", icc=restoration.icc, exif=restoration.exif)
-            )
-        else:
-            write_or_keep(arguments.output, restoration.image, icc=restoration.icc, exif=restoration.exif)
+        put_image(arguments, restoration)
         now = time.perf_counter()
     for text in restoration.notes:
         note(arguments, text)

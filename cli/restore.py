@@ -15,6 +15,7 @@ from tilewright.runtime.errors import UsageError
 from tilewright.runtime.images.color import COLORS
 from tilewright.runtime.images.write import (
     FORMATS,
+    OnShare,
     check_format,
     check_overwrite,
     check_room,
@@ -24,8 +25,9 @@ from tilewright.runtime.images.write import (
 )
 from tilewright.runtime.profile import engines_text
 from tilewright.runtime.resume.checkpoint import beside, share_in
+from tilewright.runtime.sitting import Restoration
 
-__all__ = ["minutes", "restore", "restore_arguments"]
+__all__ = ["minutes", "put_image", "restore", "restore_arguments"]
 
 STREAM = "-"
 LONGEST = 1_000_000  # minutes
@@ -141,24 +143,7 @@ def restore(arguments: argparse.Namespace) -> None:
                 progress.doing(writing)
                 on_share = partial(progress.share, writing)
                 before = time.perf_counter()
-                if piped:
-                    send_image(
-                        encode_image(
-                            restoration.image,
-                            arguments.format or "png",
-                            icc=restoration.icc,
-                            exif=restoration.exif,
-                            on_share=on_share,
-                        )
-                    )
-                else:
-                    write_or_keep(
-                        arguments.output,
-                        restoration.image,
-                        icc=restoration.icc,
-                        exif=restoration.exif,
-                        on_share=on_share,
-                    )
+                put_image(arguments, restoration, on_share=on_share)
                 now = time.perf_counter()
                 seams = ticket.seam_excess() if arguments.json else None  # it takes seconds for large pictures
     seconds = restoration.seconds | {"open": opened, "write": now - before, "total": now - start}
@@ -183,6 +168,15 @@ def restore(arguments: argparse.Namespace) -> None:
     for text in restoration.notes:
         note(arguments, text)
     answer(arguments, value, _restored(arguments.input, value), to=sys.stderr if piped else None)
+
+
+def put_image(arguments: argparse.Namespace, restoration: Restoration, *, on_share: OnShare | None = None) -> None:
+    """Write a result to the command's output, which is a file or standard output."""
+    image, icc, exif = restoration.image, restoration.icc, restoration.exif
+    if str(arguments.output) == STREAM:
+        send_image(encode_image(image, arguments.format or "png", icc=icc, exif=exif, on_share=on_share))
+    else:
+        write_or_keep(arguments.output, image, icc=icc, exif=exif, on_share=on_share)
 
 
 def _lift_pillows_limit() -> None:

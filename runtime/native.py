@@ -114,6 +114,8 @@ class Options(ctypes.Structure):
         ("is_cancelled", IS_CANCELLED),
         ("on_note", ON_NOTE),
         ("bits", ctypes.c_int32),
+        ("color", ctypes.c_char_p),
+        ("jitter", ctypes.c_int32),
     )
 
 
@@ -194,7 +196,7 @@ def load_native(
         engine=None if engine is None else engine.encode(),
         weights_dir=None if folder is None else os.fsencode(folder),
         expect=bundle.digest.encode(),
-        native_library=None if kernels is None else os.fsencode(kernels),
+        native_library=b"" if kernels is None else os.fsencode(kernels),
         devices=",".join(devices).encode(),
         memory_limit=0 if limit is None else whole("memory_limit", limit, 1, 2**63 - 1),
         deadline_s=0.0 if deadline_s is None else seconds("deadline_s", deadline_s),
@@ -255,6 +257,8 @@ class NativeRestorer:
         seed: int = 0,
         steps: int | None = None,
         scale: int | None = None,
+        color: str = "off",
+        jitter: bool = False,
         max_pixels: int = 100_000_000,
         on_progress: Callable[[str, int, int], None] | None = None,
         on_part: Callable[[int, int, npt.NDArray[Any]], None] | None = None,
@@ -278,6 +282,8 @@ class NativeRestorer:
             scale=scale,
             values=values,
             value_count=len(values),
+            color=color.encode(),
+            jitter=jitter,
         )
         notes = self._run(source, options, result, on_progress, on_part)
         spent = {"read": read - start, "restore": time.perf_counter() - read}

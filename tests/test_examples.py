@@ -43,6 +43,7 @@ def test_every_example_is_run_here() -> None:
     assert len((EXAMPLES / "python_service.py").read_text().splitlines()) <= 35
 
 
+@pytest.mark.slow
 def test_a_service_in_thirty_lines(bundle, restored) -> None:
     with listen("127.0.0.1", 0) as free:
         port = free.getsockname()[1]
@@ -71,6 +72,7 @@ def test_several_images_in_an_event_loop(bundle, restored, tmp_path) -> None:
         assert np.array_equal(np.asarray(Image.open(tmp_path / f"{name}-restored.png")), restored)
 
 
+@pytest.mark.slow
 def test_a_folder(bundle, restored, tmp_path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.png").write_bytes(png_of(IMAGE))

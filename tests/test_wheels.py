@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import venv
 import zipfile
 from collections.abc import Iterable
@@ -200,12 +201,21 @@ def test_the_wheels_differ_by_the_library_and_their_tags(archives):
     assert [name for name in pure if name.startswith("optimum/")] == ["optimum/commands/register/tilewright.py"]
     assert ours.keys() - pure.keys() == {LIBRARY} and pure.keys() <= ours.keys()
     assert {name for name in pure if pure[name] != ours[name]} == described and len(described) == 2
-    assert not any(name.endswith((".cc", ".h", ".sh", "CMakeLists.txt")) for name in ours)
+    sources = (".cc", ".cpp", ".h", ".hpp", ".cmake", ".in", ".map", ".sh", "CMakeLists.txt")
+    assert not any(name.endswith(sources) for name in ours)
     for wheel, purelib in (("pure", "true"), ("platform", "false")):
         (text,) = (data.decode() for name, data in contents(archives[wheel]).items() if name.endswith("/WHEEL"))
         tag = archives[wheel].stem.split("-", 2)[2]
         assert re.findall(r"^Tag: (.*)$", text, re.M) == [tag]
         assert f"Root-Is-Purelib: {purelib}\n" in text
+
+
+def test_the_sdist_carries_the_cpp_library_whole(archives):
+    with tarfile.open(archives["sdist"]) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    ours = {file.relative_to(ROOT).as_posix() for file in (ROOT / "runtime" / "cpp").rglob("*") if file.is_file()}
+    assert len(ours) > 60 and ours <= names
+    assert "kernels/native/cmake/FindOnnxRuntime.cmake" in names  # which the library's CMake includes
 
 
 @pytest.mark.parametrize("wheel", ["pure", "platform"])

@@ -25,12 +25,14 @@ from tilewright.runtime.bundle.weights import Weights
 from tilewright.runtime.errors import TilewrightError
 from tilewright.runtime.execute.walk import layout
 from tilewright.runtime.images.canvas import Enlarged, fill
+from tilewright.runtime.images.color import recolored
 from tilewright.runtime.images.on_disk import PixelFile
 from tilewright.runtime.images.read import Picture
 from tilewright.runtime.images.write import PictureOnDisk
+from tilewright.runtime.plan.lower import moves
 from tilewright.runtime.plan.noise import normal, philox4x32
 from tilewright.runtime.plan.schedules import SCHEDULES
-from tilewright.runtime.plan.tiles import tile_plan, weights
+from tilewright.runtime.plan.tiles import moved, tile_plan, weights
 
 ROOT = Path(__file__).parents[1]
 TESTS = ROOT / "tests"
@@ -53,6 +55,7 @@ def written() -> dict[str, str]:
         "schedules.json": schedules(),
         "noise.json": noise(),
         "images.json": images(),
+        "colors.json": colors(),
         "graphs.json": graphs(),
         "programs.json": programs(),
         "documents.json": documents(),
@@ -80,7 +83,7 @@ def _or_refused(case: dict[str, Any], compute: Callable[[], Mapping[str, Any]]) 
 
 
 def tiles() -> list[dict[str, Any]]:
-    """Tile plans, and the weights of their rows and columns."""
+    """Tile plans, and the weights of their rows and columns; and plans whose tiles have moved."""
     sizes = [
         (64, 64, 64, 16, 8, 8),
         (200, 136, 64, 16, 8, 4),
@@ -101,7 +104,15 @@ def tiles() -> list[dict[str, Any]]:
         return {"plan": _plan(plan), "rows": [_floats(w) for w in rows], "columns": [_floats(w) for w in columns]}
 
     names = ("width", "height", "tile", "overlap", "multiple", "px")
-    return [_or_refused(dict(zip(names, case, strict=True)), lambda case=case: planned(*case)) for case in sizes]  # type: ignore[misc]
+    cases = [_or_refused(dict(zip(names, case, strict=True)), lambda case=case: planned(*case)) for case in sizes]  # type: ignore[misc]
+    for size, seed, step in (
+        ((640, 392, 128, 64, 8), 3, 0),
+        ((640, 392, 128, 64, 8), 2**32 - 1, 7),
+        ((72, 64, 64, 16, 8), 3, 1),
+    ):
+        named = dict(zip(names[:-1], size, strict=True)) | {"seed": seed, "step": step}
+        cases.append(named | {"moved": _plan(moved(tile_plan(*size), size[-1], seed, step))})
+    return cases
 
 
 def _plan(plan: Any) -> dict[str, Any]:
@@ -257,6 +268,22 @@ def images() -> list[dict[str, Any]]:
     return cases
 
 
+def colors() -> list[dict[str, Any]]:
+    """Pictures that take the colours of their enlarged source. The restored picture is the same formula, reversed."""
+    cases = []
+    for width, height, scale in ((13, 9, 4), (40, 33, 1), (301, 3, 2), (1, 1, 4)):
+        for source_bits, bits in ((8, 8), (8, 16), (16, 16)):
+            source = (picture if source_bits == 8 else deep_picture)(width, height)
+            restored = (picture if bits == 8 else deep_picture)(width * scale, height * scale)[::-1, ::-1]
+            for color in ("wavelet", "adain"):
+                result = recolored(color, restored, source, scale)[0 : height * scale, 0 : width * scale]
+                case = {"picture": [width, height], "scale": scale, "source_bits": source_bits, "bits": bits}
+                little = result.astype("<u2" if bits == 16 else np.uint8)
+                digest = hashlib.sha256(little.tobytes()).hexdigest()
+                cases.append(case | {"color": color, "row": result[0, :4].tolist(), "sha256": digest})
+    return cases
+
+
 def graphs() -> list[dict[str, Any]]:
     """The tile plans and the nodes of programs. A node is a line: pass, section, step, tile, and what it waits for."""
     cases = []
@@ -269,11 +296,16 @@ def graphs() -> list[dict[str, Any]]:
             cases.append(
                 _or_refused(case | {"steps": steps}, lambda c=(program, height, width, tile, steps): _graph(*c))
             )  # type: ignore[misc]
+        if any(moves(program, p) for p in program.passes):
+            case = {"program": name, "height": 2 * px, "width": 3 * px, "tile": None, "steps": 2, "jitter": 5}
+            cases.append(case | _graph(program, 2 * px, 3 * px, None, 2, 5))
     return cases
 
 
-def _graph(program: Program, height: int, width: int, tile: int | None, steps: int | None) -> dict[str, Any]:
-    graph, _ = layout(program, height, width, tile, None, steps)
+def _graph(
+    program: Program, height: int, width: int, tile: int | None, steps: int | None, jitter: int | None = None
+) -> dict[str, Any]:
+    graph, _ = layout(program, height, width, tile, None, steps, jitter)
     lines = [
         f"{n.pass_name} {n.section} {n.step} {n.tile}:{''.join(f' {b}.{t}' for b, t in n.waits)}\n"
         for n in graph.nodes()

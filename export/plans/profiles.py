@@ -21,7 +21,7 @@ def check_sides(program: Program, tiles: Sequence[int]) -> None:
     usual = max((p.tiles.px for p in program.passes if p.tiles), default=0)
     fixed = {side for p in program.passes if p.tiles for side in p.tiles.fixed_px}
     if wrong := [side for side in tiles if side < 1 or side % program.multiple_px or (fixed and side not in fixed)]:
-        takes = f"one of {sorted(fixed)}" if fixed else f"a multiple of {program.multiple_px}"
+        takes = f"one of {sorted(fixed)}" if fixed else f"a positive multiple of {program.multiple_px}"
         raise UsageError(f"tile={wrong[0]} must be {takes} for this bundle; its own tiles have {usual} px")
 
 

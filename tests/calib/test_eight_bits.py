@@ -42,6 +42,7 @@ def made(tmp_path: Path, pictures: Path) -> tuple[Path, Recipe]:
     return root, make_recipe(read_bundle(root), *read_observations(tmp_path / "s.safetensors"), "int8")
 
 
+@pytest.mark.slow
 def test_engines_are_added_beside_the_others_and_restore_nearly_the_same_picture(
     made: tuple[Path, Recipe], held: Path
 ) -> None:
@@ -157,6 +158,7 @@ def test_a_picture_without_its_original_is_refused(held: Path) -> None:
         original_of(held / "60.jpg", held)
 
 
+@pytest.mark.slow
 def test_a_missed_budget_is_an_error_with_the_best_that_was_reached(
     made: tuple[Path, Recipe], held: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -173,6 +175,7 @@ def test_a_missed_budget_is_an_error_with_the_best_that_was_reached(
     assert json.loads((root / "reports" / "quantised.json").read_text())["budget_db"] == 90
 
 
+@pytest.mark.slow
 def test_an_engine_that_is_slower_is_not_chosen(made: tuple[Path, Recipe], held: Path) -> None:
     root, recipe = made
     add_engines(root, recipe, ("ort",), threads=1)
@@ -187,6 +190,7 @@ def test_an_engine_that_is_slower_is_not_chosen(made: tuple[Path, Recipe], held:
             assert restorer.specs["show"].name == chosen
 
 
+@pytest.mark.slow
 def test_the_commands_lead_from_a_bundle_to_a_judged_engine(
     tmp_path: Path, pictures: Path, held: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -126,6 +126,7 @@ def test_restore_writes_a_picture_and_tells_its_cost(hitoksr_tiny: Path, tmp_pat
     assert "random weights" in result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory", ["low", pytest.param("fast", marks=pytest.mark.slow)])
 def test_tiles_threads_workers_and_memory_change_nothing_that_shows(
     hitoksr_tiny: Path, tmp_path: Path, memory: str
@@ -147,6 +148,7 @@ def test_plan_runs_nothing_and_counts_tiles(hitoksr_tiny: Path) -> None:
     assert "6x4 tiles" in told("runtime", "plan", 640, 360, "--bundle", hitoksr_tiny).stdout
 
 
+@pytest.mark.slow
 def test_profile_measures_each_resolution(hitoksr_tiny: Path) -> None:
     words = ("runtime", "profile", "--bundle", hitoksr_tiny, "--resolutions", "64,96x48")
     answer = json.loads(told(*words, "--json").stdout)

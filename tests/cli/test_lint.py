@@ -69,6 +69,7 @@ def test_findings_in_json_are_one_by_one_beside_the_error(faulty, capsys):
     ]
 
 
+@pytest.mark.slow
 def test_a_folder_of_graphs_or_one_of_them_is_checked_where_its_weights_lie(hitoksr_tiny, tmp_path, capsys):
     folder = tmp_path / "onnx"
     onnx_folder(hitoksr_tiny, folder)

@@ -122,6 +122,7 @@ def test_a_check_that_measured_and_failed_tells_both_in_one_object(
     assert "c.o: relative L2 1.0e+00" in said.out and said.err == f"tilewright: {answer['error']['message']}\n"
 
 
+@pytest.mark.slow
 def test_an_image_goes_through_pipes_as_through_files(restoring: Path) -> None:
     picture = (restoring / "in.png").read_bytes()
     assert run(*RESTORE, "in.png", "out.png", "--bundle", "b").returncode == 0
@@ -241,6 +242,7 @@ def on_terminal(*words: str, **environment: str) -> str:
     return said.decode()
 
 
+@pytest.mark.slow
 def test_colour_is_for_terminals_and_no_color_takes_it_away(tmp_path: Path) -> None:
     words = ("export", "inspect", str(tmp_path / "nowhere"))
     assert "\x1b[1;31mtilewright:\x1b[0m " in on_terminal(*words)
@@ -313,6 +315,7 @@ def test_one_bar_goes_over_all_passes_of_a_job(
     ]
 
 
+@pytest.mark.slow
 def test_what_libraries_write_stays_away_unless_it_is_asked_for(restoring: Path) -> None:
     Image.open("in.png").resize((64, 64)).save("damaged.tif", compression="tiff_lzw")
     content = bytearray(Path("damaged.tif").read_bytes())

@@ -116,6 +116,7 @@ def test_a_command_that_is_killed_goes_on_from_its_last_checkpoint(folder, capsy
     assert same()
 
 
+@pytest.mark.slow
 def test_another_seed_is_one_line_with_both_values_and_loses_nothing(folder, capsys) -> None:
     stopped(signal.SIGTERM, "in.png", "out.png", *SOON, "--seed", "1")
     data = (folder / "out.png.resume").read_bytes()

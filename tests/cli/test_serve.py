@@ -76,6 +76,7 @@ def test_sigterm_under_load_loses_no_accepted_request(bundle) -> None:
         assert "requests are finished first" in said and "Traceback" not in said
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_what_runs(tmp_path) -> None:
     with serving("--bundle", endless_bundle(tmp_path / "endless"), "--threads", "1") as (process, url):
         with ThreadPoolExecutor(1) as pool:

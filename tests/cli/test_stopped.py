@@ -18,6 +18,7 @@ def threads_of(process: subprocess.Popen[str]) -> int:
     return sum(" R " in stat.read_text() for stat in Path(f"/proc/{process.pid}/task").glob("*/stat") if stat.exists())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="only Linux tells which threads work")
 @pytest.mark.parametrize("what", ["image", pytest.param("folder", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(

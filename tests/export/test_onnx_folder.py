@@ -43,6 +43,7 @@ def moved_weights(graph):
     return [n.name for n in products if any(constant(name) and name not in initializers for name in n.input)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fold", [False, True], ids=["as it is", "folded"])
 def test_the_folder_of_every_system_gives_the_engines_numbers(tiny, tmp_path, fold):
     root, calls = tiny

@@ -27,7 +27,8 @@ from tilewright.runtime.bundle.external_data import external_data
 from tilewright.runtime.bundle.read import read_bundle
 
 ROUNDING = 2e-5  # relative L2, float32 against float32 in another order
-FUNCTIONS = sorted(READERS.keys() - {"openvino"})  # readers that take a model's own functions
+QUANTISERS = [reader for reader in READERS if reader.startswith("quantize")]
+FUNCTIONS = sorted(READERS.keys() - {"openvino", *QUANTISERS})  # readers that take a model's own functions
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +80,14 @@ def test_a_stock_reader_opens_every_graph_where_it_lies(packed, system, ops, rea
         theirs = READERS[reader](root / graph, inputs, tmp_path)
         if theirs is not None:
             assert_same(outputs, theirs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantiser", QUANTISERS)
+def test_a_quantiser_takes_our_functions(packed, quantiser, tmp_path):
+    root, calls = packed("hitoksr", "tilewright")  # one system: they take seconds for each graph
+    for component, (inputs, _) in calls.items():
+        assert READERS[quantiser](root / f"{component}.onnx", inputs, tmp_path) is None
 
 
 @pytest.mark.parametrize("ops", ["standard", "tilewright"])

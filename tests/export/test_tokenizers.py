@@ -239,6 +239,7 @@ def test_t5_is_converted_from_sentencepiece(folder):
 # --- the stand-ins
 
 
+@pytest.mark.slow
 def test_stand_ins_are_the_same_on_every_call():
     assert stand_in_t5(32128) == stand_in_t5(32128)
     assert stand_in_clip(49408) == stand_in_clip(49408)

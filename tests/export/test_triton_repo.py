@@ -138,6 +138,7 @@ BAD = [
 ]
 
 
+@pytest.mark.slow
 def test_the_model_gives_the_bytes_that_restore_writes(tinted, photo, look, tmp_path, stand_in, capsys) -> None:
     triton_repo(tinted, tmp_path / "repository")
     model = opened(tmp_path / "repository")

@@ -217,6 +217,7 @@ def test_the_instruction_set_that_is_asked_for_is_the_one_in_use(native, level):
     assert indices.tolist() == [[0 if level == "scalar" else 1]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", INPUTS)
 def test_neither_threads_nor_other_rows_change_a_choice(op):
     inputs = full_size(op, 1100)  # more than a block

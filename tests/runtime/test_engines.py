@@ -122,6 +122,7 @@ def test_low_memory_turns_off_what_copies_the_weights(bundle):
     assert options.get_session_config_entry("session.disable_prepacking") == "1"
 
 
+@pytest.mark.slow
 def test_calls_of_all_engines_share_memory_which_goes_back_when_one_is_closed(tmp_path):
     nodes = [helper.make_node("Exp", ["x"], ["a"]), helper.make_node("Neg", ["a"], ["b"])]
     nodes.append(helper.make_node("ReduceSum", ["b"], ["y"]))

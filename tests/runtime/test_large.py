@@ -58,6 +58,7 @@ def restored(bundle, limit, source, target=OUT, *, devices=1, resume=None, on_pa
     return isinstance(restoration.image, PictureOnDisk)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
 def test_a_picture_on_the_disk_has_the_pixels_of_one_in_memory(bundle, scarce, channels):
     pixels = noise(90, 120, channels)

@@ -29,6 +29,7 @@ def train(folder, *, stop_at=None):
     return average.network.state_dict()
 
 
+@pytest.mark.slow
 def test_a_stop_changes_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr("train.loop.SAVE_EVERY_S", 0)
     expected = train(tmp_path / "whole")

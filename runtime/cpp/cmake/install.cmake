@@ -41,6 +41,9 @@ if(TILEWRIGHT_INSTALL_ONNXRUNTIME)
   install(FILES ${link} DESTINATION ${CMAKE_INSTALL_LIBDIR})
 endif()
 
+# our native kernels, which `make native` builds, are found beside the library
+install(FILES ${PROJECT_SOURCE_DIR}/../../kernels/native/lib/libtilewright_cpu.so DESTINATION ${CMAKE_INSTALL_LIBDIR} OPTIONAL)
+
 set(config ${CMAKE_INSTALL_LIBDIR}/cmake/Tilewright)
 set(folder ${OnnxRuntimeLibrary_FOLDER})
 configure_package_config_file(cmake/TilewrightConfig.cmake.in TilewrightConfig.cmake

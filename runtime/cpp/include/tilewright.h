@@ -66,7 +66,9 @@ typedef struct tw_params {
     const char *engine;         /* the name, precision or backend of the engines; NULL: the best that fit, see tw_engine_at */
     const char *weights_dir;    /* the folder of the weights, if they moved since the build; or NULL */
     const char *expect;         /* accept only the bundle whose digest begins so, with 12 digits or more; or NULL */
-    const char *native_library; /* Tilewright's own kernels, libtilewright_cpu.so; NULL: none */
+    /* Tilewright's own kernels, libtilewright_cpu.so. NULL: what the environment variable TILEWRIGHT_NATIVE names, or the
+       file beside this library, if there is one. Empty: none. */
+    const char *native_library;
     const char *devices;        /* "cpu:0,cpu:1": they run tiles at the same time, with the same pixels; NULL: "cpu:0" */
     int64_t memory_limit;       /* bytes that a restoration may need, with all that the process holds; 0: what is free */
     /* A call of a network that takes so many seconds hangs, and its device is not used again. 0: 20 times the slowest call of
@@ -157,6 +159,10 @@ typedef struct tw_options {
     /* Gets a line for each fault that the restoration has survived, such as a device that failed. */
     void (*on_note)(const char *note, void *user);
     int32_t bits; /* of a channel of the result, 8 or 16; 0: as many as the image has */
+    /* Takes the colours of the input: "wavelet" its low frequencies, "adain" the mean and the spread of its channels. on_part
+       gets the parts before that. "off", or NULL: none. */
+    const char *color;
+    int32_t jitter; /* 1: the borders of tiles move from step to step, where steps join tiles */
 } tw_options;
 
 TW_API void tw_fill_options(tw_options *options, size_t size); /* as tw_fill_params */

@@ -65,7 +65,7 @@ void give_back() noexcept {
         Ort::MemoryInfo place = Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault);
         Ort::Value value = Ort::Value::CreateTensor<float>(place, &number, 1, &shape, 1);
         session->Run(options, &input, &value, 1, &output, 1);
-    } catch (const Ort::Exception&) {  // then the memory stays with the arena
+    } catch (const std::exception&) {  // then the memory stays with the arena
     }
 #ifdef __GLIBC__
     malloc_trim(0);

@@ -190,8 +190,6 @@ Path Bundle::folder(const std::string& name, const std::optional<Path>& weights_
     const Folder& folder = weights.folders.at(name);
     std::vector<Path> candidates = {root / "weights" / name};
     if (weights_dir) {
-        if (!fs::is_directory(*weights_dir))
-            throw Error(usage, "--weights-dir " + one_line(weights_dir->string()) + " is no folder; give the one with the weights");
         candidates.push_back(*weights_dir / name);
         candidates.push_back(*weights_dir);
         std::vector<Path> below;
@@ -215,7 +213,7 @@ Path Bundle::folder(const std::string& name, const std::optional<Path>& weights_
             if (!wrong) wrong = error;
         }
     }
-    if (wrong) throw *wrong;
+    if (wrong) throw Error(*wrong);
     Strings names = keys(folder.files);
     names.resize(std::min<std::size_t>(3, names.size()));
     throw Error(damaged, root.string() + ": weights " + one_line(join(names)) + " of " + repr(name) + " are in none of " + join(searched) +

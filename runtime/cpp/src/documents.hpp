@@ -249,12 +249,13 @@ TensorSpec read_tensor_spec(const Json& document, const std::string& where);
 // The arguments that a caller may set. They follow from the program.
 Named<Argument> arguments_of(const Program& program);
 Argument argument_of(const Input& input);
+void check_arguments(const Program& program);  // refuses names that callers cannot use, and ranges that make no sense
 
 // Refuses a program that cannot run on these components. Nothing is run.
 void check_program(const Program& program, const Named<Signature>& components, const Named<TensorSpec>& constants);
-void check_arguments(const Program& program);
 
 extern const std::map<std::string, Strings> SCHEDULE_TABLES;
 extern const Strings DTYPES, PRECISIONS;
+inline bool is_float(const std::string& dtype) { return dtype.find("float") != std::string::npos; }
 
 }  // namespace tw

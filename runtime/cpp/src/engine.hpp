@@ -26,6 +26,8 @@ struct EngineOptions {
 // ONNX Runtime on the CPU. `files`: location of weights in the graph -> the file.
 std::unique_ptr<Engine> open_ort(const Path& graph, const Named<Path>& files, const std::string& precision, const EngineOptions& options);
 std::string ort_version();
+// The library of our own kernels: TILEWRIGHT_NATIVE names one, or none if it is empty. Otherwise it lies beside this library.
+std::optional<Path> native_library();
 // OpenVINO on the CPU, where the library was built with it.
 std::unique_ptr<Engine> open_openvino(const Path& graph, const Named<Path>& files, const std::string& precision, const EngineOptions& options);
 std::string openvino_version();

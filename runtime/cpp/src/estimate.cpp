@@ -83,9 +83,10 @@ std::int64_t needed_bytes(const Setting& setting, const std::vector<Planned>& pa
         std::int64_t engines = weights_bytes(setting, opened) + GRAPH * graph_bytes(setting, opened);
         peak = std::max(peak, static_cast<double>(held.at(place)) + working + static_cast<double>(code + setting.copies * engines));
     }
-    std::int64_t picture = 3 * height * width + 3 * height * width / (bundle.program.scale * bundle.program.scale);  // the result and the source
+    std::int64_t picture = 3 * height * width + 3 * height * width / (bundle.program.scale * bundle.program.scale);  // values of the result and the source
+    std::int64_t pictures_bytes = picture * size.bits / 8;
     std::int64_t fixed = bundle.manifest.constants ? bundle.manifest.files.at(*bundle.manifest.constants).size : 0;
-    return static_cast<std::int64_t>(static_cast<double>(PROCESS_BYTES + picture * size.bits / 8 + fixed) + peak);
+    return static_cast<std::int64_t>(static_cast<double>(PROCESS_BYTES + pictures_bytes + fixed) + peak);
 }
 
 struct Planning {

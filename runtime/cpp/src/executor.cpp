@@ -231,7 +231,7 @@ class Round : public std::enable_shared_from_this<Round> {
         const std::string component = call.run;
         const Strings outputs = keys(call.outputs);
         const Block& block = graph_.blocks[flight.batch.nodes[0].block];
-        Executor::Kind kind{component, graph_.plan(block).tile_height, graph_.plan(block).tile_width, flight.batch.nodes.size()};
+        Executor::Kind kind{component, block.plan.tile_height, block.plan.tile_width, flight.batch.nodes.size()};
         auto start = Clock::now();
         {
             std::unique_lock lock(lock_);
@@ -263,7 +263,7 @@ class Round : public std::enable_shared_from_this<Round> {
         if (stopped_) throw Unwanted();
         double& slowest = executor_.slowest_[kind];
         slowest = std::max(slowest, Seconds(Clock::now() - start).count());
-        if (fault) throw *fault;
+        if (fault) throw Fault(*fault);
         return results;
     }
 

@@ -11,57 +11,102 @@ namespace {
 // ---- numbers in the type of an input
 
 template <class T>
-bool put(std::vector<char>& bytes, double number) {
-    if (!std::numeric_limits<T>::is_integer && !std::isfinite(static_cast<T>(number))) return false;
-    if (std::numeric_limits<T>::is_integer) {
-        bool fits = number == std::floor(number) && number >= static_cast<double>(std::numeric_limits<T>::min()) &&
-                    number < std::ldexp(1.0, std::numeric_limits<T>::digits);
-        if (!fits) return false;
-    }
-    T value = static_cast<T>(number);
+void append(std::vector<char>& bytes, T value) {
     const char* raw = reinterpret_cast<const char*>(&value);
     bytes.insert(bytes.end(), raw, raw + sizeof value);
+}
+
+// Reads all of a text; false if it is no number of that type.
+template <class T>
+bool read_all(const std::string& text, T& value) {
+    const char *begin = text.data(), *end = begin + text.size();
+    if (text.size() > 1 && text[0] == '+' && text[1] != '-') ++begin;
+    auto result = std::from_chars(begin, end, value);
+    return result.ec == std::errc() && result.ptr == end;
+}
+
+template <class T>
+bool put_real(std::vector<char>& bytes, const std::string& text) {
+    double number = 0;
+    if (!read_all(text, number) || !std::isfinite(static_cast<T>(number))) return false;
+    append(bytes, static_cast<T>(number));
     return true;
 }
 
-bool put_number(std::vector<char>& bytes, const std::string& dtype, double number) {
-    if (dtype == "float32") return put<float>(bytes, number);
-    if (dtype == "float64") return put<double>(bytes, number);
-    if (dtype == "int64") return put<std::int64_t>(bytes, number);
-    if (dtype == "int32") return put<std::int32_t>(bytes, number);
-    if (dtype == "int16") return put<std::int16_t>(bytes, number);
-    if (dtype == "int8") return put<std::int8_t>(bytes, number);
-    if (dtype == "uint8") return put<std::uint8_t>(bytes, number);
-    if (dtype == "bool") return (number == 0 || number == 1) && put<std::uint8_t>(bytes, number);
+template <class T>
+bool put_whole(std::vector<char>& bytes, const std::string& text) {
+    T number = 0;
+    bool fits = read_all(text, number);
+    if (fits) append(bytes, number);
+    return fits;
+}
+
+bool put_number(std::vector<char>& bytes, const std::string& dtype, const std::string& text) {
+    if (dtype == "float32") return put_real<float>(bytes, text);
+    if (dtype == "float64") return put_real<double>(bytes, text);
+    if (dtype == "int64") return put_whole<std::int64_t>(bytes, text);
+    if (dtype == "int32") return put_whole<std::int32_t>(bytes, text);
+    if (dtype == "int16") return put_whole<std::int16_t>(bytes, text);
+    if (dtype == "int8") return put_whole<std::int8_t>(bytes, text);
+    if (dtype == "uint8") return put_whole<std::uint8_t>(bytes, text);
+    if (dtype == "bool") return (text == "0" || text == "1") && put_whole<std::uint8_t>(bytes, text);
     throw Error(environment, "this library makes no " + dtype + " from a number; give an array");
 }
 
-std::optional<double> number_of(const std::string& text) {
-    double number = 0;
-    const char *begin = text.data(), *end = begin + text.size();
-    auto result = std::from_chars(begin + (text[0] == '+'), end, number);
-    if (text.empty() || result.ec != std::errc() || result.ptr != end || !std::isfinite(number)) return std::nullopt;
-    return number;
+// A number of an array, as a double.
+template <class T>
+double number_at(const Tensor& tensor, std::size_t place) {
+    T value;
+    std::memcpy(&value, static_cast<const char*>(tensor.data.get()) + place * sizeof value, sizeof value);
+    return static_cast<double>(value);
 }
 
-Tensor single(const std::string& name, const Input& spec, const std::string& text, bool standard) {
-    const Argument argument = argument_of(spec);
-    const std::string wrong = name + "=" + one_line(text) + " is not " + argument.takes();
-    std::optional<double> number = number_of(text);
-    if (auto choice = spec.choices.find(text); choice != spec.choices.end()) number = static_cast<double>(choice->second);
-    bool fits = number.has_value();
-    if (fits && !spec.choices.empty()) {
-        fits = false;
-        for (const auto& [choice, value] : spec.choices) fits = fits || static_cast<double>(value) == *number;
+double number_at(const Tensor& tensor, std::size_t place) {
+    if (tensor.dtype == "float32") return number_at<float>(tensor, place);
+    if (tensor.dtype == "float64") return number_at<double>(tensor, place);
+    if (tensor.dtype == "int64") return number_at<std::int64_t>(tensor, place);
+    if (tensor.dtype == "int32") return number_at<std::int32_t>(tensor, place);
+    if (tensor.dtype == "int16") return number_at<std::int16_t>(tensor, place);
+    if (tensor.dtype == "int8") return number_at<std::int8_t>(tensor, place);
+    if (tensor.dtype == "uint8" || tensor.dtype == "bool") return number_at<std::uint8_t>(tensor, place);
+    throw Error(environment, "this library compares no numbers of " + tensor.dtype + "; use a bundle whose input has another type");
+}
+
+// A bound as NumPy rounds it to a type.
+double rounded(double bound, const std::string& dtype) {
+    if (dtype == "float32") return static_cast<double>(static_cast<float>(bound));
+    return is_float(dtype) ? bound : std::trunc(bound);
+}
+
+// Refuses numbers that are no choice, or outside of the range. `shown` is the value for the message.
+void require_allowed(const std::string& shown, const Input& spec, const Tensor& tensor) {
+    bool ranged = spec.least.kind != Scalar::none || spec.most.kind != Scalar::none;
+    if (!ranged && spec.choices.empty()) return;
+    for (std::size_t i = 0; i < tensor.count(); ++i) {
+        double number = number_at(tensor, i);
+        bool fits = spec.choices.empty();
+        for (const auto& [choice, value] : spec.choices) fits = fits || static_cast<double>(value) == number;
+        fits = fits && (spec.least.kind == Scalar::none || number >= rounded(spec.least.number, spec.dtype));
+        fits = fits && (spec.most.kind == Scalar::none || number <= rounded(spec.most.number, spec.dtype));
+        if (!fits) throw Error(usage, shown + " is not " + argument_of(spec).takes());
     }
+}
+
+Tensor single(const std::string& name, const Input& spec, const std::string& text) {
+    const std::string shown = name + "=" + one_line(text);
+    auto choice = spec.choices.find(text);
     std::vector<char> bytes;
-    fits = fits && put_number(bytes, spec.dtype, *number);
-    if (fits && !standard) {
-        double rounded = spec.dtype == "float32" ? static_cast<double>(static_cast<float>(*number)) : *number;
-        auto bound = [&](const Scalar& limit) { return spec.dtype == "float32" ? static_cast<double>(static_cast<float>(limit.number)) : limit.number; };
-        fits = (spec.least.kind == Scalar::none || rounded >= bound(spec.least)) && (spec.most.kind == Scalar::none || rounded <= bound(spec.most));
-    }
-    if (!fits) throw Error(usage, wrong);
+    bool fits = spec.choices.empty() || choice != spec.choices.end();
+    fits = fits && put_number(bytes, spec.dtype, spec.choices.empty() ? text : std::to_string(choice->second));
+    if (!fits) throw Error(usage, shown + " is not " + argument_of(spec).takes());
+    Tensor tensor = tensor_of(spec.dtype, {1}, bytes.data());
+    require_allowed(shown, spec, tensor);
+    return tensor;
+}
+
+Tensor standard(const Input& spec) {
+    std::vector<char> bytes;
+    if (!put_number(bytes, spec.dtype, spec.standard.repr())) throw Error(usage, "the default " + spec.standard.repr() + " is not " + argument_of(spec).takes());
     return tensor_of(spec.dtype, {1}, bytes.data());
 }
 
@@ -72,14 +117,15 @@ Tensor array(const std::string& name, const Input& spec, const std::string& text
         std::size_t end = std::min(text.find(',', at), text.size());
         std::string part = text.substr(at, end - at);
         while (!part.empty() && part[0] == ' ') part.erase(0, 1);
-        auto number = number_of(part);
-        if (!number || !put_number(bytes, spec.dtype, *number)) throw Error(usage, name + ": " + repr(one_line(part)) + " is no " + spec.dtype);
+        if (!put_number(bytes, spec.dtype, part)) throw Error(usage, name + ": " + repr(one_line(part)) + " is no " + spec.dtype);
         at = end + 1;
     }
     std::int64_t size = 1;
     for (auto side : spec.shape) size *= side;
     if (count != size) throw Error(usage, name + " has " + std::to_string(count) + " numbers; give " + std::to_string(size) + ", for an array of " + repr(spec.shape));
-    return tensor_of(spec.dtype, spec.shape, bytes.data());
+    Tensor tensor = tensor_of(spec.dtype, spec.shape, bytes.data());
+    require_allowed(name + ", an array,", spec, tensor);
+    return tensor;
 }
 
 Tensor fitting(const std::string& where, const Tensor& tensor, const TensorSpec& spec, Code code) {
@@ -87,11 +133,15 @@ Tensor fitting(const std::string& where, const Tensor& tensor, const TensorSpec&
     bool fits = tensor.shape.size() == spec.shape.size();
     for (std::size_t i = 0; fits && i < spec.shape.size(); ++i) fits = spec.shape[i].named() ? tensor.shape[i] > 0 : spec.shape[i].size == tensor.shape[i];
     if (!fits) throw Error(code, where + " has shape " + repr(tensor.shape) + ", this bundle takes " + repr(spec.shape) + "; use its own");
-    for (std::size_t i = 0; tensor.dtype == "float32" && i < tensor.count(); ++i) {
-        float value = 0;
-        std::memcpy(&value, static_cast<const char*>(tensor.data.get()) + 4 * i, 4);
-        if (!std::isfinite(value)) throw Error(code, where + " holds " + repr(static_cast<double>(value)) + " as float32; give finite numbers");
-    }
+    if (NotFinite found = not_finite(tensor); found.count) throw Error(code, where + " holds " + repr(found.first) + " as " + tensor.dtype + "; give finite numbers");
+    return tensor;
+}
+
+// The array that a caller gives for an input, with the words for it in a message.
+Tensor fitting(const std::string& name, const Tensor& tensor, const Input& spec) {
+    fitting(name, tensor, spec.spec(), usage);
+    bool one = spec.shape.empty() && (!spec.choices.empty() || spec.least.kind != Scalar::none || spec.most.kind != Scalar::none);
+    require_allowed(one ? name + "=" + repr(number_at(tensor, 0)) : name + ", an array,", spec, tensor);
     return tensor;
 }
 
@@ -130,9 +180,10 @@ Named<Tensor> gather(const Bundle& bundle, const std::vector<Value>& values) {
     const Program& program = bundle.program;
     Named<TensorSpec> specs = values_of(bundle);
     Named<Tensor> inputs;
-    std::set<std::string> by_files;
+    std::set<std::string> by_files, names;
     for (const auto& value : values) {
         const std::string& name = value.name;
+        if (!names.insert(name).second) throw Error(usage, repr(one_line(name)) + " is given twice; give it once");
         auto input = program.inputs.find(name);
         bool whole_input = input != program.inputs.end();
         if (!program.texts.count(name) && !program.files.count(name) && !whole_input && !specs.count(name)) {
@@ -152,16 +203,21 @@ Named<Tensor> gather(const Bundle& bundle, const std::vector<Value>& values) {
             for (const auto& [tensor, target] : file->second.tensors) {
                 if (!tensors.count(tensor))
                     throw Error(Code::input, *value.text + ": lacks the tensor " + repr(tensor) + "; give one with " + join(keys(file->second.tensors)));
-                TensorSpec spec = program.inputs.count(target) ? program.inputs.at(target).spec() : specs.at(target);
+                auto whole = program.inputs.find(target);
+                TensorSpec spec = whole != program.inputs.end() ? whole->second.spec() : specs.at(target);
+                bool single_number = whole != program.inputs.end() && whole->second.shape.empty();
+                if (single_number) spec.shape.clear();  // in a file it has no axis of rows
                 inputs[target] = fitting(*value.text + ": " + repr(tensor), tensors.at(tensor), spec, Code::input);
+                if (single_number) inputs[target].shape = {1};
+                if (whole != program.inputs.end()) fitting(target, inputs[target], whole->second);
                 by_files.insert(target);
             }
         } else if (whole_input) {
             const Input& spec = input->second;
             if (value.text) {
-                inputs[name] = spec.shape.empty() ? single(name, spec, *value.text, false) : array(name, spec, *value.text);
+                inputs[name] = spec.shape.empty() ? single(name, spec, *value.text) : array(name, spec, *value.text);
             } else {
-                inputs[name] = fitting(name, value.array, spec.spec(), usage);
+                inputs[name] = fitting(name, value.array, spec);
             }
         } else {
             if (value.text) throw Error(usage, name + " is an array; give its numbers, not a text");
@@ -170,7 +226,7 @@ Named<Tensor> gather(const Bundle& bundle, const std::vector<Value>& values) {
     }
     for (const auto& [name, spec] : program.inputs) {
         bool number = spec.standard.kind == Scalar::whole || spec.standard.kind == Scalar::real;
-        if (number && !inputs.count(name)) inputs[name] = single(name, spec, spec.standard.repr(), true);
+        if (number && !inputs.count(name)) inputs[name] = standard(spec);
     }
     for (const auto& [name, text] : program.texts) {
         bool given = !by_files.empty();

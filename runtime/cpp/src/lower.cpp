@@ -31,9 +31,9 @@ Shape all(std::int64_t size) {
 
 class Lowering {
    public:
-    Lowering(const Program& program, const Named<TilePlan>& plans, const Named<std::int64_t>& steps) : steps_(steps) {
+    Lowering(const Program& program, const Named<TilePlan>& plans, const Named<std::int64_t>& steps, std::optional<std::int64_t> jitter)
+        : plans_(plans), steps_(steps), jitter_(jitter) {
         graph_.program = &program;
-        graph_.plans = plans;
     }
 
     Graph graph() {
@@ -46,7 +46,9 @@ class Lowering {
    private:
     using Place = std::pair<std::string, std::string>;  // tiles, or "" for the job; and a name
     Graph graph_;
+    const Named<TilePlan>& plans_;
     const Named<std::int64_t>& steps_;
+    std::optional<std::int64_t> jitter_;
     Named<std::int64_t> grid_writer_;
     std::map<Place, std::int64_t> value_writer_;
     std::map<Place, std::set<std::int64_t>> value_readers_;
@@ -97,6 +99,7 @@ class Lowering {
         };
         auto pointers_to = [](const std::vector<Call>& calls) {
             std::vector<const Call*> pointers;
+            pointers.reserve(calls.size());
             for (const auto& call : calls) pointers.push_back(&call);
             return pointers;
         };
@@ -147,14 +150,15 @@ class Lowering {
             for (const auto& [name, target] : call->outputs) targets.insert(target);
         }
         bool independent = p.tiles && !p.each.empty() && !writes_grid(p.writes("each"));
-        Block block{number, place, section, step, calls, 0, {}, {}, {}, independent, 1};
+        Block block{number, place, section, step, calls, 0, {}, {}, {}, independent, 1, plans_.at(p.name)};
+        if (jitter_ && section == "each" && moves(program, p)) block.plan = moved(block.plan, program.multiple_px, *jitter_, step);
         if (previous >= 0) block.waits.push_back({previous, "same", nullptr});
         for (const auto& grid : names) {
             if (!program.grids.count(grid) || grid == "image") continue;
             auto writer = written.find(grid);
             block.reads[grid] = {-1, nullptr};
             if (writer == written.end()) continue;
-            auto over = std::make_shared<const Beneath>(rectangles(graph_.plans.at(p.name)), rectangles(graph_.plan(graph_.blocks[writer->second])));
+            auto over = std::make_shared<const Beneath>(rectangles(block.plan), rectangles(graph_.blocks[writer->second].plan));
             block.reads[grid] = {writer->second, over};
             wait(block, {writer->second, "beneath", over});
         }
@@ -185,7 +189,7 @@ class Lowering {
             value_readers_.erase(home);
             value_writer_[home] = number;
         }
-        block.size = alone ? 1 : graph_.plans.at(p.name).count();
+        block.size = alone ? 1 : block.plan.count();
         for (const auto& target : targets)
             if (program.grids.count(target)) block.writes.push_back(target);
         block.batch = alone || !p.tiles ? 1 : p.tiles->batch;
@@ -244,8 +248,13 @@ std::int64_t Wait::count(std::int64_t tile, std::int64_t size) const { return ov
 
 Shape Wait::followers(std::int64_t tile, std::int64_t size) const { return over ? over->above(tile) : rule == "same" ? Shape{tile} : all(size); }
 
-Graph lower(const Program& program, const Named<TilePlan>& plans, const Named<std::int64_t>& steps) {
-    return Lowering(program, plans, steps).graph();
+bool moves(const Program& program, const Pass& p) {
+    std::set<std::string> written = p.writes("each");
+    return p.tiles && p.state.empty() && std::any_of(written.begin(), written.end(), [&](const auto& name) { return program.grids.count(name) > 0; });
+}
+
+Graph lower(const Program& program, const Named<TilePlan>& plans, const Named<std::int64_t>& steps, std::optional<std::int64_t> jitter) {
+    return Lowering(program, plans, steps, jitter).graph();
 }
 
 }  // namespace tw

@@ -62,11 +62,11 @@ struct Block {
     Strings writes;
     bool independent;  // its tiles do not read each other
     std::int64_t batch;
+    TilePlan plan;
 };
 
 struct Graph {
     const Program* program;
-    Named<TilePlan> plans;
     std::vector<Block> blocks;
     Named<std::int64_t> last_writer;
     std::vector<Shape> of_pass, tile_blocks;  // pass -> its blocks; those with a node for each tile
@@ -76,10 +76,12 @@ struct Graph {
     std::vector<std::set<std::string>> read_later;  // pass -> the names that later passes read
 
     const Pass& pass(const Block& block) const { return program->passes[block.place]; }
-    const TilePlan& plan(const Block& block) const { return plans.at(pass(block).name); }
 };
 
-// The program must outlive the graph.
-Graph lower(const Program& program, const Named<TilePlan>& plans, const Named<std::int64_t>& steps);
+// Whether the tiles of a pass may move: they are joined after every step, and keep no state of their own.
+bool moves(const Program& program, const Pass& p);
+
+// The program must outlive the graph. `jitter`: the seed by which tiles move from step to step, in passes where they may.
+Graph lower(const Program& program, const Named<TilePlan>& plans, const Named<std::int64_t>& steps, std::optional<std::int64_t> jitter = std::nullopt);
 
 }  // namespace tw

@@ -7,7 +7,7 @@
 namespace tw {
 namespace {
 
-constexpr int DEEPEST = 100;
+constexpr int DEEPEST_GRAPH = 100;
 const std::map<std::int64_t, std::string> KINDS = {
     {1, "float32"}, {2, "uint8"},    {3, "int8"},     {5, "int16"},     {6, "int32"},          {7, "int64"},
     {9, "bool"},    {10, "float16"}, {11, "float64"}, {16, "bfloat16"}, {17, "float8_e4m3fn"}, {19, "float8_e5m2"}};
@@ -118,14 +118,13 @@ std::pair<std::string, std::optional<External>> read_tensor(const std::string& d
 }
 
 void tensors(const std::string& data, std::vector<Message>& path, Span span, const std::function<void(Span)>& visit) {
-    static const std::string word = "location";
-    if (path.size() > DEEPEST) throw Invalid("nested too deeply");
+    if (path.size() > DEEPEST_GRAPH) throw Invalid("nested too deeply");
     const auto& inside = INSIDE.at(path.back());
     fields(data, span, [&](const Field& field) {
         auto message = inside.find(field.number);
         if (message == inside.end()) return;
         Span part = bytes(field);
-        if (std::search(data.begin() + part.at, data.begin() + part.end, word.begin(), word.end()) == data.begin() + part.end) return;
+        if (std::string_view(data).substr(part.at, part.end - part.at).find("location") == std::string_view::npos) return;
         path.push_back(message->second);
         if (message->second == tensor) {
             visit(part);

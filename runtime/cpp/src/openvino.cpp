@@ -9,6 +9,7 @@
 #include <regex>
 
 #include "engine.hpp"
+#include "explained.hpp"
 
 namespace tw {
 namespace {
@@ -25,12 +26,6 @@ std::string name_of(const ov::element::Type& type) {
     return type.to_string();
 }
 
-// Words of OpenVINO's messages, what they mean, and what to do; the first that fit count.
-struct Reason {
-    Strings words;
-    Code code;
-    const char* advice;
-};
 const std::vector<Reason> REASONS = {
     {{"failed to allocate", "bad_alloc", "out of memory", "memory descriptor", "memory object"}, resource, "use smaller tiles or low memory"},
     {{"no conversion rule"}, environment, "this version of OpenVINO is too old for the graph: use a newer one"},
@@ -39,14 +34,9 @@ const std::vector<Reason> REASONS = {
 
 Error explained(const Path& graph, const std::string& what, const std::string& message) {
     static const std::regex noise("(Caught exception: )?Exception from src/\\S+:\\d+: ?|Check '.*?' failed at src/\\S+:\\d+: ?|FrontEnd API failed with \\w+: ?");
-    std::string text = std::regex_replace(message, noise, ""), lower = text;
+    std::string text = std::regex_replace(message, noise, "");
     std::replace(text.begin(), text.end(), '\n', ' ');
-    std::transform(lower.begin(), lower.end(), lower.begin(), [](char c) { return static_cast<char>(c >= 'A' && c <= 'Z' ? c + 32 : c); });
-    const std::string told = graph.string() + ": openvino " + openvino_version() + " " + what + " (" + one_line(text) + "); ";
-    for (const auto& reason : REASONS)
-        for (const auto& word : reason.words)
-            if (lower.find(word) != std::string::npos) return {reason.code, one_line(told + reason.advice, 800)};
-    return {damaged, one_line(told + "verify the bundle with 'tilewright export verify'", 800)};
+    return explained(REASONS, graph, "openvino " + openvino_version(), what, text);
 }
 
 ov::Core& core() {

@@ -1,12 +1,15 @@
-// ONNX Runtime on the CPU, with our own kernels where their library is named. As runtime/engines/ort.py.
+// ONNX Runtime on the CPU, with our own kernels where there are any. As runtime/engines/ort.py.
+#include <dlfcn.h>
 #include <onnxruntime_cxx_api.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 #include <mutex>
 
 #include "arena.hpp"
 #include "engine.hpp"
+#include "explained.hpp"
 
 namespace tw {
 namespace {
@@ -18,12 +21,6 @@ const std::map<std::string, ONNXTensorElementDataType> ELEMENTS = {
     {"int16", ONNX_TENSOR_ELEMENT_DATA_TYPE_INT16},     {"int8", ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8},
     {"uint8", ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8},     {"bool", ONNX_TENSOR_ELEMENT_DATA_TYPE_BOOL}};
 
-// Words of ONNX Runtime's messages, what they mean, and what to do; the first that fit count.
-struct Reason {
-    Strings words;
-    Code code;
-    const char* advice;
-};
 const std::vector<Reason> REASONS = {
     {{"allocate", "bad_alloc", "out of memory", "size overflowed", "exceeds the supported maximum of"}, resource, "use smaller tiles or low memory"},
     {{"invalid dimensions for input", "invalid rank for input"}, usage,
@@ -32,7 +29,7 @@ const std::vector<Reason> REASONS = {
      "the graph is not the one that bundle.json describes: rebuild the bundle"},
     {{"unsupported model ir version", "under development", "could not find an implementation"}, environment,
      "this version of ONNX Runtime is too old for the graph: use a newer one"},
-    {{"not a registered function/op", "no op registered"}, environment, "the graph needs our kernels: run make native, and name their library"},
+    {{"not a registered function/op", "no op registered"}, environment, "the graph needs our kernels: run make native, or name their library"},
     {{"protobuf", "invalid graph", "invalid model", "type error"}, damaged, "the graph is damaged: copy the bundle again, or rebuild the bundle"},
     {{"external data", "external initializer", "no such file", "out of bounds"}, damaged,
      "a file is damaged or has moved: name the folder of the weights, or rebuild the bundle"},
@@ -40,13 +37,7 @@ const std::vector<Reason> REASONS = {
     {{"while running"}, usage, "the graph does not take this size: use the bundle's own tile, or rebuild the bundle for this one"}};
 
 Error explained(const Path& graph, const std::string& what, const std::string& message) {
-    std::string lower = message;
-    for (char& c : lower) c = static_cast<char>(c >= 'A' && c <= 'Z' ? c + 32 : c == '\n' ? ' ' : c);
-    const std::string told = graph.string() + ": onnxruntime " + ort_version() + " " + what + " (" + one_line(message) + "); ";
-    for (const auto& reason : REASONS)
-        for (const auto& word : reason.words)
-            if (lower.find(word) != std::string::npos) return {reason.code, one_line(told + reason.advice, 800)};
-    return {damaged, one_line(told + "verify the bundle with 'tilewright export verify'", 800)};
+    return explained(REASONS, graph, "onnxruntime " + ort_version(), what, message);
 }
 
 class OrtEngine : public Engine {
@@ -114,6 +105,17 @@ class OrtEngine : public Engine {
 };
 
 }  // namespace
+
+std::optional<Path> native_library() {
+    if (const char* named = std::getenv("TILEWRIGHT_NATIVE")) return *named ? std::optional<Path>(named) : std::nullopt;
+    Dl_info here{};
+    std::error_code error;
+    if (!dladdr(reinterpret_cast<void*>(&native_library), &here) || !here.dli_fname) return std::nullopt;
+    const Path folder = std::filesystem::absolute(here.dli_fname, error).parent_path();
+    for (const char* place : {"libtilewright_cpu.so", "../../kernels/native/lib/libtilewright_cpu.so"})  // installed; in a clone
+        if (Path file = folder / place; std::filesystem::is_regular_file(file, error)) return file;
+    return std::nullopt;
+}
 
 std::string ort_version() { return OrtGetApiBase()->GetVersionString(); }
 

@@ -172,6 +172,21 @@ TilePlan tile_plan(std::int64_t width, std::int64_t height, std::int64_t tile, s
     return {height, width, std::min(tile, height), std::min(tile, width), overlap, starts(height, tile, overlap), starts(width, tile, overlap)};
 }
 
+constexpr std::uint32_t MOVES = 0xFFFFFFFF;  // the region of the noise that moves tiles
+
+TilePlan moved(TilePlan plan, std::int64_t multiple, std::int64_t seed, std::int64_t step) {
+    std::int64_t most = plan.overlap / 2 / multiple;
+    auto words = philox4x32({static_cast<std::uint32_t>(step), 0, 0, 0}, {static_cast<std::uint32_t>(seed), MOVES});
+    auto move = [&](Shape& starts, std::uint32_t word) {
+        std::int64_t by = (word % (2 * most + 1) - most) * multiple;
+        // the last tile may lie less than a pitch after the one before it
+        for (std::size_t i = 1; i + 1 < starts.size(); ++i) starts[i] = std::min(starts[i] + by, starts.back() - multiple);
+    };
+    move(plan.tops, words[0]);
+    move(plan.lefts, words[1]);
+    return plan;
+}
+
 std::pair<std::vector<Floats>, std::vector<Floats>> tile_weights(const TilePlan& plan, std::int64_t px) {
     Shape sizes = {plan.height, plan.width, plan.tile_height, plan.tile_width, plan.overlap};
     sizes.insert(sizes.end(), plan.tops.begin(), plan.tops.end());
@@ -267,6 +282,20 @@ std::optional<std::int64_t> smaller_tile(const Program& program, const Named<Til
     least = up(std::max<std::int64_t>(least, 1), program.multiple_px) * program.multiple_px;
     std::int64_t smaller = std::max(least, half / program.multiple_px * program.multiple_px);
     return smaller < side ? std::optional(smaller) : std::nullopt;
+}
+
+Layout layout(const Program& program, std::int64_t height, std::int64_t width, std::optional<std::int64_t> tile,
+              std::optional<std::int64_t> overlap, std::optional<std::int64_t> steps) {
+    Layout lay;
+    for (const auto& p : program.passes) {
+        const TilePlan& plan = lay.plans[p.name] = plan_of(program, p, height, width, tile, overlap);
+        Tables& tables = lay.tables[p.name];
+        if (!p.steps) continue;
+        std::int64_t count = steps.value_or(p.steps->count), tokens = plan.tile_height * plan.tile_width / p.steps->px_per_token;
+        tables = schedule(*p.steps, count, tokens);
+        lay.steps[p.name] = count;
+    }
+    return lay;
 }
 
 }  // namespace tw

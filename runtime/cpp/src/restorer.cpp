@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "backends.hpp"
+#include "color.hpp"
 #include "machine.hpp"
 
 namespace tw {
@@ -14,6 +15,8 @@ constexpr std::int64_t MOST_SEED = 0xFFFFFFFF;
 
 Restorer::Restorer(const Path& path, const OpenOptions& options)
     : bundle_(read_bundle(path, options.expect, options.fresh)), engines_(options.engines), weights_dir_(options.weights_dir), devices_(join(device_names(options.devices), ",")) {
+    if (weights_dir_ && !std::filesystem::is_directory(*weights_dir_))
+        throw Error(usage, "--weights-dir " + one_line(weights_dir_->string()) + " is no folder; give the one with the weights");
     Machine machine = this_machine();
     choices_ = choose(bundle_, machine, options.engine, measured_on(bundle_.root, machine.processor));
     Specs specs = require(choices_);
@@ -90,6 +93,10 @@ void Restorer::check(const RestoreOptions& options) const {
     const auto& passes = bundle_.program.passes;
     bool stepped = std::any_of(passes.begin(), passes.end(), [](const Pass& p) { return p.steps.has_value(); });
     if (options.steps && !stepped) throw Error(usage, "steps=" + std::to_string(*options.steps) + ": " + bundle_.manifest.system + " has no steps; leave it out");
+    bool moving = std::any_of(passes.begin(), passes.end(), [&](const Pass& p) { return moves(bundle_.program, p); });
+    if (options.jitter && !moving) throw Error(usage, "jitter: " + bundle_.manifest.system + " has no pass that joins its tiles after every step; leave it out");
+    if (std::find(COLORS.begin(), COLORS.end(), options.color) == COLORS.end())
+        throw Error(usage, "color=" + repr(one_line(options.color)) + " is not one of " + join(COLORS));
 }
 
 Size Restorer::size_of(std::int64_t width, std::int64_t height, const RestoreOptions& options) const {
@@ -118,6 +125,7 @@ Pixels Restorer::restore(const Picture& picture, const RestoreOptions& options, 
     job.shortest = shortest_tile(setting_.specs);
     job.seed = options.seed;
     job.tile = options.tile, job.overlap = options.overlap, job.steps = options.steps;
+    job.jitter = options.jitter;
     job.inputs = std::move(inputs);
     job.on_progress = watch.on_progress;
     job.is_cancelled = watch.is_cancelled;
@@ -131,6 +139,7 @@ Pixels Restorer::restore(const Picture& picture, const RestoreOptions& options, 
             if (inside.height > 0 && inside.width > 0) watch.on_part(rgb, inside);  // a part that is all padding has no pixels
         };
     walk(job);
+    recolor(rgb, options.color, picture.rgb, scale);
     return rgb;
 }
 

@@ -24,6 +24,8 @@ struct RestoreOptions {
     std::int64_t seed = 0;
     std::optional<std::int64_t> tile, overlap, steps, scale;
     int bits = 8;
+    std::string color = "off";
+    bool jitter = false;
     std::vector<Value> values;
 };
 

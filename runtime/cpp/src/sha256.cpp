@@ -53,8 +53,8 @@ __attribute__((target("sha,sse4.1"))) void blocks_by_instructions(std::array<std
     for (std::size_t n = 0; n < count; ++n, p += 64) {
         const __m128i abef_before = abef, cdgh_before = cdgh;
         __m128i w[4];
-        for (int i = 0; i < 4; ++i) w[i] = _mm_shuffle_epi8(load(p + 16 * i), swaps);
-        for (int i = 0; i < 16; ++i) {  // four rounds each
+        for (std::size_t i = 0; i < 4; ++i) w[i] = _mm_shuffle_epi8(load(p + 16 * i), swaps);
+        for (std::size_t i = 0; i < 16; ++i) {  // four rounds each
             __m128i words = _mm_add_epi32(w[i % 4], load(&K[4 * i]));
             cdgh = _mm_sha256rnds2_epu32(cdgh, abef, words);
             abef = _mm_sha256rnds2_epu32(abef, cdgh, _mm_shuffle_epi32(words, 0x0E));

@@ -19,6 +19,8 @@
 namespace tw {
 namespace {
 
+constexpr double LONGEST_S = 1e8;  // three years
+
 // A caller's exception, which must not pass through C.
 struct Thrown {};
 
@@ -118,17 +120,19 @@ void put_defaults(Struct* given, Struct& standard, std::size_t size) {
     std::memcpy(given, &standard, std::min(size, sizeof(Struct)));
 }
 
-std::optional<std::string> text_of(const char* text) { return text && *text ? std::optional<std::string>(text) : std::nullopt; }
+std::optional<std::string> text_of(const char* text) { return text ? std::optional<std::string>(text) : std::nullopt; }
 
 std::shared_ptr<Opened> open(const char* path, const tw_params& params) {
     if (!path) throw Error(usage, "the path is NULL; give the folder of a bundle");
     if (params.threads < 0 || params.threads > 1024) throw Error(usage, "threads=" + std::to_string(params.threads) + " is not a whole number from 0 to 1024");
     if (params.memory_limit < 0) throw Error(usage, "memory_limit=" + std::to_string(params.memory_limit) + " is not a whole number of at least 0");
-    if (!std::isfinite(params.deadline_s) || params.deadline_s < 0) throw Error(usage, "deadline_s=" + repr(params.deadline_s) + " is no time; give seconds, or 0");
+    if (!(params.deadline_s >= 0 && params.deadline_s <= LONGEST_S))
+        throw Error(usage, "deadline_s=" + repr(params.deadline_s) + " is not a number of seconds from 0 to 100000000");
     OpenOptions options;
     options.engines.threads = params.threads;
     options.engines.low_memory = params.low_memory != 0;
-    if (auto native = text_of(params.native_library)) options.engines.native = *native;
+    options.engines.native = native_library();
+    if (params.native_library) options.engines.native = *params.native_library ? std::optional<Path>(params.native_library) : std::nullopt;
     if (auto folder = text_of(params.weights_dir)) options.weights_dir = *folder;
     options.engine = text_of(params.engine);
     options.expect = text_of(params.expect);
@@ -180,6 +184,8 @@ RestoreOptions options_of(const tw_options& options, int bits) {
     its.scale = option(options.scale, 0, "scale");
     if (options.bits && options.bits != 8 && options.bits != 16) throw Error(usage, "bits=" + std::to_string(options.bits) + " is no depth of a channel; use 8 or 16");
     its.bits = options.bits ? options.bits : bits;
+    if (options.color) its.color = options.color;
+    its.jitter = options.jitter != 0;
     its.values = values_of(options);
     return its;
 }

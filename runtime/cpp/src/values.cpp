@@ -20,13 +20,17 @@ std::vector<std::int64_t> scopes(const Program& program) {
 Values::Values(const Graph& graph, const Layout& layout, const Enlarged& image, std::int64_t seed, const Named<Tensor>& constants,
                Named<Tensor> inputs, Named<Tensor> job, const std::vector<bool>& runs)
     : graph_(graph), program_(*graph.program), layout_(layout), image_(image), seed_(seed), constants_(constants), inputs_(std::move(inputs)),
-      runs_(runs), final_(graph.last_writer.at("result")), places_(regions(graph.plan(graph.blocks[final_]))),
-      regions_(places_, rectangles(graph.plan(graph.blocks[final_]))), scope_(scopes(program_)), job_(std::move(job)) {
-    for (const auto& p : program_.passes) {
-        Rectangles tiles = rectangles(graph.plans.at(p.name));
-        neighbours_.emplace_back(tiles, tiles);
+      runs_(runs), final_(graph.last_writer.at("result")), places_(regions(graph.blocks[final_].plan)),
+      regions_(places_, rectangles(graph.blocks[final_].plan)), scope_(scopes(program_)), job_(std::move(job)) {
+    for (const auto& block : graph.blocks) {
+        const Block* before = block.number ? &graph.blocks[block.number - 1] : nullptr;
+        bool same = before && before->place == block.place && before->plan == block.plan;
+        planned_.push_back(same ? planned_.back() : block.number);
+        if (same) continue;
+        Rectangles tiles = rectangles(block.plan);
+        neighbours_.emplace(block.number, Beneath(tiles, tiles));
     }
-    for (std::int64_t i = 0; i < plan(graph.blocks[final_]).count(); ++i) waiting_.push_back(regions_.count_below(i));
+    for (std::int64_t i = 0; i < graph.blocks[final_].plan.count(); ++i) waiting_.push_back(regions_.count_below(i));
 }
 
 Fed Values::feed(const Block& block, std::int64_t tile, const std::string& source, const Outputs& outputs) const {
@@ -61,7 +65,7 @@ Fed Values::row(const Block& block, std::int64_t tile, std::string name, const O
         if (block.section == "each") return {tensor_of(Floats{table->second[block.step]}, {1}), false};
         return {tensor_of(Floats(table->second), {1, static_cast<std::int64_t>(table->second.size())}), false};
     }
-    std::string sized = name + "." + std::to_string(plan(block).tile_height * plan(block).tile_width / p.steps->px_per_token);
+    std::string sized = name + "." + std::to_string(block.plan.tile_height * block.plan.tile_width / p.steps->px_per_token);
     if (constants_.count(sized)) name = sized;
     auto value = look_up(block, tile, name, outputs);
     Fed whole = value ? *value : Fed{constants_.at(name), false};
@@ -79,7 +83,7 @@ Fed Values::row(const Block& block, std::int64_t tile, std::string name, const O
 
 // For a grid the noise of the whole image under the tile; for a state a field of the tile's own.
 Tensor Values::noise(const Block& block, std::int64_t tile, const std::string& name, std::int64_t stream) const {
-    Tile here = plan(block).tile(tile);
+    Tile here = block.plan.tile(tile);
     if (auto entry = program_.grids.find(name); entry != program_.grids.end()) {
         const Grid& g = entry->second;
         std::int64_t rows = here.height / g.px, columns = here.width / g.px;
@@ -94,7 +98,7 @@ Tensor Values::noise(const Block& block, std::int64_t tile, const std::string& n
 Tensor Values::initial(const Block& block, std::int64_t tile, const std::string& name) const {
     const State& state = graph_.pass(block).state.at(name);
     if (state.init == "noise") return noise(block, tile, name, 0);
-    Tile here = plan(block).tile(tile);
+    Tile here = block.plan.tile(tile);
     Shape shape = state.of_tile(here.height, here.width);
     shape.insert(shape.begin(), 1);
     return tensor_of(Floats(product(shape), state.init == "ones" ? 1.0F : 0.0F), shape);
@@ -108,7 +112,7 @@ Named<Tensor> Values::begun(const Block& block, std::int64_t tile) const {
 }
 
 Tensor Values::crop(const Block& block, std::int64_t tile, const std::string& name) const {
-    Tile here = plan(block).tile(tile);
+    Tile here = block.plan.tile(tile);
     if (name == "image") return tensor_of(image_.crop(here.top, here.left, here.height, here.width), {1, 3, here.height, here.width});
     const Read& read = block.reads.at(name);
     if (read.writer >= 0) return gather(name, read.writer, here, read.over->below(tile));
@@ -120,7 +124,7 @@ Tensor Values::crop(const Block& block, std::int64_t tile, const std::string& na
 
 // A rectangle of a grid [1, C, H, W]: the parts that overlap it, added in tile order.
 Tensor Values::gather(const std::string& name, std::int64_t writer, const Tile& rectangle, const Shape& parts) const {
-    const TilePlan& plan = this->plan(graph_.blocks[writer]);
+    const TilePlan& plan = graph_.blocks[writer].plan;
     std::vector<Tensor> written;
     {
         std::lock_guard guard(lock_);
@@ -148,16 +152,17 @@ Tensor Values::gather(const std::string& name, std::int64_t writer, const Tile& 
 }
 
 Tensor Values::weighted(const Block& block, const std::string& grid, std::int64_t tile, const Tensor& part) const {
-    if (neighbours_[block.place].count_below(tile) == 1) return part;
+    std::int64_t planned = planned_[block.number];
+    if (neighbours_.at(planned).count_below(tile) == 1) return part;
     const Ramps* ramps = nullptr;
     {
         std::int64_t px = program_.grids.at(grid).px;
         std::lock_guard guard(lock_);
-        auto [entry, fresh] = ramps_.try_emplace({block.place, px});
-        if (fresh) entry->second = tile_weights(plan(block), px);
+        auto [entry, fresh] = ramps_.try_emplace({planned, px});
+        if (fresh) entry->second = tile_weights(block.plan, px);
         ramps = &entry->second;
     }
-    auto columns_of_tiles = static_cast<std::int64_t>(plan(block).lefts.size());
+    auto columns_of_tiles = static_cast<std::int64_t>(block.plan.lefts.size());
     const Floats &row = ramps->first[tile / columns_of_tiles], &column = ramps->second[tile % columns_of_tiles];
     auto rows = static_cast<std::int64_t>(row.size()), columns = static_cast<std::int64_t>(column.size());
     Floats numbers(part.floats(), part.floats() + part.count());

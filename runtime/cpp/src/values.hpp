@@ -13,12 +13,6 @@
 
 namespace tw {
 
-struct Layout {
-    Named<TilePlan> plans;
-    Named<Tables> tables;
-    Named<std::int64_t> steps;
-};
-
 // What one node wrote, before it is stored.
 struct Outputs {
     Named<Tensor> parts, values;
@@ -63,7 +57,8 @@ class Values {
     Rectangles places_;
     Beneath regions_;
     std::vector<std::int64_t> scope_;    // pass -> the first pass with the same tiles
-    std::vector<Beneath> neighbours_;    // pass -> how its tiles lie over each other
+    std::vector<std::int64_t> planned_;  // block -> the first block of its pass since which the tiles have not moved
+    std::map<std::int64_t, Beneath> neighbours_;  // that block -> how its tiles lie over each other
 
     mutable std::mutex lock_;  // of what follows
     Named<Tensor> job_;
@@ -72,9 +67,8 @@ class Values {
     std::map<Written, std::map<std::int64_t, std::int64_t>> uses_;  // tile -> reads that are left
     Shape waiting_;                                                  // region of the result -> parts that it lacks
     using Ramps = std::pair<std::vector<Floats>, std::vector<Floats>>;
-    mutable std::map<std::pair<std::int64_t, std::int64_t>, Ramps> ramps_;  // pass, px
+    mutable std::map<std::pair<std::int64_t, std::int64_t>, Ramps> ramps_;  // that block, px
 
-    const TilePlan& plan(const Block& block) const { return graph_.plan(block); }
     std::optional<Fed> look_up(const Block& block, std::int64_t tile, const std::string& name, const Outputs& outputs) const;
     Fed row(const Block& block, std::int64_t tile, std::string name, const Outputs& outputs) const;
     Tensor noise(const Block& block, std::int64_t tile, const std::string& name, std::int64_t stream) const;

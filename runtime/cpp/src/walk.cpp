@@ -58,27 +58,13 @@ Sources sources_of(const Job& job, const Graph& graph) {
 
 }  // namespace
 
-Layout layout(const Program& program, std::int64_t height, std::int64_t width, std::optional<std::int64_t> tile,
-              std::optional<std::int64_t> overlap, std::optional<std::int64_t> steps) {
-    Layout lay;
-    for (const auto& p : program.passes) {
-        const TilePlan& plan = lay.plans[p.name] = plan_of(program, p, height, width, tile, overlap);
-        Tables& tables = lay.tables[p.name];
-        if (!p.steps) continue;
-        std::int64_t count = steps.value_or(p.steps->count), tokens = plan.tile_height * plan.tile_width / p.steps->px_per_token;
-        tables = schedule(*p.steps, count, tokens);
-        lay.steps[p.name] = count;
-    }
-    return lay;
-}
-
 void walk(const Job& job) {
     const Program& program = *job.program;
     std::optional<std::int64_t> tile = job.tile;
     while (true) {
         Enlarged image{*job.rgb, job.scale, program.multiple_px, least_px(program, tile, job.shortest)};
         Layout lay = layout(program, image.height(), image.width(), tile, job.overlap, job.steps);
-        Graph graph = lower(program, lay.plans, lay.steps);
+        Graph graph = lower(program, lay.plans, lay.steps, job.jitter ? std::optional(job.seed) : std::nullopt);
         Sources sources = sources_of(job, graph);
         Values values(graph, lay, image, job.seed, *job.constants, sources.inputs, sources.values, sources.runs);
         try {

@@ -14,6 +14,7 @@ struct Job {
     std::int64_t shortest = 1;  // side of a tile that all engines take
     std::int64_t seed = 0;
     std::optional<std::int64_t> tile, overlap, steps;
+    bool jitter = false;  // tiles move from step to step, in passes that join them after every step
     Named<Tensor> inputs;  // of the caller; values of passes without tiles too
     // as those of a Task
     std::function<void(const Tile& place, const float* planes)> on_final;
@@ -22,10 +23,6 @@ struct Job {
     std::function<bool()> is_cancelled;
     std::function<void(const std::string& note)> on_note;
 };
-
-// All that depends on the size of an image and not on its pixels.
-Layout layout(const Program& program, std::int64_t height, std::int64_t width, std::optional<std::int64_t> tile,
-              std::optional<std::int64_t> overlap, std::optional<std::int64_t> steps);
 
 // If memory does not suffice for a tile, the image begins anew with smaller tiles.
 void walk(const Job& job);

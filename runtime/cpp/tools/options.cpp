@@ -10,6 +10,7 @@ const char* const SHARED_HELP = R"(  --bundle BUNDLE     the folder of a bundle
   --steps N           of the sampler (default: as the bundle says)
   --set NAME=VALUE    an argument of the bundle; may be repeated. An array is its numbers with commas between them
   --tile N            side of the tiles, in pixels of the result
+  --jitter            move the borders of tiles from step to step, where steps join tiles
   --overlap N         width of the strip that tiles share
   --scale N           how many times the image is enlarged
   --batch N           most tiles in a call of a network
@@ -22,17 +23,18 @@ const char* const SHARED_HELP = R"(  --bundle BUNDLE     the folder of a bundle
   --weights-dir DIR   the folder of the weights, if they moved since the build
   --expect DIGEST     accept only this bundle
   --fresh             read all files of the bundle, also those whose digest is remembered
-  --native FILE       Tilewright's own kernels, libtilewright_cpu.so
+  --native FILE       Tilewright's own kernels, libtilewright_cpu.so (default: those beside libtilewright.so); '' is none
 )";
 
 namespace {
 
 template <class Number>
-void whole(const char* name, const char* text, Number& out) {
+void whole(const char* name, const char* text, Number least, Number& out) {
     if (!text) return;
     const char* end = text + std::strlen(text);
     auto result = std::from_chars(text, end, out);
-    if (result.ec != std::errc() || result.ptr != end || out < 0) throw Usage(std::string(name) + " " + text + " is not a whole number of at least 0");
+    if (result.ec != std::errc() || result.ptr != end || out < least)
+        throw Usage(std::string(name) + " " + text + " is not a whole number of at least " + std::to_string(least));
 }
 
 // The number of bytes in a text like 2GiB, 1.5GB or 800MiB.
@@ -60,11 +62,11 @@ const char* Words::text(const char* name) const {
     return option == options.end() ? nullptr : option->second.c_str();
 }
 
-void Words::number(const char* name, std::int32_t& out) const { whole(name, text(name), out); }
-void Words::number(const char* name, std::int64_t& out) const { whole(name, text(name), out); }
+void Words::number(const char* name, std::int32_t least, std::int32_t& out) const { whole(name, text(name), least, out); }
+void Words::number(const char* name, std::int64_t least, std::int64_t& out) const { whole(name, text(name), least, out); }
 
 Words Words::read(int count, char** words, const std::string& alone, const std::string& with_value) {
-    const std::string all_alone = alone + " --fresh --json --version --help ";
+    const std::string all_alone = alone + " --fresh --jitter --json --version --help ";
     const std::string all_with_value = with_value +
                                        " --bundle --seed --steps --set --tile --overlap --scale --batch --devices --threads --engine --memory"
                                        " --memory-limit --deadline-s --weights-dir --expect --native ";
@@ -96,8 +98,8 @@ tw_params params_of(const Words& words) {
     const std::string memory = words.text("--memory") ? words.text("--memory") : "fast";
     if (memory != "low" && memory != "fast") throw Usage("--memory " + memory + " is not one of fast, low");
     tw_params params = tw_default_params();
-    words.number("--threads", params.threads);
-    words.number("--batch", params.batch);
+    words.number("--threads", 0, params.threads);
+    words.number("--batch", 1, params.batch);
     params.low_memory = memory == "low";
     params.fresh = words.text("--fresh") != nullptr;
     params.devices = words.text("--devices");
@@ -108,18 +110,19 @@ tw_params params_of(const Words& words) {
     if (const char* limit = words.text("--memory-limit")) params.memory_limit = bytes_of(limit);
     if (const char* text = words.text("--deadline-s")) {
         auto result = std::from_chars(text, text + std::strlen(text), params.deadline_s);
-        if (result.ec != std::errc() || *result.ptr || !(params.deadline_s > 0)) throw Usage(std::string("--deadline-s ") + text + " is no number of seconds above 0");
+        if (result.ec != std::errc() || *result.ptr || !(params.deadline_s > 0 && params.deadline_s <= 1e8)) throw Usage(std::string("--deadline-s ") + text + " is no number of seconds above 0 to 100000000");
     }
     return params;
 }
 
 tw_options options_of(const Words& words, std::vector<tw_value>& values) {
     tw_options options = tw_default_options();
-    words.number("--seed", options.seed);
-    words.number("--steps", options.steps);
-    words.number("--tile", options.tile);
-    words.number("--overlap", options.overlap);
-    words.number("--scale", options.scale);
+    words.number("--seed", 0, options.seed);
+    words.number("--steps", 1, options.steps);
+    words.number("--tile", 1, options.tile);
+    words.number("--overlap", 0, options.overlap);
+    words.number("--scale", 1, options.scale);
+    options.jitter = words.text("--jitter") != nullptr;
     for (const auto& [name, text] : words.settings) values.push_back({name.c_str(), text.c_str(), nullptr, nullptr, 0, nullptr});
     options.values = values.data();
     options.value_count = values.size();
@@ -130,7 +133,9 @@ std::string json_text(const std::string& text) {
     std::string out = "\"";
     for (char c : text) {
         if (c == '"' || c == '\\') out += '\\';
-        out += c;
+        char code[8];
+        std::snprintf(code, sizeof code, "\\u%04x", static_cast<unsigned char>(c));
+        out += static_cast<unsigned char>(c) < 32 ? code : std::string(1, c);
     }
     return out + '"';
 }

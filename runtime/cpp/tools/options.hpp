@@ -17,8 +17,8 @@ struct Words {
     std::vector<std::string> files;
 
     const char* text(const char* name) const;
-    void number(const char* name, std::int32_t& out) const;
-    void number(const char* name, std::int64_t& out) const;
+    void number(const char* name, std::int32_t least, std::int32_t& out) const;
+    void number(const char* name, std::int64_t least, std::int64_t& out) const;
     // A wrong word is refused. `alone`, `with_value`: options between spaces, beside those of both tools.
     static Words read(int count, char** words, const std::string& alone, const std::string& with_value);
 };

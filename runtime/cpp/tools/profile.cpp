@@ -101,7 +101,7 @@ int run(int count, char** words) {
     if (!all.files.empty()) throw Usage("unexpected word " + all.files[0] + "; see --help");
     std::vector<Size> sizes = resolutions(all.text("--resolutions") ? all.text("--resolutions") : "512,1024");
     std::int32_t runs = 5;
-    all.number("--runs", runs);
+    all.number("--runs", 0, runs);
     if (runs < 5) throw Usage("--runs " + std::to_string(runs) + " is too few for a median; use 5 or more");
     auto start = Clock::now();
     tilewright::Bundle bundle(all.text("--bundle") ? all.text("--bundle") : "", params_of(all));

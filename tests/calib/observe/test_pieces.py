@@ -160,6 +160,7 @@ def test_a_piece_ends_with_the_tensors_it_hands_out_and_keeps_no_other() -> None
     assert alive == {"result", "left", "sizes", "fixed"}
 
 
+@pytest.mark.slow
 def test_the_graphs_of_a_real_bundle_compute_the_same_in_pieces(hitoksr_tiny: Path) -> None:
     bundle = read_bundle(hitoksr_tiny)
     codes: dict[str, Any] = {}

@@ -150,6 +150,7 @@ class Stopped(BaseException):
     """As an interrupt."""
 
 
+@pytest.mark.slow
 def test_the_frontier_begins_with_all_layers_and_goes_on_after_a_stop(
     bundle: Bundle, observed: Any, tmp_path: Path
 ) -> None:

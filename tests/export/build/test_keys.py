@@ -147,6 +147,7 @@ def statements(block: ast.AST) -> Iterator[ast.AST]:
             yield from statements(part)
 
 
+@pytest.mark.slow
 def test_imports_are_found_as_python_finds_them() -> None:
     for file in (file for folder in ("export", "kernels", "runtime") for file in (HOUSE / folder).rglob("*.py")):
         text = file.read_text()

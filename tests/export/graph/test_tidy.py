@@ -23,6 +23,7 @@ def test_most_of_the_nodes_go(traced: Path, component: str, before: int, after: 
     assert weights(model) == references
 
 
+@pytest.mark.slow
 def test_no_weight_is_transposed_cut_or_cast(traced: Path) -> None:
     for file in sorted(traced.glob("*.onnx")):
         model = ir.load(file)

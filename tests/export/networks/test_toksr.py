@@ -222,6 +222,7 @@ def test_rows_of_their_own_are_as_one_by_one(networks, name):
             close(*way(inputs), torch.cat(alone), 2e-6)
 
 
+@pytest.mark.slow
 def test_sizes_are_the_published_ones():
     ta_titok = FULL | {"encoder": BASE | {"text": False}, "decoder": LARGE}
     textok = FULL | {"encoder": BASE | {"text": True}, "decoder": BASE}

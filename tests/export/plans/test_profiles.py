@@ -24,7 +24,7 @@ def test_the_first_side_is_the_bundles_own_and_tiles_overlap_by_half_at_most(px:
 
 
 def test_tiles_that_the_networks_do_not_take_are_refused() -> None:
-    with pytest.raises(UsageError, match=r"^tile=40 must be a multiple of \d+ for this bundle"):
+    with pytest.raises(UsageError, match=r"^tile=40 must be a positive multiple of \d+ for this bundle"):
         assert program(tiles=(40,))
     with pytest.raises(UsageError, match=r"^tile=512 must be one of \[\d+\] for this bundle"):
         assert program("toksr", tiles=(512,))

@@ -11,6 +11,7 @@ from tilewright.export.build.request import Request
 from tilewright.export.build.run import build
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("system", EVERY_SYSTEM)
 def test_the_card_of_a_tiny_bundle_is_read_by_hubs_and_runs(
     system: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -56,6 +56,7 @@ def without_files(system: System, **options: Any) -> Settings:
     return system.decide(Preset("full", FULL, explicit=False), options, UserFiles({}, {}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asked", [False, True], ids=["no preset", "preset full"])
 @pytest.mark.parametrize("system", [IN_TOKEN, VICR], ids=lambda s: s.name)
 def test_the_published_folders_are_the_full_preset_and_say_everything(

@@ -140,6 +140,8 @@ class Folder:
 
     def __init__(self, root: Path, sizes: Sizes) -> None:
         self.root, self.sizes, self.files = root, sizes, make_files(sizes, 5)
+        if sizes is SINGLE:  # which is traced, and branches take long; the networks of OTHER have all
+            self.files["previewer"] = {k: pair for k, pair in self.files["previewer"].items() if "mid_block" in k}
         write_folder(root, sizes, self.files)
         request = Request(
             "instantir", None, root / "b", root, system_options={"resampler_heads": sizes.resampler["heads"]}

@@ -81,6 +81,7 @@ def test_it_builds_verifies_and_restores_with_no_change_anywhere(
     assert "up to date" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_another_lora_or_precision_runs_only_what_depends_on_it(
     cache: Path,
     installed: None,

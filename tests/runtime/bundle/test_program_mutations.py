@@ -5,6 +5,7 @@ import dataclasses
 import json
 import re
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -62,6 +63,7 @@ def mutated_texts(draw):
     return system, text if twice is None else text.replace('"HERE TWICE"', json.dumps(twice))
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(mutated_texts())
 def test_any_change_is_refused_in_one_line_or_read_as_what_it_says(case):

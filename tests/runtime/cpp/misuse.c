@@ -67,7 +67,12 @@ int main(int count, char **words) {
     params.memory_limit = 0;
     params.deadline_s = -1;
     expect("a negative deadline", TW_USAGE, tw_open(words[1], &params) ? 0 : tw_last_status(), "deadline_s=-1");
+    params.deadline_s = 1e300;
+    expect("an endless deadline", TW_USAGE, tw_open(words[1], &params) ? 0 : tw_last_status(), "deadline_s=1e+300");
     params.deadline_s = 0;
+    params.expect = "";
+    expect("no digest", TW_USAGE, tw_open(words[1], &params) ? 0 : tw_last_status(), "is no digest");
+    params.expect = NULL;
     params.engine = "fast";
     expect("an unknown engine", TW_USAGE, tw_open(words[1], &params) ? 0 : tw_last_status(), "is none of this bundle's engines");
     expect("a NULL bundle", TW_USAGE, tw_restore(NULL, &in, NULL, &out), "NULL");

@@ -24,6 +24,12 @@ def test_it_computes_and_refuses_what_the_vectors_say(run):
     assert " cases, 0 wrong" in done.stdout
 
 
+def test_what_once_broke_a_reader_is_refused(run):
+    folder = Path(__file__).parent / "crashes"
+    done = run("tests/replay", folder)
+    assert (done.returncode, done.stdout) == (0, f"{len([*folder.iterdir()])} replayed\n"), done.stderr
+
+
 def test_a_wrong_use_gives_a_status_and_a_line(run, bundle):
     done = run("tests/misuse", bundle)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,9 +1,13 @@
 """The C++ library's choice of engines, its estimate of memory and its profile, against the Python runtime's."""
 
 import json
+import os
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tilewright.runtime.bundle.measured import Measured, Measurement, remember
 from tilewright.runtime.engines.machine import processor
@@ -107,8 +111,6 @@ def test_systems_have_pythons_estimate_of_memory(run, request, system, memory):
 
 
 def test_an_image_that_needs_more_memory_is_refused(run, bundle, tmp_path):
-    from PIL import Image
-
     source, target = tmp_path / "in.png", tmp_path / "out.png"
     Image.new("RGB", (500, 400), "teal").save(source)
     with load(bundle) as restorer:
@@ -134,6 +136,30 @@ def test_wrong_words_of_the_profile_are_refused(run, bundle):
         done = run("tilewright-profile", "--bundle", bundle, *words)
         assert (done.returncode, done.stdout) == (2, "")
         assert part in done.stderr
+
+
+def test_our_kernels_are_found_beside_the_library(built, bundle, tmp_path):
+    """A file that is no library shows where it was looked for."""
+    Image.new("RGB", (8, 8), "teal").save(tmp_path / "in.png")
+    library = tmp_path / "lib"
+    library.mkdir()
+    shutil.copy(built / "libtilewright.so.0", library)
+    kernels = library / "libtilewright_cpu.so"
+    words = [built / "tilewright-restore", "--bundle", bundle, tmp_path / "in.png", tmp_path / "out.png"]
+    environment = {name: text for name, text in os.environ.items() if name != "TILEWRIGHT_NATIVE"}
+    environment["LD_LIBRARY_PATH"] = f"{library}:{built / 'onnxruntime'}"
+
+    def restored(*more: object, **variables: str) -> subprocess.CompletedProcess[str]:
+        command = [*map(str, (*words, *more))]
+        return subprocess.run(command, env=environment | variables, capture_output=True, text=True)
+
+    assert restored().returncode == 0
+    kernels.write_text("no library")
+    for done in (restored(), restored(TILEWRIGHT_NATIVE=str(kernels)), restored("--native", kernels)):
+        assert done.returncode != 0 and str(kernels) in done.stderr, done.stderr
+        assert done.stderr.count("\n") == 1
+    for done in (restored(TILEWRIGHT_NATIVE=""), restored("--native", "")):
+        assert done.returncode == 0, done.stderr
 
 
 def test_digests_are_remembered_and_shared_with_python(run, build, tmp_path, monkeypatch):

@@ -35,14 +35,6 @@ def run(*words: object, **options: Any) -> str:
     return done.stdout
 
 
-@pytest.fixture(scope="module")
-def prefix(built: Path, cmake: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The installed folder, at another place than that of its installation."""
-    folder = tmp_path_factory.mktemp("prefix")
-    run(cmake, "--install", built, "--prefix", folder / "first")
-    return (folder / "first").rename(folder / "moved")
-
-
 @pytest.fixture
 def says(prefix: Path, cmake: str, bundle: Path, tmp_path: Path):
     """Run the commands of the page that begin so, with the folders of this test."""
@@ -86,7 +78,8 @@ def test_the_files_are_where_packages_look_for_them(prefix: Path) -> None:
 )
 def test_libraries_are_found_from_where_the_file_lies(prefix: Path, file: str, place: str) -> None:
     listed = run("readelf", "-d", prefix / file)
-    assert re.findall(r"(?:RPATH|RUNPATH).*\[(.*)\]", listed) == [place]
+    (places,) = re.findall(r"(?:RPATH|RUNPATH).*\[(.*)\]", listed)
+    assert places.split(":")[0] == place  # OpenVINO's folder may follow
     assert "libonnxruntime.so.1" in listed or file.startswith("bin")
 
 

@@ -65,7 +65,7 @@ def test_the_command_restores_with_pythons_pixels(bundle, tmp_path, capsys) -> N
     capsys.readouterr()
     assert main([*words, str(tmp_path / "native.png"), "--bundle", str(bundle), "--native", "--json", "-q"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert told["library"].startswith("0.1.0, onnxruntime ")
+    assert told["library"].startswith("0.1.0, ") and "onnxruntime " in told["library"]
     assert told["engines"] == {"sharpen": "ort-float32"} and told["devices"] == ["cpu:0"]
     assert_same(np.asarray(Image.open(tmp_path / "native.png")), np.asarray(Image.open(tmp_path / "python.png")))
 
@@ -141,8 +141,6 @@ def test_what_is_refused(bundle, tinted, tmp_path, monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("words", "part"),
     [
-        (("--jitter",), "--jitter does not work with --native"),
-        (("--color", "adain"), "--color does not work with --native"),
         (("--bits", "16"), "--bits does not work with --native"),
         (("--resume",), "--resume does not work with --native"),
         (("--checkpoint", "5"), "--checkpoint does not work with --native"),

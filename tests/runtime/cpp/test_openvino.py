@@ -10,23 +10,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from support.pages import ROOT
 from support.scenes import scene
 from tilewright.runtime import load
 
-pytest.importorskip("openvino")
+pytest.importorskip("openvino", reason="the library is then built without OpenVINO")
 pytestmark = [
     pytest.mark.slow,  # the compiler takes a while
     pytest.mark.skipif("TILEWRIGHT_SANITIZE" in os.environ, reason="OpenVINO's library is built without sanitizers"),
 ]
 
 
-@pytest.fixture(scope="module")
-def command(built: Path, cmake: str) -> Path:
-    """tilewright-restore with OpenVINO."""
-    done = subprocess.run([cmake, "--build", built, "--target", "restore_openvino"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "warning:" not in done.stdout + done.stderr
-    return built / "tests" / "restore_openvino"
+@pytest.fixture
+def command(built: Path) -> Path:
+    """tilewright-restore, of a build with OpenVINO where that is installed."""
+    return built / "tilewright-restore"
 
 
 @pytest.fixture
@@ -61,3 +59,24 @@ def test_it_refuses_what_it_does_not_run(command: Path, bundle: Path, tmp_path: 
     done = subprocess.run([command, *words], capture_output=True, text=True)
     assert (done.returncode, done.stderr.count("\n")) == (4, 1)
     assert "this library runs OpenVINO in float32 only; choose an engine in float32" in done.stderr
+
+
+def test_a_project_finds_the_installed_package_and_runs_it(
+    prefix: Path, cmake: str, bundle: Path, tmp_path: Path
+) -> None:
+    manifest = json.loads((bundle / "bundle.json").read_text())
+    engines = manifest["components"]["sharpen"]["engines"]
+    engines[:] = [engine for engine in engines if engine["name"] == "openvino-float32"]
+    (bundle / "bundle.json").write_text(json.dumps(manifest))
+    source, build = ROOT / "examples" / "cpp_minimal", tmp_path / "minimal"
+    for words in ([cmake, "-S", source, "-B", build, f"-DCMAKE_PREFIX_PATH={prefix}"], [cmake, "--build", build]):
+        done = subprocess.run(words, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    Image.fromarray(scene(40, 24)).save(tmp_path / "in.ppm")
+    with (tmp_path / "in.ppm").open("rb") as source_file, (tmp_path / "out.ppm").open("wb") as result_file:
+        subprocess.run([build / "minimal", bundle], stdin=source_file, stdout=result_file, check=True)
+    with load(bundle) as restorer:
+        right = restorer(tmp_path / "in.ppm")
+        assert restorer.specs["sharpen"].backend == "openvino"
+    difference = np.abs(np.asarray(Image.open(tmp_path / "out.ppm")).astype(int) - right)
+    assert difference.max() <= 1 and (difference == 0).mean() >= 0.999

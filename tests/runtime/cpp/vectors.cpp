@@ -5,8 +5,9 @@
 #include <functional>
 
 #include "bundle.hpp"
+#include "color.hpp"
 #include "images.hpp"
-#include "walk.hpp"
+#include "lower.hpp"
 
 using namespace tw;
 
@@ -71,6 +72,14 @@ std::string dumped(const Json& item, const char* name) {
 }
 
 void tiles(const std::string& file, const Json& item) {
+    if (item.find("moved")) {
+        compare(file, item, dumped(item, "moved"), [&] {
+            std::int64_t multiple = whole(item, "multiple");
+            TilePlan plan = tile_plan(whole(item, "width"), whole(item, "height"), whole(item, "tile"), whole(item, "overlap"), multiple);
+            return described(moved(plan, multiple, whole(item, "seed"), whole(item, "step")));
+        });
+        return;
+    }
     compare(file, item, dumped(item, "plan") + dumped(item, "rows") + dumped(item, "columns"), [&] {
         TilePlan plan = tile_plan(whole(item, "width"), whole(item, "height"), whole(item, "tile"), whole(item, "overlap"), whole(item, "multiple"));
         auto [rows, columns] = tile_weights(plan, whole(item, "px"));
@@ -195,6 +204,25 @@ void images(const std::string& file, const Json& item) {
     });
 }
 
+void colors(const std::string& file, const Json& item) {
+    compare(file, item, item.find("sha256")->text, [&] {
+        std::int64_t scale = whole(item, "scale");
+        const Json& sides = *item.find("picture");
+        Json enlarged = sides;
+        for (auto& side : enlarged.items) side.whole *= scale;
+        Pixels source = whole(item, "source_bits") == 16 ? deep_picture(sides) : picture(sides);
+        Pixels rgb = whole(item, "bits") == 16 ? deep_picture(enlarged) : picture(enlarged);
+        auto reverse = [](auto& levels) {  // all pixels, but not their channels
+            std::reverse(levels.begin(), levels.end());
+            for (std::size_t i = 0; i + 2 < levels.size(); i += 3) std::swap(levels[i], levels[i + 2]);
+        };
+        reverse(rgb.bytes);
+        reverse(rgb.words);
+        recolor(rgb, item.find("color")->text, source, scale);
+        return rgb.bits() == 16 ? sha256(rgb.words.data(), rgb.words.size() * 2) : sha256(rgb.bytes.data(), rgb.bytes.size());
+    });
+}
+
 std::string programs_folder;
 
 Json stored(const std::string& name) { return parse_json(bytes_of(programs_folder + "/" + name + ".json"), name); }
@@ -204,7 +232,7 @@ void graphs(const std::string& file, const Json& item) {
         const std::string& name = item.find("program")->text;
         Program program = read_program(stored(name), name);
         Layout lay = layout(program, whole(item, "height"), whole(item, "width"), maybe(item, "tile"), std::nullopt, maybe(item, "steps"));
-        Graph graph = lower(program, lay.plans, lay.steps);
+        Graph graph = lower(program, lay.plans, lay.steps, item.find("jitter") ? maybe(item, "jitter") : std::nullopt);
         Strings plans;
         for (const auto& p : program.passes) plans.push_back('"' + p.name + "\": " + described(lay.plans[p.name]));
         std::sort(plans.begin(), plans.end());
@@ -320,7 +348,7 @@ int main(int count, char** words) {
     if (count != 3) return std::fputs("usage: vectors VECTORS PROGRAMS\n", stderr), 2;
     programs_folder = words[2];
     std::set<std::string> known;
-    for (auto [name, check] : {std::pair{"tiles", tiles}, {"schedules", schedules}, {"noise", noise}, {"images", images}, {"graphs", graphs},
+    for (auto [name, check] : {std::pair{"tiles", tiles}, {"schedules", schedules}, {"noise", noise}, {"images", images}, {"colors", colors}, {"graphs", graphs},
                                {"programs", programs}, {"documents", documents}, {"safetensors", safetensors}}) {
         std::string path = std::string(words[1]) + "/" + name + ".json";
         known.insert(std::string(name) + ".json");

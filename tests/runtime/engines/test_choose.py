@@ -78,6 +78,7 @@ def accurate(spec: EngineSpec, known: dict[str, Measured]) -> bool:
     return spec.precision == "float32" or (spec.name in known and (known[spec.name].psnr_db or 0) >= 40)
 
 
+@pytest.mark.slow
 @given(specs_of_a_component, machines)
 def test_the_chosen_engine_fits_and_every_other_one_has_a_reason(specs, machine):
     choice = choose(specs, machine)
@@ -89,6 +90,7 @@ def test_the_chosen_engine_fits_and_every_other_one_has_a_reason(specs, machine)
         assert reason and reason.isprintable()
 
 
+@pytest.mark.slow
 @given(specs_of_a_component, machines, measured_engines)
 def test_no_engine_that_fits_is_more_accurate_or_measured_to_be_faster(specs, machine, known):
     best = choose(specs, machine, measured=known).spec
@@ -99,12 +101,14 @@ def test_no_engine_that_fits_is_more_accurate_or_measured_to_be_faster(specs, ma
             assert known[best.name].seconds_per_megapixel <= known[spec.name].seconds_per_megapixel
 
 
+@pytest.mark.slow
 @given(specs_of_a_component, machines, st.randoms())
 def test_the_order_of_the_engines_does_not_matter(specs, machine, random):
     shuffled = random.sample(specs, len(specs))
     assert choose(shuffled, machine) == choose(specs, machine)
 
 
+@pytest.mark.slow
 @given(specs_of_a_component, machines, st.data())
 def test_a_wish_restricts_the_choice_to_what_it_names(specs, machine, data):
     one = data.draw(st.sampled_from(specs))
@@ -116,6 +120,7 @@ def test_a_wish_restricts_the_choice_to_what_it_names(specs, machine, data):
     assert reasons.keys() == {spec.name for spec in specs} - ({choice.spec.name} if choice.spec else set())
 
 
+@pytest.mark.slow
 @given(specs_of_a_component, machines)
 def test_a_machine_without_the_chosen_engine_is_given_the_next(specs, machine):
     order = []
@@ -126,6 +131,7 @@ def test_a_machine_without_the_chosen_engine_is_given_the_next(specs, machine):
     assert [spec.precision == "float32" for spec in order] == sorted(s.precision == "float32" for s in order)[::-1]
 
 
+@pytest.mark.slow
 @given(specs_of_a_component, machines, st.data())
 def test_machine_code_of_strangers_is_left_out_unless_it_is_asked_for(specs, machine, data):
     strange = data.draw(st.sets(st.sampled_from([spec.name for spec in specs])))

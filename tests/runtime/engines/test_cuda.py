@@ -112,6 +112,7 @@ def recording(bundle, gpu):
     engine.close()
 
 
+@pytest.mark.slow
 def test_the_first_shapes_are_recorded_each_by_a_number_and_others_are_not(recording, numbers, kernels):
     sides = [8 * (1 + place) for place in range(cuda.RECORDED + 2)]
     for side in (*sides, *sides):

@@ -127,6 +127,7 @@ def test_outside_each_a_table_comes_whole():
 # The steered program: a start from noise, joined latents beside private values, three calls a step, fresh noise, inputs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("height", "width", "tile", "overlap", "inputs"),
     [

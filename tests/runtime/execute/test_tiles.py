@@ -36,6 +36,7 @@ def test_passes_of_one_program_have_their_own_tiles():
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("tile", "tokens"), [(None, 4096), (1024, 4096), (512, 1024)])
 def test_a_table_is_that_of_the_tiles_token_count(tile, tokens):
     image = canvas(1024, 1040)
@@ -158,6 +159,7 @@ def layouts(draw):
     return height, width, multiple, tiles
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @given(layouts(), st.integers(1, 3))
 def test_a_program_that_changes_nothing_gives_its_canvas_back(layout, workers):

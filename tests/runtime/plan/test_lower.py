@@ -53,6 +53,7 @@ def plans(draw):
     return one(), one()
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(plans())
 def test_tiles_beneath_are_those_that_share_a_pixel(pair: tuple[TilePlan, TilePlan]) -> None:

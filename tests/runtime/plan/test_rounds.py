@@ -461,6 +461,7 @@ def sequences(draw):
     return program, rounds
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @given(sequences())
 def test_any_rounds_give_the_bytes_of_fresh_restorations(case):

@@ -263,6 +263,7 @@ def test_a_place_that_cannot_be_written_is_a_reason_and_a_note(restorer):
     assert [path for path in Path().iterdir() if path.suffix == ".part"] == []
 
 
+@pytest.mark.slow
 def test_what_is_written_every_so_often_can_be_gone_on_from_at_any_time(restorer):
     expected = restorer(IMAGE, tile=32)
     copies = []

@@ -212,6 +212,7 @@ def test_the_official_client_works(client, restored) -> None:
     assert caught.value.param == "prompt" and caught.value.code == "invalid_value"
 
 
+@pytest.mark.slow
 def test_the_official_client_gets_a_stream(client, restored) -> None:
     large = np.tile(IMAGE, (6, 6, 1))
     fields = {"parts": "true"}

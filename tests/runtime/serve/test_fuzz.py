@@ -141,6 +141,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         yield service
 
 
+@pytest.mark.slow
 def test_no_request_is_an_error_of_ours(service, caplog) -> None:
     counts: dict[int, int] = {}
     for number in range(REQUESTS):

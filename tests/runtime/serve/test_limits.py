@@ -65,6 +65,7 @@ def test_a_client_that_hangs_up_cancels_its_work_and_a_full_queue_says_when_to_c
         assert 'tilewright_refused_total{reason="queue"} 1.0' in numbers
 
 
+@pytest.mark.slow
 def test_a_request_that_is_late_is_cancelled(endless) -> None:
     with served(endless) as service:
         answer = service.edit(IMAGE, deadline_s=0.3)
@@ -80,6 +81,7 @@ def test_a_request_that_is_late_is_cancelled(endless) -> None:
         assert not service.service.queue
 
 
+@pytest.mark.slow
 def test_a_service_that_drains_finishes_what_it_accepted_and_refuses_the_rest(steps) -> None:
     with served(steps) as service, ThreadPoolExecutor(6) as pool, load(steps, threads=1) as restorer:
         images = [scene(100 + i, 160) for i in range(6)]
@@ -99,6 +101,7 @@ def test_a_service_that_drains_finishes_what_it_accepted_and_refuses_the_rest(st
         assert good >= len(accepted)
 
 
+@pytest.mark.slow
 def test_memory_is_kept_in_a_ledger(steps) -> None:
     image = scene(120, 160)
     with served(steps) as service:

@@ -196,6 +196,7 @@ def luminance(colour: str) -> float:
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", [0, 1], ids=["light", "dark"])
 def test_text_has_the_contrast_that_wcag_asks_for(place) -> None:
     block = re.findall(r":root \{(.*?)\}", HTML, re.DOTALL)[place]

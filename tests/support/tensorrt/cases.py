@@ -254,7 +254,7 @@ def test_a_tile_that_no_profile_takes_is_refused_with_the_sides(bundle):
     engine = opened(bundle, plan_of(bundle, tiles=(32,))[1])
     with refused(UsageError, "image of shape (1, 3, 40, 32) is in no profile", "(1, 3, 8, 8) to (1, 3, 32, 32)"):
         engine.run({"image": np.zeros((1, 3, 40, 32), np.float32)}, ["sharp"])
-    with refused(UsageError, "tile=12 must be a multiple of 8 for this bundle; its own tiles have 64 px"):
+    with refused(UsageError, "tile=12 must be a positive multiple of 8 for this bundle; its own tiles have 64 px"):
         plan_of(bundle, tiles=(12,))
     component = read_bundle(bundle).manifest.components["sharpen"]
     here = replace(this_machine(), packages={"tensorrt": trt.__version__}, devices=("cuda",))

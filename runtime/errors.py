@@ -74,7 +74,7 @@ class AccuracyError(TilewrightError):
 
 
 class DeviceError(TilewrightError):
-    """A device that hangs, while no other device is left."""
+    """A device that hangs or is lost, while no other device is left."""
 
     exit_code = 9
 

@@ -11,10 +11,17 @@ import os
 import re
 import secrets
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 from tilewright.runtime.bundle.opening import not_a_file, only_files
 from tilewright.runtime.errors import EnvironmentMismatch
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 __all__ = ["cache_dir", "identity_of", "next_data", "remembered_sha256", "sha256_of_bytes", "sha256_of_file", "writing"]
 
@@ -112,20 +119,51 @@ def next_data(descriptor: int, at: int, end: int) -> int:
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path`, which replaces `path` on success and is removed on failure."""
+def writing(path: Path, mode: int = 0o666) -> Iterator[Path]:
+    """A temporary file beside `path`, which replaces `path` on success and is removed on failure.
+
+    Its process holds a lock on it. A process that was killed leaves it; the next one that writes `path` removes it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and not (path.is_file() or path.is_dir()):  # it would be replaced
         raise not_a_file(str(path))
-    temporary = path.with_name(f".{secrets.token_hex(8)}.part")  # a name that no other thread uses, and short
+    start = f".{sha256_of_bytes(os.fsencode(path.name))[:16]}."  # the name itself may be too long for more
+    _remove_halves(path.parent, start)
+    temporary = path.with_name(f"{start}{secrets.token_hex(8)}.part")  # a name that no other thread uses
     try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        with _locked(temporary, mode):
+            yield temporary
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
     except OSError as error:
         if error.filename is None:  # an error of a write does not name its file
             error.filename = str(path)
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _locked(path: Path, mode: int) -> BinaryIO:
+    """A new file, whose lock this process holds while it is open."""
+    while True:
+        file = open(path, "xb", opener=partial(os.open, mode=mode))  # noqa: SIM115 - the caller closes it
+        if fcntl is None:  # an open file of Windows cannot be renamed
+            file.close()
+            return file
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if path.exists():  # otherwise another process has taken it for one that was left
+            return file
+        file.close()
+
+
+def _remove_halves(folder: Path, start: str) -> None:
+    """Remove temporary files of processes that were killed."""
+    if fcntl is None:
+        return
+    with contextlib.suppress(OSError):
+        for half in list(folder.glob(f"{start}*.part")):
+            with contextlib.suppress(OSError), half.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                half.unlink()

@@ -6,13 +6,17 @@ from typing import Any
 
 from tilewright.runtime.errors import DeviceError, EnvironmentMismatch, ResourceError
 
-__all__ = ["answers_of", "last_line"]
+__all__ = ["LostWorker", "answers_of", "last_line"]
 
 BEGINS_S = 120.0  # a machine starts a process within so many seconds, unless it has no free cores
 
 
+class LostWorker(DeviceError):
+    """The process of a worker has ended, or its machine does not answer."""
+
+
 def answers_of(ray: ModuleType, asked: Mapping[str, Any], *, begins: bool = False) -> dict[str, Any]:
-    """What workers answer. Their errors are raised as they are; a lost machine is a DeviceError."""
+    """What workers answer. Their errors are raised as they are; a lost machine is a LostWorker."""
     answers = {}
     for name, reference in asked.items():
         try:
@@ -29,7 +33,7 @@ def answers_of(ray: ModuleType, asked: Mapping[str, Any], *, begins: bool = Fals
                     f"{name} cannot start a process ({last_line(error)}); install tilewright there, with"
                     f" Ray {ray.__version__}"
                 ) from None
-            raise DeviceError(f"{name} is lost ({type(error).__name__})") from None
+            raise LostWorker(f"{name} is lost ({type(error).__name__})") from None
     return answers
 
 

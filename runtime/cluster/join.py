@@ -2,8 +2,10 @@
 
 import logging
 import os
+import secrets
 import socket
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 
 from tilewright.runtime.bundle.read import Bundle
 from tilewright.runtime.cluster.answers import answers_of, last_line
+from tilewright.runtime.cluster.channel import Channel, connected
 from tilewright.runtime.cluster.copies import provide
 from tilewright.runtime.cluster.devices import RemoteDevice
 from tilewright.runtime.cluster.worker import Place, Worker
@@ -21,6 +24,8 @@ from tilewright.runtime.execute.devices import OpenEngines
 from tilewright.runtime.setup import Opened, Setup
 
 __all__ = ["join"]
+
+LOG = logging.getLogger("tilewright")
 
 ANSWERS_S = 5.0  # an address that is there accepts a connection within so many seconds
 
@@ -81,10 +86,28 @@ def _opened(
     fits = answers_of(
         ray, {name: place.worker.open.remote(memory, on_node[place.node]) for name, place in workers.items()}
     )
-    joined = [RemoteDevice(name, ray, place.worker) for name, place in workers.items()]
+    channels = _channels(ray, workers)
+    joined = [RemoteDevice(name, ray, place.worker, channels[name]) for name, place in workers.items()]
     program, threads = first.bundle.program, max(place.threads for place in workers.values())
     engines = OpenEngines((), _elsewhere)
     return Opened(joined, engines, replace(bundle, program=program), first.specs, threads, all(fits.values()))
+
+
+def _channels(ray: ModuleType, workers: Mapping[str, Place]) -> dict[str, Channel | None]:
+    """A connection to each worker that this machine can reach."""
+    keys = {name: secrets.token_bytes(32) for name in workers}
+    addresses = answers_of(ray, {name: place.worker.listen.remote(keys[name]) for name, place in workers.items()})
+
+    def connect(name: str) -> Channel | None:
+        try:
+            return connected(addresses[name], keys[name])
+        except OSError as error:
+            host, port = addresses[name]
+            LOG.warning("no connection to %s at %s:%d (%s); its values go through Ray", name, host, port, error)
+            return None
+
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(workers, pool.map(connect, workers), strict=True))
 
 
 def _elsewhere(name: str) -> Engine:
@@ -118,7 +141,8 @@ def _connected(address: str) -> Any:
             raise EnvironmentMismatch(
                 "cluster='auto': no cluster runs on this machine; start it with 'ray start --head'"
             ) from None
-        raise EnvironmentMismatch(f"cluster={address!r}: {last_line(error)}") from None
+        hint = "; if the cluster wants a token, set RAY_AUTH_MODE=token" if isinstance(error, ConnectionError) else ""
+        raise EnvironmentMismatch(f"cluster={address!r}: {last_line(error)}{hint}") from None
     return ray
 
 

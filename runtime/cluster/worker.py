@@ -1,19 +1,34 @@
 """One device of a machine, in a process of its own, in which it opens engines. Ray starts the process."""
 
+import pickle
 import shutil
+import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from tilewright.runtime.bundle.digests import cache_dir
 from tilewright.runtime.bundle.read import Bundle, read_bundle
-from tilewright.runtime.errors import TilewrightError
+from tilewright.runtime.cluster.channel import accepted
+from tilewright.runtime.errors import DeviceError, TilewrightError
 from tilewright.runtime.execute.devices import Device
 from tilewright.runtime.setup import Setup, open_here, set_up
 
-__all__ = ["Place", "Worker"]
+__all__ = ["Place", "Request", "Worker"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One run of a component."""
+
+    component: str
+    feed: Mapping[str, Any]  # input -> an array, or the number of one that the worker keeps
+    outputs: Sequence[str]
+    new: Mapping[int, Any]  # arrays that the worker keeps from now on
+    dropped: Sequence[int]  # numbers of arrays that it need not keep any more
 
 
 class Worker:
@@ -24,6 +39,7 @@ class Worker:
         self.weights: Path | None = None  # the folder of the weights, if they are not where the bundle says
         self.setup: Setup | None = None
         self.device: Device | None = None
+        self.kept: dict[int, Any] = {}  # number of an array -> its buffer on the device
 
     def version(self) -> str:
         """The version of Tilewright on this machine."""
@@ -73,12 +89,44 @@ class Worker:
         (self.device,) = opened.devices
         return opened.fits
 
-    def run(self, component: str, names: Sequence[str], outputs: Sequence[str], *values: Any) -> dict[str, Any]:
+    def listen(self, key: bytes) -> tuple[str, int]:
+        """Answer the requests of the one connection that knows the key; its address."""
+        from ray.util import get_node_ip_address
+
+        listener = socket.create_server((get_node_ip_address(), 0))
+        Thread(target=self._serve, args=(listener, key), name="channel", daemon=True).start()
+        host, port = listener.getsockname()[:2]
+        return host, port
+
+    def _serve(self, listener: socket.socket, key: bytes) -> None:
+        with listener:
+            channel = accepted(listener, key)
+        try:
+            while True:
+                request = channel.receive()
+                answer: Any
+                try:
+                    answer = self.run(request)
+                except Exception as error:
+                    answer = _sendable(error)
+                channel.send(answer)
+        except (OSError, EOFError):  # the caller has gone
+            channel.close()
+
+    def run(self, request: Request) -> dict[str, Any]:
         """The outputs of a component, as arrays."""
         device = self.device
         assert device is not None
-        feed = {name: device.put(value) for name, value in zip(names, values, strict=True)}
-        return {name: device.get(buffer) for name, buffer in device.run(component, feed, outputs).items()}
+        for number in request.dropped:
+            self.kept.pop(number, None)
+        for number, array in request.new.items():
+            self.kept[number] = device.put(array)
+        feed = {
+            name: self.kept[value] if isinstance(value, int) else device.put(value)
+            for name, value in request.feed.items()
+        }
+        results = device.run(request.component, feed, request.outputs)
+        return {name: device.get(buffer) for name, buffer in results.items()}
 
     def stop(self) -> None:
         """End the call that runs, if its engine can."""
@@ -104,3 +152,12 @@ class Place:
 def _copy_of(digest: str, token: str = "") -> Path:
     """The place on a machine of a bundle that was sent there, or is being sent."""
     return cache_dir() / "cluster" / (f".{digest}.{token}.part" if token else digest)
+
+
+def _sendable(error: Exception) -> Exception:
+    """The error, or its text if it cannot be sent."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return DeviceError(f"{type(error).__name__}: {error}")
+    return error

@@ -21,7 +21,8 @@ class Device(Protocol):
     """A place with memory where engines run.
 
     A device may also have `stop()`, which any thread may call: the call that runs, if there is one, raises soon. It may
-    have `begin(rows)`, which gets the step and the tile of each row of the call that comes next.
+    have `begin(rows)`, which gets the step and the tile of each row of the call that comes next, and `lost`, which is
+    true if it will never run anything again.
     """
 
     name: str  # "cpu:0"

@@ -92,7 +92,7 @@ class Executor:
         with self.changed:
             if self.closed:
                 raise RuntimeError("the executor is closed")
-            if len(self.hung) == len(self.devices):
+            if not self.answers():
                 raise DeviceError(f"{', '.join(d.name for d in self.devices)}: no device answers; start anew")
             self.queue.add(work, task.values.done)
             self.tasks.append((task, work))
@@ -110,6 +110,15 @@ class Executor:
                     thread.start()
             self.changed.notify_all()
         return task.future
+
+    @property
+    def gone(self) -> set[int]:
+        """The devices that will not run anything again: they hang, or their machines are lost."""
+        return self.hung | {place for place, device in enumerate(self.devices) if getattr(device, "lost", False)}
+
+    def answers(self) -> bool:
+        """Whether there is a device that may run something."""
+        return len(self.gone) < len(self.devices)
 
     def _go_on(self, task: Task, finished: Finished) -> None:
         """Prepare the rest of an interrupted round."""
@@ -226,11 +235,15 @@ class Executor:
         self._note(running.batch, f"{self.devices[device].name} hangs in {running.component}; its tiles run elsewhere")
         if failed_elsewhere:
             self._end_all(running.batch, error)
-        if len(self.hung) == len(self.devices):
+        self._use_others(error)
+
+    def _use_others(self, error: Exception) -> None:
+        """Go on without a device that is gone. If none is left, all rounds end with this error."""
+        if not self.answers():
             for _, work in list(self.tasks):
                 self._end(work, error)
         elif len(self.queue.retired) == len(self.devices):
-            self.queue.retired = set(self.hung)  # the others have only failed: they are tried again
+            self.queue.retired = self.gone  # the others have only failed: they are tried again
         self.changed.notify_all()
 
     def _land(self, batch: Batch) -> bool:
@@ -314,12 +327,22 @@ class Executor:
         """Retire a device and run its nodes elsewhere; a node that fails on two devices is itself at fault.
 
         Nodes of several jobs run again job by job first, so that a job at fault ends alone. A device with too little
-        memory for a batch stays, and takes half as many nodes from then on.
+        memory for a batch stays, and takes half as many nodes from then on. A machine that is lost says nothing of the
+        nodes that it ran.
         """
         name, error, count = self.devices[batch.device].name, fault.error, len(batch.nodes)
         lacks_memory = isinstance(error, (MemoryError, ResourceError))
         with self.changed:
-            if not self._land(batch) or (not lacks_memory and self._try_apart(batch)):
+            if not self._land(batch):
+                return
+            if batch.device in self.gone:
+                self.queue.put_back(batch)
+                if batch.device not in self.queue.retired:
+                    self.queue.retired.add(batch.device)
+                    self._note(batch, f"{one_line(str(error))}; its tiles run elsewhere")
+                self._use_others(DeviceError(f"{one_line(str(error))}, and no other device is left; start anew"))
+                return
+            if not lacks_memory and self._try_apart(batch):
                 return
             self.queue.put_back(batch)
             self.changed.notify_all()
@@ -341,7 +364,7 @@ class Executor:
         """End the rounds of these nodes. Devices that failed at their nodes are used again, for other rounds."""
         for work in batch.works:
             retired = {d for d, number in self.retired_by.items() if number == work.owner.number}
-            self.queue.retired -= retired - self.hung
+            self.queue.retired -= retired - self.gone
             self._end(work, error, lacked_memory)
 
     def _try_apart(self, batch: Batch) -> bool:

@@ -323,10 +323,10 @@ class _Bytes(io.BytesIO):
 
 
 class _File(io.BufferedRandom):
-    """A new file whose writes are told and can be stopped. Without `fileno` Pillow hands every block to `write`."""
+    """An empty file whose writes are told and can be stopped. Without `fileno` Pillow hands every block to `write`."""
 
     def __init__(self, path: Path, stopped: Callable[[], bool], wrote: Callable[[int], None]) -> None:
-        super().__init__(io.FileIO(path, "x+b"))
+        super().__init__(io.FileIO(path, "r+b"))
         self.stopped, self.wrote = stopped, wrote
 
     def write(self, data: Any) -> int:

@@ -70,7 +70,7 @@ class Checkpoint:
         specs = {json.dumps(key): (str(array.dtype), array.shape) for key, array in tensors.items()}
         start = safetensors_start(specs | {"sha256": ("uint8", (hashlib.sha256().digest_size,))}, self._metadata())
         digest = hashlib.sha256(start)
-        with writing(path) as temporary, temporary.open("xb") as file:
+        with writing(path) as temporary, temporary.open("wb") as file:
             file.write(start)
             for array in tensors.values():
                 data = _bytes_of(array)

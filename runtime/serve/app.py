@@ -146,9 +146,9 @@ class _Face:
         return Response(self.html, media_type="text/html", headers=headers | {"Cache-Control": "no-cache"})
 
     async def live(self, request: Request) -> Response:
-        """Whether the process should go on: 503 if all devices hang."""
-        alive = self.service.alive()
-        return PlainTextResponse("live\n" if alive else "no device answers\n", 200 if alive else 503)
+        """Whether the process should go on: 503 if all devices hang or are lost."""
+        reason = self.service.dead()
+        return PlainTextResponse(f"{reason or 'live'}\n", 503 if reason else 200)
 
     async def ready(self, request: Request) -> Response:
         """Whether requests are accepted."""

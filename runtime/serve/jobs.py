@@ -231,8 +231,7 @@ class Jobs:
             return
         answer = request.future.result()
         try:
-            with writing(self._result(name)) as temporary:
-                temporary.touch(0o600)
+            with writing(self._result(name), 0o600) as temporary:
                 temporary.write_bytes(answer.data)
             notes = json.dumps(answer.notes)
             sql = "UPDATE jobs SET state = 'done', ended = ?, notes = ? WHERE id = ?"
@@ -286,10 +285,8 @@ class Jobs:
     def _copy(self, source: BinaryIO, target: Path) -> BinaryIO:
         """A copy of an uploaded file, which stays when the request has ended."""
         source.seek(0)
-        with writing(target) as temporary:
-            temporary.touch(0o600)
-            with temporary.open("wb") as file:
-                shutil.copyfileobj(source, file)
+        with writing(target, 0o600) as temporary, temporary.open("wb") as file:
+            shutil.copyfileobj(source, file)
         return target.open("rb")
 
     def _image(self, name: str) -> Path:

@@ -121,7 +121,7 @@ class _Now(Collector):
         yield GaugeMetricFamily("tilewright_memory_held_bytes", "Memory in the ledger.", service.held)
         opened = GaugeMetricFamily("tilewright_bundle_open", "1 if its engines are open.", labels=["bundle"])
         seconds = dict(self.metrics.closed_s)
-        hung = 0
+        gone = 0
         for served in service.bundles.all():
             restorer = served.restorer  # another thread may put it away
             if not served.outdated:
@@ -129,7 +129,7 @@ class _Now(Collector):
             if restorer is not None:
                 for key, spent in busy(served.name, restorer).items():
                     seconds[key] = seconds.get(key, 0.0) + spent
-                hung += len(restorer.executor.hung)
+                gone += len(restorer.executor.gone)
         yield opened
         devices = CounterMetricFamily(
             "tilewright_device_busy_seconds", "Time in which a device ran calls.", labels=["bundle", "device"]
@@ -137,4 +137,4 @@ class _Now(Collector):
         for (bundle, device), spent in sorted(seconds.items()):
             devices.add_metric([bundle, device], spent)
         yield devices
-        yield GaugeMetricFamily("tilewright_devices_hung", "Devices that do not answer.", hung)
+        yield GaugeMetricFamily("tilewright_devices_gone", "Devices that hang or are lost.", gone)

@@ -83,15 +83,14 @@ class Service:
 
     def ready(self) -> str | None:
         """Why no request can be accepted now, or nothing."""
-        if self.draining:
-            return "the service is stopping"
-        return None if self.alive() else "no device answers"
+        return "the service is stopping" if self.draining else self.dead()
 
-    def alive(self) -> bool:
-        """Whether there are devices that answer."""
+    def dead(self) -> str | None:
+        """Why only a new start helps, or nothing."""
         with self.changed:
-            executors = [b.restorer.executor for b in self.bundles.all() if b.restorer]
-        return not any(len(executor.hung) == len(executor.devices) for executor in executors)
+            executors = {b.name: b.restorer.executor for b in self.bundles.all() if b.restorer}
+        names = [name for name, executor in executors.items() if not executor.answers()]
+        return f"no device of {' and '.join(names)} answers; start the service anew" if names else None
 
     def room_for(
         self, served: ServedBundle, size: tuple[int, int], sizes: Mapping[str, Any], *, layers: int, file: int

@@ -14,9 +14,11 @@ import pytest
 from support.ray_cluster import running_cluster
 from support.scenes import difference, expected, scene
 from tilewright.runtime import load
+from tilewright.runtime.cluster import join
+from tilewright.runtime.cluster.channel import Channel, connected
 from tilewright.runtime.cluster.devices import LARGE, RemoteDevice
 from tilewright.runtime.cluster.worker import Worker
-from tilewright.runtime.errors import BundleError, EnvironmentMismatch, UsageError
+from tilewright.runtime.errors import BundleError, DeviceError, EnvironmentMismatch, ResourceError, UsageError
 from tilewright.runtime.execute.devices import Device
 
 pytestmark = pytest.mark.slow
@@ -50,25 +52,82 @@ def test_all_nodes_restore_one_image(cluster: Any, bundle: Path, picture: np.nda
     assert difference(restoration.image, expected(picture, kernels)).max() <= 1  # blended tiles round twice
 
 
-def test_arrays_small_and_large_come_to_a_node_as_they_are_and_come_back_to_be_written(cluster: Any) -> None:
+def doubling_worker() -> Any:
+    """A worker whose device doubles. Its classes are inside of this function, as nodes cannot import this file."""
+
+    class Doubling:
+        seen: list[Any]
+
+        def __init__(self) -> None:
+            self.seen = []
+
+        def put(self, array: Any) -> Any:
+            return array
+
+        get = put
+
+        def run(self, component: str, inputs: dict[str, Any], outputs: list[str]) -> dict[str, Any]:
+            self.seen += [array for array in inputs.values() if not any(array is other for other in self.seen)]
+            if component == "fail":
+                raise ResourceError(f"{len(self.seen)} arrays came")
+            return {name: 2 * array for name, array in inputs.items()}
+
+    class DoublingWorker(Worker):
+        def __init__(self) -> None:
+            super().__init__()
+            self.device = Doubling()  # type: ignore[assignment]
+
+        def kept_numbers(self) -> list[int]:
+            return list(self.kept)
+
+    return ray.remote(DoublingWorker).remote()
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_arrays_come_to_a_node_as_they_are_and_large_ones_once(cluster: Any, direct: bool) -> None:
     ray.init(cluster.address, logging_level="ERROR", ignore_reinit_error=True)
-
-    class Doubling(Worker):
-        def run(self, component: str, names: Any, outputs: Any, *values: Any) -> dict[str, Any]:
-            return {f"{component}.{name}": 2 * value for name, value in zip(names, values, strict=True)}
-
-    device: Device = RemoteDevice("there", ray, ray.remote(Doubling).remote())
+    worker = doubling_worker()
+    key = bytes(32)
+    channel = connected(ray.get(worker.listen.remote(key)), key) if direct else None
+    device: Device = RemoteDevice("there", ray, worker, channel)
     arrays = {"small": np.arange(6, dtype=np.float32), "large": np.arange(LARGE, dtype=np.float32).reshape(2, -1)}
     held = {name: device.put(array) for name, array in arrays.items()}
     assert {name: buffer.shape for name, buffer in held.items()} == {n: a.shape for n, a in arrays.items()}
-    outputs = device.run("twice", held, ["x"])
-    for name, array in arrays.items():
-        np.testing.assert_array_equal(device.get(held[name]), array)
-        result = device.get(outputs[f"twice.{name}"])
-        np.testing.assert_array_equal(result, 2 * array)
-        result[:] = np.nan
-        assert not device.finite(result) and device.finite(held[name])
+    for _ in range(2):
+        outputs = device.run("double", held, ["small", "large"])
+        for name, array in arrays.items():
+            np.testing.assert_array_equal(device.get(held[name]), array)
+            result = device.get(outputs[name])
+            np.testing.assert_array_equal(result, 2 * array)
+            result[:] = np.nan
+            assert not device.finite(result) and device.finite(held[name])
+    with pytest.raises(ResourceError, match="4 arrays came"):  # the small one of three calls, and the large one
+        device.run("fail", held, [])
+    del held["large"]
+    device.run("double", {"x": arrays["small"]}, ["x"])
+    assert ray.get(worker.kept_numbers.remote()) == []
+    ray.kill(worker)
+    for _ in range(2):
+        with pytest.raises(DeviceError, match="there is lost"):
+            for _ in range(100_000):  # Ray takes its time to end a process
+                device.run("double", {"x": arrays["small"]}, ["x"])
     device.close()
+
+
+def test_values_go_through_ray_to_a_node_that_takes_no_connection(
+    cluster: Any,
+    bundle: Path,
+    picture: np.ndarray,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def refused(address: tuple[str, int], key: bytes) -> Channel:
+        raise ConnectionRefusedError(111, "Connection refused")
+
+    monkeypatch.setattr(join, "connected", refused)
+    with load(bundle, cluster=cluster.address) as restorer:
+        np.testing.assert_array_equal(restorer(picture), here(bundle, picture))
+    assert caplog.text.count("its values go through Ray") == 3
 
 
 def test_a_node_that_does_not_have_the_bundle_gets_a_copy_and_keeps_it(

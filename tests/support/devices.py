@@ -1,4 +1,4 @@
-"""Devices for tests: one counts transfers, one fails at random, one hangs, one has little memory."""
+"""Devices for tests: one counts transfers, one fails at random, one hangs, one is lost, one has little memory."""
 
 import random
 import time
@@ -8,7 +8,7 @@ import numpy as np
 
 from tilewright.runtime.errors import ResourceError
 
-__all__ = ["Apart", "Cramped", "Failing", "Hanging", "Lodged", "Stopped"]
+__all__ = ["Apart", "Cramped", "Failing", "Hanging", "Lodged", "Lost", "Stopped"]
 
 
 class Lodged:
@@ -76,6 +76,24 @@ class Hanging(Over):
         outputs = self.device.run(component, inputs, wanted)
         self.late.set()
         return outputs
+
+
+class Lost(Over):
+    """Is lost in its call number `at`."""
+
+    def __init__(self, device, at=1):
+        super().__init__(device)
+        self.calls, self.at = 0, at
+
+    @property
+    def lost(self):
+        return self.calls >= self.at
+
+    def run(self, component, inputs, wanted):
+        self.calls += 1
+        if self.lost:
+            raise RuntimeError(f"{self.name} is lost")
+        return self.device.run(component, inputs, wanted)
 
 
 class Cramped(Over):

@@ -5,6 +5,8 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -189,3 +191,51 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
         raise RuntimeError("halfway")
     assert (tmp_path / "file").read_text() == "old"
     assert entries(tmp_path) == {"file"}
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from tilewright.runtime.bundle.digests import writing
+
+with writing(Path(sys.argv[1])) as temporary:
+    temporary.write_text("half")
+    print("ready", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_the_next_write_removes_what_a_killed_process_left_and_nothing_of_a_living_one(tmp_path):
+    def begin(name):
+        process = subprocess.Popen([sys.executable, "-c", KILLED, tmp_path / name], stdout=subprocess.PIPE)
+        assert process.stdout.readline() == b"ready\n"
+        return process
+
+    with begin("file") as killed, begin("file") as alive, begin("other") as of_another_file:
+        try:
+            for process in (killed, of_another_file):
+                process.kill()
+                process.wait()
+            assert len(entries(tmp_path)) == 3
+            with writing(tmp_path / "file") as temporary:
+                temporary.write_text("whole")
+            halves = entries(tmp_path) - {"file"}
+            assert len(halves) == 2 and all(name.endswith(".part") for name in halves)
+            assert {(tmp_path / name).read_text() for name in halves} == {"half"}
+        finally:
+            alive.kill()
+    for name in ("file", "other"):
+        with writing(tmp_path / name) as temporary:
+            temporary.write_text("whole")
+    assert entries(tmp_path) == {"file", "other"}
+
+
+def test_a_file_is_written_with_the_mode_that_is_asked_for(tmp_path):
+    before = os.umask(0o022)
+    try:
+        for mode, result in ((0o666, 0o644), (0o600, 0o600)):
+            with writing(tmp_path / "file", mode) as temporary:
+                temporary.write_text("x")
+            assert (tmp_path / "file").stat().st_mode & 0o777 == result
+    finally:
+        os.umask(before)

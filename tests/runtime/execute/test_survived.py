@@ -6,7 +6,7 @@ from concurrent.futures import CancelledError
 import numpy as np
 import pytest
 
-from support.devices import Cramped, Hanging
+from support.devices import Cramped, Hanging, Lost
 from support.walked_systems import HITOKSR
 from support.walks import Late, Toy, canvas, program_of, toys
 from tilewright.runtime.bundle.program import Signature, TensorSpec
@@ -75,6 +75,52 @@ def test_the_only_device_hangs_and_every_job_ends_with_an_error_that_says_where(
         walk_on(executor)[0].run({})
     executor.close()  # which does not wait for the thread that hangs
     hanging.released.set()
+
+
+# Lost machines
+
+
+@pytest.mark.parametrize("at", [1, 4])
+def test_a_job_goes_on_with_the_last_device_that_is_not_lost(at):
+    first, second, good = cpus(3)
+    losing = [Lost(first, at), Lost(second, at)]
+    executor = Executor([*losing, CpuDevice(good.name, toys(HITOKSR, Late))])
+    for _ in range(2):
+        walk, pixels = walk_on(executor)
+        walk.run({})
+        assert pixels.tobytes() == expected()
+    assert executor.gone == {0, 1} == executor.queue.retired
+    assert all(device.calls <= at + 1 for device in losing)  # it may have been between two calls of a node
+    executor.close()
+
+
+def test_a_node_whose_devices_are_lost_one_after_another_is_not_at_fault():
+    class LostAtTile(Lost):
+        def begin(self, rows):
+            if any(tile == 5 for _, tile in rows) and len(victims) < 2 and self not in victims:
+                victims.append(self)
+                self.at = 0
+
+    victims = []
+    executor = Executor([LostAtTile(device, 10**6) for device in cpus(3)])
+    walk, pixels = walk_on(executor)
+    walk.run({})
+    assert pixels.tobytes() == expected()
+    assert executor.gone == {executor.devices.index(device) for device in victims} and len(victims) == 2
+    executor.close()
+
+
+def test_all_devices_are_lost_and_every_job_ends_with_an_error():
+    executor = Executor([Lost(device, 3) for device in cpus(2)])
+    walks = [walk_on(executor)[0] for _ in range(2)]
+    for walk in walks:
+        walk.begin({})
+    for walk in walks:
+        with pytest.raises(DeviceError, match=r"^cpu:[01] is lost, and no other device is left; start anew$"):
+            walk.end()
+    with pytest.raises(DeviceError, match="no device answers"):
+        walk_on(executor)[0].run({})
+    executor.close()
 
 
 def test_a_node_that_hangs_on_two_devices_ends_its_job():

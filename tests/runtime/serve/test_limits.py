@@ -260,8 +260,10 @@ def test_a_device_that_hangs_ends_the_service(steps) -> None:
     with served(steps) as service:
         service.service.bundles.served["steps"].restorer.executor.hung.add(0)
         try:
-            assert service.client.get("/v2/health/live").status_code == 503
-            assert service.client.get("/v2/health/ready").text == "no device answers\n"
+            for path in ("/v2/health/live", "/v2/health/ready"):
+                answer = service.client.get(path)
+                assert answer.status_code == 503
+                assert answer.text == "no device of steps answers; start the service anew\n"
             answer = service.edit(IMAGE)
             assert answer.status_code == 503 and "no device answers" in answer.text
         finally:

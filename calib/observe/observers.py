@@ -107,7 +107,7 @@ class Observations:
             if (channels := next(iter(observations.values())).channels) is not None:
                 specs[f"{tensor}:channels"] = ("float32", (count, *channels.shape))
         metadata = {name: json.dumps(value, sort_keys=True) for name, value in {**facts, "format": FORMAT}.items()}
-        with writing(path) as temporary, temporary.open("xb") as file:
+        with writing(path) as temporary, temporary.open("wb") as file:
             file.write(safetensors_start(specs, metadata))
             for _, observations in self._by_tensor():
                 for part in _parts(observations):

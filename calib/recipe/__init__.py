@@ -126,7 +126,7 @@ class Recipe:
         inputs |= {name: replace(inputs[name], factors=beside.name) for name in factors}
         if factors:
             specs = {name: ("float32", array.shape) for name, array in factors.items()}
-            with writing(beside) as temporary, temporary.open("xb") as file:
+            with writing(beside) as temporary, temporary.open("wb") as file:
                 file.write(safetensors_start(specs, {}))
                 file.writelines(array.tobytes() for array in factors.values())
         document = encode(replace(self, inputs=inputs))

@@ -11,7 +11,7 @@ import logging
 from functools import cache
 from typing import Any
 
-__all__ = ["give_back", "take_shared"]
+__all__ = ["give_back", "take_shared", "trim"]
 
 # the first block; each further one is twice the size of the one before. Many small blocks leave gaps that nothing fits
 BLOCKS = {"initial_chunk_size_bytes": 2**25, "initial_growth_chunk_size_bytes": 2**25}
@@ -38,6 +38,11 @@ def give_back() -> None:
     options = ort.RunOptions()
     options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
     _identity().run(None, {"x": np.zeros(1, np.float32)}, options)
+    trim()
+
+
+def trim() -> None:
+    """Give memory that the C library's allocator holds free to the system."""
     with contextlib.suppress(OSError, AttributeError, TypeError):  # other C libraries than glibc keep none, or cannot
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -15,6 +15,7 @@ from threading import Condition, RLock, Thread
 from typing import Any
 
 from tilewright.runtime.bundle.strict import one_line
+from tilewright.runtime.engines.arena import trim
 from tilewright.runtime.errors import DeviceError, ResourceError
 from tilewright.runtime.execute.calls import Calls, DeviceFault, Running
 from tilewright.runtime.execute.checks import not_finite, wrong_shape
@@ -26,6 +27,8 @@ from tilewright.runtime.execute.values import Outputs, Values
 from tilewright.runtime.plan.lower import Block, Graph
 
 __all__ = ["Executor", "Task"]
+
+MANY = 1000  # nodes of a pass that leave much memory
 
 
 @dataclass(eq=False)
@@ -318,6 +321,8 @@ class Executor:
         if any(work.todo[n] for n in task.graph.of_pass[p.name]):
             return
         task.on_pass(p.name)
+        if sum(task.graph.blocks[n].size for n in task.graph.tile_blocks[block.place]) >= MANY:
+            trim()  # the values of a pass lie between those of the next, so their memory would stay
         if self.closes_engines:
             needed = {call.run for t, w in self.tasks for b in t.graph.blocks if w.todo[b.number] for call in b.calls}
             for device in self.devices:

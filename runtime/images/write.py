@@ -136,7 +136,7 @@ def assemble(rgb: Pixels, like: Picture) -> Pixels:
 def check_writable(path: str | os.PathLike[str]) -> None:
     """Refuse a path that cannot be written to, before any work is done for it."""
     suffix = Path(path).suffix
-    if suffix.lower() not in _WRITERS:
+    if suffix.lower() not in _WRITERS and not Path(path).is_dir():
         raise UsageError(f"{path} has the suffix {suffix!r}, which no writer knows: use one of {', '.join(_WRITERS)}")
     check_place(path)
 

@@ -35,6 +35,7 @@ INTERPRETER_BYTES = 80_000_000  # Python, NumPy, Pillow and ONNX Runtime, measur
 # memory for calls in proportion to the values alive, measured: between the values in use lie gaps that are too small
 ARENA = 1.4
 LIBVIPS_BYTES, LIBVIPS_ROWS = 60_000_000, 1000  # its code, and the rows that it reads or writes at once
+OPENVINO_BYTES, MODEL_BYTES = 60_000_000, 25_000_000  # its code; a network that it runs on a device
 GRAPH = 30  # bytes of an open engine for each byte of its graph's file, measured 28 to 35
 
 
@@ -75,8 +76,10 @@ def needed_bytes(
             )
         )
         opened = {name: specs[name] for name in (every if all_open else called)}
+        compiled = sum(spec.backend == "openvino" for spec in opened.values())
+        code = (OPENVINO_BYTES * (compiled > 0) + MODEL_BYTES * compiled * devices) * (copies > 0)
         engines = weights_bytes(bundle, opened, memory) + GRAPH * _graph_bytes(bundle, opened)
-        peak = max(peak, held.at(place) + working + copies * engines)
+        peak = max(peak, held.at(place) + working + code + copies * engines)
     picture = 3 * height * width + 3 * height * width // bundle.program.scale**2  # the result and the source, 8 bits
     if on_disk:
         picture = LIBVIPS_BYTES + LIBVIPS_ROWS * 3 * width

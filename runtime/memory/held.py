@@ -66,7 +66,9 @@ class Held:
         parts = {name: part_bytes(self.grids[name], plan) for name in p.writes() & self.grids.keys()}
         written = sum(parts.values())
         generation = plan.count * sum(size for name, size in parts.items() if name in p.writes("each"))
-        return stays + max(goes, comes, generation if joined else 0) + front * written + tiles * self.open[place]
+        # joined steps read what goes until the last of them
+        changes = goes + max(comes, generation) if joined else max(goes, comes)
+        return stays + changes + front * written + tiles * self.open[place]
 
     def _shared(self, p: Pass, of_tiles: set[str]) -> set[str]:
         """The values that a pass computes once for all of its tiles; `of_tiles` gets the names of the others."""

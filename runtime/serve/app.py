@@ -30,6 +30,7 @@ from tilewright.runtime.serve.stream import Events, closed, future_of
 __all__ = ["app_of"]
 
 LOG = logging.getLogger("tilewright")
+PROBED = ("/v2/health/live", "/v2/health/ready", "/metrics")
 OPEN = ("/", "/v2/health/live", "/v2/health/ready")  # without a token
 POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src blob: data:;"
@@ -102,7 +103,8 @@ class _Guard:
         finally:
             route = getattr(scope.get("route"), "path", "other")
             self.service.metrics.requests.labels(route, str(status)).inc()
-            LOG.info("%s %s %s in %.3f s", scope["method"], route, status or "gone", time.monotonic() - begun)
+            if route not in PROBED or status != 200:  # a probe every few seconds would hide all else
+                LOG.info("%s %s %s in %.3f s", scope["method"], route, status or "gone", time.monotonic() - begun)
 
     def _check(self, request: Request) -> None:
         host = request.url.hostname or ""

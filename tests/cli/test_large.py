@@ -47,6 +47,7 @@ def test_what_does_not_work_is_refused_in_one_line(
         (("in.png", "-", "--bits", "16"), "--bits 16 works from a file to a file only; name both"),
         (("in.png", "out.png", "--jitter"), "has no pass that joins its tiles after every step; leave it out"),
         (("in.png", "folder.tif"), "folder.tif is a directory: name a file"),
+        (("in.png", "."), ". is a directory: name a file"),
     ):
         code, _, err = restore(capsys, *words, "--bundle", str(bundle), "-q")
         assert code == 2 and said in err and err.count("\n") == 1

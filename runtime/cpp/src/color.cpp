@@ -127,7 +127,7 @@ std::array<Line, 3> lines(const Pixels& rgb, const Enlarged& source) {
                     there[c].add(static_cast<std::int64_t>(std::rint(planes[place++] * most_of(rgb))));
                 }
     }
-    auto count = static_cast<Wide>(rgb.height * rgb.width);
+    auto count = static_cast<Wide>(rgb.height) * static_cast<Wide>(rgb.width);
     auto most = static_cast<double>(most_of(rgb));
     auto mean = [&](const Sums& sums) { return static_cast<double>(sums.values) / static_cast<double>(rgb.height * rgb.width) / most; };
     auto spread = [&](const Sums& sums) {

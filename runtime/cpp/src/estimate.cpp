@@ -12,6 +12,7 @@ namespace {
 constexpr double OPEN_SHARE = 0.7;  // share of the free memory for all engines together; the rest is for work
 constexpr std::int64_t PROCESS_BYTES = 80000000;  // Python's, NumPy's, Pillow's and ONNX Runtime's; here it is less
 constexpr double ARENA = 1.4;       // memory for calls in proportion to the values alive, measured
+constexpr std::int64_t OPENVINO_BYTES = 60000000, MODEL_BYTES = 25000000;  // its code; a network that it runs on a device
 constexpr std::int64_t GRAPH = 30;  // bytes of an open engine for each byte of its graph's file
 
 std::string gib(std::int64_t bytes) {
@@ -76,8 +77,11 @@ std::int64_t needed_bytes(const Setting& setting, const std::vector<Planned>& pa
         for (std::size_t before = open ? 0 : place; before <= place; ++before) most = std::max(most, calls_bytes(setting, passes[before]));
         double working = (setting.copies > 0 ? ARENA : 0) * most;
         Specs opened = open ? setting.specs : part_of(setting.specs, called);
+        std::int64_t compiled = 0;
+        for (const auto& [name, spec] : opened) compiled += spec->backend == "openvino";
+        std::int64_t code = setting.copies > 0 && compiled > 0 ? OPENVINO_BYTES + MODEL_BYTES * compiled * setting.devices : 0;
         std::int64_t engines = weights_bytes(setting, opened) + GRAPH * graph_bytes(setting, opened);
-        peak = std::max(peak, static_cast<double>(held.at(place)) + working + static_cast<double>(setting.copies * engines));
+        peak = std::max(peak, static_cast<double>(held.at(place)) + working + static_cast<double>(code + setting.copies * engines));
     }
     std::int64_t picture = 3 * height * width + 3 * height * width / (bundle.program.scale * bundle.program.scale);  // values of the result and the source
     std::int64_t pictures_bytes = picture * size.bits / 8;

@@ -66,7 +66,8 @@ std::int64_t Held::at(std::size_t place) const {
     std::int64_t ready = p->each.empty() ? 2 * devices_ : 4 * devices_ - 2;
     std::int64_t tiles = joined ? plan.count() : std::min(plan.count(), ready * (p->tiles ? p->tiles->batch : 1));
     std::int64_t front = std::min(plan.count(), static_cast<std::int64_t>(plan.lefts.size()) + 2 + 2 * devices_);  // parts that wait for the next row
-    return stays + std::max({goes, comes, joined ? generation : 0}) + front * written + tiles * open_[place];
+    std::int64_t changes = joined ? goes + std::max(comes, generation) : std::max(goes, comes);  // joined steps read what goes until the last of them
+    return stays + changes + front * written + tiles * open_[place];
 }
 
 // Passes with the same tiles share their values; those without tiles have -1.

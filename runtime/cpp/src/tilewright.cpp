@@ -271,7 +271,7 @@ tw_bundle* tw_open(const char* path, const tw_params* params) {
         auto all = tw::open(path, tw::complete(params, tw_default_params(), "params", "tw_default_params"));
         std::lock_guard guard(tw::lock_of_handles);
         tw::handles()[++number] = std::move(all);
-        handle = reinterpret_cast<tw_bundle*>(number);
+        handle = reinterpret_cast<tw_bundle*>(number);  // NOLINT(performance-no-int-to-ptr): a number, never an address
     });
     return handle;
 }

@@ -64,6 +64,7 @@ Png read_png(const std::string& path, int bits) {
     image.height = static_cast<std::int32_t>(png_get_image_height(png, info));
     image.channels = png_get_channels(png, info);
     wide.resize(png_get_rowbytes(png, info) * image.height);
+    rows.reserve(image.height);
     for (std::int32_t y = 0; y < image.height; ++y) rows.push_back(&wide[png_get_rowbytes(png, info) * y]);
     png_read_image(png, rows.data());
     png_charp name = nullptr;

@@ -84,6 +84,7 @@ std::vector<Pair> images_of(const fs::path& folder, const fs::path& into) {
     if (others) std::fprintf(stderr, "tilewright-restore: %zu other file(s) of %s are left out; their suffix is not .png\n", others, folder.c_str());
     check_folder_of(into);
     std::vector<Pair> pairs;
+    pairs.reserve(sources.size());
     for (const auto& [to, from] : sources) pairs.push_back({from.string(), to.string()});
     return pairs;
 }

@@ -44,6 +44,22 @@ def test_the_need_counts_weights_grids_and_the_largest_call(bundle):
     assert result < estimate(whole, 1000, 1000).needed_bytes - need < 4 * result
 
 
+def test_an_engine_of_openvino_needs_its_code_once_and_its_networks_on_each_device(bundle):
+    whole = read_bundle(bundle)
+    component = whole.manifest.components["sharpen"]
+    others = tuple(replace(spec, name="openvino-float32", backend="openvino") for spec in component.engines)
+    components = {"sharpen": replace(component, engines=others)}
+    compiled = replace(whole, manifest=replace(whole.manifest, components=components))
+
+    def more(**options):
+        return estimate(compiled, 53, 37, **options).needed_bytes - estimate(whole, 53, 37, **options).needed_bytes
+
+    code = memory.OPENVINO_BYTES
+    assert more() == code + memory.MODEL_BYTES
+    assert more(devices=2, shared=True) == more(devices=2) == code + 2 * memory.MODEL_BYTES
+    assert more(elsewhere=True) == 0
+
+
 def with_memory(whole: Bundle, need: Memory) -> Bundle:
     """The bundle whose engine needs so much memory."""
     component = whole.manifest.components["sharpen"]
@@ -151,6 +167,24 @@ def test_the_need_counts_states_that_are_open_and_values_that_wait(tinted):
     assert need(3000) > need(300)
     assert need(3000, joined=True) - need(3000) > 50 * one  # every tile of a joined pass has its state
     assert need(3000, devices=2) - need(3000) >= 4 * one  # two devices have four tiles more open
+
+
+def test_the_need_counts_what_joined_steps_read_to_the_end_beside_what_they_write(tinted):
+    whole = read_bundle(tinted)
+    *before, paint = whole.program.passes
+    (call,) = paint.once
+    draft = replace(paint, name="draft", once=(replace(call, outputs={"painted": "draft"}),))
+
+    def need(source):
+        each = (replace(call, inputs=call.inputs | {"image": source}),)
+        joined = replace(paint, steps=Steps("ddim", 5, 1, DDPM), once=(), each=each)
+        grids = whole.program.grids | {"draft": replace(whole.program.grids["result"])}
+        program = replace(whole.program, grids=grids, passes=(*before, draft, joined))
+        return estimate(replace(whole, program=program), 3000, 32)
+
+    read, unread = need("draft"), need("image")
+    (count,) = {plan.count for p, plan in read.passes if p.name == "draft"}
+    assert read.needed_bytes - unread.needed_bytes > 0.9 * count * 4 * 3 * 32 * 32
 
 
 def test_a_batch_counts_its_tiles_and_not_their_pairs(bundle):

@@ -256,6 +256,17 @@ def test_a_port_in_use_and_two_bundles_of_one_name_are_refused(tmp_path) -> None
         Settings([tmp_path / "1" / "b", tmp_path / "2" / "b"])
 
 
+def test_the_log_leaves_out_probes_that_have_nothing_to_say(steps, caplog) -> None:
+    caplog.set_level("INFO", "tilewright")
+    with served(steps) as service:
+        for path in ("/v2/health/live", "/v2/health/ready", "/metrics", "/v1/models"):
+            assert service.client.get(path).status_code == 200
+        service.service.drain()
+        assert service.client.get("/v2/health/ready").status_code == 503
+    lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("GET ")]
+    assert [line.partition(" in ")[0] for line in lines] == ["GET /v1/models 200", "GET /v2/health/ready 503"]
+
+
 def test_a_device_that_hangs_ends_the_service(steps) -> None:
     with served(steps) as service:
         service.service.bundles.served["steps"].restorer.executor.hung.add(0)

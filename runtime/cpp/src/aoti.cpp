@@ -207,7 +207,7 @@ std::unique_ptr<Engine> open(const EngineFiles& files, const EngineOptions& opti
     try {
         auto loader = std::make_unique<AOTIModelPackageLoader>(package.string(), "model", false, static_cast<std::size_t>(options.calls), -1);
         Told told(loader->get_metadata(), package.string());
-        Constants constants = constants_of(files.own.at(1));
+        Constants constants = constants_of(files.paths.at(1));
         Named<std::shared_ptr<Mapped>> maps;
         auto names = loader->get_constant_fqns();
         std::sort(names.begin(), names.end());

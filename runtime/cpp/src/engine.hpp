@@ -26,11 +26,11 @@ struct EngineOptions {
 
 // What an engine is opened from.
 struct EngineFiles {
-    std::vector<Path> own;         // the first is the graph
+    std::vector<Path> paths;       // the first is the graph
     Named<Path> weights;           // location of weights in the graph -> the file
     Named<Reference> references;   // weight -> its place
 
-    const Path& graph() const { return own[0]; }
+    const Path& graph() const { return paths[0]; }
 };
 
 // ONNX Runtime on the CPU.

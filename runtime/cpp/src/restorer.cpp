@@ -61,7 +61,7 @@ void Restorer::open_devices(const OpenOptions& options) {
         const EngineSpec& spec = specs.at(component);
         const std::string table = spec.weights && !spec.weights->empty() ? *spec.weights : component;
         EngineFiles files{{}, bundle->files_of(table, folder), {}};
-        for (const auto& file : spec.files) files.own.push_back(bundle->root / file);
+        for (const auto& file : spec.files) files.paths.push_back(bundle->root / file);
         if (auto references = bundle->weights.tensors.find(table); references != bundle->weights.tensors.end()) files.references = references->second;
         return backends().at(spec.backend).open(files, spec.precision, engines);
     };

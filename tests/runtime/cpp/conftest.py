@@ -18,7 +18,7 @@ OPTIONS = {"OPENVINO": "openvino", "AOTI": "torch"}  # of the build -> the packa
 SANITIZE = os.environ.get("TILEWRIGHT_SANITIZE", "")  # see make cpp-sanitize
 
 
-def found(package: str) -> bool:
+def builds_with(package: str) -> bool:
     """Whether the library is built with a package. Its libraries have no sanitizers."""
     return importlib.util.find_spec(package) is not None and not SANITIZE
 
@@ -45,7 +45,7 @@ def built(shared: Shared, cmake: str) -> Path:
             f"-DCMAKE_CXX_FLAGS_DEBUG=-O{1 if SANITIZE else 0}",
             "-DCMAKE_UNITY_BUILD=ON",  # half the time of the compiler
             f"-DTILEWRIGHT_TESTS={Path(__file__).parent}",
-            *(f"-DTILEWRIGHT_{option}={'ON' if found(package) else 'OFF'}" for option, package in OPTIONS.items()),
+            *(f"-DTILEWRIGHT_{option}={'ON' if builds_with(name) else 'OFF'}" for option, name in OPTIONS.items()),
             f"-DTILEWRIGHT_SANITIZE={SANITIZE}",
         ]
         generator = ["-G", "Ninja"] if shutil.which("ninja") else []

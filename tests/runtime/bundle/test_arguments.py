@@ -85,7 +85,7 @@ def test_names_that_our_commands_and_functions_use_are_reserved() -> None:
 
 
 def test_the_cpp_library_reserves_the_same_names() -> None:
-    source = (Path(__file__).parents[3] / "runtime" / "cpp" / "src" / "check.cpp").read_text()
+    source = (Path(__file__).parents[3] / "runtime" / "cpp" / "src" / "arguments.cpp").read_text()
     lists = [re.search(f"{name} = {{(.*?)}};", source, re.DOTALL) for name in ("OPTIONS", "PARAMETERS")]
     assert {name for found in lists if found for name in re.findall(r'"(\w+)"', found[1])} == set(RESERVED)
 

@@ -111,10 +111,16 @@ def test_a_node_whose_devices_are_lost_one_after_another_is_not_at_fault():
 
 
 def test_all_devices_are_lost_and_every_job_ends_with_an_error():
-    executor = Executor([Lost(device, 3) for device in cpus(2)])
+    class LostLater(Lost):
+        def begin(self, rows):
+            both_run.wait(60)
+
+    both_run = threading.Event()
+    executor = Executor([LostLater(device, 3) for device in cpus(2)])
     walks = [walk_on(executor)[0] for _ in range(2)]
     for walk in walks:
         walk.begin({})
+    both_run.set()
     for walk in walks:
         with pytest.raises(DeviceError, match=r"^cpu:[01] is lost, and no other device is left; start anew$"):
             walk.end()

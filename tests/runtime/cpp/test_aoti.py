@@ -76,8 +76,10 @@ def test_it_has_pythons_pixels(
 
 
 def test_machine_code_from_elsewhere_runs_only_if_it_is_asked_for(
-    run, toy: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+    run, toy: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
+    monkeypatch.setenv("TILEWRIGHT_CACHE_DIR", str(cache))  # that of the toy's build, and not this test's own
+
     def reasons(*words: str) -> dict[str, str]:
         listed = run("tilewright-restore", "--bundle", toy, "--engines", *words).stdout.splitlines()
         return dict(line.split(" ", 2)[1:] for line in listed if line.startswith("see: "))

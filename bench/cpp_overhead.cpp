@@ -73,7 +73,8 @@ int main(int count, char** words) {
                 std::vector<std::unique_ptr<Engine>> engines;
                 for (const auto& name : bundle.program.components()) {
                     const EngineSpec& spec = bundle.manifest.components.at(name).engines[0];
-                    engines.push_back(backends().at("ort").open(bundle.root / spec.files[0], bundle.files_of(name, std::nullopt), spec.precision, opening.engines));
+                    EngineFiles files{{bundle.root / spec.files[0]}, bundle.files_of(name, std::nullopt), {}};
+                    engines.push_back(backends().at("ort").open(files, spec.precision, opening.engines));
                 }
                 sessions.push_back(since(start));
             }

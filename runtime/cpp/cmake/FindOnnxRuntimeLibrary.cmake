@@ -15,12 +15,11 @@ if(NOT OnnxRuntimeLibrary_FILE)
   endif()
 endif()
 if(NOT OnnxRuntimeLibrary_FILE)
-  set(TILEWRIGHT_PYTHON ${CMAKE_CURRENT_LIST_DIR}/../../../.venv/bin/python CACHE FILEPATH "a Python with the package onnxruntime")
-  execute_process(
-    COMMAND ${TILEWRIGHT_PYTHON} -c
-      "import importlib.util as u, pathlib as p; print(next(p.Path(u.find_spec('onnxruntime').origin).parent.glob('capi/libonnxruntime.so.*')))"
-    OUTPUT_VARIABLE wheel OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET RESULT_VARIABLE failed)
-  if(NOT failed)
+  include(python_package)
+  python_package(onnxruntime package)
+  file(GLOB wheel ${package}/capi/libonnxruntime.so.*)
+  if(package AND wheel)
+    list(GET wheel 0 wheel)
     set(folder ${CMAKE_BINARY_DIR}/onnxruntime)
     file(MAKE_DIRECTORY ${folder})
     file(CREATE_LINK ${wheel} ${folder}/libonnxruntime.so.1 SYMBOLIC)

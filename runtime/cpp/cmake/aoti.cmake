@@ -3,11 +3,9 @@
 #
 # PyTorch's own files for CMake are not read: those of a package for GPUs ask for CUDA's compiler, and an engine here needs none.
 if(NOT Torch_DIR)
-  set(TILEWRIGHT_PYTHON ${CMAKE_CURRENT_LIST_DIR}/../../../.venv/bin/python CACHE FILEPATH "a Python with the package onnxruntime")
-  execute_process(
-    COMMAND ${TILEWRIGHT_PYTHON} -c "import importlib.util as u; print(u.find_spec('torch').submodule_search_locations[0])"
-    OUTPUT_VARIABLE package OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET RESULT_VARIABLE failed)
-  if(NOT failed)
+  include(python_package)
+  python_package(torch package)
+  if(package)
     set(Torch_DIR ${package}/share/cmake/Torch CACHE PATH "PyTorch's files for CMake" FORCE)
   endif()
 endif()

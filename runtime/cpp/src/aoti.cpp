@@ -23,16 +23,13 @@ using Constants = std::unordered_map<std::string, at::Tensor>;
 const Named<at::ScalarType> TYPES = {{"float32", at::kFloat}, {"float64", at::kDouble}, {"float16", at::kHalf}, {"bfloat16", at::kBFloat16},
                                      {"int64", at::kLong},    {"int32", at::kInt},      {"int16", at::kShort},  {"int8", at::kChar},
                                      {"uint8", at::kByte},    {"bool", at::kBool}};
-const char* const OTHER_GRAPH = "the graph is not the one that bundle.json describes: rebuild the bundle";
-const char* const OTHER_SIZE = "the graph does not take this size: use the bundle's own tile, or rebuild the bundle for this one";
 const char* const ANEW = "compile it again with 'tilewright export compile BUNDLE --target aoti'";
 
 const std::vector<Reason> REASONS = {
-    {{"out of memory", "can't allocate", "bad_alloc", "not enough memory"}, resource, "use smaller tiles or low memory"},
+    {{"out of memory", "can't allocate", "bad_alloc", "not enough memory"}, resource, MEMORY},
     {{"no space left", "write failed", "failed to write"}, resource, "free some of the disk behind TMPDIR, where PyTorch unpacks packages"},
     {{"undefined symbol", "cannot open shared object", "no kernel image", "failed to dlopen"}, environment, ANEW},
-    {{"zip", "archive", "central directory", "failed to find", "failed to load", "not found"}, damaged,
-     "the graph is damaged: copy the bundle again, or rebuild the bundle"}};
+    {{"zip", "archive", "central directory", "failed to find", "failed to load", "not found"}, damaged, DAMAGED}};
 
 Error explained(const Path& package, const std::string& what, const std::exception& error) {
     auto* ours = dynamic_cast<const c10::Error*>(&error);

@@ -5,6 +5,12 @@
 
 namespace tw {
 
+// What to do, as several backends say it.
+inline const char* const MEMORY = "use smaller tiles or low memory";
+inline const char* const DAMAGED = "the graph is damaged: copy the bundle again, or rebuild the bundle";
+inline const char* const OTHER_GRAPH = "the graph is not the one that bundle.json describes: rebuild the bundle";
+inline const char* const OTHER_SIZE = "the graph does not take this size: use the bundle's own tile, or rebuild the bundle for this one";
+
 // Words of messages, in small letters; the first reason that has one counts.
 struct Reason {
     Strings words;

@@ -18,7 +18,6 @@ const Named<ov::element::Type> ELEMENTS = {{"float32", ov::element::f32}, {"floa
                                            {"bfloat16", ov::element::bf16}, {"int64", ov::element::i64}, {"int32", ov::element::i32},
                                            {"int16", ov::element::i16}, {"int8", ov::element::i8}, {"uint8", ov::element::u8},
                                            {"bool", ov::element::boolean}};
-const char* const OTHER_GRAPH = "the graph is not the one that bundle.json describes: rebuild the bundle";
 
 std::string name_of(const ov::element::Type& type) {
     for (const auto& [name, element] : ELEMENTS)
@@ -27,10 +26,10 @@ std::string name_of(const ov::element::Type& type) {
 }
 
 const std::vector<Reason> REASONS = {
-    {{"failed to allocate", "bad_alloc", "out of memory", "memory descriptor", "memory object"}, resource, "use smaller tiles or low memory"},
+    {{"failed to allocate", "bad_alloc", "out of memory", "memory descriptor", "memory object"}, resource, MEMORY},
     {{"no conversion rule"}, environment, "this version of OpenVINO is too old for the graph: use a newer one"},
-    {{"unable to read the model", "conversion is failed", "wasn't fully converted"}, damaged, "the graph is damaged: copy the bundle again, or rebuild the bundle"},
-    {{"are incompatible", "node with name"}, usage, "the graph does not take this size: use the bundle's own tile, or rebuild the bundle for this one"}};
+    {{"unable to read the model", "conversion is failed", "wasn't fully converted"}, damaged, DAMAGED},
+    {{"are incompatible", "node with name"}, usage, OTHER_SIZE}};
 
 Error explained(const Path& graph, const std::string& what, const std::string& message) {
     static const std::regex noise("(Caught exception: )?Exception from src/\\S+:\\d+: ?|Check '.*?' failed at src/\\S+:\\d+: ?|FrontEnd API failed with \\w+: ?");

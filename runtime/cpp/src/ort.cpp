@@ -22,19 +22,17 @@ const std::map<std::string, ONNXTensorElementDataType> ELEMENTS = {
     {"uint8", ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8},     {"bool", ONNX_TENSOR_ELEMENT_DATA_TYPE_BOOL}};
 
 const std::vector<Reason> REASONS = {
-    {{"allocate", "bad_alloc", "out of memory", "size overflowed", "exceeds the supported maximum of"}, resource, "use smaller tiles or low memory"},
-    {{"invalid dimensions for input", "invalid rank for input"}, usage,
-     "the graph does not take this size: use the bundle's own tile, or rebuild the bundle for this one"},
-    {{"unexpected input data type", "required inputs", "invalid input name", "invalid output name"}, damaged,
-     "the graph is not the one that bundle.json describes: rebuild the bundle"},
+    {{"allocate", "bad_alloc", "out of memory", "size overflowed", "exceeds the supported maximum of"}, resource, MEMORY},
+    {{"invalid dimensions for input", "invalid rank for input"}, usage, OTHER_SIZE},
+    {{"unexpected input data type", "required inputs", "invalid input name", "invalid output name"}, damaged, OTHER_GRAPH},
     {{"unsupported model ir version", "under development", "could not find an implementation"}, environment,
      "this version of ONNX Runtime is too old for the graph: use a newer one"},
     {{"not a registered function/op", "no op registered"}, environment, "the graph needs our kernels: run make native, or name their library"},
-    {{"protobuf", "invalid graph", "invalid model", "type error"}, damaged, "the graph is damaged: copy the bundle again, or rebuild the bundle"},
+    {{"protobuf", "invalid graph", "invalid model", "type error"}, damaged, DAMAGED},
     {{"external data", "external initializer", "no such file", "out of bounds"}, damaged,
      "a file is damaged or has moved: name the folder of the weights, or rebuild the bundle"},
     {{"out of data bounds"}, usage, "a number among the inputs is no index of the network: give ids of this bundle's own tokenizers"},
-    {{"while running"}, usage, "the graph does not take this size: use the bundle's own tile, or rebuild the bundle for this one"}};
+    {{"while running"}, usage, OTHER_SIZE}};
 
 Error explained(const Path& graph, const std::string& what, const std::string& message) {
     return explained(REASONS, graph, "onnxruntime " + ort_version(), what, message);

@@ -4,7 +4,8 @@ BIN := .venv/bin
 TOOLS := PATH="$(abspath $(BIN)):$$PATH"
 # a worker a core, one thread each; a file stays with one worker, and slow files come first. Builds inside of tests are no
 # part of this make. Bytecode is kept: hundreds of processes would compile our modules, each for itself
-PYTEST = MAKEFLAGS= PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+PYTEST = MAKEFLAGS= PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 \
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 1
 CMAKE := $(or $(wildcard $(BIN)/cmake),cmake)
 PREFIX := kernels/native
 

@@ -86,6 +86,8 @@ def _must_end(frame: FrameType | None) -> bool:
 def _unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
     if not _stopped_by:
         sys.__unraisablehook__(unraisable)
+    elif hasattr(signal, "setitimer") and unraisable.exc_type is KeyboardInterrupt:
+        signal.setitimer(signal.ITIMER_REAL, RETRY_S)  # it came while Python freed an object, and ended nothing
 
 
 def _run(words: list[str]) -> int:

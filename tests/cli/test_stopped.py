@@ -69,3 +69,25 @@ def test_what_a_library_logs_of_a_signal_is_shown_only_when_asked_for(words) -> 
     assert ended.stderr.splitlines()[-1] == "tilewright: terminated"
     assert ("what a library says" in ended.stderr) == bool(words)
     assert len(ended.stderr.splitlines()) == 1 or words
+
+
+FREED = """
+import os, signal, sys, time
+from tilewright.cli import main
+
+class Freed:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+def run(words):
+    Freed()
+    time.sleep(60)
+
+main._run = run
+sys.exit(main.main())
+"""
+
+
+def test_a_signal_that_comes_while_an_object_is_freed_ends_the_command() -> None:
+    ended = subprocess.run([sys.executable, "-c", FREED], capture_output=True, text=True, timeout=50)
+    assert (ended.returncode, ended.stderr) == (143, "tilewright: terminated\n")

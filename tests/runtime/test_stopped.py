@@ -34,9 +34,11 @@ def text():
         for line in range(100_000):
             print(line, file=file)
 
+write = {"picture": picture, "text": text}[sys.argv[2]]
+write()  # it imports modules, and Python loses the exception of a signal that comes while it frees a lock of an import
 print("ready", flush=True)
 while True:
-    {"picture": picture, "text": text}[sys.argv[2]]()
+    write()
 """
 
 

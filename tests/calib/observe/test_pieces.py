@@ -186,6 +186,7 @@ def weight_behind(graph: onnx.GraphProto, name: str) -> str:
     return name
 
 
+@pytest.mark.slow
 def test_layers_are_seen_with_the_numbers_that_enter_the_eager_networks_modules(hitoksr_tiny: Path) -> None:
     bundle = read_bundle(hitoksr_tiny)
     component, seen = bundle.manifest.components["generate"], Seen()

@@ -80,15 +80,35 @@ def test_the_tokenizers_files_are_in_the_key_of_constants(hitoksr_tiny: Path, tm
     assert {name for name in before if after[name] != before[name]} == {"constants", "verify", "seal"}
 
 
-@pytest.fixture
-def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+@pytest.fixture(scope="module")
+def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A copy of the code, from which keys are computed."""
+    house = tmp_path_factory.mktemp("house")
     for folder in ("export", "kernels", "runtime"):
-        shutil.copytree(HOUSE / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "native"))
-    monkeypatch.setattr(code_module, "HOUSE", tmp_path)
+        shutil.copytree(HOUSE / folder, house / folder, ignore=shutil.ignore_patterns("__pycache__", "native"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(code_module, "HOUSE", house)
+        code_module._file_of.cache_clear()
+        yield house
     code_module._file_of.cache_clear()
-    yield tmp_path
-    code_module._file_of.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def unedited(house: Path) -> dict[str, str]:
+    """The keys of a build by the copied code."""
+    return keys(house)
+
+
+def keys_of_edited(house: Path, *files: str) -> dict[str, str]:
+    """The keys of a build by the copied code, with other text in these files."""
+    texts = {house / file: (house / file).read_text() for file in files}
+    try:
+        for path, text in texts.items():
+            path.write_text(text + "\n# edited\n")
+        return keys(house)
+    finally:
+        for path, text in texts.items():
+            path.write_text(text)
 
 
 @pytest.mark.parametrize(
@@ -121,22 +141,22 @@ def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("export/build/stages/seal.py", "seal"),
     ],
 )
-def test_editing_a_file_that_matters_changes_its_stage(house: Path, tmp_path: Path, file: str, stage: str) -> None:
-    plan = keys(tmp_path)
-    (house / file).write_text((house / file).read_text() + "\n# edited\n")
-    assert keys(tmp_path)[stage] != plan[stage]
+def test_editing_a_file_that_matters_changes_its_stage(
+    house: Path, unedited: dict[str, str], file: str, stage: str
+) -> None:
+    assert keys_of_edited(house, file)[stage] != unedited[stage]
 
 
-def test_editing_a_file_that_does_not_matter_keeps_the_graphs(house: Path, tmp_path: Path) -> None:
-    plan = keys(tmp_path)
-    for file in (
+def test_editing_a_file_that_does_not_matter_keeps_the_graphs(house: Path, unedited: dict[str, str]) -> None:
+    edited = keys_of_edited(
+        house,
         "export/verify/seams.py",
         "runtime/execute/executor.py",
         "export/systems/toksr/system.py",
         "export/inspect.py",
-    ):
-        (house / file).write_text((house / file).read_text() + "\n# edited\n")
-    assert keys(tmp_path)["trace"] == plan["trace"]
+    )
+    assert edited["trace"] == unedited["trace"]
+    assert keys(house) == unedited
 
 
 def statements(block: ast.AST) -> Iterator[ast.AST]:

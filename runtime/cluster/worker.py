@@ -19,6 +19,8 @@ from tilewright.runtime.setup import Setup, open_here, set_up
 
 __all__ = ["Place", "Request", "Worker"]
 
+COMES_S = 60.0  # the caller that asked for an address connects to it within so many seconds, or not at all
+
 
 @dataclass(frozen=True)
 class Request:
@@ -94,13 +96,17 @@ class Worker:
         from ray.util import get_node_ip_address
 
         listener = socket.create_server((get_node_ip_address(), 0))
+        listener.settimeout(COMES_S)
         Thread(target=self._serve, args=(listener, key), name="channel", daemon=True).start()
         host, port = listener.getsockname()[:2]
         return host, port
 
     def _serve(self, listener: socket.socket, key: bytes) -> None:
-        with listener:
-            channel = accepted(listener, key)
+        try:
+            with listener:
+                channel = accepted(listener, key)
+        except OSError:  # nobody has come
+            return
         try:
             while True:
                 request = channel.receive()

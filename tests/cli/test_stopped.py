@@ -32,8 +32,9 @@ def test_a_signal_ends_an_endless_call(tmp_path: Path, monkeypatch, what, number
     source, target = ("in/1.png", "out.png") if what == "image" else ("in", "out")
     words = ["runtime", "restore", source, target, "--bundle", "b", "--threads", "1", "-q"]
     with Forked(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as running:
-        working = 0
-        while working < 40 and running.poll() is None:  # one after another: the command is in its call
+        working, deadline = 0, time.monotonic() + 120
+        # one after another: the command is in its call
+        while working < 40 and running.poll() is None and time.monotonic() < deadline:
             working = working + 1 if threads_of(running) else 0
             time.sleep(0.05)
         running.send_signal(number)

@@ -15,6 +15,7 @@ KEY = bytes(range(32))
 @pytest.fixture
 def listener() -> Iterator[socket.socket]:
     with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(60)  # no test waits for ever for a connection that does not come
         yield listener
 
 

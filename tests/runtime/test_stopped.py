@@ -54,7 +54,10 @@ def test_what_is_being_written_when_the_signal_comes_leaves_nothing(tmp_path: Pa
             time.sleep(0.001)
         time.sleep(after)
         running.send_signal(signal.SIGTERM)
-        _, said = running.communicate(timeout=60)
+        try:
+            _, said = running.communicate(timeout=60)
+        finally:
+            running.kill()
     assert "Stopped" in said
     assert {path.name for path in tmp_path.iterdir()} <= {"out.png", "out.txt"}
     if (tmp_path / "out.png").exists():

@@ -32,6 +32,11 @@ class Forked(subprocess.Popen[Any]):
         self.torch = torch
         super().__init__([*map(str, words)], **options)
 
+    def __exit__(self, kind: Any, error: Any, at: Any) -> None:
+        if error is not None:
+            self.kill()  # otherwise a command that should have ended is waited for, without end
+        super().__exit__(kind, error, at)
+
     def _execute_child(self, args: list[str], *rest: Any) -> None:  # type: ignore[override]
         _, _, _, _, cwd, env, _, _, _, *pipes = rest[:15]
         request = {"words": args, "cwd": str(cwd or Path.cwd()), "env": dict(os.environ if env is None else env)}
@@ -40,7 +45,9 @@ class Forked(subprocess.Popen[Any]):
         message = json.dumps(request).encode()
         socket.send_fds(server, [len(message).to_bytes(8, "big")], streams)
         server.sendall(message)
-        self.pid = int.from_bytes(server.recv(8), "big")
+        answer = server.recv(8)
+        assert len(answer) == 8, "the process that forks has ended"
+        self.pid = int.from_bytes(answer, "big")
         self._child_created = True
         self._close_pipe_fds(*pipes)  # type: ignore[attr-defined]
 

@@ -48,7 +48,10 @@ def test_an_image_may_name_other_tiles_that_its_engine_takes(with_sides):
     with load(with_sides((8, 48)), tile=48) as restorer:
         tiles = [restorer.restore(image, **options).tiles["restore"] for options in ({}, {"tile": 48}, {"tile": 32})]
         assert tiles[0] == tiles[1] < tiles[2]
-        assert restorer.estimate(70, 60) == restorer.estimate(70, 60, tile=48) != restorer.estimate(70, 60, tile=32)
+        # what other processes leave free changes from moment to moment
+        estimates = [restorer.estimate(70, 60, **options) for options in ({}, {"tile": 48}, {"tile": 32})]
+        estimates = [replace(estimate, available_bytes=0) for estimate in estimates]
+        assert estimates[0] == estimates[1] != estimates[2]
         with pytest.raises(UsageError, match="ort-8-48 of sharpen takes tiles of 8 to 48 px, and these have 64"):
             restorer.restore(image, tile=64)
 

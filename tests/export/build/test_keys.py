@@ -81,34 +81,34 @@ def test_the_tokenizers_files_are_in_the_key_of_constants(hitoksr_tiny: Path, tm
 
 
 @pytest.fixture(scope="module")
-def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A copy of the code, from which keys are computed."""
+def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the code."""
     house = tmp_path_factory.mktemp("house")
     for folder in ("export", "kernels", "runtime"):
         shutil.copytree(HOUSE / folder, house / folder, ignore=shutil.ignore_patterns("__pycache__", "native"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(code_module, "HOUSE", house)
-        code_module._file_of.cache_clear()
-        yield house
-    code_module._file_of.cache_clear()
+    return house
 
 
 @pytest.fixture(scope="module")
 def unedited(house: Path) -> dict[str, str]:
     """The keys of a build by the copied code."""
-    return keys(house)
+    return keys_of_edited(house)
 
 
 def keys_of_edited(house: Path, *files: str) -> dict[str, str]:
     """The keys of a build by the copied code, with other text in these files."""
     texts = {house / file: (house / file).read_text() for file in files}
-    try:
-        for path, text in texts.items():
-            path.write_text(text + "\n# edited\n")
-        return keys(house)
-    finally:
-        for path, text in texts.items():
-            path.write_text(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(code_module, "HOUSE", house)
+        code_module._file_of.cache_clear()
+        try:
+            for path, text in texts.items():
+                path.write_text(text + "\n# edited\n")
+            return keys(house)
+        finally:
+            for path, text in texts.items():
+                path.write_text(text)
+            code_module._file_of.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_editing_a_file_that_does_not_matter_keeps_the_graphs(house: Path, unedi
         "export/inspect.py",
     )
     assert edited["trace"] == unedited["trace"]
-    assert keys(house) == unedited
+    assert keys_of_edited(house) == unedited
 
 
 def statements(block: ast.AST) -> Iterator[ast.AST]:

@@ -40,6 +40,7 @@ class Running:
     component: str
     start: float
     ends: float  # after this time it hangs
+    looked: float  # when it began, or was last looked at
     stopping: bool = False  # nobody waits for its outputs any more
 
 
@@ -77,7 +78,7 @@ class Calls:
             if all(each.stopped for each in batch.works) or self.lost(batch):
                 raise CancelledError
             start = time.perf_counter()
-            running = Running(batch, call.run, start, start + self._deadline(kind))
+            running = Running(batch, call.run, start, start + self._deadline(kind), start)
             self.running[batch.device] = running
             if self.watcher_sleeps:
                 self.watched.notify()
@@ -124,6 +125,9 @@ class Calls:
             while not ended():
                 now = time.perf_counter()
                 for device, running in list(self.running.items()):
+                    late, running.looked = now - running.looked - shortest, now
+                    if late > LOOK_S:
+                        running.ends += late
                     if running.ends <= now:
                         del self.running[device]
                         self._stop(device)
@@ -135,11 +139,7 @@ class Calls:
                 waits = [min(running.ends - now, shortest) for running in self.running.values()]
                 waits += [STOP_AGAIN_S for running in self.running.values() if running.stopping]
                 self.watcher_sleeps = not waits
-                longest = min(waits, default=None)
-                self.watched.wait(longest)
-                if longest is not None and (late := time.perf_counter() - now - longest) > LOOK_S:
-                    for running in self.running.values():
-                        running.ends += late
+                self.watched.wait(min(waits, default=None))
 
     def wake(self) -> None:
         """Let the watching thread look whether all has ended."""

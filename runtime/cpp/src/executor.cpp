@@ -14,6 +14,7 @@ using Clock = std::chrono::steady_clock;
 using Seconds = std::chrono::duration<double>;
 
 constexpr double FIRST_DEADLINE_S = 3600, LEAST_DEADLINE_S = 60, SLOWER = 20;
+constexpr double LOOK_S = 1;    // between two looks at running calls
 constexpr Seconds ASK_S{0.05};  // between two questions whether the job is cancelled, and between two stops of a call
 
 // Nobody waits for the outputs of the call any more.
@@ -43,6 +44,7 @@ class Round : public std::enable_shared_from_this<Round> {
         begin();
         std::unique_lock lock(lock_);
         auto ask = Clock::now();
+        const double shortest = executor_.deadline_s_ > 0 ? std::min(executor_.deadline_s_, LOOK_S) : LOOK_S;
         while (true) {
             while (!events_.empty() && !error_) {
                 auto event = std::move(events_.front());
@@ -52,11 +54,17 @@ class Round : public std::enable_shared_from_this<Round> {
             if (stopped_) break;
             auto now = Clock::now(), wake = Clock::time_point::max();
             for (std::size_t device = 0; device < devices_.size(); ++device) {
-                if (running_[device] && running_[device]->ends <= now) hangs(device, *running_[device]);
-                if (running_[device]) wake = std::min(wake, running_[device]->ends);
+                auto& running = running_[device];
+                if (!running) continue;
+                // a thread that was late to look was suspended with the whole process, which does not count
+                double late = Seconds(now - running->looked).count() - shortest;
+                running->looked = now;
+                if (late > LOOK_S) running->ends = after(running->ends, late);
+                if (running->ends <= now) hangs(device, *running);
+                if (running) wake = std::min(wake, running->ends);
             }
             // a call that begins meanwhile ends no sooner than after the shortest deadline
-            wake = std::min(wake, after(now, executor_.deadline_s_ > 0 ? executor_.deadline_s_ : LEAST_DEADLINE_S));
+            wake = std::min(wake, after(now, shortest));
             if (task_.is_cancelled && now >= ask) {
                 outside(lock, [this] {
                     if (task_.is_cancelled()) throw Error(cancelled, "cancelled");
@@ -79,7 +87,7 @@ class Round : public std::enable_shared_from_this<Round> {
     struct Running {
         Flight* flight;
         std::string component;
-        Clock::time_point start, ends;
+        Clock::time_point start, ends, looked;  // when it began, when it hangs, and when it began or was last looked at
     };
 
     Executor& executor_;
@@ -238,7 +246,7 @@ class Round : public std::enable_shared_from_this<Round> {
             while (running_[number] && !flight.lost && !stopped_) free_[number].wait(lock);
             if (stopped_ || flight.lost) throw Unwanted();
             start = Clock::now();
-            running_[number] = Running{&flight, component, start, after(start, deadline(kind))};
+            running_[number] = Running{&flight, component, start, after(start, deadline(kind)), start};
         }
         Named<Tensor> results;
         std::optional<Fault> fault;

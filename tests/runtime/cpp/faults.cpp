@@ -1,12 +1,18 @@
 // Devices that fail, hang, give wrong numbers or have too little memory: the pixels stay the same, or there is one error.
 //   faults BUNDLE
+#include <unistd.h>
+
 #include <atomic>
+#include <chrono>
 #include <cmath>
 #include <condition_variable>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <mutex>
+#include <stdexcept>
+#include <thread>
 
 #include "restorer.hpp"
 
@@ -266,6 +272,20 @@ void callbacks(const Pixels& right) {
     expect("each part is final, and comes once", same && covered == right.bytes.size() / 3, std::to_string(covered) + " pixels");
 }
 
+// A process that was suspended in a call goes on where it was.
+void suspended(const Pixels& right) {
+    std::atomic<bool> first{true};
+    auto fault = [&](const Call&, Results* results) {
+        if (results || !first.exchange(false)) return;
+        const std::string process = std::to_string(getpid());
+        const std::string command = "(kill -STOP " + process + "; sleep 4; kill -CONT " + process + ") &";
+        if (std::system(command.c_str())) throw std::runtime_error("no shell");
+        std::this_thread::sleep_for(std::chrono::milliseconds(500));
+    };
+    Restorer one = restorer("cpu:0", fault, 1, 2.0);
+    expect_pixels("suspended in a call", restored(one), right, "");
+}
+
 }  // namespace
 
 int main(int count, char** words) {
@@ -282,6 +302,7 @@ int main(int count, char** words) {
     devices_that_hang(right);
     too_little_memory(right);
     callbacks(right);
+    suspended(right);
     std::printf("%d cases, %d wrong\n", compared, wrong);
     return wrong ? 1 : 0;
 }

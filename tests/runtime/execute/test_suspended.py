@@ -20,33 +20,40 @@ TESTS = Path(__file__).parents[2]
 CALL_S, DEADLINE_S, SUSPENDED_S = 0.3, 2.0, 3.0
 
 
-def restored(decode, deadline_s: float | None = None) -> np.ndarray:
+def restored(when: str = "never") -> str:
+    """What a small program computes, in a process that is suspended in one of its calls."""
     pixels = np.full((3, 64, 64), np.nan, np.float32)
     job = Job(canvas(64, 64), tile_px=64, overlap_px=0, on_final=lambda top, left, part: pixels.__setitem__(..., part))
-    executor = Executor([CpuDevice("cpu:0", toys(HITOKSR) | {"decode": Toy(decode)})], deadline_s=deadline_s)
+
+    def generate(image: np.ndarray) -> dict[str, np.ndarray]:  # the first call
+        if when == "in a call":
+            time.sleep(CALL_S)  # meanwhile the watching thread looks at it
+            os.kill(os.getpid(), signal.SIGSTOP)
+            time.sleep(CALL_S)
+        elif when == "before it is watched":
+            with executor.calls.lock:  # which the watching thread needs to look at it
+                os.kill(os.getpid(), signal.SIGSTOP)
+        return HITOKSR["generate"](image)
+
+    devices = [CpuDevice("cpu:0", toys(HITOKSR) | {"generate": Toy(generate)})]
+    executor = Executor(devices, deadline_s=DEADLINE_S)
     Walk(program_of("hitoksr"), executor, {}, job).run({})
     executor.close()
-    return pixels
-
-
-def slow(codes: np.ndarray) -> dict[str, np.ndarray]:
-    print("in a call", flush=True)
-    time.sleep(CALL_S)
-    return HITOKSR["decode"](codes)
+    return f"{float(pixels.sum())}\n"
 
 
 @pytest.mark.slow
-def test_a_suspended_process_goes_on_where_it_was() -> None:
-    environment = os.environ | {"PYTHONPATH": str(TESTS)}
-    with subprocess.Popen([sys.executable, __file__], stdout=subprocess.PIPE, text=True, env=environment) as process:
+@pytest.mark.parametrize("when", ["in a call", "before it is watched"])
+def test_a_suspended_process_goes_on_where_it_was(when: str) -> None:
+    words, environment = [sys.executable, __file__, when], os.environ | {"PYTHONPATH": str(TESTS)}
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stdout is not None
-        assert process.stdout.readline() == "in a call\n"
-        process.send_signal(signal.SIGSTOP)
+        assert os.WIFSTOPPED(os.waitpid(process.pid, os.WUNTRACED)[1])
         time.sleep(SUSPENDED_S)
         process.send_signal(signal.SIGCONT)
-        assert process.stdout.read() == f"{float(restored(HITOKSR['decode']).sum())}\n"
+        assert process.stdout.read() == restored()
     assert process.returncode == 0
 
 
 if __name__ == "__main__":
-    print(float(restored(slow, DEADLINE_S).sum()))
+    print(restored(sys.argv[1]), end="")

@@ -35,7 +35,20 @@ RECORDED = 8  # shapes of an engine; their memory stays as long as the engine
 NOT_RECORDED = -1  # the number of a graph that ONNX Runtime neither records nor replays
 ON_CPU = ("fallback to CPU EP has been explicitly disabled", "cannot use the graph capture feature")
 MEMORY = "use a smaller --tile or --batch"
-REASONS = (("cuda.*out of memory|cudaErrorMemoryAllocation|bfc_?arena", ResourceError, MEMORY), *ort.REASONS)
+REASONS = (
+    ("cuda.*out of memory|cudaErrorMemoryAllocation|bfc_?arena", ResourceError, MEMORY),
+    (
+        "failed to load library",
+        EnvironmentMismatch,
+        "CUDA's libraries are not found: pip install 'onnxruntime-gpu[cuda,cudnn]'",
+    ),
+    (
+        "(cuda|cudnn|cublas) failure",
+        EnvironmentMismatch,
+        "the GPU refuses: see nvidia-smi, and which CUDA this ONNX Runtime needs",
+    ),
+    *ort.REASONS,
+)
 TYPES = {  # of ONNX Runtime -> of NumPy; those of our inputs and outputs
     "tensor(float)": np.float32,
     "tensor(int32)": np.int32,

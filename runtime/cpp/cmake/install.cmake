@@ -43,6 +43,10 @@ if(TILEWRIGHT_INSTALL_ONNXRUNTIME)
   file(CREATE_LINK ${soname} ${link} SYMBOLIC)
   install(FILES ${OnnxRuntimeLibrary_REAL} DESTINATION ${CMAKE_INSTALL_LIBDIR} RENAME ${soname})
   install(FILES ${link} DESTINATION ${CMAKE_INSTALL_LIBDIR})
+  set(provider ${OnnxRuntimeLibrary_FOLDER}/libonnxruntime_providers_)
+  if(EXISTS ${provider}cuda.so)
+    install(FILES ${provider}shared.so ${provider}cuda.so DESTINATION ${CMAKE_INSTALL_LIBDIR})
+  endif()
 endif()
 
 # our native kernels, which `make native` builds, are found beside the library

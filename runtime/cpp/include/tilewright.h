@@ -69,7 +69,8 @@ typedef struct tw_params {
     /* Tilewright's own kernels, libtilewright_cpu.so. NULL: what the environment variable TILEWRIGHT_NATIVE names, or the
        file beside this library, if there is one. Empty: none. */
     const char *native_library;
-    const char *devices;        /* "cpu:0,cpu:1": they run tiles at the same time, with the same pixels; NULL: "cpu:0" */
+    const char *devices;        /* "cpu:0,cpu:1": they run tiles at the same time, with the same pixels. "cuda:0": the first NVIDIA
+                                   GPU, alone, with its own engines. NULL: "cpu:0" */
     int64_t memory_limit;       /* bytes that a restoration may need, with all that the process holds; 0: what is free */
     /* A call of a network that takes so many seconds hangs, and its device is not used again. 0: 20 times the slowest call of
        its kind, and a minute at least. */

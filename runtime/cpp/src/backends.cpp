@@ -24,15 +24,19 @@ std::unique_ptr<Engine> open_aoti(const EngineFiles& files, const std::string&, 
 }  // namespace
 
 const Named<Backend>& backends() {
-    static const Named<Backend> all = {
-        {"ort", {"onnxruntime", ort_version(), open_ort}},
+    static const Named<Backend> all = [] {
+        Named<Backend> built = {
+            {"ort", {"onnxruntime", ort_version(), open_ort}},
 #ifdef TW_OPENVINO
-        {"openvino", {"openvino", openvino_version(), open_openvino}},
+            {"openvino", {"openvino", openvino_version(), open_openvino}},
 #endif
 #ifdef TW_AOTI
-        {"aoti", {"torch", TW_AOTI, open_aoti}},
+            {"aoti", {"torch", TW_AOTI, open_aoti}},
 #endif
-    };
+        };
+        if (ort_has_cuda()) built["cuda"] = {"onnxruntime", ort_version(), open_cuda};
+        return built;
+    }();
     return all;
 }
 

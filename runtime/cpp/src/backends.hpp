@@ -1,4 +1,4 @@
-// The backends that this library was built with.
+// The backends that this library was built with, and that the linked libraries have.
 #pragma once
 
 #include "engine.hpp"

@@ -33,8 +33,9 @@ bool meets(const EngineSpec& spec, const std::optional<std::string>& wish) {
 
 // The reason why an engine cannot run on a machine, or an empty text.
 std::string misfit(const EngineSpec& spec, const Machine& machine) {
-    if (spec.device != "cpu") return "runs on " + spec.device + ", and this library runs engines on the CPU only";
+    if (spec.device != machine.device) return "runs on " + spec.device + ", and the device that was asked for is of the kind " + machine.device;
     auto backend = machine.backends.find(spec.backend);
+    if (backend == machine.backends.end() && spec.backend == "cuda") return "needs ONNX Runtime for CUDA, and the one that is linked has no CUDA";
     if (backend == machine.backends.end()) return "has the backend " + repr(spec.backend) + ", which this library was built without";
     Strings lacking;
     for (const auto& name : spec.needs.instructions)
@@ -42,6 +43,12 @@ std::string misfit(const EngineSpec& spec, const Machine& machine) {
     if (!lacking.empty()) return "needs " + join(lacking) + ", which this CPU lacks";
     if (machine.cores < spec.needs.cores)
         return "needs " + std::to_string(spec.needs.cores) + " cores, and this process may use " + std::to_string(machine.cores);
+    if (const auto& least = spec.needs.compute_capability) {
+        const auto& has = machine.compute_capability;
+        auto text = [](const std::array<std::int64_t, 2>& numbers) { return std::to_string(numbers[0]) + "." + std::to_string(numbers[1]); };
+        if (!has || (spec.needs.exactly ? *has != *least : *has < *least))
+            return "needs compute capability " + text(*least) + ", this GPU's is " + (has ? text(*has) : "unknown");
+    }
     for (const auto& [package, least] : spec.needs.packages) {
         const auto& [name, version] = backend->second;
         if (package != name) return "needs " + package + " " + least + ", which this library was built without";
@@ -116,8 +123,8 @@ std::optional<double> real(const Json* json) {
 
 }  // namespace
 
-Machine this_machine() {
-    Machine machine{usable_cores(), instructions(), {}, processor()};
+Machine this_machine(const std::string& device) {
+    Machine machine{usable_cores(), instructions(), {}, processor(), device, device == "cuda" ? compute_capability() : std::nullopt};
     for (const auto& [name, backend] : backends()) machine.backends[name] = {backend.package, backend.version};
     return machine;
 }

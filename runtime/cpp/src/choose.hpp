@@ -18,8 +18,11 @@ struct Machine {
     std::set<std::string> instructions;                            // of the CPU
     Named<std::pair<std::string, std::string>> backends;           // that can run -> their package and its version
     std::string processor;
+    std::string device = "cpu";                                    // or cuda: the kind of the devices that are asked for
+    std::optional<std::array<std::int64_t, 2>> compute_capability;  // of the GPU
 };
-Machine this_machine();
+// This machine, with devices of one kind.
+Machine this_machine(const std::string& device);
 
 struct Choice {
     const EngineSpec* spec = nullptr;   // none: no engine fits

@@ -26,9 +26,9 @@ std::set<std::string> OpenEngines::opened() const {
     return names;
 }
 
-Named<Tensor> CpuDevice::run(const std::string& component, const Named<Tensor>& inputs, const Strings& outputs) {
+Named<Tensor> HostDevice::run(const std::string& component, const Named<Tensor>& inputs, const Strings& outputs) {
     struct Running {  // says that no call runs, however it ends
-        CpuDevice& device;
+        HostDevice& device;
         ~Running() {
             std::lock_guard guard(device.lock_);
             device.running_ = nullptr;
@@ -43,12 +43,17 @@ Named<Tensor> CpuDevice::run(const std::string& component, const Named<Tensor>& 
     return engine->run(inputs, outputs);
 }
 
-void CpuDevice::stop() {
+void HostDevice::stop() {
     std::lock_guard guard(lock_);
     if (running_) running_->stop(thread_);
 }
 
 Strings device_names(const std::string& text) {
+    if (text.rfind("cuda", 0) == 0 || text.find(",cuda") != std::string::npos) {
+        if (text != "cuda:0") throw Error(usage, "devices=" + repr(one_line(text)) + ": a GPU runs alone, and it must be the first; use cuda:0");
+        if (!compute_capability()) throw Error(environment, "device 'cuda:0': no NVIDIA GPU with its driver is here; use cpu:0");
+        return {text};
+    }
     std::int64_t cores = usable_cores();
     const std::string there = "use cpu:0 to cpu:" + std::to_string(cores - 1);
     Strings names;

@@ -33,9 +33,10 @@ class OpenEngines {
     Named<std::shared_ptr<Engine>> engines_;
 };
 
-class CpuDevice : public Device {
+// Processor cores, or a GPU whose engines take their inputs from the host's memory and put their outputs there.
+class HostDevice : public Device {
    public:
-    CpuDevice(std::string name, std::shared_ptr<OpenEngines> engines) : name_(std::move(name)), engines_(std::move(engines)) {}
+    HostDevice(std::string name, std::shared_ptr<OpenEngines> engines) : name_(std::move(name)), engines_(std::move(engines)) {}
 
     const std::string& name() const override { return name_; }
     Named<Tensor> run(const std::string& component, const Named<Tensor>& inputs, const Strings& outputs) override;
@@ -50,7 +51,7 @@ class CpuDevice : public Device {
     std::thread::id thread_;
 };
 
-// The devices in a text such as "cpu:0,cpu:1": each exists, and is named once.
+// The devices in a text such as "cpu:0,cpu:1": each exists, and is named once. A GPU runs alone.
 Strings device_names(const std::string& text);
 
 }  // namespace tw

@@ -36,6 +36,9 @@ struct EngineFiles {
 // ONNX Runtime on the CPU.
 std::unique_ptr<Engine> open_ort(const EngineFiles& files, const std::string& precision, const EngineOptions& options);
 std::string ort_version();
+// ONNX Runtime on an NVIDIA GPU, where the linked one can.
+std::unique_ptr<Engine> open_cuda(const EngineFiles& files, const std::string& precision, const EngineOptions& options);
+bool ort_has_cuda();
 // The library of our own kernels: TILEWRIGHT_NATIVE names one, or none if it is empty. Otherwise it lies beside this library.
 std::optional<Path> native_library();
 // OpenVINO on the CPU, where the library was built with it.

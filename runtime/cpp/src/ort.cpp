@@ -1,4 +1,4 @@
-// ONNX Runtime on the CPU, with our own kernels where there are any. As runtime/engines/ort.py.
+// ONNX Runtime on the CPU, with our own kernels where there are any, and on an NVIDIA GPU. As runtime/engines/ort.py.
 #include <dlfcn.h>
 #include <onnxruntime_cxx_api.h>
 
@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
+#include <regex>
 
 #include "arena.hpp"
 #include "engine.hpp"
@@ -23,6 +24,8 @@ const std::map<std::string, ONNXTensorElementDataType> ELEMENTS = {
 
 const std::vector<Reason> REASONS = {
     {{"allocate", "bad_alloc", "out of memory", "size overflowed", "exceeds the supported maximum of"}, resource, MEMORY},
+    {{"failed to load library"}, environment, "ONNX Runtime needs libraries of CUDA that are not found: put their folders into LD_LIBRARY_PATH"},
+    {{"cuda failure", "cudnn failure", "cublas failure"}, environment, "the GPU refuses: see nvidia-smi, and which CUDA this ONNX Runtime needs"},
     {{"invalid dimensions for input", "invalid rank for input"}, usage, OTHER_SIZE},
     {{"unexpected input data type", "required inputs", "invalid input name", "invalid output name"}, damaged, OTHER_GRAPH},
     {{"unsupported model ir version", "under development", "could not find an implementation"}, environment,
@@ -35,7 +38,9 @@ const std::vector<Reason> REASONS = {
     {{"while running"}, usage, OTHER_SIZE}};
 
 Error explained(const Path& graph, const std::string& what, const std::string& message) {
-    return explained(REASONS, graph, "onnxruntime " + ort_version(), what, message);
+    // codes, and places in ONNX Runtime's code, help nobody
+    static const std::regex noise("\\[ONNXRuntimeError\\] : \\d+ : \\w+ : |/onnxruntime_src/\\S+ .*?\\) (?=\\S)|\\s+$");
+    return explained(REASONS, graph, "onnxruntime " + ort_version(), what, std::regex_replace(message, noise, ""));
 }
 
 class OrtEngine : public Engine {
@@ -102,6 +107,34 @@ class OrtEngine : public Engine {
     };
 };
 
+// A session over the mapped files of the weights.
+Ort::Session session_of(const EngineFiles& files, Ort::SessionOptions& options) {
+    const Path& graph = files.graph();
+    std::string model = bytes_of(graph);
+    options.SetLogSeverityLevel(ORT_LOGGING_LEVEL_FATAL);
+    options.AddConfigEntry("session.load_model_format", "ONNX");  // for any suffix of the file
+    if (!files.weights.empty()) {
+        // ONNX Runtime maps no file behind a link, so the graph gets real paths below one folder
+        Named<std::string> locations;
+        Named<Path> real;
+        std::optional<Path> folder;
+        for (const auto& [name, external] : external_data(model, graph.string())) {
+            Path file = std::filesystem::canonical(files.weights.at(external.location));
+            real[name] = file;
+            Path common, parent = file.parent_path();
+            if (folder) {
+                auto ends = std::mismatch(folder->begin(), folder->end(), parent.begin(), parent.end());
+                for (auto part = folder->begin(); part != ends.first; ++part) common /= *part;
+            }
+            folder = folder ? common : parent;
+        }
+        for (const auto& [name, file] : real) locations[name] = file.lexically_relative(*folder).generic_string();
+        model = relocated(model, locations, graph.string());
+        if (folder) options.AddConfigEntry("session.model_external_initializers_file_folder_path", folder->c_str());
+    }
+    return {environment_of_process(), model.data(), model.size(), options};
+}
+
 }  // namespace
 
 std::optional<Path> native_library() {
@@ -117,39 +150,21 @@ std::optional<Path> native_library() {
 
 std::string ort_version() { return OrtGetApiBase()->GetVersionString(); }
 
+bool ort_has_cuda() {
+    const Strings providers = Ort::GetAvailableProviders();
+    return std::find(providers.begin(), providers.end(), "CUDAExecutionProvider") != providers.end();
+}
+
 std::unique_ptr<Engine> open_ort(const EngineFiles& files, const std::string& precision, const EngineOptions& choice) {
-    const Path& graph = files.graph();
-    std::string model = bytes_of(graph);
     try {
         Ort::SessionOptions options;
         options.SetIntraOpNumThreads(choice.threads);
-        options.SetLogSeverityLevel(ORT_LOGGING_LEVEL_FATAL);
         take_shared(options);
         // a pattern is one block for all values of a call, beside the blocks of the first call: twice the memory, same speed
         options.DisableMemPattern();
         // each component has its own threads, which must not occupy cores while another component runs
         options.AddConfigEntry("session.force_spinning_stop", "1");
-        options.AddConfigEntry("session.load_model_format", "ONNX");
         if (precision == "fp8") options.AddConfigEntry("session.disable_quant_qdq", "1");
-        if (!files.weights.empty()) {
-            // ONNX Runtime maps no file behind a link, so the graph gets real paths below one folder
-            Named<std::string> locations;
-            Named<Path> real;
-            std::optional<Path> folder;
-            for (const auto& [name, external] : external_data(model, graph.string())) {
-                Path file = std::filesystem::canonical(files.weights.at(external.location));
-                real[name] = file;
-                Path common, parent = file.parent_path();
-                if (folder) {
-                    auto ends = std::mismatch(folder->begin(), folder->end(), parent.begin(), parent.end());
-                    for (auto part = folder->begin(); part != ends.first; ++part) common /= *part;
-                }
-                folder = folder ? common : parent;
-            }
-            for (const auto& [name, file] : real) locations[name] = file.lexically_relative(*folder).generic_string();
-            model = relocated(model, locations, graph.string());
-            if (folder) options.AddConfigEntry("session.model_external_initializers_file_folder_path", folder->c_str());
-        }
         if (choice.native && precision == "float32") options.RegisterCustomOpsLibrary(choice.native->c_str());
         Strings disabled;
         if (choice.low_memory) {  // folding and pre-packing would each copy the mapped weights
@@ -158,11 +173,33 @@ std::unique_ptr<Engine> open_ort(const EngineFiles& files, const std::string& pr
         }
         if (precision == "int8") disabled.emplace_back("MatMulAddFusion");
         if (!disabled.empty()) options.AddConfigEntry("optimization.disable_specified_optimizers", join(disabled, ";").c_str());
-        Ort::Session session(environment_of_process(), model.data(), model.size(), options);
+        auto engine = std::make_unique<OrtEngine>(session_of(files, options), files.graph());
         give_back();  // re-packing leaves a fifth of the weights' size in free blocks
-        return std::make_unique<OrtEngine>(std::move(session), graph);
+        return engine;
     } catch (const Ort::Exception& error) {
-        throw explained(graph, "refuses the graph", error.what());
+        throw explained(files.graph(), "refuses the graph", error.what());
+    }
+}
+
+// It has never run on a GPU. As runtime/engines/cuda.py, without its recordings and without values that stay on the GPU.
+std::unique_ptr<Engine> open_cuda(const EngineFiles& files, const std::string&, const EngineOptions&) {
+    // powers of two would waste a third of the memory; a search for each new size of a tile would take seconds;
+    // float32 has its 24 bits, as the accuracy gate asks
+    const std::map<const char*, const char*> settings = {
+        {"device_id", "0"}, {"arena_extend_strategy", "kSameAsRequested"}, {"cudnn_conv_algo_search", "HEURISTIC"}, {"use_tf32", "0"}};
+    std::vector<const char*> keys, values;
+    for (const auto& [key, value] : settings) keys.push_back(key), values.push_back(value);
+    try {
+        environment_of_process();  // its logger must be there before a provider is asked for
+        OrtCUDAProviderOptionsV2* made = nullptr;
+        Ort::ThrowOnError(Ort::GetApi().CreateCUDAProviderOptions(&made));
+        std::unique_ptr<OrtCUDAProviderOptionsV2, decltype(OrtApi::ReleaseCUDAProviderOptions)> provider(made, Ort::GetApi().ReleaseCUDAProviderOptions);
+        Ort::ThrowOnError(Ort::GetApi().UpdateCUDAProviderOptions(provider.get(), keys.data(), values.data(), keys.size()));
+        Ort::SessionOptions options;
+        options.AppendExecutionProvider_CUDA_V2(*provider);
+        return std::make_unique<OrtEngine>(session_of(files, options), files.graph());
+    } catch (const Ort::Exception& error) {
+        throw explained(files.graph(), "refuses the graph", error.what());
     }
 }
 

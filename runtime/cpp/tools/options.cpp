@@ -14,7 +14,7 @@ const char* const SHARED_HELP = R"(  --bundle BUNDLE     the folder of a bundle
   --overlap N         width of the strip that tiles share
   --scale N           how many times the image is enlarged
   --batch N           most tiles in a call of a network
-  --devices NAMES     cpu:0,cpu:1 run tiles at the same time (default: cpu:0)
+  --devices NAMES     cpu:0,cpu:1 run tiles at the same time; cuda:0 is a GPU (default: cpu:0)
   --threads N         of a device (default: the devices share the cores)
   --engine NAME       the name, precision or backend of the engines
   --memory low        less memory, more time

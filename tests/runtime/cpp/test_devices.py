@@ -1,9 +1,13 @@
 """Several devices of the C++ library: the same pixels as one, also if one fails, hangs or has too little memory."""
 
+import json
+
 import numpy as np
 import pytest
 from PIL import Image
 
+from support.tensorrt.bindings import HERE, compiled_driver
+from tilewright.runtime.engines.machine import compute_capability
 from tilewright.runtime.restore import load
 
 pytestmark = pytest.mark.slow  # the compiler takes a while
@@ -46,3 +50,40 @@ def test_a_device_that_is_not_there_is_refused(run, bundle, tmp_path):
     refused("cpu:00", "device 'cpu:00' is unknown")
     refused("cpu:0,cpu:0", "device 'cpu:0' is named twice; name it once")
     refused("cpu:0,", "device '' is unknown")
+    refused("cuda:1", "a GPU runs alone, and it must be the first; use cuda:0")
+    refused("cpu:0,cuda:0", "a GPU runs alone, and it must be the first; use cuda:0")
+
+
+@pytest.mark.skipif(compute_capability() is not None, reason="a GPU is here")
+def test_a_gpu_that_is_not_there_is_refused(run, bundle):
+    done = run("tilewright-restore", "--bundle", bundle, "--engines", "--devices", "cuda:0")
+    assert (done.returncode, done.stdout) == (4, "")
+    assert "device 'cuda:0': no NVIDIA GPU with its driver is here; use cpu:0" in done.stderr
+
+
+def test_a_gpu_takes_its_own_engines_only(run, build, shared, tmp_path, monkeypatch):
+    """The driver is one of tests, for a GPU with compute capability 9.0; no ONNX Runtime here has CUDA."""
+    (tmp_path / "libcuda.so.1").symlink_to(compiled_driver(HERE / "driver.c", shared))
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
+    bundle = build()
+    path = bundle / "bundle.json"
+    manifest = json.loads(path.read_text())
+    engines = manifest["components"]["sharpen"]["engines"]
+    there = engines[0] | {"device": "cuda"}
+    engines += [
+        there | {"name": "cuda-float32", "backend": "cuda"},
+        there | {"name": "ort-old", "needs": {"compute_capability": [8, 9]}},
+        there | {"name": "ort-new", "needs": {"compute_capability": [9, 1]}},
+        there | {"name": "ort-other", "needs": {"compute_capability": [8, 9], "exactly": True}},
+    ]
+    path.write_text(json.dumps(manifest))
+    done = run("tilewright-restore", "--bundle", bundle, "--engines", "--devices", "cuda:0")
+    assert done.returncode == 0, done.stderr
+    lines = [line.removeprefix("sharpen: ").partition(" ") for line in done.stdout.splitlines()]
+    assert {name: reason for name, _, reason in lines} == {
+        "ort-float32": "runs on cpu, and the device that was asked for is of the kind cuda",
+        "cuda-float32": "needs ONNX Runtime for CUDA, and the one that is linked has no CUDA",
+        "ort-old": "was chosen",
+        "ort-new": "needs compute capability 9.1, this GPU's is 9.0",
+        "ort-other": "needs compute capability 8.9, this GPU's is 9.0",
+    }

@@ -16,7 +16,7 @@ from tilewright.export.targets.cuda import typed
 from tilewright.runtime.bundle.read import read_bundle
 from tilewright.runtime.engines import cuda, machine
 from tilewright.runtime.engines.driver import Gpu, Tensor
-from tilewright.runtime.errors import BundleError, EnvironmentMismatch, UsageError
+from tilewright.runtime.errors import BundleError, EnvironmentMismatch, ResourceError, UsageError
 
 
 def noise(*shape: int, seed: int = 0) -> np.ndarray:
@@ -171,3 +171,26 @@ def test_without_the_provider_one_line_says_what_to_install(bundle, gpu):
     with pytest.raises(EnvironmentMismatch) as caught:
         cuda.open_graph(Path(opened.path("sharpen.onnx")), opened.files_of("sharpen"), gpu)
     assert "this ONNX Runtime has no CUDA" in str(caught.value) and caught.value.exit_code == 4
+
+
+LIBRARY = "/usr/lib/libonnxruntime_providers_cuda.so"
+TOLD = {  # what ONNX Runtime 1.31 says; the first two on a machine without a GPU, where its CUDA library was
+    f"[ONNXRuntimeError] : 1 : FAIL : Failed to load library {LIBRARY} with error: libcublasLt.so.13: cannot open"
+    " shared object file: No such file or directory": (EnvironmentMismatch, "CUDA's libraries are not found"),
+    'Failed to parse provider option "device_id": CUDA failure 36: API call is not supported in the installed CUDA'
+    " driver ; GPU=-1 ; hostname=vm ; file=a.cc ; line=70": (EnvironmentMismatch, "the GPU refuses"),
+    "CUDA failure 2: out of memory ; GPU=0 ; hostname=vm ; file=a.cc ; line=70": (ResourceError, "smaller --tile"),
+}
+
+
+@pytest.mark.parametrize(("message", "right"), TOLD.items(), ids=["libraries", "driver", "memory"])
+def test_a_failure_of_cuda_says_what_to_do(bundle, gpu, monkeypatch, message, right):
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", refuse)
+    opened = read_bundle(bundle)
+    kind, advice = right
+    with pytest.raises(kind) as caught:
+        cuda.open_graph(opened.path("sharpen.onnx"), opened.files_of("sharpen"), gpu, place="cpu")
+    assert advice in str(caught.value) and "\n" not in str(caught.value)

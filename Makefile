@@ -10,7 +10,7 @@ CMAKE := $(or $(wildcard $(BIN)/cmake),cmake)
 PREFIX := kernels/native
 
 .PHONY: demo demo-hitoksr demo-in-token check test test-quick test-isa lint bench native wheel clean
-.PHONY: cpp cpp-sanitize cpp-sanitize-core cpp-tidy cpp-fuzz
+.PHONY: cpp cpp-sanitize cpp-sanitize-memory cpp-sanitize-threads cpp-tidy cpp-fuzz
 .PHONY: train-hitoksr train-in-token
 
 .venv/ready: pyproject.toml constraints.txt
@@ -81,19 +81,14 @@ cpp: .venv/ready
 	$(CMAKE) --build build/cpp
 	build/cpp/tests/vectors tests/vectors tests/programs
 
-# the tests of the C++ library under AddressSanitizer and UndefinedBehaviorSanitizer, and then under ThreadSanitizer
+# the tests of the C++ library under AddressSanitizer and UndefinedBehaviorSanitizer, and beside them under ThreadSanitizer
 cpp-sanitize: .venv/ready
-	for kind in address,undefined thread; do \
-		TILEWRIGHT_SANITIZE=$$kind $(BIN)/pytest -q tests/runtime/cpp -k 'not native and not install' || exit 1; \
-	done
+	@$(MAKE) --no-print-directory -j 2 --output-sync cpp-sanitize-memory cpp-sanitize-threads
 
-# what reads a bundle and plans its work, against the vectors, under AddressSanitizer and UndefinedBehaviorSanitizer
-cpp-sanitize-core: .venv/ready
-	$(CMAKE) -S runtime/cpp -B build/sanitized $(if $(shell command -v ninja),-G Ninja) -DTILEWRIGHT_TOOLS=OFF \
-		-DTILEWRIGHT_TESTS=$(abspath tests/runtime/cpp) -DTILEWRIGHT_SANITIZE=address,undefined \
-		-DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG=-O0 -DCMAKE_UNITY_BUILD=ON
-	$(CMAKE) --build build/sanitized --target vectors --parallel 2
-	build/sanitized/tests/vectors tests/vectors tests/programs
+cpp-sanitize-memory: export TILEWRIGHT_SANITIZE = address,undefined
+cpp-sanitize-threads: export TILEWRIGHT_SANITIZE = thread
+cpp-sanitize-memory cpp-sanitize-threads: .venv/ready
+	MAKEFLAGS= $(BIN)/pytest -q tests/runtime/cpp -k 'not native and not install'
 
 # needs clang-tidy, and build/cpp of `make cpp`
 cpp-tidy:

@@ -4,6 +4,7 @@ import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -13,6 +14,12 @@ from support.shared import Shared, filled_once, folder_of_run
 # every run tries the same examples: a change is judged by what it changes. --hypothesis-profile=default tries others
 settings.register_profile("same", derandomize=True, database=None)
 settings.load_profile("same")
+
+
+TOGETHER = {  # what tests of several files build -> the beginnings of their paths
+    "the C++ library": ("tests/runtime/cpp/",),
+    "the models of demo/": ("tests/test_readme.py", "tests/tools/test_demo.py", "tests/calib/test_docs.py"),
+}
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -74,6 +81,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("slow")
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file stays with one worker, and so do files that build the same things: a second worker would wait for them."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByGroup(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return next((name for name, files in TOGETHER.items() if file.startswith(files)), file)
+
+    return ByGroup(config, log)
 
 
 def pytest_collection_finish() -> None:

@@ -79,7 +79,7 @@ class Executor:
         self.closed = False
         self.flying: dict[int, Batch] = {}  # id of a batch that a device has -> the batch
         self.hung: set[int] = set()  # devices that will not be used again
-        self.lanes = [0 for _ in self.devices]  # threads that have not ended
+        self.lanes = [0 for _ in self.devices]  # threads that have begun and have not ended
         self.suspects: dict[tuple[int, int, int], set[int]] = {}  # node of a call that failed -> devices it failed on
         self.retired_by: dict[int, int] = {}  # device -> the task whose node it failed at
         self.tasks: list[tuple[Task, Work]] = []
@@ -107,9 +107,9 @@ class Executor:
                     for place, device in enumerate(self.devices)
                     for lane in range(LANES)
                 ]
-                self.lanes = [LANES for _ in self.devices]
                 self.threads.append(Thread(target=self.calls.watch, args=(self._ended,), name="watcher", daemon=True))
-                for thread in self.threads:
+            for thread in self.threads:
+                if thread.ident is None:  # a signal may have come between two of them
                     thread.start()
             self.changed.notify_all()
         return task.future
@@ -150,9 +150,10 @@ class Executor:
                 self._end(work, CancelledError())
             self.changed.notify_all()
             self.changed.wait_for(lambda: all(not n or device in self.hung for device, n in enumerate(self.lanes)))
-            self.calls.wake()
         for place, thread in enumerate(self.threads):
-            if place // LANES not in self.hung:
+            if thread.ident is not None and place // LANES not in self.hung:
+                with self.changed:
+                    self.calls.wake()  # the watcher is the last: by then all others have ended
                 thread.join()
 
     def _key(self, task: Task, block: Block, tile: int) -> Hashable:
@@ -170,6 +171,8 @@ class Executor:
         return *engines, block.place, block.section, steps, plan.tile_height, plan.tile_width, job
 
     def _serve(self, device: int) -> None:
+        with self.changed:
+            self.lanes[device] += 1
         while True:
             with self.changed:
                 while not self.closed and (batch := self.queue.take(device)) is None:

@@ -225,6 +225,36 @@ def test_closing_cancels_what_runs_and_ends_all_threads() -> None:
     assert threading.active_count() == threads
 
 
+@pytest.mark.parametrize("started", range(5))  # two for each device, and the one that watches
+@pytest.mark.parametrize("again", [True, False])
+def test_an_interrupt_between_two_threads_that_begin_harms_neither_what_follows_nor_closing(
+    started, again, monkeypatch
+) -> None:
+    threads, left = threading.active_count(), [started]
+
+    class Interrupted(threading.Thread):
+        def start(self) -> None:
+            if left[0] == 0:
+                left[0] = -1
+                raise KeyboardInterrupt
+            left[0] -= 1
+            super().start()
+
+    monkeypatch.setattr("tilewright.runtime.execute.executor.Thread", Interrupted)
+    program, engines, constants, job = small("in-token")
+    executor = Executor(cpus(2, engines))
+    with pytest.raises(KeyboardInterrupt):
+        Picture(program, executor, constants, job).walk.begin({})
+    if again:
+        picture = Picture(program, executor, constants, job)
+        picture.walk.run({})
+        assert picture.pixels.tobytes() == run(program, engines, constants, job).tobytes()
+    closing = threading.Thread(target=executor.close, daemon=True)
+    closing.start()
+    closing.join(60)
+    assert not closing.is_alive() and threading.active_count() == threads
+
+
 @pytest.mark.slow
 def test_many_threads_submit_and_cancel_at_random_without_a_deadlock_or_a_value_left() -> None:
     program, engines, constants, _ = small("hitoksr")

@@ -30,6 +30,9 @@ const Named<Backend>& backends() {
 #ifdef TW_OPENVINO
             {"openvino", {"openvino", openvino_version(), open_openvino}},
 #endif
+#ifdef TW_TENSORRT
+            {"tensorrt", {"tensorrt", tensorrt_version(), open_tensorrt}},
+#endif
 #ifdef TW_AOTI
             {"aoti", {"torch", TW_AOTI, open_aoti}},
 #endif

@@ -5,6 +5,7 @@
 #include <cstdio>
 
 #include "backends.hpp"
+#include "gpu.hpp"
 #include "machine.hpp"
 #include "trust.hpp"
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "gpu.hpp"
 #include "machine.hpp"
 
 namespace tw {

@@ -44,5 +44,8 @@ std::optional<Path> native_library();
 // OpenVINO on the CPU, where the library was built with it.
 std::unique_ptr<Engine> open_openvino(const EngineFiles& files, const std::string& precision, const EngineOptions& options);
 std::string openvino_version();
+// TensorRT on an NVIDIA GPU, where the library was built with it.
+std::unique_ptr<Engine> open_tensorrt(const EngineFiles& files, const std::string& precision, const EngineOptions& options);
+std::string tensorrt_version();
 
 }  // namespace tw

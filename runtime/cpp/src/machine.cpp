@@ -1,6 +1,5 @@
 #include "machine.hpp"
 
-#include <dlfcn.h>
 #include <sched.h>
 #include <sys/utsname.h>
 
@@ -37,17 +36,6 @@ std::int64_t number_after(const std::string& path, const std::string& name) {
     }
     return -1;
 }
-
-// A function of a library, by its name.
-template <typename Function>
-Function* function_of(void* library, const char* name) {
-    return reinterpret_cast<Function*>(::dlsym(library, name));
-}
-
-// NVIDIA's driver, or null. Once loaded, it stays.
-void* gpu_driver() { return ::dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL); }
-
-constexpr int MAJOR = 75, MINOR = 76;  // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
 
 }  // namespace
 
@@ -87,41 +75,6 @@ std::optional<std::int64_t> available_bytes() {
         free = std::min(free, limit - used + cached);
     }
     return free;
-}
-
-std::optional<std::array<std::int64_t, 2>> compute_capability() {
-    void* driver = gpu_driver();
-    if (!driver) return std::nullopt;
-    auto* begin = function_of<int(unsigned)>(driver, "cuInit");
-    auto* count_of = function_of<int(int*)>(driver, "cuDeviceGetCount");
-    auto* device_of = function_of<int(int*, int)>(driver, "cuDeviceGet");
-    auto* attribute_of = function_of<int(int*, int, int)>(driver, "cuDeviceGetAttribute");
-    int count = 0;
-    if (!begin || !count_of || !device_of || !attribute_of || begin(0) || count_of(&count)) return std::nullopt;
-    std::optional<std::array<std::int64_t, 2>> least;
-    for (int number = 0; number < count; ++number) {
-        int device = 0, major = 0, minor = 0;
-        if (device_of(&device, number) || attribute_of(&major, MAJOR, device) || attribute_of(&minor, MINOR, device)) continue;
-        std::array<std::int64_t, 2> its{major, minor};
-        if (!least || its < *least) least = its;
-    }
-    return least;
-}
-
-std::optional<std::int64_t> gpu_available_bytes() {
-    void* driver = gpu_driver();
-    if (!driver) return std::nullopt;
-    auto* begin = function_of<int(unsigned)>(driver, "cuInit");
-    auto* device_of = function_of<int(int*, int)>(driver, "cuDeviceGet");
-    auto* context_of = function_of<int(void**, int)>(driver, "cuDevicePrimaryCtxRetain");  // the one that ONNX Runtime uses
-    auto* use = function_of<int(void*)>(driver, "cuCtxSetCurrent");
-    auto* memory_of = function_of<int(std::size_t*, std::size_t*)>(driver, "cuMemGetInfo_v2");
-    int device = 0;
-    void* context = nullptr;
-    std::size_t free = 0, total = 0;
-    if (!begin || !device_of || !context_of || !use || !memory_of) return std::nullopt;
-    if (begin(0) || device_of(&device, 0) || context_of(&context, device) || use(context) || memory_of(&free, &total)) return std::nullopt;
-    return static_cast<std::int64_t>(free);
 }
 
 }  // namespace tw

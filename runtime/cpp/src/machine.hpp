@@ -1,7 +1,6 @@
 // This machine, as far as it decides which engines run and how much memory there is. As runtime/engines/machine.py.
 #pragma once
 
-#include <array>
 #include <optional>
 
 #include "base.hpp"
@@ -12,8 +11,5 @@ std::int64_t usable_cores();     // that this process may run on
 std::string processor();         // the name of the CPU with its numbers
 std::set<std::string> instructions();  // of the CPU, by the names in /proc/cpuinfo
 std::optional<std::int64_t> available_bytes();  // free without swapping
-// The least compute capability of the GPUs, by NVIDIA's driver; none without a GPU.
-std::optional<std::array<std::int64_t, 2>> compute_capability();
-std::optional<std::int64_t> gpu_available_bytes();  // of the first GPU
 
 }  // namespace tw

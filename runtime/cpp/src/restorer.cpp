@@ -4,6 +4,7 @@
 
 #include "backends.hpp"
 #include "color.hpp"
+#include "gpu.hpp"
 #include "machine.hpp"
 
 namespace tw {

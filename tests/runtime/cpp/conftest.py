@@ -23,6 +23,17 @@ def builds_with(package: str) -> bool:
     return importlib.util.find_spec(package) is not None and not SANITIZE
 
 
+def imitated_tensorrt(root: Path) -> Path:
+    """A folder like that of TensorRT, with an imitation of it."""
+    source = Path(__file__).parent / "tensorrt"
+    if not root.is_dir():
+        (root / "lib").mkdir(parents=True)
+        (root / "include").symlink_to(source)
+    words = ["g++", "-O1", "-shared", "-fPIC", "-Wl,-soname,libnvinfer.so", f"-I{source}", source / "imitation.cpp"]
+    subprocess.run([*words, "-o", root / "lib" / "libnvinfer.so"], check=True)
+    return root
+
+
 def skip_without_thread_sanitizer(shared: Shared) -> None:
     """Some kernels place memory where ThreadSanitizer does not expect it, and then it runs nothing."""
 
@@ -60,6 +71,8 @@ def built(shared: Shared, cmake: str) -> Path:
             f"-DTILEWRIGHT_TESTS={Path(__file__).parent}",
             *(f"-DTILEWRIGHT_{option}={'ON' if builds_with(name) else 'OFF'}" for option, name in OPTIONS.items()),
             f"-DTILEWRIGHT_SANITIZE={SANITIZE}",
+            "-DTILEWRIGHT_TENSORRT=ON",
+            f"-DTensorRT_ROOT={imitated_tensorrt(folder / 'imitation')}",
         ]
         generator = ["-G", "Ninja"] if shutil.which("ninja") else []
         configure = [

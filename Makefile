@@ -92,7 +92,7 @@ cpp-sanitize-memory cpp-sanitize-threads: .venv/ready
 
 # needs clang-tidy, and build/cpp of `make cpp`
 cpp-tidy:
-	run-clang-tidy -quiet -p build/cpp 'runtime/cpp/'
+	run-clang-tidy -quiet -p build/cpp '$(abspath runtime/cpp)/'
 
 # needs Clang with its sanitizers. RUNS inputs for the readers of a bundle's files; build/fuzz/found keeps those that are new
 RUNS ?= 1000000

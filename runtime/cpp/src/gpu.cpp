@@ -93,7 +93,7 @@ Gpu::Block::Block(Gpu& gpu, std::size_t bytes) : gpu_(gpu), bytes_(bytes) {
     Address address = 0;
     Use use(gpu);
     must("cuMemAlloc_v2", &address, bytes ? bytes : 1);
-    address_ = reinterpret_cast<void*>(address);
+    address_ = reinterpret_cast<void*>(address);  // NOLINT(performance-no-int-to-ptr): the driver's addresses are numbers
 }
 
 Gpu::Block::~Block() {

@@ -6,7 +6,6 @@
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
-#include <regex>
 
 #include "arena.hpp"
 #include "engine.hpp"
@@ -37,10 +36,22 @@ const std::vector<Reason> REASONS = {
     {{"out of data bounds"}, usage, "a number among the inputs is no index of the network: give ids of this bundle's own tokenizers"},
     {{"while running"}, usage, OTHER_SIZE}};
 
+// A message without codes, and without places in ONNX Runtime's code.
+std::string telling(std::string text) {
+    auto cut = [&text](const std::string& from, const std::string& to, int times) {  // from a word to the end of another
+        std::size_t begin = text.find(from), end = begin;
+        for (int i = 0; i < times && end != std::string::npos; ++i)
+            if ((end = text.find(to, end)) != std::string::npos) end += to.size();
+        if (end != std::string::npos) text.erase(begin, end - begin);
+    };
+    cut("/onnxruntime_src/", ") ", 1);
+    cut("[ONNXRuntimeError]", " : ", 3);
+    text.erase(text.find_last_not_of(" \n") + 1);
+    return text;
+}
+
 Error explained(const Path& graph, const std::string& what, const std::string& message) {
-    // codes, and places in ONNX Runtime's code, help nobody
-    static const std::regex noise("\\[ONNXRuntimeError\\] : \\d+ : \\w+ : |/onnxruntime_src/\\S+ .*?\\) (?=\\S)|\\s+$");
-    return explained(REASONS, graph, "onnxruntime " + ort_version(), what, std::regex_replace(message, noise, ""));
+    return explained(REASONS, graph, "onnxruntime " + ort_version(), what, telling(message));
 }
 
 class OrtEngine : public Engine {

@@ -70,7 +70,7 @@ class Gpu:
         self.call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
         self.name, self.context = text.value.decode(errors="replace"), context
         self.lock, self.recording = RLock(), False
-        self.freed: list[Block] = []  # while a call was recorded
+        self.freed: list[Block] = []  # while a call was recorded, or another thread had the GPU
         with self:
             self.call("cuStreamCreate", ctypes.byref(stream), NOT_BLOCKING)
         self.stream = int(stream.value or 0)
@@ -94,7 +94,17 @@ class Gpu:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.lock.release()
+        try:
+            if not self.recording:
+                self._free_dropped()
+        finally:
+            self.lock.release()
+
+    def _free_dropped(self) -> None:
+        if self.freed:
+            self.wait()  # work in the stream may still use it
+        while self.freed:
+            self.freed.pop().free()
 
     def memory(self) -> tuple[int, int]:
         """The bytes of its memory that are free, and all."""
@@ -136,8 +146,7 @@ class Gpu:
         finally:
             self.recording = False
             self.call("cuStreamEndCapture", self.stream, ctypes.byref(graph))
-            while self.freed:
-                self.freed.pop().free()
+            self._free_dropped()
         self.call("cuGraphInstantiateWithFlags", ctypes.byref(runnable), graph, 0)
         self.call("cuGraphDestroy", graph)
         return Recording(self, int(runnable.value or 0))
@@ -184,13 +193,13 @@ class Tensor:
         return array
 
     def __del__(self) -> None:
-        # the driver may have ended, or there is no memory
-        with contextlib.suppress(TilewrightError, AttributeError), self.gpu:
-            if self.gpu.recording:  # the garbage collector came: to wait would break the recording
-                self.gpu.freed.append(self.block)
-                return
-            self.gpu.wait()  # work in the stream may still use it
-            self.block.free()
+        # the garbage collector comes in any thread: it must not wait for another one, nor break a recording
+        with contextlib.suppress(TilewrightError, AttributeError):  # the driver may have ended, or there is no memory
+            self.gpu.freed.append(self.block)
+            if self.gpu.lock.acquire(blocking=False):
+                self.gpu.lock.release()
+                with self.gpu:  # which frees it
+                    pass
 
 
 class Recording:

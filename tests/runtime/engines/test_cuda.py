@@ -3,6 +3,7 @@
 Not covered, because only a GPU does it: CUDA's kernels, its options, and recorded graphs.
 """
 
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -171,6 +172,20 @@ def test_without_the_provider_one_line_says_what_to_install(bundle, gpu):
     with pytest.raises(EnvironmentMismatch) as caught:
         cuda.open_graph(Path(opened.path("sharpen.onnx")), opened.files_of("sharpen"), gpu)
     assert "this ONNX Runtime has no CUDA" in str(caught.value) and caught.value.exit_code == 4
+
+
+def test_memory_that_is_dropped_while_another_thread_has_the_gpu_is_freed_afterwards(gpu):
+    tensors, used = [Tensor(gpu, (1000,), np.float32)], gpu.driver.stub_used
+    before = used()
+    with gpu:
+        dropping = threading.Thread(target=tensors.clear, daemon=True)
+        dropping.start()
+        dropping.join(30)
+        assert not dropping.is_alive() and used() == before
+    assert used() == before - 4000
+    tensors.append(Tensor(gpu, (1000,), np.float32))
+    tensors.clear()
+    assert used() == before - 4000
 
 
 LIBRARY = "/usr/lib/libonnxruntime_providers_cuda.so"

@@ -66,10 +66,13 @@ int main(int count, char** words) try {
     server.Get("/", [&](const httplib::Request&, httplib::Response& response) {
         response.set_content(std::string(tw_system(bundle.get())) + " " + tw_digest(bundle.get()) + ", tilewright " + tw_version() + "\n", "text/plain");
     });
-    server.Post("/", [&](const httplib::Request& request, httplib::Response& response) {
+    // read piece by piece, because curl calls any data a form, and of a form cpp-httplib itself takes 8 KiB
+    server.Post("/", [&](const httplib::Request&, httplib::Response& response, const httplib::ContentReader& read) {
+        std::string file;
+        if (!read([&](const char* data, std::size_t size) { return file.append(data, size), true; })) return;
         try {
             tw_image in;
-            auto pixels = decoded(request.body, in);
+            auto pixels = decoded(file, in);
             response.set_content(encoded(*bundle.restore(in, options).get()), "image/png");
         } catch (const tilewright::Error& error) {
             response.status = status_of(error.status);

@@ -147,6 +147,9 @@ def test_the_service_answers_with_the_restored_picture(says, bundle, restored, t
             assert answer.headers["content-type"] == "image/png"
             answered = np.asarray(Image.open(io.BytesIO(answer.content)))
             assert np.abs(answered.astype(int) - restored).max() <= 1
+            large = np.random.default_rng(0).integers(0, 256, (64, 80, 3), np.uint8)
+            as_curl = {"content-type": "application/x-www-form-urlencoded"}
+            assert httpx2.post(address, content=png_of(large), headers=as_curl, timeout=60).status_code == 200
             refused = httpx2.post(address, content=b"no picture", timeout=60)
             assert refused.status_code == 422 and "no PNG" in refused.text
         finally:

@@ -197,9 +197,11 @@ class Tensor:
         with contextlib.suppress(TilewrightError, AttributeError):  # the driver may have ended, or there is no memory
             self.gpu.freed.append(self.block)
             if self.gpu.lock.acquire(blocking=False):
-                self.gpu.lock.release()
-                with self.gpu:  # which frees it
-                    pass
+                try:
+                    with self.gpu:  # the lock is this thread's already; the end of the block frees what was dropped
+                        pass
+                finally:
+                    self.gpu.lock.release()
 
 
 class Recording:

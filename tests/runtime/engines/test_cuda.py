@@ -188,6 +188,24 @@ def test_memory_that_is_dropped_while_another_thread_has_the_gpu_is_freed_afterw
     assert used() == before - 4000
 
 
+def test_dropping_memory_never_waits_for_the_gpu(gpu, monkeypatch):
+    """Not even if another thread takes it between two steps: whoever holds the lock may wait for the one that drops."""
+
+    class Watched:
+        def __init__(self, lock):
+            self.lock, self.release, self.waits = lock, lock.release, 0
+
+        def acquire(self, blocking=True):
+            self.waits += blocking and not self.lock._is_owned()
+            return self.lock.acquire(blocking)
+
+    tensors = [Tensor(gpu, (1000,), np.float32)]
+    before = gpu.driver.stub_used()
+    monkeypatch.setattr(gpu, "lock", Watched(gpu.lock))
+    tensors.clear()
+    assert gpu.lock.waits == 0 and gpu.driver.stub_used() == before - 4000
+
+
 LIBRARY = "/usr/lib/libonnxruntime_providers_cuda.so"
 TOLD = {  # what ONNX Runtime 1.31 says; the first two on a machine without a GPU, where its CUDA library was
     f"[ONNXRuntimeError] : 1 : FAIL : Failed to load library {LIBRARY} with error: libcublasLt.so.13: cannot open"

@@ -9,7 +9,7 @@ import torch
 
 __all__ = ["RUNS", "medians"]
 
-RUNS, WARM_UP = 5, 1
+RUNS, WARM_UP = 10, 2
 FLUSHED = 256 * 2**20  # bytes; writing so many replaces the content of a GPU's cache
 
 

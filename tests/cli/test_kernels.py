@@ -173,7 +173,7 @@ def test_bench_times_native_kernels_and_says_why_others_have_no_times(answered, 
     (row,) = found["rows"]
     assert row["case"] == "published" and set(row["cpu"]) == {"native", "standard operators"}
     assert all(0 < seconds < 10 for seconds in row["cpu"].values())
-    assert found["hardware"]["cores"] and found["versions"]["onnxruntime"] and found["runs"] == 5
+    assert found["hardware"]["cores"] and found["versions"]["onnxruntime"] and found["runs"] >= 10
     doctored("concat_project", cases=small["concat_project"])
     (row,) = answered("bench", "--op", "concat_project")["rows"]
     assert row["cpu"] == "no native kernel"

@@ -36,8 +36,9 @@ bool meets(const EngineSpec& spec, const std::optional<std::string>& wish) {
 std::string misfit(const EngineSpec& spec, const Machine& machine) {
     if (spec.device != machine.device) return "runs on " + spec.device + ", and the device that was asked for is of the kind " + machine.device;
     auto backend = machine.backends.find(spec.backend);
-    if (backend == machine.backends.end() && spec.backend == "cuda") return "needs ONNX Runtime for CUDA, and the one that is linked has no CUDA";
-    if (backend == machine.backends.end()) return "has the backend " + repr(spec.backend) + ", which this library was built without";
+    if (backend == machine.backends.end())
+        return spec.backend == "cuda" ? "needs ONNX Runtime for CUDA, and the one that is linked has no CUDA"
+                                      : "has the backend " + repr(spec.backend) + ", which this library was built without";
     Strings lacking;
     for (const auto& name : spec.needs.instructions)
         if (!machine.instructions.count(name)) lacking.push_back(name);

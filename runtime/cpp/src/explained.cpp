@@ -14,4 +14,17 @@ Error explained(const std::vector<Reason>& reasons, const Path& graph, const std
     return {damaged, one_line(told + "verify the bundle with 'tilewright export verify'", 800)};
 }
 
+void require_own(const Path& graph, const Named<std::string>& types, const std::set<std::string>& results, const Named<Tensor>& inputs, const Strings& outputs) {
+    auto refuse = [&](const std::string& what) { throw Error(damaged, graph.string() + ": " + what + "; " + OTHER_GRAPH); };
+    for (const auto& [name, tensor] : inputs) {
+        auto type = types.find(name);
+        if (type == types.end()) refuse("has no input " + repr(name));
+        if (tensor.dtype != type->second) refuse("input " + repr(name) + " is " + tensor.dtype + ", not " + type->second);
+    }
+    for (const auto& name : outputs)
+        if (!results.count(name)) refuse("has no output " + repr(name));
+    for (const auto& [name, type] : types)
+        if (!inputs.count(name)) refuse("input " + repr(name) + " is missing");
+}
+
 }  // namespace tw

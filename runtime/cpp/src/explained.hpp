@@ -2,6 +2,7 @@
 #pragma once
 
 #include "bundle.hpp"
+#include "tensor.hpp"
 
 namespace tw {
 
@@ -15,10 +16,13 @@ inline const char* const OTHER_SIZE = "the graph does not take this size: use th
 struct Reason {
     Strings words;
     Code code;
-    const char* advice;
+    std::string advice;
 };
 
 // `backend`: its name and version. `what`: it failed, or refuses the graph.
 Error explained(const std::vector<Reason>& reasons, const Path& graph, const std::string& backend, const std::string& what, const std::string& message);
+
+// Refuses inputs and outputs that are not the graph's, for backends that would compute something without a word. `types`: input -> type.
+void require_own(const Path& graph, const Named<std::string>& types, const std::set<std::string>& results, const Named<Tensor>& inputs, const Strings& outputs);
 
 }  // namespace tw

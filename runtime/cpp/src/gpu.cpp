@@ -82,8 +82,7 @@ void Gpu::wait() { must("cuStreamSynchronize", stream_); }
 
 void* Gpu::scratch(std::size_t bytes) {
     if (!scratch_ || scratch_->bytes() < bytes) {
-        wait();
-        scratch_.reset();
+        scratch_.reset();  // which waits for work that uses it
         scratch_.emplace(*this, bytes);
     }
     return scratch_->address();

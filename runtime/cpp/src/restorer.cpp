@@ -15,13 +15,13 @@ constexpr std::int64_t MOST_SEED = 0xFFFFFFFF;
 }  // namespace
 
 Restorer::Restorer(const Path& path, const OpenOptions& options)
-    : bundle_(read_bundle(path, options.expect, options.fresh)), engines_(options.engines), weights_dir_(options.weights_dir), devices_(join(device_names(options.devices), ",")) {
+    : bundle_(read_bundle(path, options.expect, options.fresh)), engines_(options.engines), weights_dir_(options.weights_dir), devices_(device_names(options.devices)) {
     if (weights_dir_ && !std::filesystem::is_directory(*weights_dir_))
         throw Error(usage, "--weights-dir " + one_line(weights_dir_->string()) + " is no folder; give the one with the weights");
-    Machine machine = this_machine(devices_.substr(0, devices_.find(':')));
+    Machine machine = this_machine(devices_[0].substr(0, devices_[0].find(':')));
     choices_ = choose(bundle_, machine, options.engine, measured_on(bundle_.root, machine.processor));
     Specs specs = require(choices_);
-    auto count = static_cast<std::int64_t>(device_names(options.devices).size());
+    auto count = static_cast<std::int64_t>(devices_.size());
     if (count > 1 && !engines_.threads) engines_.threads = static_cast<int>(std::max<std::int64_t>(1, usable_cores() / count));
     // engines of one thread run on the thread that calls them, so devices of one thread can share them
     setting_ = {&bundle_, specs, engines_.low_memory, count, engines_.threads == 1 ? 1 : count, options.memory_limit};
@@ -67,11 +67,11 @@ void Restorer::open_devices(const OpenOptions& options) {
         return backends().at(spec.backend).open(files, spec.precision, engines);
     };
     std::vector<std::shared_ptr<Device>> devices;
-    std::optional<std::int64_t> free = devices_ == "cuda:0" ? gpu_available_bytes() : available_bytes();
+    std::optional<std::int64_t> free = devices_[0] == "cuda:0" ? gpu_available_bytes() : available_bytes();
     if (options.memory_limit && (!free || *options.memory_limit < *free)) free = options.memory_limit;
     bool fits = all_open(setting_, free);
     std::shared_ptr<OpenEngines> engines;
-    for (const auto& name : device_names(devices_)) {
+    for (const auto& name : devices_) {
         if (!engines || setting_.copies > 1) engines = std::make_shared<OpenEngines>(open);
         if (!first_) first_ = engines;
         std::shared_ptr<Device> device = std::make_shared<HostDevice>(name, engines);

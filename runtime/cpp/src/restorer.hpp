@@ -49,14 +49,14 @@ class Restorer {
 
     const Bundle& bundle() const { return bundle_; }
     const Named<Choice>& choices() const { return choices_; }
-    const std::string& devices() const { return devices_; }
+    std::string devices() const { return join(devices_, ","); }
     const std::vector<std::pair<std::string, Argument>>& arguments() const { return arguments_; }
 
    private:
     Bundle bundle_;
     EngineOptions engines_;
     std::optional<Path> weights_dir_;
-    std::string devices_;
+    Strings devices_;
     Named<Choice> choices_;
     Setting setting_;
     Named<Tensor> constants_;

@@ -32,9 +32,9 @@ std::string name_of(DataType type) {
 
 const std::vector<Reason> REASONS = {
     {{"out of memory", "outofmemory", "memory allocation", "cuda failure: 2"}, resource, MEMORY},
-    {{"version tag", "incompatible device", "different device", "different compute"}, environment, AGAIN.c_str()},
-    {{"plugin"}, environment, "a plugin of the plan is not known here; make it again with 'tilewright export compile BUNDLE --target tensorrt'"},
-    {{"serialization", "magic", "corrupt"}, damaged, "the plan is damaged; make it again with 'tilewright export compile BUNDLE --target tensorrt'"}};
+    {{"version tag", "incompatible device", "different device", "different compute"}, environment, AGAIN},
+    {{"plugin"}, environment, "a plugin of the plan is not known here; " + AGAIN},
+    {{"serialization", "magic", "corrupt"}, damaged, "the plan is damaged; " + AGAIN}};
 
 // Keeps the last error.
 class Logger : public nvinfer1::ILogger {
@@ -61,7 +61,7 @@ Logger& logger() {
 
 Error explained(const Path& plan, const std::string& what) { return explained(REASONS, plan, "tensorrt " + tensorrt_version(), what, logger().told()); }
 
-Error refused(const Path& plan, const std::string& what, Code code = damaged) { return {code, one_line(plan.string() + ": " + what + "; " + AGAIN, 800)}; }
+Error refused(const Path& plan, const std::string& what) { return {damaged, one_line(plan.string() + ": " + what + "; " + AGAIN, 800)}; }
 
 Shape shape_of(const Dims& dims) { return {dims.d, dims.d + std::max(0, dims.nbDims)}; }
 
@@ -117,6 +117,7 @@ class TensorrtEngine : public Engine {
             auto& side = engine_->getTensorIOMode(name) == nvinfer1::TensorIOMode::kINPUT ? inputs_ : outputs_;
             side[name] = name_of(engine_->getTensorDataType(name));
         }
+        results_ = key_set(outputs_);
     }
     ~TensorrtEngine() override {
         Gpu::Use use(gpu_);
@@ -126,7 +127,7 @@ class TensorrtEngine : public Engine {
     }
 
     Named<Tensor> run(const Named<Tensor>& inputs, const Strings& outputs) override {
-        check(inputs, outputs);
+        require_own(plan_, inputs_, results_, inputs, outputs);
         Gpu::Use use(gpu_);
         Prepared& prepared = prepared_for(inputs);
         for (const auto& [name, tensor] : inputs) gpu_.fill(prepared.buffers.at(name)->address(), tensor.data.get(), tensor.bytes());
@@ -159,21 +160,8 @@ class TensorrtEngine : public Engine {
     std::unique_ptr<nvinfer1::ICudaEngine> engine_;
     Path plan_;
     Named<std::string> inputs_, outputs_;  // name -> type
+    std::set<std::string> results_;        // names of outputs
     std::list<Prepared> kept_;             // the one that was used last comes first
-
-    // Refuses inputs and outputs that are not the plan's: an address has no type.
-    void check(const Named<Tensor>& inputs, const Strings& outputs) const {
-        auto refuse = [&](const std::string& what) { throw Error(damaged, plan_.string() + ": " + what + "; " + OTHER_GRAPH); };
-        for (const auto& [name, tensor] : inputs) {
-            auto input = inputs_.find(name);
-            if (input == inputs_.end()) refuse("has no input " + repr(name));
-            if (tensor.dtype != input->second) refuse("input " + repr(name) + " is " + tensor.dtype + ", not " + input->second);
-        }
-        for (const auto& [name, type] : inputs_)
-            if (!inputs.count(name)) refuse("input " + repr(name) + " is missing");
-        for (const auto& name : outputs)
-            if (!outputs_.count(name)) refuse("has no output " + repr(name));
-    }
 
     Prepared& prepared_for(const Named<Tensor>& inputs) {
         std::vector<Shape> key;

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from support.shared import Shared
+from support.tensorrt.bindings import HERE, compiled_driver
 
 ROOT = Path(__file__).parents[3]
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -112,6 +113,15 @@ def _suppressed(monkeypatch: pytest.MonkeyPatch) -> None:
     """ThreadSanitizer says nothing of libraries that are built without it."""
     if SANITIZE == "thread":
         monkeypatch.setenv("TSAN_OPTIONS", f"suppressions={Path(__file__).parent / 'tsan.supp'}")
+
+
+@pytest.fixture
+def imitated_gpu(shared: Shared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NVIDIA's driver is one of tests, for a GPU with compute capability 9.0 whose memory is the host's."""
+    folder = tmp_path / "driver"
+    folder.mkdir()
+    (folder / "libcuda.so.1").symlink_to(compiled_driver(HERE / "driver.c", shared))
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(folder))
 
 
 @pytest.fixture

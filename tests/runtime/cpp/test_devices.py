@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from support.tensorrt.bindings import HERE, compiled_driver
 from tilewright.runtime.engines.machine import compute_capability
 from tilewright.runtime.restore import load
 
@@ -61,10 +60,8 @@ def test_a_gpu_that_is_not_there_is_refused(run, bundle):
     assert "device 'cuda:0': no NVIDIA GPU with its driver is here; use cpu:0" in done.stderr
 
 
-def test_a_gpu_takes_its_own_engines_only(run, build, shared, tmp_path, monkeypatch):
-    """The driver is one of tests, for a GPU with compute capability 9.0; no ONNX Runtime here has CUDA."""
-    (tmp_path / "libcuda.so.1").symlink_to(compiled_driver(HERE / "driver.c", shared))
-    monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
+def test_a_gpu_takes_its_own_engines_only(run, build, imitated_gpu):
+    """No ONNX Runtime here has CUDA."""
     bundle = build()
     path = bundle / "bundle.json"
     manifest = json.loads(path.read_text())

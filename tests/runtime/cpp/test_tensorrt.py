@@ -13,8 +13,6 @@ import pytest
 from PIL import Image
 
 from support.scenes import scene
-from support.shared import Shared
-from support.tensorrt.bindings import HERE, compiled_driver
 from tilewright.runtime.bundle.digests import sha256_of_bytes
 from tilewright.runtime.restore import load
 
@@ -23,14 +21,8 @@ Restored = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture
-def restored(
-    run: Restored, build: Callable[[], Path], shared: Shared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Restored:
+def restored(run: Restored, build: Callable[[], Path], imitated_gpu: None, tmp_path: Path) -> Restored:
     """Restore in.png with a plan of these words, on the GPU."""
-    driver = tmp_path / "driver"
-    driver.mkdir()
-    (driver / "libcuda.so.1").symlink_to(compiled_driver(HERE / "driver.c", shared))
-    monkeypatch.setenv("LD_LIBRARY_PATH", str(driver))
     bundle = build()
     Image.fromarray(scene(70, 53)).save(tmp_path / "in.png")
 
